@@ -1,0 +1,2 @@
+//! holdfast-csi.
+fn main() {}

@@ -1,0 +1,5 @@
+//! The storage half's decisions, without I/O: input and `now` in, actions out.
+
+pub mod ids;
+pub mod record;
+pub mod record_store;

@@ -1,0 +1,100 @@
+//! The volume's record: the one object that decides who may write and who holds every acknowledged write.
+//!
+//! It is changed by compare-and-swap only (see [`crate::record_store`]); the functions here are pure: record in,
+//! record out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, TargetId, VolumeId};
+
+/// Version of the record's own shape; a reader refuses a later one.
+pub const RECORD_FORMAT: u32 = 1;
+
+/// One volume, as the record store keeps it (replication reference, section (a) "Record").
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// [`RECORD_FORMAT`] at the time of writing.
+    pub format: u32,
+    /// Random id; also the CSI volume id.
+    pub volume_id: VolumeId,
+    /// The name CreateVolume was called with; unique among volumes that are not deleting.
+    pub name: String,
+    /// The volume's history.
+    pub lineage: Lineage,
+    /// Bytes; a multiple of the region size.
+    pub size_bytes: u64,
+    /// Number of the client; 0 while never published.
+    pub attachment: Attachment,
+    /// Node the volume is published to.
+    pub attached_to: Option<NodeName>,
+    /// Published read-only.
+    pub read_only: bool,
+    /// Number of the target's start; 0 while never started.
+    pub generation: Generation,
+    /// The attachment for which the owner of `generation` was started: a start under a later attachment is a new
+    /// client's (R12).
+    pub generation_attachment: Attachment,
+    /// The target that owns `generation`.
+    pub target_id: Option<TargetId>,
+    /// Version of the in-sync set.
+    pub epoch: Epoch,
+    /// Replicas that hold every acknowledged write; never empty (P6).
+    pub in_sync: BTreeSet<ReplicaId>,
+    /// Every replica, members included.
+    pub replicas: BTreeMap<ReplicaId, ReplicaRecord>,
+    /// How far formatting went (R36).
+    pub formatted: Formatted,
+    /// Tombstone: set once deletion began, until every replica confirmed (R34).
+    pub deleting: bool,
+    /// Parameters that later calls must agree with.
+    pub params: VolumeParams,
+}
+
+/// One replica of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// Node that holds it.
+    pub node: NodeName,
+    /// Its standing.
+    pub state: ReplicaState,
+}
+
+/// A replica's standing in the record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaState {
+    /// Member of the in-sync set.
+    InSync,
+    /// Left the set when it held `left_epoch`; may come back by resync.
+    Offline {
+        /// The last epoch under which it was a member.
+        left_epoch: Epoch,
+    },
+    /// Will be replaced under a new replica id.
+    Faulted,
+}
+
+/// How far a volume's first format went (R36).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Formatted {
+    /// No mkfs was ever begun.
+    Never,
+    /// mkfs may have begun; it may be repeated.
+    Formatting,
+    /// A file system was made: mkfs is forbidden for ever.
+    Yes,
+}
+
+/// What CreateVolume was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeParams {
+    /// Wanted number of replicas.
+    pub replicas: u32,
+    /// `ext4` or `xfs`; empty for raw block.
+    pub fs_type: String,
+    /// Below this many members I/O waits.
+    pub min_in_sync: u32,
+}

@@ -1,0 +1,7 @@
+//! Messages and services on the wire: CSI, storage control and registry, node agent.
+
+/// Storage control services: replicas, pools, the data process and the registry.
+pub mod storage {
+    #![allow(missing_docs, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("holdfast.storage.v1");
+}
