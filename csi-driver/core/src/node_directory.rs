@@ -1,0 +1,32 @@
+//! The seam to the list of nodes: who runs a data process, and where it is reached.
+//!
+//! Only the signatures live here; the registry's client and its server side are in `service`.
+
+use crate::ids::NodeName;
+use crate::record_store::StoreFuture;
+
+/// One node as its data process announces it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeInfo {
+    /// The node.
+    pub name: NodeName,
+    /// `host:port` of the Replica and Pool services.
+    pub control_address: String,
+    /// `host:port` of the NBD server.
+    pub nbd_address: String,
+    /// Bytes the pool may use.
+    pub capacity_bytes: u64,
+    /// Bytes still unused.
+    pub available_bytes: u64,
+}
+
+/// Announces a node and lists the announced ones.
+///
+/// Nothing is decided on this list but where to connect: a stale entry costs a failed connection, never data.
+pub trait NodeDirectory: Send + Sync {
+    /// Makes a node known; repeated every few seconds.
+    fn announce(&self, node: NodeInfo) -> StoreFuture<'_, ()>;
+
+    /// Every node that was announced, also those that have gone silent.
+    fn list_nodes(&self) -> StoreFuture<'_, Vec<NodeInfo>>;
+}
