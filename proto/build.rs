@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-const FILES: [&str; 1] = ["proto/storage.proto"];
+const FILES: [&str; 2] = ["proto/storage.proto", "proto/agent.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for file in FILES {

@@ -5,3 +5,9 @@ pub mod storage {
     #![allow(missing_docs, clippy::all, clippy::pedantic)]
     tonic::include_proto!("holdfast.storage.v1");
 }
+
+/// The node agent's service for the CNI plugin and the command line.
+pub mod agent {
+    #![allow(missing_docs, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("holdfast.agent.v1");
+}
