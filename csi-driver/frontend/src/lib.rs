@@ -1,1 +1,13 @@
-//! Crate documentation follows with the implementation.
+//! Front ends: how the kernel sees a target.
+//!
+//! [`FuseLoop`] works on every kernel since 5.9: a FUSE session with one regular file, never mounted anywhere, under a loop
+//! device in direct I/O mode.
+//!
+//! ```text
+//!   file system -> /dev/loopN -> one file of a FUSE session -> BlockDevice::submit
+//! ```
+#![allow(unsafe_code)]
+
+mod fuse_loop;
+
+pub use fuse_loop::{AttachError, Cleaned, DetachError, FuseLoop, FuseLoopOptions};
