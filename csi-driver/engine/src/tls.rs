@@ -1,15 +1,12 @@
-//! TLS material of a node: one folder gives mutual TLS 1.3 for control, registry and NBD.
+//! TLS material of a node: one folder gives mutual TLS 1.3 for control and NBD.
 //!
 //! A certificate names its node (DNS name); whoever connects to a node demands that name, whoever serves demands a
-//! certificate of the same authority.
+//! certificate of the same authority and learns the name from it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use holdfast_nbd::{ClientTls, ServerTls, TlsIdentity, peer_names};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
 /// Why TLS material could not be used.
@@ -23,25 +20,9 @@ pub enum TlsError {
         /// Why.
         source: std::io::Error,
     },
-    /// A file holds no usable PEM.
-    #[error("TLS file {path} is not usable: {reason}")]
-    Pem {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// rustls refused the material.
-    #[error("the TLS material in {dir} is refused: {reason}")]
-    Refused {
-        /// The folder.
-        dir: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The node's name is no DNS name.
-    #[error("node name {0} cannot be checked in a certificate: it is not a DNS name")]
-    Name(String),
+    /// The material is refused.
+    #[error(transparent)]
+    Material(#[from] holdfast_nbd::TlsError),
 }
 
 /// A node's certificate, its key and the authority, loaded and checked once.
@@ -50,8 +31,8 @@ pub struct TlsMaterial {
     ca_pem: Arc<Vec<u8>>,
     cert_pem: Arc<Vec<u8>>,
     key_pem: Arc<Vec<u8>>,
-    server: Arc<ServerConfig>,
-    client: Arc<ClientConfig>,
+    identity: Arc<TlsIdentity>,
+    server: ServerTls,
 }
 
 impl std::fmt::Debug for TlsMaterial {
@@ -69,57 +50,31 @@ impl TlsMaterial {
     pub fn load(dir: &Path) -> Result<Self, TlsError> {
         let read = |name: &str| {
             let path = dir.join(name);
-            std::fs::read(&path).map(|bytes| (path.clone(), bytes)).map_err(|source| TlsError::Read { path, source })
+            std::fs::read(&path).map(Arc::new).map_err(|source| TlsError::Read { path, source })
         };
-        let (ca_path, ca_pem) = read("ca.pem")?;
-        let (cert_path, cert_pem) = read("node.pem")?;
-        let (key_path, key_pem) = read("node.key")?;
-
-        let refused = |reason: String| TlsError::Refused { dir: dir.to_owned(), reason };
-        let mut roots = RootCertStore::empty();
-        for cert in parse_certs(&ca_path, &ca_pem)? {
-            roots.add(cert).map_err(|e| refused(e.to_string()))?;
-        }
-        let roots = Arc::new(roots);
-        let chain = parse_certs(&cert_path, &cert_pem)?;
-        let key = PrivateKeyDer::from_pem_slice(&key_pem)
-            .map_err(|e| TlsError::Pem { path: key_path, reason: e.to_string() })?;
-
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
-            .build()
-            .map_err(|e| refused(e.to_string()))?;
-        let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|e| refused(e.to_string()))?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain.clone(), key.clone_key())
-            .map_err(|e| refused(e.to_string()))?;
-        let client = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|e| refused(e.to_string()))?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key)
-            .map_err(|e| refused(e.to_string()))?;
+        let identity = TlsIdentity::load(dir)?;
+        let server = ServerTls { config: identity.server_config()?, required: true };
         Ok(Self {
-            ca_pem: Arc::new(ca_pem),
-            cert_pem: Arc::new(cert_pem),
-            key_pem: Arc::new(key_pem),
-            server: Arc::new(server),
-            client: Arc::new(client),
+            ca_pem: read("ca.pem")?,
+            cert_pem: read("node.pem")?,
+            key_pem: read("node.key")?,
+            identity: Arc::new(identity),
+            server,
         })
     }
 
-    /// For an NBD server.
+    /// For the NBD server; clients must do STARTTLS.
     #[must_use]
-    pub fn rustls_server(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.server)
+    pub fn nbd_server(&self) -> ServerTls {
+        self.server.clone()
     }
 
-    /// For an NBD client; the server's name is checked against [`server_name`].
-    #[must_use]
-    pub fn rustls_client(&self) -> Arc<ClientConfig> {
-        Arc::clone(&self.client)
+    /// For an NBD client of the node `name`.
+    ///
+    /// # Errors
+    /// The name is no DNS name.
+    pub fn nbd_client(&self, name: &str) -> Result<ClientTls, TlsError> {
+        Ok(self.identity.client(name)?)
     }
 
     /// For a gRPC server: clients without a certificate of the authority are refused.
@@ -140,20 +95,9 @@ impl TlsMaterial {
     }
 }
 
-/// A node's name as rustls checks it.
-///
-/// # Errors
-/// The name is no DNS name.
-pub fn server_name(node: &str) -> Result<ServerName<'static>, TlsError> {
-    ServerName::try_from(node.to_owned()).map_err(|_| TlsError::Name(node.to_owned()))
-}
-
-fn parse_certs(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let bad = |reason: String| TlsError::Pem { path: path.to_owned(), reason };
-    let certs: Vec<_> =
-        CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|e| bad(e.to_string()))?;
-    if certs.is_empty() {
-        return Err(bad("it holds no certificate".to_owned()));
-    }
-    Ok(certs)
+/// The names in the certificate of a gRPC caller; empty without TLS.
+#[must_use]
+pub fn caller_names<T>(request: &tonic::Request<T>) -> Vec<String> {
+    let certificates = request.peer_certs();
+    certificates.as_deref().and_then(|chain| chain.first()).map(peer_names).unwrap_or_default()
 }
