@@ -1,0 +1,208 @@
+//! The manifests parse as Kubernetes' own types and say what docs/architecture.md says of the four workloads.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::{ConfigMap, Container, Namespace, PodSpec, Service, ServiceAccount, VolumeMount};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+#[test]
+fn every_document_parses_as_the_kind_it_names() {
+    for document in documents() {
+        let kind = document["kind"].as_str().expect("a kind");
+        match kind {
+            "Namespace" => drop(typed::<Namespace>(&document)),
+            "ServiceAccount" => drop(typed::<ServiceAccount>(&document)),
+            "ClusterRole" => drop(typed::<ClusterRole>(&document)),
+            "ClusterRoleBinding" => drop(typed::<ClusterRoleBinding>(&document)),
+            "Role" => drop(typed::<Role>(&document)),
+            "RoleBinding" => drop(typed::<RoleBinding>(&document)),
+            "CSIDriver" => drop(typed::<CSIDriver>(&document)),
+            "StorageClass" => drop(typed::<StorageClass>(&document)),
+            "Service" => drop(typed::<Service>(&document)),
+            "ConfigMap" => drop(typed::<ConfigMap>(&document)),
+            "Deployment" => drop(typed::<Deployment>(&document)),
+            "DaemonSet" => drop(typed::<DaemonSet>(&document)),
+            other => panic!("no type known for kind {other}: add it to this test"),
+        }
+    }
+}
+
+#[test]
+fn kustomization_lists_every_file() {
+    let text = std::fs::read_to_string(base().join("kustomization.yaml")).expect("kustomization.yaml");
+    let listed: Value = serde_norway::from_str(&text).expect("kustomization is YAML");
+    let listed: BTreeSet<&str> =
+        listed["resources"].as_array().expect("resources").iter().filter_map(Value::as_str).collect();
+    let files = files();
+    let present: BTreeSet<&str> =
+        files.iter().map(|path| path.file_name().and_then(|name| name.to_str()).expect("a name")).collect();
+    assert_eq!(listed, present);
+}
+
+#[test]
+fn the_driver_is_named_as_the_plugin_names_itself() {
+    let driver: CSIDriver = only("CSIDriver", "csi.holdfast.dev");
+    assert_eq!(driver.spec.attach_required, Some(true));
+    let class: StorageClass = only("StorageClass", "holdfast");
+    assert_eq!(class.provisioner, "csi.holdfast.dev");
+}
+
+#[test]
+fn workloads_are_four_and_all_use_the_host_network() {
+    let mut names = BTreeSet::new();
+    for (name, pod) in pods() {
+        assert_eq!(pod.host_network, Some(true), "{name}: storage and networking never depend on the pod network");
+        assert!(pod.priority_class_name.is_some_and(|class| class.starts_with("system-")), "{name}");
+        names.insert(name);
+    }
+    let wanted = ["holdfast-controller", "holdfast-data", "holdfast-netd", "holdfast-node"];
+    assert_eq!(names, wanted.iter().map(|name| (*name).to_owned()).collect());
+}
+
+#[test]
+fn data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed() {
+    let data: DaemonSet = only("DaemonSet", "holdfast-data");
+    let spec = data.spec.expect("spec");
+    assert_eq!(spec.update_strategy.and_then(|strategy| strategy.type_).as_deref(), Some("OnDelete"));
+    let pod = spec.template.spec.expect("pod spec");
+    assert_eq!(pod.priority_class_name.as_deref(), Some("system-node-critical"));
+    let container = container(&pod, "holdfast-data");
+    assert!(container.liveness_probe.is_none(), "a liveness kill turns a hiccup into an outage");
+    let resources = container.resources.as_ref().expect("resources");
+    let memory = |map: &Option<std::collections::BTreeMap<_, _>>| map.as_ref().and_then(|m| m.get("memory").cloned());
+    assert_eq!(memory(&resources.requests), memory(&resources.limits));
+    assert!(memory(&resources.limits).is_some());
+}
+
+#[test]
+fn node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod() {
+    let node: DaemonSet = only("DaemonSet", "holdfast-node");
+    let pod = node.spec.expect("spec").template.spec.expect("pod spec");
+    assert!(pod.containers.iter().all(|container| container.name != "holdfast-data"));
+    let container = container(&pod, "holdfast-node");
+    assert_eq!(container.security_context.as_ref().and_then(|context| context.privileged), Some(true));
+    let kubelet = mount(container, "/var/lib/kubelet");
+    assert_eq!(kubelet.mount_propagation.as_deref(), Some("Bidirectional"));
+    mount(container, "/dev");
+}
+
+#[test]
+fn the_controller_has_its_sidecars_and_one_store_writer() {
+    let controller: Deployment = only("Deployment", "holdfast-controller");
+    let spec = controller.spec.expect("spec");
+    assert_eq!(spec.replicas, Some(1));
+    assert_eq!(spec.strategy.and_then(|strategy| strategy.type_).as_deref(), Some("Recreate"));
+    let pod = spec.template.spec.expect("pod spec");
+    let names: BTreeSet<&str> = pod.containers.iter().map(|container| container.name.as_str()).collect();
+    let wanted = ["csi-attacher", "csi-provisioner", "holdfast-controller", "liveness-probe"];
+    assert_eq!(names, wanted.into_iter().collect());
+    for container in &pod.containers {
+        let context = container.security_context.as_ref().expect("a security context");
+        assert_eq!(context.allow_privilege_escalation, Some(false), "{}", container.name);
+    }
+}
+
+#[test]
+fn workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets() {
+    for (name, pod) in pods() {
+        if name != "holdfast-controller" {
+            assert_eq!(pod.automount_service_account_token, Some(false), "{name}");
+        }
+    }
+    for document in documents() {
+        for rule in document["rules"].as_array().into_iter().flatten() {
+            let text = rule.to_string();
+            assert!(!text.contains("\"*\"") && !text.contains("secrets"), "too much: {text}");
+        }
+    }
+}
+
+#[test]
+fn persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it() {
+    for (workload, path) in [
+        ("holdfast-data", "/var/lib/holdfast/pool"),
+        ("holdfast-data", "/run/holdfast"),
+        ("holdfast-netd", "/var/lib/holdfast"),
+        ("holdfast-netd", "/run/holdfast"),
+    ] {
+        let (_, pod) = pods().into_iter().find(|(name, _)| name == workload).expect("workload");
+        let mount = mount(container(&pod, workload), path);
+        let volume =
+            pod.volumes.iter().flatten().find(|volume| volume.name == mount.name).expect("the mount's volume");
+        assert!(volume.host_path.is_some(), "{workload}: {path}");
+    }
+}
+
+#[test]
+fn the_conflist_is_valid_and_names_our_plugin() {
+    let config: ConfigMap = only("ConfigMap", "holdfast-cni");
+    let text = &config.data.expect("data")["10-holdfast.conflist"];
+    let list: Value = serde_json::from_str(text).expect("the conflist is JSON");
+    assert_eq!(list["cniVersion"], "1.1.0");
+    assert_eq!(list["plugins"][0]["type"], "holdfast-cni");
+}
+
+fn base() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base")
+}
+
+fn files() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(base()).expect("manifests/base");
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.file_name().is_some_and(|name| name != "kustomization.yaml"))
+        .collect();
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+fn documents() -> Vec<Value> {
+    let mut documents = Vec::new();
+    for file in files() {
+        let text = std::fs::read_to_string(&file).expect("a readable manifest");
+        for document in serde_norway::Deserializer::from_str(&text) {
+            let value = Value::deserialize(document).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            documents.push(value);
+        }
+    }
+    documents
+}
+
+fn typed<T: DeserializeOwned>(document: &Value) -> T {
+    T::deserialize(document).unwrap_or_else(|e| panic!("{}: {e}", document["metadata"]["name"]))
+}
+
+fn only<T: DeserializeOwned>(kind: &str, name: &str) -> T {
+    let all = documents();
+    let mut found = all.iter().filter(|d| d["kind"] == kind && d["metadata"]["name"] == name);
+    let document = found.next().unwrap_or_else(|| panic!("no {kind} {name}"));
+    assert!(found.next().is_none(), "{kind} {name} stands twice");
+    typed(document)
+}
+
+fn pods() -> Vec<(String, PodSpec)> {
+    let mut pods = Vec::new();
+    for document in documents() {
+        if matches!(document["kind"].as_str(), Some("Deployment" | "DaemonSet")) {
+            let name = document["metadata"]["name"].as_str().expect("a name").to_owned();
+            pods.push((name, typed(&document["spec"]["template"]["spec"])));
+        }
+    }
+    pods
+}
+
+fn container<'a>(pod: &'a PodSpec, name: &str) -> &'a Container {
+    pod.containers.iter().find(|container| container.name == name).unwrap_or_else(|| panic!("no container {name}"))
+}
+
+fn mount<'a>(container: &'a Container, path: &str) -> &'a VolumeMount {
+    let mut mounts = container.volume_mounts.iter().flatten();
+    mounts.find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("{}: no {path}", container.name))
+}
