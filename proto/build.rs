@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-const FILES: [&str; 2] = ["proto/storage.proto", "proto/agent.proto"];
+const FILES: &[&str] = &["proto/storage.proto", "proto/agent.proto", "proto/csi.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for file in FILES {

@@ -11,3 +11,9 @@ pub mod agent {
     #![allow(missing_docs, clippy::all, clippy::pedantic)]
     tonic::include_proto!("holdfast.agent.v1");
 }
+
+/// The Container Storage Interface, version 1.13.
+pub mod csi {
+    #![allow(missing_docs, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("csi.v1");
+}
