@@ -1,1 +1,3 @@
 //! Crate documentation follows with the implementation.
+pub mod plan;
+pub mod ruleset;

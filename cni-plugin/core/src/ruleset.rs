@@ -1,0 +1,509 @@
+//! The ruleset: compiled policy as the elements of the kernel's sets and maps.
+//!
+//! The chains and maps are fixed (see `docs/adr/0005-nf-tables-by-netlink.md`); pods, labels and policies are elements
+//! only, so a packet's cost does not grow with their number:
+//!
+//! ```text
+//! local pod address --cls_in/cls_eg--> class  \
+//!                                              pair_in/pair_eg --> profile --profiles--> proto, port --> allow | deny
+//! peer address --ident, else cidr, else ANY--> identity /
+//! ```
+//!
+//! Invariants the compiler keeps:
+//! - an address without a class is not isolated in that direction;
+//! - a pair that is found is final: its profile holds all that applies to the peer, also what comes from CIDRs and
+//!   "any peer" rules. A missing pair falls from `ident` to `cidr` to [`IdentityId::ANY`] to deny;
+//! - `cidr` ranges are disjoint;
+//! - a class, identity or profile number is never given another meaning in the change that frees it, because a packet's
+//!   lookups may straddle the commit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::plan::{EndpointPlan, MacAddr};
+
+/// Which policies select a pod in one direction (and its named ports): never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClassId(pub u32);
+
+impl ClassId {
+    /// The class of a pod whose policies are not known yet: it has no pairs, so everything is denied. The compiler
+    /// numbers its own classes from 2.
+    pub const DENY_ALL: ClassId = ClassId(1);
+}
+
+/// Which selectors and CIDRs of the policies in force on this node match a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IdentityId(pub u32);
+
+impl IdentityId {
+    /// Any peer, known or not: what a rule without `from`/`to` allows.
+    pub const ANY: IdentityId = IdentityId(0);
+}
+
+/// A set of allowed ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProfileId(pub u32);
+
+/// A transport protocol of Kubernetes policies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Proto {
+    /// TCP, the API's default.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Proto {
+    /// The IANA protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Proto::Tcp => 6,
+            Proto::Udp => 17,
+            Proto::Sctp => 132,
+        }
+    }
+
+    /// The protocol with IANA `number`, if it is one of ours.
+    pub fn from_number(number: u8) -> Option<Self> {
+        [Proto::Tcp, Proto::Udp, Proto::Sctp].into_iter().find(|p| p.number() == number)
+    }
+}
+
+/// One thing a profile allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PortRule {
+    /// Every protocol (ICMP too) and every port: a policy rule without `ports`.
+    All,
+    /// Ports `first..=last` of `proto`.
+    Ports {
+        /// The protocol.
+        proto: Proto,
+        /// Lowest port.
+        first: u16,
+        /// Highest port, not below `first`.
+        last: u16,
+    },
+}
+
+impl PortRule {
+    /// One port.
+    pub fn port(proto: Proto, port: u16) -> Self {
+        Self::Ports { proto, first: port, last: port }
+    }
+
+    /// All ports of a protocol.
+    pub fn all_of(proto: Proto) -> Self {
+        Self::Ports { proto, first: 0, last: u16::MAX }
+    }
+}
+
+/// The rules sorted, merged and disjoint: the one form in which equal profiles are equal, and the only form the kernel
+/// takes (it refuses overlapping ranges).
+pub fn normalise(rules: impl IntoIterator<Item = PortRule>) -> Vec<PortRule> {
+    let sorted: BTreeSet<PortRule> = rules.into_iter().collect();
+    if sorted.contains(&PortRule::All) {
+        return vec![PortRule::All];
+    }
+    let mut merged: Vec<PortRule> = Vec::new();
+    for rule in sorted {
+        let PortRule::Ports { proto, first, last } = rule else { continue };
+        if first > last {
+            continue;
+        }
+        match merged.last_mut() {
+            Some(PortRule::Ports { proto: p, last: end, .. })
+                if *p == proto && u32::from(first) <= u32::from(*end) + 1 =>
+            {
+                *end = (*end).max(last);
+            }
+            _ => merged.push(rule),
+        }
+    }
+    merged
+}
+
+/// Whether `wide` allows all that `narrow` allows. Both normalised.
+pub fn covers(wide: &[PortRule], narrow: &[PortRule]) -> bool {
+    if wide.contains(&PortRule::All) {
+        return true;
+    }
+    narrow.iter().all(|n| match *n {
+        PortRule::All => false,
+        PortRule::Ports { proto, first, last } => wide.iter().any(|w| match *w {
+            PortRule::All => true,
+            PortRule::Ports { proto: p, first: f, last: l } => p == proto && f <= first && last <= l,
+        }),
+    })
+}
+
+/// Addresses `first..=last`, both of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddrRange {
+    /// Lowest address.
+    pub first: IpAddr,
+    /// Highest address.
+    pub last: IpAddr,
+}
+
+/// A port of the bridge may send frames from this MAC with this source address.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pin {
+    /// The host end of the pod's veth pair.
+    pub ifname: String,
+    /// The pod's MAC.
+    pub mac: MacAddr,
+    /// One of its addresses.
+    pub address: IpAddr,
+}
+
+/// The pins of an endpoint: its addresses, and with IPv6 the link-local address of its MAC.
+pub fn pins_of(plan: &EndpointPlan) -> BTreeSet<Pin> {
+    let link_local = plan.addresses.iter().any(IpAddr::is_ipv6).then(|| IpAddr::V6(plan.mac.link_local()));
+    plan.addresses
+        .iter()
+        .copied()
+        .chain(link_local)
+        .map(|address| Pin { ifname: plan.host_ifname.clone(), mac: plan.mac, address })
+        .collect()
+}
+
+/// Everything policy wants in the kernel; equal values are equal kernel states.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// Local pods isolated for ingress.
+    pub cls_in: BTreeMap<IpAddr, ClassId>,
+    /// Local pods isolated for egress.
+    pub cls_eg: BTreeMap<IpAddr, ClassId>,
+    /// Peers by exact address (pods, here and elsewhere).
+    pub ident: BTreeMap<IpAddr, IdentityId>,
+    /// Peers by range; disjoint.
+    pub cidr: BTreeMap<AddrRange, IdentityId>,
+    /// What a class may receive from an identity.
+    pub pair_in: BTreeMap<(ClassId, IdentityId), ProfileId>,
+    /// What a class may send to an identity.
+    pub pair_eg: BTreeMap<(ClassId, IdentityId), ProfileId>,
+    /// What the profiles allow, each in the form of [`normalise`].
+    pub profiles: BTreeMap<ProfileId, Vec<PortRule>>,
+    /// The source pins of the local pods' ports.
+    pub pins: BTreeSet<Pin>,
+}
+
+impl Ruleset {
+    /// Pins the endpoint's sources and denies it everything, both directions, unless it already has a class there:
+    /// the state of a pod whose policies are not known.
+    pub fn quarantine(&mut self, plan: &EndpointPlan) {
+        self.pins.extend(pins_of(plan));
+        for address in &plan.addresses {
+            self.cls_in.entry(*address).or_insert(ClassId::DENY_ALL);
+            self.cls_eg.entry(*address).or_insert(ClassId::DENY_ALL);
+        }
+    }
+
+    /// Removes the pins of `host_ifname` and the classes of the addresses that no other port has.
+    pub fn forget_port(&mut self, host_ifname: &str) {
+        let (gone, kept): (BTreeSet<Pin>, BTreeSet<Pin>) =
+            std::mem::take(&mut self.pins).into_iter().partition(|pin| pin.ifname == host_ifname);
+        self.pins = kept;
+        for pin in gone {
+            if !self.pins.iter().any(|other| other.address == pin.address) {
+                self.cls_in.remove(&pin.address);
+                self.cls_eg.remove(&pin.address);
+            }
+        }
+    }
+
+    /// Whether the kernel can take this ruleset as it is.
+    pub fn validate(&self) -> Result<(), RulesetError> {
+        let mut previous: Option<AddrRange> = None;
+        for range in self.cidr.keys() {
+            if range.first.is_ipv4() != range.last.is_ipv4() || range.first > range.last {
+                return Err(RulesetError::BadRange(*range));
+            }
+            if let Some(before) =
+                previous.filter(|p| p.first.is_ipv4() == range.first.is_ipv4() && p.last >= range.first)
+            {
+                return Err(RulesetError::Overlap(before, *range));
+            }
+            previous = Some(*range);
+        }
+        for (id, rules) in &self.profiles {
+            if *rules != normalise(rules.iter().copied()) {
+                return Err(RulesetError::NotNormal(*id));
+            }
+        }
+        for ((class, identity), profile) in self.pair_in.iter().chain(&self.pair_eg) {
+            if !self.profiles.contains_key(profile) {
+                return Err(RulesetError::NoProfile(*class, *identity, *profile));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A ruleset that breaks an invariant; a bug of whoever made it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RulesetError {
+    /// A range that ends before it begins or mixes families.
+    #[error("address range {0:?} is not a range of one family")]
+    BadRange(AddrRange),
+    /// Two ranges that share addresses.
+    #[error("address ranges {0:?} and {1:?} overlap; split them into disjoint ones")]
+    Overlap(AddrRange, AddrRange),
+    /// A profile that is not in normal form.
+    #[error("profile {0:?} is not sorted, merged and disjoint")]
+    NotNormal(ProfileId),
+    /// A pair that names a profile that does not exist.
+    #[error("pair of {0:?} and {1:?} names {2:?}, which does not exist")]
+    NoProfile(ClassId, IdentityId, ProfileId),
+}
+
+/// One element of a set or map.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Element {
+    /// `cls_in`
+    ClsIn(IpAddr, ClassId),
+    /// `cls_eg`
+    ClsEg(IpAddr, ClassId),
+    /// `ident`
+    Ident(IpAddr, IdentityId),
+    /// `cidr`
+    Cidr(AddrRange, IdentityId),
+    /// `pair_in`
+    PairIn(ClassId, IdentityId, ProfileId),
+    /// `pair_eg`
+    PairEg(ClassId, IdentityId, ProfileId),
+    /// One rule of a profile.
+    Profile(ProfileId, PortRule),
+    /// A source pin.
+    Pin(Pin),
+}
+
+/// The difference between two rulesets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Elements to take out, before the additions of the same transaction: a changed value is both.
+    pub remove: Vec<Element>,
+    /// Elements to put in.
+    pub add: Vec<Element>,
+    /// Something that was allowed may now be denied, so live connections must be judged again: the transaction must
+    /// also advance the policy revision. May be true without need, never false where it is needed.
+    pub revokes: bool,
+}
+
+impl Changes {
+    /// Nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.remove.is_empty() && self.add.is_empty()
+    }
+}
+
+/// What turns `old` into `new`.
+pub fn diff(old: &Ruleset, new: &Ruleset) -> Changes {
+    let mut changes = Changes::default();
+    diff_map(&old.cls_in, &new.cls_in, &mut changes, |a, c| Element::ClsIn(*a, *c));
+    diff_map(&old.cls_eg, &new.cls_eg, &mut changes, |a, c| Element::ClsEg(*a, *c));
+    diff_map(&old.ident, &new.ident, &mut changes, |a, i| Element::Ident(*a, *i));
+    diff_map(&old.cidr, &new.cidr, &mut changes, |r, i| Element::Cidr(*r, *i));
+    diff_map(&old.pair_in, &new.pair_in, &mut changes, |(c, i), p| Element::PairIn(*c, *i, *p));
+    diff_map(&old.pair_eg, &new.pair_eg, &mut changes, |(c, i), p| Element::PairEg(*c, *i, *p));
+    diff_profiles(old, new, &mut changes);
+    changes.remove.extend(old.pins.difference(&new.pins).cloned().map(Element::Pin));
+    changes.add.extend(new.pins.difference(&old.pins).cloned().map(Element::Pin));
+    changes.revokes = revokes(old, new, &changes);
+    changes
+}
+
+fn diff_map<K: Ord, V: PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+    changes: &mut Changes,
+    element: impl Fn(&K, &V) -> Element,
+) {
+    for (key, value) in old {
+        if new.get(key) != Some(value) {
+            changes.remove.push(element(key, value));
+        }
+    }
+    for (key, value) in new {
+        if old.get(key) != Some(value) {
+            changes.add.push(element(key, value));
+        }
+    }
+}
+
+fn diff_profiles(old: &Ruleset, new: &Ruleset, changes: &mut Changes) {
+    let rules = |ruleset: &Ruleset| -> BTreeSet<(ProfileId, PortRule)> {
+        ruleset.profiles.iter().flat_map(|(id, rules)| rules.iter().map(|rule| (*id, *rule))).collect()
+    };
+    let (before, after) = (rules(old), rules(new));
+    changes.remove.extend(before.difference(&after).map(|(id, rule)| Element::Profile(*id, *rule)));
+    changes.add.extend(after.difference(&before).map(|(id, rule)| Element::Profile(*id, *rule)));
+}
+
+/// Errs towards `true`: a needless revision costs each live connection one slow path, a missing one leaves a forbidden
+/// connection alive.
+fn revokes(old: &Ruleset, new: &Ruleset, changes: &Changes) -> bool {
+    changes.remove.iter().any(|element| removal_revokes(old, new, element))
+        || changes.add.iter().any(|element| addition_revokes(old, element))
+}
+
+fn removal_revokes(old: &Ruleset, new: &Ruleset, element: &Element) -> bool {
+    match element {
+        // Leaving a class without entering another opens; from deny-all every other class is wider.
+        Element::ClsIn(address, class) => *class != ClassId::DENY_ALL && new.cls_in.contains_key(address),
+        Element::ClsEg(address, class) => *class != ClassId::DENY_ALL && new.cls_eg.contains_key(address),
+        Element::Ident(_, identity) | Element::Cidr(_, identity) => used_identity(old, *identity),
+        Element::PairIn(class, identity, profile) => {
+            narrows(old, new, *profile, new.pair_in.get(&(*class, *identity)))
+        }
+        Element::PairEg(class, identity, profile) => {
+            narrows(old, new, *profile, new.pair_eg.get(&(*class, *identity)))
+        }
+        Element::Profile(id, _) => used_profile(old, *id) && narrows(old, new, *id, Some(id)),
+        // Its address may be handed out again while entries of the old pod's connections live on.
+        Element::Pin(_) => true,
+    }
+}
+
+fn addition_revokes(old: &Ruleset, element: &Element) -> bool {
+    match element {
+        // Isolating a pod revokes, unless the pod is new: it has no connections yet, and those of an earlier pod with
+        // its address lost their revision when that pod's pin was removed.
+        Element::ClsIn(address, _) => !old.cls_in.contains_key(address) && pinned(old, *address),
+        Element::ClsEg(address, _) => !old.cls_eg.contains_key(address) && pinned(old, *address),
+        // A new identity or pair is final but holds all the fallbacks allow (compiler's invariant), so it only allows.
+        Element::Ident(..)
+        | Element::Cidr(..)
+        | Element::PairIn(..)
+        | Element::PairEg(..)
+        | Element::Profile(..)
+        | Element::Pin(_) => false,
+    }
+}
+
+fn pinned(ruleset: &Ruleset, address: IpAddr) -> bool {
+    ruleset.pins.iter().any(|pin| pin.address == address)
+}
+
+fn used_identity(ruleset: &Ruleset, identity: IdentityId) -> bool {
+    ruleset.pair_in.keys().chain(ruleset.pair_eg.keys()).any(|(_, i)| *i == identity)
+}
+
+fn used_profile(ruleset: &Ruleset, profile: ProfileId) -> bool {
+    ruleset.pair_in.values().chain(ruleset.pair_eg.values()).any(|p| *p == profile)
+}
+
+/// Whether going from `profile` of `old` to `successor` of `new` takes a port away.
+fn narrows(old: &Ruleset, new: &Ruleset, profile: ProfileId, successor: Option<&ProfileId>) -> bool {
+    let before = old.profiles.get(&profile).map_or(&[][..], Vec::as_slice);
+    let after = successor.and_then(|id| new.profiles.get(id)).map_or(&[][..], Vec::as_slice);
+    !covers(after, before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::BridgePlan;
+
+    fn ip(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
+    }
+
+    fn mk_ruleset() -> Ruleset {
+        let mut r = Ruleset::default();
+        r.cls_in.insert(ip(1), ClassId(2));
+        r.ident.insert(ip(2), IdentityId(1));
+        r.pair_in.insert((ClassId(2), IdentityId(1)), ProfileId(1));
+        r.profiles.insert(ProfileId(1), vec![PortRule::port(Proto::Tcp, 80)]);
+        r.pins.insert(Pin { ifname: "hfv1".into(), mac: MacAddr([2, 0, 0, 0, 0, 1]), address: ip(1) });
+        r
+    }
+
+    #[test]
+    fn an_equal_ruleset_has_no_changes() {
+        let changes = diff(&mk_ruleset(), &mk_ruleset());
+        assert!(changes.is_empty() && !changes.revokes);
+    }
+
+    #[test]
+    fn a_changed_value_is_removed_and_added() {
+        let old = mk_ruleset();
+        let mut new = mk_ruleset();
+        new.ident.insert(ip(2), IdentityId(7));
+        let changes = diff(&old, &new);
+        assert_eq!(changes.remove, vec![Element::Ident(ip(2), IdentityId(1))]);
+        assert_eq!(changes.add, vec![Element::Ident(ip(2), IdentityId(7))]);
+        assert!(changes.revokes);
+    }
+
+    #[test]
+    fn widening_a_profile_does_not_revoke_and_narrowing_does() {
+        let old = mk_ruleset();
+        let mut wide = mk_ruleset();
+        wide.profiles.insert(ProfileId(1), vec![PortRule::Ports { proto: Proto::Tcp, first: 80, last: 90 }]);
+        assert!(!diff(&old, &wide).revokes);
+        assert!(diff(&wide, &old).revokes);
+    }
+
+    #[test]
+    fn isolating_a_known_pod_revokes_and_a_new_pod_does_not() {
+        let old = mk_ruleset();
+        let mut isolated = mk_ruleset();
+        isolated.cls_eg.insert(ip(1), ClassId(3));
+        assert!(diff(&old, &isolated).revokes);
+
+        let bridge = BridgePlan::for_node("n", 1500);
+        let plan = EndpointPlan::new("c", "eth0", vec![ip(9)], &bridge);
+        let mut quarantined = mk_ruleset();
+        quarantined.quarantine(&plan);
+        assert!(!diff(&old, &quarantined).revokes);
+
+        let mut open = quarantined.clone();
+        open.cls_in.insert(ip(9), ClassId(2));
+        open.cls_eg.remove(&ip(9));
+        assert!(!diff(&quarantined, &open).revokes, "from deny-all every class is wider");
+
+        let mut gone = quarantined.clone();
+        gone.forget_port(&plan.host_ifname);
+        assert_eq!(gone, old);
+        assert!(diff(&quarantined, &gone).revokes, "the address may be handed out again");
+    }
+
+    #[test]
+    fn taking_a_pair_or_a_used_identity_away_revokes() {
+        let old = mk_ruleset();
+        let mut no_pair = mk_ruleset();
+        no_pair.pair_in.clear();
+        assert!(diff(&old, &no_pair).revokes);
+        assert!(!diff(&no_pair, &old).revokes);
+        let mut no_ident = mk_ruleset();
+        no_ident.ident.clear();
+        assert!(diff(&old, &no_ident).revokes);
+    }
+
+    #[test]
+    fn normal_form_merges_neighbours_and_overlaps_and_keeps_protocols_apart() {
+        let tcp = |first, last| PortRule::Ports { proto: Proto::Tcp, first, last };
+        let udp = PortRule::port(Proto::Udp, 82);
+        assert_eq!(
+            normalise([tcp(80, 81), udp, tcp(82, 90), tcp(85, 86), tcp(92, 92)]),
+            vec![tcp(80, 90), tcp(92, 92), udp]
+        );
+        assert_eq!(normalise([udp, PortRule::All]), vec![PortRule::All]);
+        assert_eq!(normalise([tcp(65535, 65535), tcp(0, 65535)]), vec![tcp(0, 65535)]);
+    }
+
+    #[test]
+    fn overlapping_ranges_and_dangling_profiles_are_refused() {
+        let mut r = mk_ruleset();
+        r.cidr.insert(AddrRange { first: ip(0), last: ip(10) }, IdentityId(2));
+        r.cidr.insert(AddrRange { first: ip(10), last: ip(20) }, IdentityId(3));
+        assert!(matches!(r.validate(), Err(RulesetError::Overlap(..))));
+        let mut r = mk_ruleset();
+        r.profiles.clear();
+        assert!(matches!(r.validate(), Err(RulesetError::NoProfile(..))));
+    }
+}
