@@ -165,7 +165,9 @@ mod tests {
     fn id_survives_its_text_form_and_refuses_anything_else() {
         let id = VolumeId(0xab);
         assert_eq!(id.to_string().parse::<VolumeId>(), Ok(id));
-        for text in ["", "AB", "../../etc", "000000000000000000000000000000AB", "+0000000000000000000000000000ab1"] {
+        for text in
+            ["", "AB", "../../etc", "000000000000000000000000000000AB", "+0000000000000000000000000000ab1"]
+        {
             assert!(text.parse::<VolumeId>().is_err(), "{text}");
         }
     }

@@ -1,0 +1,86 @@
+//! Switches that take single rules out, so that the simulation can prove it would notice. Never set in production.
+
+/// Each field is one guard of the replication reference; `true` is the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent switches, for tests only")]
+pub struct Guards {
+    /// R13: overlapping writes have one order.
+    pub range: bool,
+    /// R13: reads take the range lock.
+    pub readlock: bool,
+    /// R14: an acknowledgement needs the whole ack set.
+    pub epochack: bool,
+    /// R10: every member persists the epoch before an acknowledgement.
+    pub tell: bool,
+    /// R21: a dirty map starts as a copy of the intent log.
+    pub mapinflight: bool,
+    /// R22: after a crash a map takes the log in.
+    pub mapdurable: bool,
+    /// R23: a returning replica's own log is copied.
+    pub ownlog: bool,
+    /// R20: a region is reconciled before it is read.
+    pub readrec: bool,
+    /// R20: logged regions are reconciled at all.
+    pub intent: bool,
+    /// R20: a reconciled region is flushed on every member before it is read.
+    pub recflush: bool,
+    /// R2: the generation is durable before Open answers.
+    pub genpersist: bool,
+    /// R2: Open waits for the old session's I/O.
+    pub drain: bool,
+    /// R4: reads need leases; the replica waits for their end.
+    pub lease: bool,
+    /// R3: a starting replica waits one lease term.
+    pub leasewait: bool,
+    /// R18: the log is cleared only after a flush of the ack set.
+    pub clearrule: bool,
+    /// R18: no write slips between the flush and the clearing.
+    pub clearseq: bool,
+    /// R19, R14: a replica that lost its cache says so.
+    pub instance: bool,
+    /// R12: a replica that lost its cache is no source while another kept its own.
+    pub lostsrc: bool,
+    /// R9: a replica is swapped out only in favour of one that kept its cache.
+    pub keepgood: bool,
+    /// R8: the joining replica is in the ack set before the swap.
+    pub joint: bool,
+    /// R24: the joining replica flushes before the swap.
+    pub joinflush: bool,
+    /// R24: the joining replica takes over the maps of those still absent.
+    pub mapcopy: bool,
+    /// R11: nothing is served before all members are open or out.
+    pub serveall: bool,
+    /// R13: copies take the range lock.
+    pub reglock: bool,
+}
+
+impl Default for Guards {
+    fn default() -> Self {
+        Self {
+            range: true,
+            readlock: true,
+            epochack: true,
+            tell: true,
+            mapinflight: true,
+            mapdurable: true,
+            ownlog: true,
+            readrec: true,
+            intent: true,
+            recflush: true,
+            genpersist: true,
+            drain: true,
+            lease: true,
+            leasewait: true,
+            clearrule: true,
+            clearseq: true,
+            instance: true,
+            lostsrc: true,
+            keepgood: true,
+            joint: true,
+            joinflush: true,
+            mapcopy: true,
+            serveall: true,
+            reglock: true,
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! Inputs and outputs of [`super::Target`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::block_range::BlockRange;
+use crate::dirty_map::DirtyMap;
+use crate::ids::{
+    Attachment, Block, Epoch, Generation, Lineage, NodeName, RecordVersion, Region, ReplicaId, TargetId,
+    VolumeId,
+};
+use crate::record::VolumeRecord;
+use crate::record_store::{StoreError, Versioned};
+use crate::replica::{DataOp, OpenRefusal};
+
+/// What a target is started with.
+#[derive(Debug, Clone)]
+pub struct TargetConfig {
+    /// The volume to serve.
+    pub volume_id: VolumeId,
+    /// The node it runs on; reads prefer its replica.
+    pub node: NodeName,
+    /// The attachment it is started for; the record must say the same.
+    pub attachment: Attachment,
+    /// A fresh random id (R1).
+    pub target_id: TargetId,
+    /// Random; source of epoch nonces.
+    pub seed: u64,
+}
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub u64);
+    };
+}
+
+number!(
+    /// A client's request, numbered by the engine; never reused.
+    RequestId
+);
+number!(
+    /// A copy's buffer, numbered by the core.
+    CopyId
+);
+number!(
+    /// An I/O on one replica, numbered by the core; the NBD cookie may carry it.
+    IoId
+);
+number!(
+    /// A control call or store call, numbered by the core.
+    CallId
+);
+number!(
+    /// One try to open a replica and, if it succeeds, the session; numbered by the core, never reused.
+    SessionId
+);
+
+/// A client's request. Offsets and lengths are bytes of any alignment; the core takes whole blocks, locks, and has the
+/// edges of an unaligned write read first (R13).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientOp {
+    /// Read.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Bytes, at least one.
+        len: u64,
+    },
+    /// Write.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// Bytes, at least one.
+        len: u64,
+        /// On stable storage at every in-sync replica before the answer.
+        fua: bool,
+    },
+    /// Make the range read as zeroes. Edge blocks of an unaligned range are read, then written as data
+    /// ([`Payload::Edge`]); the blocks between are zeroed.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Bytes, at least one.
+        len: u64,
+        /// As for Write.
+        fua: bool,
+        /// The space may be given back.
+        trim: bool,
+    },
+    /// Everything answered before is on stable storage after (R15).
+    Flush,
+}
+
+/// Which edge of an unaligned write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edge {
+    /// The first block; the only one if the write lies within one block.
+    Head,
+    /// The last block.
+    Tail,
+}
+
+/// The buffer that an I/O reads into or writes from; the core never sees its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payload {
+    /// None (zeroing, flush).
+    None,
+    /// The request's own buffer, which covers the *whole blocks* of the request: byte 0 is the first byte of block
+    /// `offset / 4096`. The I/O's range says which blocks of it are meant (always all of them for Read and Write).
+    Request(RequestId),
+    /// One edge block of an unaligned request. *Read*: of a Write, the engine puts those bytes that the client did not
+    /// write into the request's buffer (every edge is read before the request is written); of a Zero, it keeps the
+    /// block in a buffer of its own, with the client's range zeroed. *Written* (Zero only): from that buffer.
+    Edge {
+        /// The request.
+        request: RequestId,
+        /// Which edge.
+        edge: Edge,
+        /// The block.
+        block: Block,
+    },
+    /// The buffer of a copy: read from one replica, then written to others. An all-zero buffer may be written as zeroes.
+    Copy(CopyId),
+}
+
+/// How an I/O on one replica failed. A broken connection is [`TargetEvent::SessionLost`], not an I/O error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoError {
+    /// No space (`ENOSPC`).
+    NoSpace,
+    /// Any other error (`EIO`).
+    Failed,
+}
+
+/// What a client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// No member could do it (`EIO`).
+    #[error("no in-sync replica could do the request")]
+    Failed,
+    /// No space on any member (`ENOSPC`).
+    #[error("no space left on the in-sync replicas")]
+    NoSpace,
+    /// A later target owns the volume (`ESHUTDOWN`).
+    #[error("the target is fenced")]
+    Fenced,
+    /// The target is stopping or stopped (`ESHUTDOWN`).
+    #[error("the target is stopped")]
+    Stopped,
+    /// The range lies outside the volume or is empty (`EINVAL`).
+    #[error("the range is outside the volume")]
+    Invalid,
+}
+
+/// What Open answered, without the token, which the engine keeps by [`SessionId`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    /// The replica's write cache was lost (R12).
+    pub cache_lost: bool,
+    /// Its whole intent log.
+    pub logged: Vec<Region>,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The epoch it learned.
+    pub epoch: Epoch,
+}
+
+/// A control request to an open replica; its failure or timeout is [`TargetEvent::SessionLost`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Control {
+    /// Learn an epoch (R10).
+    SetEpoch {
+        /// The epoch.
+        epoch: Epoch,
+        /// Its in-sync set.
+        in_sync: BTreeSet<ReplicaId>,
+        /// Everyone else, with the epoch at which it left.
+        absent: BTreeMap<ReplicaId, Epoch>,
+    },
+    /// Take regions out of the intent log (R18). No write to them is begun until it is answered, so no stamp is needed.
+    ClearLog(Vec<Region>),
+    /// Read the dirty map kept for an absent replica (R23).
+    ReadMap(ReplicaId),
+    /// Give a joining replica a member's maps (R24).
+    MergeMaps {
+        /// The epoch.
+        epoch: Epoch,
+        /// Maps by absent replica.
+        maps: BTreeMap<ReplicaId, DirtyMap>,
+    },
+    /// End the session before its lease does; the last thing sent on a session.
+    Release,
+}
+
+/// Inputs. Events of sessions, calls and I/O that the core has given up are ignored, so late ones do no harm.
+#[derive(Debug, Clone)]
+pub enum TargetEvent {
+    /// Answer to [`TargetAction::ReadRecord`].
+    RecordRead {
+        /// The call.
+        call: CallId,
+        /// The newest record, or why not.
+        result: Result<Versioned, StoreError>,
+    },
+    /// Answer to [`TargetAction::Swap`]. A timeout of the engine's is [`StoreError::Unknown`].
+    SwapAnswered {
+        /// The call.
+        call: CallId,
+        /// The new version, or why not.
+        result: Result<RecordVersion, StoreError>,
+    },
+    /// Open succeeded and all connections of the session are up.
+    Opened {
+        /// The session.
+        session: SessionId,
+        /// What the replica said.
+        opened: Opened,
+    },
+    /// Open was refused.
+    OpenRefused {
+        /// The try.
+        session: SessionId,
+        /// Why.
+        refusal: OpenRefusal,
+    },
+    /// Open failed: no route, connection refused, timeout, or a connection failed to come up.
+    OpenFailed {
+        /// The try.
+        session: SessionId,
+    },
+    /// A connection of the session broke, or a control request failed. All its I/O and calls are void.
+    SessionLost {
+        /// The session.
+        session: SessionId,
+    },
+    /// Answer to [`TargetAction::Heartbeat`].
+    HeartbeatAnswered {
+        /// The session.
+        session: SessionId,
+        /// The heartbeat's number.
+        sequence: u64,
+        /// The replica's write cache was lost.
+        cache_lost: bool,
+    },
+    /// Answer to SetEpoch, ClearLog, MergeMaps or Release.
+    ControlDone {
+        /// The call.
+        call: CallId,
+    },
+    /// Answer to ReadMap.
+    MapRead {
+        /// The call.
+        call: CallId,
+        /// The map.
+        map: DirtyMap,
+    },
+    /// An I/O ended.
+    IoDone {
+        /// Which.
+        io: IoId,
+        /// How.
+        result: Result<(), IoError>,
+    },
+    /// A client's request. Taken in any state; it waits until the target serves.
+    Request {
+        /// Its number.
+        request: RequestId,
+        /// What.
+        op: ClientOp,
+    },
+    /// Finish what is in flight, flush, empty the intent log, release the replicas.
+    Stop,
+    /// [`super::Target::next_timeout`] passed. Deliver all queued events first (R6).
+    Tick,
+}
+
+/// Outputs. Take all of them after each event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetAction {
+    /// Read the record, linearizably, never from a cache.
+    ReadRecord {
+        /// Names the call.
+        call: CallId,
+    },
+    /// Compare-and-swap the record.
+    Swap {
+        /// Names the call.
+        call: CallId,
+        /// Version it must still have.
+        expected: RecordVersion,
+        /// The new record.
+        record: Box<VolumeRecord>,
+    },
+    /// Open a session: the control call, then all NBD connections.
+    Open(OpenSession),
+    /// Drop a session or a try to open one: close its connections, answer nothing more about it.
+    CloseSession {
+        /// The session.
+        session: SessionId,
+        /// Its replica.
+        replica: ReplicaId,
+    },
+    /// Send a heartbeat now, on a path that never waits for a disk.
+    Heartbeat {
+        /// The session.
+        session: SessionId,
+        /// Its replica.
+        replica: ReplicaId,
+        /// Number within the session.
+        sequence: u64,
+    },
+    /// Send a control request.
+    Control {
+        /// Names the call.
+        call: CallId,
+        /// The session.
+        session: SessionId,
+        /// Its replica.
+        replica: ReplicaId,
+        /// What.
+        op: Control,
+    },
+    /// Do an I/O on one replica.
+    Io {
+        /// Names the I/O.
+        io: IoId,
+        /// The session.
+        session: SessionId,
+        /// Its replica.
+        replica: ReplicaId,
+        /// What, in whole blocks.
+        op: DataOp,
+        /// Which buffer.
+        payload: Payload,
+    },
+    /// Answer a client, exactly once per request. No I/O that names the request follows; those sent before may still
+    /// be under way and need the buffer.
+    Complete {
+        /// The request.
+        request: RequestId,
+        /// The answer.
+        result: Result<(), RequestError>,
+    },
+    /// A copy is over: its buffer may go once its I/O ended.
+    CopyDone {
+        /// The copy.
+        copy: CopyId,
+    },
+    /// The target's state changed.
+    State(TargetState),
+}
+
+/// What Open needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenSession {
+    /// Names the try and the session.
+    pub session: SessionId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeName,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Our generation.
+    pub generation: Generation,
+    /// Ourselves.
+    pub target_id: TargetId,
+    /// The record's lineage.
+    pub lineage: Lineage,
+    /// The record's epoch.
+    pub epoch: Epoch,
+    /// The record's in-sync set.
+    pub in_sync: BTreeSet<ReplicaId>,
+    /// The record's size.
+    pub size_bytes: u64,
+}
+
+/// Where a target stands.
+///
+/// ```text
+/// opening ─> settling ─> serving ─> stopped
+///    └──────────┴───────────┴────> fenced | failed
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetState {
+    /// Taking the generation and opening the members (R1, R11).
+    Opening,
+    /// Swapping out those that did not open, telling the others the epoch (R10, R12).
+    Settling,
+    /// Serving I/O.
+    Serving,
+    /// A later target owns the volume; every I/O fails. Final.
+    Fenced(String),
+    /// It cannot serve; every I/O fails. Final for this target.
+    Failed(String),
+    /// Stopped as asked. Final.
+    Stopped,
+}
+
+impl TargetState {
+    /// The word that GetStatus answers.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Settling => "settling",
+            Self::Serving => "serving",
+            Self::Fenced(_) => "fenced",
+            Self::Failed(_) => "failed",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    /// Why it is fenced or failed; empty otherwise.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Fenced(reason) | Self::Failed(reason) => reason,
+            Self::Opening | Self::Settling | Self::Serving | Self::Stopped => "",
+        }
+    }
+
+    /// Whether the target does nothing any more.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Fenced(_) | Self::Failed(_) | Self::Stopped)
+    }
+}
+
+/// What an operator sees of a target; a copy, made on demand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetStatus {
+    /// State.
+    pub state: TargetState,
+    /// Own generation; 0 before it was taken.
+    pub generation: Generation,
+    /// The epoch in force.
+    pub epoch: Epoch,
+    /// Volume size; 0 before the record was read.
+    pub size_bytes: u64,
+    /// Writes and zeroings acknowledged.
+    pub writes_acknowledged: u64,
+    /// Longest time one of them waited.
+    pub longest_stall_ms: u64,
+    /// Regions that the intent log holds.
+    pub logged_regions: usize,
+    /// Regions not yet reconciled.
+    pub unreconciled_regions: usize,
+    /// Unflushed acknowledged writes may have been lost at this start (R12).
+    pub possible_loss: bool,
+    /// The replicas.
+    pub replicas: Vec<ReplicaStatus>,
+}
+
+/// One replica of [`TargetStatus`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaStatus {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeName,
+    /// `in_sync`, `offline`, `catching_up` or `faulted`.
+    pub state: &'static str,
+    /// Bytes copied by the resync that runs or ran last.
+    pub resync_bytes_done: u64,
+    /// Bytes that resync had to copy.
+    pub resync_bytes_total: u64,
+}
+
+/// Blocks of a client's range and the edges that must be read first.
+#[must_use]
+pub fn blocks_of(offset: u64, len: u64) -> BlockRange {
+    BlockRange::covering(offset, len)
+}

@@ -1,0 +1,74 @@
+//! Every time and limit of the protocol, in one table. The data process states them at start ([`table`]).
+
+/// A target asks each replica for a sign of life and a lease this often.
+pub const HEARTBEAT_MS: u64 = 250;
+/// A replica that answered no heartbeat for so long is swapped out.
+pub const SILENT_MS: u64 = 800;
+/// A replica that still talks, but does not answer an I/O or a control request for so long, is swapped out.
+pub const IO_DEADLINE_MS: u64 = 5_000;
+/// Term of a read lease, counted by the replica from processing the heartbeat (R4).
+pub const LEASE_MS: u64 = 2_000;
+/// The target's own margin on a lease, on top of the clock drift (R4).
+pub const LEASE_MARGIN_MS: u64 = 50;
+/// Bound on how far two clocks' rates differ, in parts per thousand.
+pub const DRIFT_PER_MILLE: u64 = 10;
+/// A new attachment whose members all lost their caches waits so long for the unopened ones (R12).
+pub const CACHE_GRACE_MS: u64 = 60_000;
+/// Most regions in an intent log. At the limit a write to a further region waits at the target until cold regions are
+/// flushed and cleared; a replica refuses what would exceed it.
+pub const INTENT_LOG_REGIONS_MAX: usize = 1_000;
+/// The target starts clearing cold regions, hot or not, when the log holds so many.
+pub const INTENT_LOG_PRESSURE: usize = 800;
+/// A logged region is cold after so long without a write.
+pub const LOG_COLD_MS: u64 = 2_000;
+/// The target looks for cold regions this often.
+pub const LOG_CLEAR_EVERY_MS: u64 = 1_000;
+/// Most regions cleared by one ClearLog.
+pub const LOG_CLEAR_BATCH: usize = 400;
+
+/// A member that failed to open is swapped out this long after the start, if another member is open.
+pub const OPEN_UNREACHABLE_MS: u64 = 800;
+/// A member whose Open is still unanswered is swapped out after so long; longer than a lease and its drain.
+pub const OPEN_PATIENCE_MS: u64 = 6_000;
+/// First pause before a failed Open is repeated; doubled each time.
+pub const REOPEN_MIN_MS: u64 = 250;
+/// Longest pause between two tries to open a replica.
+pub const REOPEN_MAX_MS: u64 = 4_000;
+/// Pause before a store call that gave no answer is repeated; doubled each time.
+pub const STORE_RETRY_MIN_MS: u64 = 50;
+/// Longest pause between two tries of a store call.
+pub const STORE_RETRY_MAX_MS: u64 = 1_000;
+/// Two calls of the core further apart than this, with a timer due between, were a pause of the process: timers then
+/// wait until the queued input was handled (R6).
+pub const TICK_GAP_MS: u64 = 300;
+
+/// Copies (resync, reconcile) in flight at a time, per volume. Further ones wait.
+pub const COPIES_MAX: usize = 4;
+/// Most blocks of one copy; a region.
+pub const COPY_BLOCKS_MAX: u64 = crate::ids::BLOCKS_PER_REGION;
+/// Regions reconciled per flush of all members (R20).
+pub const RECONCILE_BATCH: usize = 8;
+/// A zeroing or trim request is cut into parts of so many blocks, one at a time, so that none fills the intent log.
+pub const ZERO_PART_BLOCKS_MAX: u64 = 64 * crate::ids::BLOCKS_PER_REGION;
+/// A stop that could not flush within this time gives up its sessions; the next start reconciles.
+pub const STOP_DEADLINE_MS: u64 = 5_000;
+
+/// The end of a lease as the target may use it, when the heartbeat was sent at `sent_ms` (R4).
+#[must_use]
+pub fn lease_end_at_target(sent_ms: u64) -> u64 {
+    sent_ms + LEASE_MS - LEASE_MS * 2 * DRIFT_PER_MILLE / 1_000 - LEASE_MARGIN_MS
+}
+
+/// The table as `name=value` pairs, for the log line at start.
+#[must_use]
+pub fn table() -> Vec<(&'static str, u64)> {
+    vec![
+        ("heartbeat_ms", HEARTBEAT_MS),
+        ("silent_ms", SILENT_MS),
+        ("io_deadline_ms", IO_DEADLINE_MS),
+        ("lease_ms", LEASE_MS),
+        ("drift_per_mille", DRIFT_PER_MILLE),
+        ("cache_grace_ms", CACHE_GRACE_MS),
+        ("intent_log_regions_max", INTENT_LOG_REGIONS_MAX as u64),
+    ]
+}

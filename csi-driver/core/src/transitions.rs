@@ -1,0 +1,346 @@
+//! Every change of a volume's record, as a pure function: record in, changed record out, or why not.
+//!
+//! The caller swaps the result in under the version it read; on a conflict it reads again and decides anew (R7).
+
+use crate::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, TargetId, VolumeId};
+use crate::record::{Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeParams, VolumeRecord};
+
+/// Why a record cannot be changed as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransitionError {
+    /// The record's format is later than this program.
+    #[error(
+        "the record of volume {volume} has format {format}, this program knows up to {RECORD_FORMAT}: upgrade it"
+    )]
+    Format {
+        /// The volume.
+        volume: VolumeId,
+        /// Its record's format.
+        format: u32,
+    },
+    /// The volume is being deleted.
+    #[error("volume {0} is being deleted")]
+    Deleting(VolumeId),
+    /// The volume is published to another node.
+    #[error("volume {volume} is published to node {node}")]
+    PublishedElsewhere {
+        /// The volume.
+        volume: VolumeId,
+        /// Where it is published.
+        node: NodeName,
+    },
+    /// The volume is published, to this node, with the other access mode.
+    #[error("volume {0} is published to this node already with another access mode")]
+    OtherMode(VolumeId),
+    /// The volume is published to no node, or under another attachment than the caller's.
+    #[error("volume {volume} is not published to node {node} as attachment {attachment}")]
+    NotPublishedHere {
+        /// The volume.
+        volume: VolumeId,
+        /// The caller's node.
+        node: NodeName,
+        /// The caller's attachment.
+        attachment: Attachment,
+    },
+    /// Another target took a later generation (R7).
+    #[error("volume {volume} belongs to generation {generation} now")]
+    GenerationMoved {
+        /// The volume.
+        volume: VolumeId,
+        /// The record's generation.
+        generation: Generation,
+    },
+    /// The change would empty the in-sync set (P6).
+    #[error("the change would leave volume {0} without an in-sync replica")]
+    LastMember(VolumeId),
+    /// The record does not know the replica, or not in the needed state.
+    #[error("replica {replica} of volume {volume} is not {expected}")]
+    ReplicaState {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica.
+        replica: ReplicaId,
+        /// What it would have to be.
+        expected: &'static str,
+    },
+    /// Formatting goes never, formatting, yes, and never back (R36).
+    #[error("volume {volume} cannot go from format state {from:?} to {to:?}")]
+    Format36 {
+        /// The volume.
+        volume: VolumeId,
+        /// State in the record.
+        from: Formatted,
+        /// State asked for.
+        to: Formatted,
+    },
+}
+
+/// What [`create`] needs to know.
+#[derive(Debug, Clone)]
+pub struct NewVolume {
+    /// Random id.
+    pub volume_id: VolumeId,
+    /// CreateVolume's name.
+    pub name: String,
+    /// Random nonce.
+    pub lineage: Lineage,
+    /// Bytes, a multiple of the region size.
+    pub size_bytes: u64,
+    /// Random nonce of the first epoch.
+    pub epoch_nonce: u64,
+    /// Random replica ids with the nodes that [`crate::placement::place`] chose; each created empty.
+    pub replicas: Vec<(ReplicaId, NodeName)>,
+    /// Parameters.
+    pub params: VolumeParams,
+}
+
+/// The record of a new volume: all replicas in sync, epoch 1. The replicas are created with that epoch.
+#[must_use]
+pub fn create(volume: NewVolume) -> VolumeRecord {
+    VolumeRecord {
+        format: RECORD_FORMAT,
+        volume_id: volume.volume_id,
+        name: volume.name,
+        lineage: volume.lineage,
+        size_bytes: volume.size_bytes,
+        attachment: Attachment(0),
+        attached_to: None,
+        read_only: false,
+        generation: Generation(0),
+        generation_attachment: Attachment(0),
+        target_id: None,
+        epoch: Epoch { number: 1, nonce: volume.epoch_nonce },
+        in_sync: volume.replicas.iter().map(|(id, _)| *id).collect(),
+        replicas: volume
+            .replicas
+            .into_iter()
+            .map(|(id, node)| (id, ReplicaRecord { node, state: ReplicaState::InSync }))
+            .collect(),
+        formatted: Formatted::Never,
+        deleting: false,
+        params: volume.params,
+    }
+}
+
+/// Publishes to `node`: attachment+1. Published there already in the same mode: the record unchanged.
+pub fn publish(
+    record: &VolumeRecord,
+    node: &NodeName,
+    read_only: bool,
+) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    match &record.attached_to {
+        Some(at) if at != node => {
+            Err(TransitionError::PublishedElsewhere { volume: record.volume_id, node: at.clone() })
+        }
+        Some(_) if record.read_only != read_only => Err(TransitionError::OtherMode(record.volume_id)),
+        Some(_) => Ok(record.clone()),
+        None => {
+            let mut next = record.clone();
+            next.attachment = record.attachment.next();
+            next.attached_to = Some(node.clone());
+            next.read_only = read_only;
+            Ok(next)
+        }
+    }
+}
+
+/// Ends the publication to `node` (to any, if `None`), without asking that node. Not published there: unchanged.
+pub fn unpublish(record: &VolumeRecord, node: Option<&NodeName>) -> Result<VolumeRecord, TransitionError> {
+    check_format(record)?;
+    let mut next = record.clone();
+    if node.is_none() || record.attached_to.as_ref() == node {
+        next.attached_to = None;
+        next.read_only = false;
+    }
+    Ok(next)
+}
+
+/// A start of a target on `node` for `attachment`: generation+1 (R1).
+pub fn take_generation(
+    record: &VolumeRecord,
+    node: &NodeName,
+    attachment: Attachment,
+    target_id: TargetId,
+) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    if record.attached_to.as_ref() != Some(node) || record.attachment != attachment {
+        return Err(TransitionError::NotPublishedHere {
+            volume: record.volume_id,
+            node: node.clone(),
+            attachment,
+        });
+    }
+    let mut next = record.clone();
+    next.generation = record.generation.next();
+    next.generation_attachment = attachment;
+    next.target_id = Some(target_id);
+    Ok(next)
+}
+
+/// Takes members out of the in-sync set: epoch+1. By the current generation's target only (R7, R9).
+pub fn swap_out(
+    record: &VolumeRecord,
+    owner: TargetId,
+    leaving: &[ReplicaId],
+    nonce: u64,
+) -> Result<VolumeRecord, TransitionError> {
+    check_owner(record, owner)?;
+    let mut next = record.clone();
+    for replica in leaving {
+        let state = next.replicas.get_mut(replica).filter(|_| next.in_sync.remove(replica));
+        let Some(entry) = state else {
+            return Err(wrong_state(record, *replica, "in sync"));
+        };
+        entry.state = ReplicaState::Offline { left_epoch: record.epoch };
+    }
+    if next.in_sync.is_empty() {
+        return Err(TransitionError::LastMember(record.volume_id));
+    }
+    next.epoch = Epoch { number: record.epoch.number + 1, nonce };
+    Ok(next)
+}
+
+/// Takes a caught-up replica into the in-sync set: epoch+1 (R24).
+pub fn join(
+    record: &VolumeRecord,
+    owner: TargetId,
+    replica: ReplicaId,
+    nonce: u64,
+) -> Result<VolumeRecord, TransitionError> {
+    check_owner(record, owner)?;
+    let mut next = record.clone();
+    match next.replicas.get_mut(&replica) {
+        Some(entry) if matches!(entry.state, ReplicaState::Offline { .. }) => {
+            entry.state = ReplicaState::InSync
+        }
+        _ => return Err(wrong_state(record, replica, "offline")),
+    }
+    next.in_sync.insert(replica);
+    next.epoch = Epoch { number: record.epoch.number + 1, nonce };
+    Ok(next)
+}
+
+/// Moves the format state on (R36); the state it has already is a success.
+pub fn set_formatted(record: &VolumeRecord, to: Formatted) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    let from = record.formatted;
+    let allowed = from == to
+        || matches!(
+            (from, to),
+            (Formatted::Never, Formatted::Formatting) | (Formatted::Formatting, Formatted::Yes)
+        );
+    if !allowed {
+        return Err(TransitionError::Format36 { volume: record.volume_id, from, to });
+    }
+    let mut next = record.clone();
+    next.formatted = to;
+    Ok(next)
+}
+
+/// Sets the tombstone (R34). A published volume is not deleted; a second call is a success.
+pub fn begin_delete(record: &VolumeRecord) -> Result<VolumeRecord, TransitionError> {
+    check_format(record)?;
+    if let Some(node) = &record.attached_to {
+        return Err(TransitionError::PublishedElsewhere { volume: record.volume_id, node: node.clone() });
+    }
+    let mut next = record.clone();
+    next.deleting = true;
+    Ok(next)
+}
+
+/// Refuses a record of a later format.
+pub fn check_format(record: &VolumeRecord) -> Result<(), TransitionError> {
+    if record.format > RECORD_FORMAT {
+        return Err(TransitionError::Format { volume: record.volume_id, format: record.format });
+    }
+    Ok(())
+}
+
+fn check_live(record: &VolumeRecord) -> Result<(), TransitionError> {
+    check_format(record)?;
+    if record.deleting { Err(TransitionError::Deleting(record.volume_id)) } else { Ok(()) }
+}
+
+fn check_owner(record: &VolumeRecord, owner: TargetId) -> Result<(), TransitionError> {
+    check_format(record)?;
+    if record.target_id == Some(owner) {
+        return Ok(());
+    }
+    Err(TransitionError::GenerationMoved { volume: record.volume_id, generation: record.generation })
+}
+
+fn wrong_state(record: &VolumeRecord, replica: ReplicaId, expected: &'static str) -> TransitionError {
+    TransitionError::ReplicaState { volume: record.volume_id, replica, expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mk_record(replicas: u128) -> VolumeRecord {
+        create(NewVolume {
+            volume_id: VolumeId(1),
+            name: "data".to_owned(),
+            lineage: Lineage(9),
+            size_bytes: 1 << 20,
+            epoch_nonce: 5,
+            replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
+            params: VolumeParams { replicas: 3, fs_type: "ext4".to_owned(), min_in_sync: 1 },
+        })
+    }
+
+    fn mk_owned(replicas: u128) -> VolumeRecord {
+        let published = publish(&mk_record(replicas), &NodeName("n1".to_owned()), false).unwrap();
+        take_generation(&published, &NodeName("n1".to_owned()), Attachment(1), TargetId(7)).unwrap()
+    }
+
+    #[test]
+    fn r1_every_start_is_a_generation_and_only_a_publish_an_attachment() {
+        let first = mk_owned(3);
+        let second = take_generation(&first, &NodeName("n1".to_owned()), Attachment(1), TargetId(8)).unwrap();
+        assert_eq!((second.generation, second.attachment), (Generation(2), Attachment(1)));
+        let stale = take_generation(&first, &NodeName("n2".to_owned()), Attachment(1), TargetId(8));
+        assert!(matches!(stale, Err(TransitionError::NotPublishedHere { .. })));
+    }
+
+    #[test]
+    fn publishing_is_idempotent_and_names_the_other_node() {
+        let record = mk_owned(3);
+        assert_eq!(publish(&record, &NodeName("n1".to_owned()), false).as_ref(), Ok(&record));
+        let elsewhere = publish(&record, &NodeName("n2".to_owned()), false).unwrap_err();
+        assert!(elsewhere.to_string().contains("n1"), "{elsewhere}");
+        let moved = unpublish(&record, Some(&NodeName("n1".to_owned()))).unwrap();
+        assert_eq!(publish(&moved, &NodeName("n2".to_owned()), false).unwrap().attachment, Attachment(2));
+        assert_eq!(unpublish(&record, Some(&NodeName("n3".to_owned()))).as_ref(), Ok(&record));
+    }
+
+    #[test]
+    fn r7_only_the_owner_changes_the_set() {
+        let refused = swap_out(&mk_owned(3), TargetId(6), &[ReplicaId(1)], 1);
+        assert!(matches!(refused, Err(TransitionError::GenerationMoved { .. })));
+    }
+
+    #[test]
+    fn p6_the_set_is_never_emptied_and_a_leaver_keeps_its_epoch() {
+        let record = mk_owned(2);
+        let left = swap_out(&record, TargetId(7), &[ReplicaId(1)], 1).unwrap();
+        assert_eq!(left.replicas[&ReplicaId(1)].state, ReplicaState::Offline { left_epoch: record.epoch });
+        assert_eq!(left.epoch, Epoch { number: 2, nonce: 1 });
+        assert_eq!(
+            swap_out(&left, TargetId(7), &[ReplicaId(2)], 1),
+            Err(TransitionError::LastMember(VolumeId(1)))
+        );
+        let back = join(&left, TargetId(7), ReplicaId(1), 2).unwrap();
+        assert_eq!(back.in_sync, record.in_sync);
+    }
+
+    #[test]
+    fn r36_formatting_never_goes_back() {
+        let record = mk_record(1);
+        assert!(set_formatted(&record, Formatted::Yes).is_err());
+        let formatting = set_formatted(&record, Formatted::Formatting).unwrap();
+        let yes = set_formatted(&formatting, Formatted::Yes).unwrap();
+        assert!(set_formatted(&yes, Formatted::Formatting).is_err());
+    }
+}
