@@ -1,1 +1,29 @@
-//! Crate documentation follows with the implementation.
+//! A replica on disk: pools, layers with checksums and allocation maps, the intent log, dirty maps and recovery.
+//!
+//! ```text
+//!  Pool ── create, delete, list, space          POOL/pool, POOL/lock
+//!   └── Replica ── read, write, zero, flush ──> layer-000000   data, checksums, allocation map
+//!         │        log_set, log_clear ────────> log            regions that may differ after a crash
+//!         │        persist_meta ──────────────> meta           the replica's state, two slots
+//!         └─────── put_map, drop_map ─────────> map-<replica>  blocks written since a replica left
+//! ```
+//!
+//! Requests of a [`Replica`] take a callback and never block; callbacks run on an I/O thread and must not block either.
+//! [`wait`] turns any such call into a future. Calls of a [`Pool`] block: use a thread that may.
+//!
+//! What it refuses: a write into a region that is not durably in the intent log (R18), data that does not match its
+//! checksum, any request after a failed write or flush until the replica is opened again, a pool that another process
+//! holds, files of a later format version, files that are cut short or damaged.
+//!
+//! What it does not do: order overlapping requests (the target's range lock does, R13), fence sessions (the replica
+//! server does), decide when the log may be cleared (R18 leaves that to the target).
+//!
+//! The format is drawn byte by byte in `docs/on-disk-format.md`, with every crash point argued.
+
+mod error;
+mod pool;
+mod replica;
+
+pub use error::{PoolError, StoreError};
+pub use pool::{Pool, PoolOptions, ReplicaSpec, Space};
+pub use replica::{AllocState, Continuity, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, wait};

@@ -1,0 +1,213 @@
+//! An open replica: the handle that the replica server drives.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use holdfast_storage_core::block_range::BlockRange;
+use holdfast_storage_core::dirty_map::DirtyMap;
+use holdfast_storage_core::ids::{Block, Region, ReplicaId, VolumeId};
+
+use crate::error::StoreError;
+
+/// Bytes of the largest state that [`Replica::persist_meta`] takes.
+pub const META_BYTES_MAX: usize = 64 * 1024 - 64;
+
+/// Called exactly once, on any thread (also on the caller's, before the call returns); it must not block.
+pub type Done<T = ()> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
+
+/// Calls an operation that takes a callback and waits for its answer.
+///
+/// ```ignore
+/// wait(|done| replica.flush(done)).await?;
+/// ```
+///
+/// Dropping the future does not stop the operation.
+pub async fn wait<T: Send + 'static>(replica: &Replica, call: impl FnOnce(Done<T>)) -> Result<T, StoreError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    call(Box::new(move |result| {
+        let _ = sender.send(result);
+    }));
+    receiver.await.unwrap_or(Err(StoreError::Closed(replica.replica_id())))
+}
+
+/// What the allocation map says of a block (R17).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AllocState {
+    /// Never written: reads as the layer below, at the bottom as zeroes.
+    Absent,
+    /// Reads as zeroes, whatever the layer below holds.
+    Zero,
+    /// Has data.
+    Data,
+}
+
+/// A run of blocks in one state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// The blocks.
+    pub range: BlockRange,
+    /// Their state.
+    pub state: AllocState,
+}
+
+/// Whether the disk's write cache kept what was written since the cookie was made (R19).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Continuity {
+    /// The cookies on disk and in memory agree: every answered write is still there.
+    Kept,
+    /// They differ or one is missing: unflushed writes may be lost.
+    Lost,
+}
+
+/// Data of a read that skips verification (R32).
+#[derive(Debug, Clone)]
+pub struct UncheckedRead {
+    /// What the disk holds.
+    pub data: Bytes,
+    /// The blocks that do not match their checksum or allocation state.
+    pub bad_blocks: Vec<Block>,
+}
+
+/// An open replica. Cheap to clone.
+///
+/// Offsets and lengths are multiples of the block size. Overlapping requests in flight together have no order.
+#[derive(Debug, Clone)]
+pub struct Replica {}
+
+#[expect(clippy::unused_self, reason = "the logic follows")]
+impl Replica {
+    /// The replica.
+    #[must_use]
+    pub fn replica_id(&self) -> ReplicaId {
+        ReplicaId(0)
+    }
+
+    /// Its volume.
+    #[must_use]
+    pub fn volume_id(&self) -> VolumeId {
+        VolumeId(0)
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Gives exactly `len` bytes (more than 0), verified; [`StoreError::Checksum`] names the blocks that failed.
+    pub fn read(&self, offset: u64, len: u32, done: Done<Bytes>) {
+        let _ = (offset, len);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Like [`Replica::read`], but gives the data with the list of blocks that do not verify, for R32's last resort.
+    pub fn read_unchecked(&self, offset: u64, len: u32, done: Done<UncheckedRead>) {
+        let _ = (offset, len);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Puts data into the disk's write cache. Every region it touches must be in the log ([`Replica::log_set`]).
+    /// Data in page-aligned memory ([`holdfast_io::AlignedBuf`]) is not copied.
+    pub fn write(&self, offset: u64, data: Bytes, done: Done) {
+        let _ = (offset, data);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Makes whole blocks read as zeroes and gives their space back (R17). Logged like a write. Blocks that were
+    /// absent at the bottom of the stack stay absent.
+    pub fn zero(&self, offset: u64, len: u64, done: Done) {
+        let _ = (offset, len);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Makes every write and zero answered before the call durable, with checksums and allocation map.
+    pub fn flush(&self, done: Done) {
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// The allocation states of a range, as runs.
+    pub fn allocation(&self, range: BlockRange, done: Done<Vec<Extent>>) {
+        let _ = range;
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Number of blocks that are zero or data (R36).
+    pub fn allocated_blocks(&self, done: Done<u64>) {
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Puts regions into the intent log; durable when answered. Regions that are in it already cost nothing. Calls
+    /// that arrive while a log write is under way share the next one.
+    pub fn log_set(&self, regions: &[Region], done: Done) {
+        let _ = regions;
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Takes regions out of the intent log, after everything written to them and their bits in all dirty maps are
+    /// durable (R18). A region that is logged again or written while this runs stays in.
+    pub fn log_clear(&self, regions: &[Region], done: Done) {
+        let _ = regions;
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// The regions in the intent log, in order.
+    #[must_use]
+    pub fn logged_regions(&self) -> Vec<Region> {
+        Vec::new()
+    }
+
+    /// The state last persisted.
+    #[must_use]
+    pub fn meta(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    /// Makes a new state durable; after a crash the old or the new one is found. At most [`META_BYTES_MAX`] bytes.
+    /// Calls are carried out in their order.
+    pub fn persist_meta(&self, meta: Bytes, done: Done) {
+        let _ = meta;
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// The dirty maps kept on disk, after recovery: with the log taken in (R22).
+    #[must_use]
+    pub fn maps(&self) -> BTreeMap<ReplicaId, DirtyMap> {
+        BTreeMap::new()
+    }
+
+    /// Makes a dirty map durable, replacing any other for the same absent replica (R21, R24). From then on every
+    /// write and zero of this replica sets its bits in it (R22).
+    pub fn put_map(&self, absent: ReplicaId, map: DirtyMap, done: Done) {
+        let _ = (absent, map);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Forgets a dirty map, durably. Idempotent.
+    pub fn drop_map(&self, absent: ReplicaId, done: Done) {
+        let _ = absent;
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// What the cookies said when the replica was opened (R19).
+    #[must_use]
+    pub fn continuity(&self) -> Continuity {
+        Continuity::Lost
+    }
+
+    /// Makes a new cookie, on disk and in memory: from here on continuity counts again. Persist `cache_lost` before.
+    pub fn renew_cookie(&self, done: Done) {
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Whether a write or flush failed since the replica was opened.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        false
+    }
+
+    /// Refuses new requests; answers when those in flight ended (R2, R3). The lock on the files goes with the last
+    /// handle.
+    pub fn close(&self, done: Done) {
+        done(Ok(()));
+    }
+}
