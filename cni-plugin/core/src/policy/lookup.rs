@@ -1,0 +1,63 @@
+//! The lookups that the kernel's chains do, on a ruleset in memory. Explaining and testing use it, so that both speak
+//! about what is programmed and not about what was meant.
+
+use std::net::IpAddr;
+
+use crate::ruleset::{ClassId, IdentityId, PortRule, Proto, Ruleset};
+
+/// Which end of a connection is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Direction {
+    /// The server's end: may the subject be reached?
+    Ingress,
+    /// The client's end: may the subject reach out?
+    Egress,
+}
+
+/// Whether the ruleset lets `subject` (a local pod's address) talk with `peer` in one direction. `port` is the server's.
+#[must_use]
+pub fn allows(
+    ruleset: &Ruleset,
+    direction: Direction,
+    subject: IpAddr,
+    peer: IpAddr,
+    proto: Proto,
+    port: u16,
+) -> bool {
+    let classes = match direction {
+        Direction::Ingress => &ruleset.cls_in,
+        Direction::Egress => &ruleset.cls_eg,
+    };
+    let Some(class) = classes.get(&subject) else { return true };
+    let exact = ruleset.ident.get(&peer).copied();
+    let range = range_identity(ruleset, peer);
+    // The first pair that is found is final.
+    let candidates = [exact, range, Some(IdentityId::ANY)];
+    let rules =
+        candidates.into_iter().flatten().find_map(|identity| rules(ruleset, direction, *class, identity));
+    rules.is_some_and(|rules| {
+        rules.iter().any(|rule| match *rule {
+            PortRule::All => true,
+            PortRule::Ports { proto: p, first, last } => p == proto && (first..=last).contains(&port),
+        })
+    })
+}
+
+fn range_identity(ruleset: &Ruleset, peer: IpAddr) -> Option<IdentityId> {
+    let matching = ruleset.cidr.iter().find(|(range, _)| range.first <= peer && peer <= range.last);
+    matching.map(|(_, identity)| *identity)
+}
+
+fn rules(
+    ruleset: &Ruleset,
+    direction: Direction,
+    class: ClassId,
+    identity: IdentityId,
+) -> Option<&Vec<PortRule>> {
+    let pairs = match direction {
+        Direction::Ingress => &ruleset.pair_in,
+        Direction::Egress => &ruleset.pair_eg,
+    };
+    let profile = pairs.get(&(class, identity))?;
+    ruleset.profiles.get(profile)
+}
