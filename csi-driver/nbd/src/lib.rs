@@ -1,6 +1,6 @@
 //! The NBD protocol: fixed newstyle handshake, structured replies, STARTTLS, `base:allocation`.
 //!
-//! The `proto` module is the sans-I/O half: pure encode and decode. [`Server`] answers connections of any tokio stream from
+//! [`proto`] is the sans-I/O half: pure encode and decode. [`Server`] answers connections of any tokio stream from
 //! [`holdfast_io::BlockDevice`]s which an [`ExportProvider`] gives out by export name; [`Client`] is a `BlockDevice` whose
 //! other end is an NBD server.
 //!
@@ -13,7 +13,13 @@
 //! block size, extended (64-bit) headers. Not promised: order between overlapping requests that are in flight together.
 
 mod client;
+mod connection;
+mod negotiate;
+mod outgoing;
+mod payload;
+pub mod proto;
 mod provider;
+mod serve;
 mod server;
 mod tls;
 

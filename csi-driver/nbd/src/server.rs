@@ -1,12 +1,21 @@
-//! The server side.
+//! The server side: one future per connection.
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::TlsAcceptor;
 
-use crate::provider::ExportProvider;
+use crate::negotiate::{Negotiated, Negotiation};
+use crate::proto::DecodeError;
+use crate::provider::{ExportProvider, PeerIdentity};
+use crate::serve;
+use crate::tls::peer_names;
+
+/// Negotiation including TLS takes at most this long; then the connection is closed, so that idle strangers hold nothing.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Whether and how a server does STARTTLS.
 #[derive(Debug, Clone)]
@@ -29,6 +38,12 @@ pub enum ServeError {
     /// Negotiation took too long.
     #[error("the client did not finish negotiation within {0} s")]
     HandshakeTimeout(u64),
+}
+
+impl From<DecodeError> for ServeError {
+    fn from(error: DecodeError) -> Self {
+        Self::Protocol(error.to_string())
+    }
 }
 
 /// Serves NBD connections from an [`ExportProvider`].
@@ -57,12 +72,42 @@ impl Server {
     ///
     /// # Errors
     /// [`ServeError`]; a client that leaves in order and a closed connection set are no errors.
-    #[expect(clippy::unused_async, reason = "filled in next")]
     pub async fn serve_connection<S>(&self, stream: S) -> Result<(), ServeError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let _ = (stream, &self.provider, &self.tls);
-        Err(ServeError::Protocol("not served yet".into()))
+        let late = |_| ServeError::HandshakeTimeout(HANDSHAKE.as_secs());
+        let deadline = tokio::time::Instant::now() + HANDSHAKE;
+        let mut stream = stream;
+        let mut plain = Negotiation::new(&*self.provider, PeerIdentity::Anonymous, self.tls.as_ref());
+        let negotiated = tokio::time::timeout_at(deadline, async {
+            plain.greet(&mut stream).await?;
+            plain.run(&mut stream).await
+        });
+        match negotiated.await.map_err(late)?? {
+            Negotiated::Left => Ok(()),
+            Negotiated::Transmission(agreed) => serve::transmission(stream, agreed).await,
+            Negotiated::StartTls(config) => {
+                let no_zeroes = plain.no_zeroes();
+                let upgraded = tokio::time::timeout_at(deadline, async {
+                    let mut stream = TlsAcceptor::from(config).accept(stream).await?;
+                    let peer = tls_peer(&stream);
+                    // What was agreed before TLS is forgotten, as the specification demands.
+                    let mut inner = Negotiation::new(&*self.provider, peer, None).after_tls(no_zeroes);
+                    let negotiated = inner.run(&mut stream).await?;
+                    Ok::<_, ServeError>((stream, negotiated))
+                });
+                match upgraded.await.map_err(late)?? {
+                    (stream, Negotiated::Transmission(agreed)) => serve::transmission(stream, agreed).await,
+                    (_, Negotiated::Left | Negotiated::StartTls(_)) => Ok(()),
+                }
+            }
+        }
     }
+}
+
+fn tls_peer<S>(stream: &tokio_rustls::server::TlsStream<S>) -> PeerIdentity {
+    let (_, session) = stream.get_ref();
+    let certificate = session.peer_certificates().and_then(<[_]>::first);
+    PeerIdentity::Named(certificate.map(peer_names).unwrap_or_default())
 }
