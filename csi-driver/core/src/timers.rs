@@ -15,8 +15,11 @@ pub const DRIFT_PER_MILLE: u64 = 10;
 /// A new attachment whose members all lost their caches waits so long for the unopened ones (R12).
 pub const CACHE_GRACE_MS: u64 = 60_000;
 /// Most regions in an intent log. At the limit a write to a further region waits at the target until cold regions are
-/// flushed and cleared; a replica refuses what would exceed it.
+/// flushed and cleared.
 pub const INTENT_LOG_REGIONS_MAX: usize = 1_000;
+/// Most regions one replica's log has room for: the target's limit counts the union of all logs when it opens, so a
+/// returning replica may hold as many of its own again. Beyond, the replica refuses the write; no correct target asks.
+pub const REPLICA_LOG_REGIONS_MAX: usize = 4 * INTENT_LOG_REGIONS_MAX;
 /// The target starts clearing cold regions, hot or not, when the log holds so many.
 pub const INTENT_LOG_PRESSURE: usize = 800;
 /// A logged region is cold after so long without a write.
