@@ -14,6 +14,7 @@
 #![allow(unsafe_code)] // setns in the sandbox thread; each use is argued at its place.
 
 mod error;
+mod nft;
 
 use std::path::Path;
 

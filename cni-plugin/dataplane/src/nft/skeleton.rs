@@ -1,0 +1,422 @@
+//! The fixed chains, sets and maps. Elements change; these do not, but for the four rules that carry the revision.
+//!
+//! ```text
+//! table inet NAME                                      table bridge NAME
+//!   forward (hook forward) --> egress, ingress           pin (hook prerouting): a port of ours may send only from
+//!   input   (hook input)   --> egress                    its own MAC with its own addresses (IPv4, ARP, IPv6);
+//!   egress/ingress: class, identity, profile             all else it sends is dropped
+//!   stateless: packets without a conntrack entry
+//!   deny: log (rate-limited), count, drop
+//! ```
+//!
+//! Keys are conntrack tuple fields, never packet fields: client = `ct original saddr`, server after DNAT =
+//! `ct reply saddr` and `ct reply proto-src`. So a packet of either direction of a connection is judged alike.
+//! Whoever changes anything here raises [`VERSION`]: an agent that finds another version replaces the tables, with
+//! their elements, in one transaction.
+
+use super::expr::{Base, Cmp, Ct, Dir, Expr, Meta, Reg, Verdict};
+use super::wire::host32;
+use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
+
+/// Version of this skeleton, part of every rule's comment.
+pub const VERSION: u32 = 1;
+/// Packets per second that the deny log passes on.
+const DENY_LOG_PER_SECOND: u64 = 100;
+
+/// `NFPROTO_INET`
+pub const FAMILY_INET: u8 = 1;
+/// `NFPROTO_BRIDGE`
+pub const FAMILY_BRIDGE: u8 = 7;
+
+/// Our two tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Table {
+    /// Policy.
+    Inet,
+    /// Source pins.
+    Bridge,
+}
+
+impl Table {
+    /// Both.
+    pub const ALL: [Table; 2] = [Table::Inet, Table::Bridge];
+
+    /// The netfilter family.
+    pub fn family(self) -> u8 {
+        match self {
+            Table::Inet => FAMILY_INET,
+            Table::Bridge => FAMILY_BRIDGE,
+        }
+    }
+}
+
+/// Types as `nft` numbers them, so that it prints elements well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Type {
+    /// `ipv4_addr`
+    Ipv4,
+    /// `ipv6_addr`
+    Ipv6,
+    /// `ether_addr`
+    Ether,
+    /// `inet_proto`
+    Proto,
+    /// `inet_service`
+    Port,
+    /// `mark`
+    Mark,
+    /// `ifname`
+    IfName,
+}
+
+impl Type {
+    /// `nft`'s number.
+    pub fn number(self) -> u32 {
+        match self {
+            Type::Ipv4 => 7,
+            Type::Ipv6 => 8,
+            Type::Ether => 9,
+            Type::Proto => 12,
+            Type::Port => 13,
+            Type::Mark => 19,
+            Type::IfName => 41,
+        }
+    }
+
+    /// Bytes.
+    pub fn len(self) -> u32 {
+        match self {
+            Type::Proto => 1,
+            Type::Port => 2,
+            Type::Ipv4 | Type::Mark => 4,
+            Type::Ether => 6,
+            Type::Ipv6 | Type::IfName => 16,
+        }
+    }
+
+    /// Whether numbers of this type are in host byte order.
+    pub fn host_order(self) -> bool {
+        matches!(self, Type::Mark | Type::IfName)
+    }
+}
+
+/// What a map yields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Value {
+    /// A set: nothing.
+    None,
+    /// A number as a mark.
+    Mark,
+    /// A verdict.
+    Verdict,
+}
+
+/// A set or map of the skeleton.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SetDef {
+    /// Its table.
+    pub table: Table,
+    /// Its name.
+    pub name: &'static str,
+    /// Key fields.
+    pub key: &'static [Type],
+    /// What it yields.
+    pub value: Value,
+    /// Holds ranges.
+    pub interval: bool,
+}
+
+const fn map(name: &'static str, key: &'static [Type]) -> SetDef {
+    SetDef { table: Table::Inet, name, key, value: Value::Mark, interval: false }
+}
+
+const fn cidr_map(name: &'static str, key: &'static [Type]) -> SetDef {
+    SetDef { table: Table::Inet, name, key, value: Value::Mark, interval: true }
+}
+
+const fn pin(name: &'static str, key: &'static [Type]) -> SetDef {
+    SetDef { table: Table::Bridge, name, key, value: Value::None, interval: false }
+}
+
+/// All sets and maps.
+pub const SETS: [SetDef; 13] = [
+    map("cls_in4", &[Type::Ipv4]),
+    map("cls_in6", &[Type::Ipv6]),
+    map("cls_eg4", &[Type::Ipv4]),
+    map("cls_eg6", &[Type::Ipv6]),
+    map("ident4", &[Type::Ipv4]),
+    map("ident6", &[Type::Ipv6]),
+    cidr_map("cidr4", &[Type::Ipv4]),
+    cidr_map("cidr6", &[Type::Ipv6]),
+    map("pair_in", &[Type::Mark, Type::Mark]),
+    map("pair_eg", &[Type::Mark, Type::Mark]),
+    SetDef {
+        table: Table::Inet,
+        name: "profile",
+        key: &[Type::Mark, Type::Proto, Type::Port],
+        value: Value::Verdict,
+        interval: true,
+    },
+    pin("pin4", &[Type::IfName, Type::Ether, Type::Ipv4]),
+    pin("pin6", &[Type::IfName, Type::Ether, Type::Ipv6]),
+];
+
+/// The definition of the set called `name`.
+pub fn set(name: &str) -> &'static SetDef {
+    SETS.iter().find(|s| s.name == name).expect("every set used in the code is in SETS")
+}
+
+/// A hook of a base chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hook {
+    /// `NF_INET_*` or `NF_BR_*`.
+    pub number: u32,
+    /// Priority, lower is earlier.
+    pub priority: i32,
+}
+
+/// A chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChainDef {
+    /// Its table.
+    pub table: Table,
+    /// Its name.
+    pub name: &'static str,
+    /// Where it is hooked, if a base chain.
+    pub hook: Option<Hook>,
+}
+
+const fn chain(name: &'static str, hook: Option<Hook>) -> ChainDef {
+    ChainDef { table: Table::Inet, name, hook }
+}
+
+/// All chains, those that are jumped to first.
+pub const CHAINS: [ChainDef; 7] = [
+    chain("deny", None),
+    chain("stateless", None),
+    chain("egress", None),
+    chain("ingress", None),
+    // NF_INET_FORWARD after DNAT, before SNAT; NF_INET_LOCAL_IN.
+    chain("forward", Some(Hook { number: 2, priority: 0 })),
+    chain("input", Some(Hook { number: 1, priority: 0 })),
+    ChainDef { table: Table::Bridge, name: "pin", hook: Some(Hook { number: 0, priority: -300 }) },
+];
+
+/// A rule; `revision` says whether it carries the policy revision and is replaced by a revoking change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Its expressions.
+    pub exprs: Vec<Expr>,
+    /// Carries the revision.
+    pub revision: bool,
+}
+
+/// The settings the rules depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Params {
+    /// Bits of the ct mark that hold the revision.
+    pub mask: u32,
+    /// The revision in place, within the mask.
+    pub mark: u32,
+    /// NFLOG group.
+    pub log_group: u16,
+}
+
+/// The rules of a chain, in order.
+pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
+    match chain {
+        "forward" => judge(params, &["egress", "ingress"]),
+        "input" => judge(params, &["egress"]),
+        "egress" => fixed(direction_rules(&EGRESS)),
+        "ingress" => fixed(direction_rules(&INGRESS)),
+        "stateless" => fixed(stateless()),
+        "deny" => fixed(deny(params.log_group)),
+        "pin" => fixed(pin_rules()),
+        _ => Vec::new(),
+    }
+}
+
+fn fixed(rules: Vec<Vec<Expr>>) -> Vec<Rule> {
+    rules.into_iter().map(|exprs| Rule { exprs, revision: false }).collect()
+}
+
+const R0: Reg = Reg::new(0);
+const R1: Reg = Reg::new(1);
+const R2: Reg = Reg::new(2);
+/// Keeps `meta mark` while it is borrowed.
+const SPARE: Reg = Reg::new(12);
+
+/// `ct state` bits: invalid, established, related, untracked.
+const INVALID_UNTRACKED: u32 = 0x41;
+const ESTABLISHED_RELATED: u32 = 0x06;
+
+fn judge(params: Params, jumps: &[&'static str]) -> Vec<Rule> {
+    let state = |bits: u32| {
+        vec![
+            Expr::CtLoad(Ct::State, R0),
+            Expr::Bitwise(R0, bits, 0),
+            Expr::Cmp(R0, Cmp::Neq, host32(0).to_vec()),
+        ]
+    };
+    let mut stateless = state(INVALID_UNTRACKED);
+    stateless.push(Expr::Verdict(Verdict::Goto("stateless")));
+    let mut fast = state(ESTABLISHED_RELATED);
+    fast.extend([
+        Expr::CtLoad(Ct::Mark, R0),
+        Expr::Bitwise(R0, params.mask, 0),
+        Expr::Cmp(R0, Cmp::Eq, host32(params.mark).to_vec()),
+        Expr::Verdict(Verdict::Accept),
+    ]);
+    let mut rules = vec![Rule { exprs: stateless, revision: false }, Rule { exprs: fast, revision: true }];
+    rules
+        .extend(jumps.iter().map(|c| Rule { exprs: vec![Expr::Verdict(Verdict::Jump(c))], revision: false }));
+    let remark = vec![
+        Expr::CtLoad(Ct::Mark, R0),
+        Expr::Bitwise(R0, !params.mask, params.mark),
+        Expr::CtSetMark(R0),
+        Expr::Verdict(Verdict::Accept),
+    ];
+    rules.push(Rule { exprs: remark, revision: true });
+    rules
+}
+
+/// One direction's keys. For ingress the isolated pod is the server and the peer the client; for egress the reverse.
+/// The port is the server's in both.
+struct Direction {
+    subject: Dir,
+    peer: Dir,
+    class: [&'static str; 2],
+    pair: &'static str,
+}
+
+const INGRESS: Direction =
+    Direction { subject: Dir::Reply, peer: Dir::Original, class: ["cls_in4", "cls_in6"], pair: "pair_in" };
+const EGRESS: Direction =
+    Direction { subject: Dir::Original, peer: Dir::Reply, class: ["cls_eg4", "cls_eg6"], pair: "pair_eg" };
+
+fn direction_rules(d: &Direction) -> Vec<Vec<Expr>> {
+    let subject = [Ct::Src4(d.subject), Ct::Src6(d.subject)];
+    let peer = [Ct::Src4(d.peer), Ct::Src6(d.peer)];
+    let mut rules = Vec::new();
+    // A conntrack key of the other family breaks the rule, so each family needs its own.
+    for family in 0..2 {
+        rules.push(vec![
+            Expr::CtLoad(subject[family], R0),
+            Expr::Lacks(d.class[family], R0),
+            Expr::Verdict(Verdict::Return),
+        ]);
+    }
+    for identities in [["ident4", "ident6"], ["cidr4", "cidr6"]] {
+        for family in 0..2 {
+            // An IPv6 address takes R1..R4; what it maps to is in R1 alone, beside the class in R0.
+            let identity = vec![Expr::CtLoad(peer[family], R1), Expr::Map(identities[family], R1, R1)];
+            rules.push(pair_rule(d, subject[family], d.class[family], identity));
+        }
+    }
+    for family in 0..2 {
+        let any = vec![Expr::Constant(R1, 0)];
+        rules.push(pair_rule(d, subject[family], d.class[family], any));
+    }
+    rules.push(vec![Expr::Verdict(Verdict::Goto("deny"))]);
+    rules
+}
+
+/// class . identity -> profile; profile . protocol . port -> verdict.
+fn pair_rule(d: &Direction, subject: Ct, class: &'static str, identity: Vec<Expr>) -> Vec<Expr> {
+    let mut rule =
+        vec![Expr::MetaLoad(Meta::Mark, SPARE), Expr::CtLoad(subject, R0), Expr::Map(class, R0, R0)];
+    rule.extend(bounce(R0));
+    rule.extend(identity);
+    rule.extend(bounce(R1));
+    rule.push(Expr::Map(d.pair, R0, R0));
+    rule.extend(bounce(R0));
+    rule.extend([
+        Expr::MetaLoad(Meta::L4Proto, R1),
+        Expr::CtLoad(Ct::ProtoSrc(Dir::Reply), R2),
+        Expr::VerdictMap("profile", R0),
+    ]);
+    rule
+}
+
+/// A map's result must not go straight into a concatenated key: `nft` 1.0.6 aborts on listing such a rule (and prints
+/// a constant there as an invalid type). It goes
+/// through `meta mark`, which is put back at once, so nobody sees it changed.
+fn bounce(reg: Reg) -> [Expr; 3] {
+    [Expr::MetaSet(Meta::Mark, reg), Expr::MetaLoad(Meta::Mark, reg), Expr::MetaSet(Meta::Mark, SPARE)]
+}
+
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+const ICMPV6: u8 = 58;
+/// Router and neighbour solicitation and advertisement (RFC 4861).
+const ND_FIRST: u8 = 133;
+const ND_LAST: u8 = 136;
+
+fn stateless() -> Vec<Vec<Expr>> {
+    let nfproto = |family| [Expr::MetaLoad(Meta::NfProto, R0), Expr::Cmp(R0, Cmp::Eq, vec![family])];
+    let address = |family, offset, len, class| {
+        let mut rule = nfproto(family).to_vec();
+        rule.extend([
+            Expr::Payload(Base::Network, offset, len, R0),
+            Expr::Contains(class, R0),
+            Expr::Verdict(Verdict::Goto("deny")),
+        ]);
+        rule
+    };
+    let mut nd = nfproto(NFPROTO_IPV6).to_vec();
+    nd.extend([
+        Expr::MetaLoad(Meta::L4Proto, R0),
+        Expr::Cmp(R0, Cmp::Eq, vec![ICMPV6]),
+        Expr::Payload(Base::Transport, 0, 1, R0),
+        Expr::Cmp(R0, Cmp::Gte, vec![ND_FIRST]),
+        Expr::Cmp(R0, Cmp::Lte, vec![ND_LAST]),
+        Expr::Verdict(Verdict::Accept),
+    ]);
+    vec![
+        nd,
+        address(NFPROTO_IPV4, 12, 4, "cls_eg4"),
+        address(NFPROTO_IPV4, 16, 4, "cls_in4"),
+        address(NFPROTO_IPV6, 8, 16, "cls_eg6"),
+        address(NFPROTO_IPV6, 24, 16, "cls_in6"),
+        vec![Expr::Verdict(Verdict::Accept)],
+    ]
+}
+
+fn deny(log_group: u16) -> Vec<Vec<Expr>> {
+    vec![
+        vec![Expr::Limit(DENY_LOG_PER_SECOND), Expr::Log(log_group, "holdfast deny ")],
+        vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
+    ]
+}
+
+const ETH_IPV4: [u8; 2] = [0x08, 0x00];
+const ETH_ARP: [u8; 2] = [0x08, 0x06];
+const ETH_IPV6: [u8; 2] = [0x86, 0xdd];
+
+fn pin_rules() -> Vec<Vec<Expr>> {
+    // The interface name fills R0..R3, the MAC R4..R5, the address follows at R6.
+    let (mac, address) = (Reg::new(4), Reg::new(6));
+    let pinned = |ethertype: [u8; 2], mac_at: (Base, u32), addr_at: u32, len: u32, set: &'static str| {
+        vec![
+            Expr::Payload(Base::Link, 12, 2, R0),
+            Expr::Cmp(R0, Cmp::Eq, ethertype.to_vec()),
+            Expr::MetaLoad(Meta::IifName, R0),
+            Expr::Payload(mac_at.0, mac_at.1, 6, mac),
+            Expr::Payload(Base::Network, addr_at, len, address),
+            Expr::Contains(set, R0),
+            Expr::Verdict(Verdict::Accept),
+        ]
+    };
+    vec![
+        // By prefix, not by a set of ports: one of ours without pins sends nothing.
+        vec![
+            Expr::MetaLoad(Meta::IifName, R0),
+            Expr::Cmp(R0, Cmp::Neq, HOST_IFNAME_PREFIX.as_bytes().to_vec()),
+            Expr::Verdict(Verdict::Accept),
+        ],
+        pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4"),
+        pinned(ETH_ARP, (Base::Network, 8), 14, 4, "pin4"),
+        pinned(ETH_IPV6, (Base::Link, 6), 8, 16, "pin6"),
+        vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
+    ]
+}
