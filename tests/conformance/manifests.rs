@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
-use k8s_openapi::api::core::v1::{ConfigMap, Container, Namespace, PodSpec, Service, ServiceAccount, VolumeMount};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Container, Namespace, PodSpec, Service, ServiceAccount, VolumeMount,
+};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
 use serde::Deserialize;
@@ -57,7 +59,11 @@ fn the_driver_is_named_as_the_plugin_names_itself() {
 fn workloads_are_four_and_all_use_the_host_network() {
     let mut names = BTreeSet::new();
     for (name, pod) in pods() {
-        assert_eq!(pod.host_network, Some(true), "{name}: storage and networking never depend on the pod network");
+        assert_eq!(
+            pod.host_network,
+            Some(true),
+            "{name}: storage and networking never depend on the pod network"
+        );
         assert!(pod.priority_class_name.is_some_and(|class| class.starts_with("system-")), "{name}");
         names.insert(name);
     }
@@ -75,7 +81,8 @@ fn data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed() {
     let container = container(&pod, "holdfast-data");
     assert!(container.liveness_probe.is_none(), "a liveness kill turns a hiccup into an outage");
     let resources = container.resources.as_ref().expect("resources");
-    let memory = |map: &Option<std::collections::BTreeMap<_, _>>| map.as_ref().and_then(|m| m.get("memory").cloned());
+    let memory =
+        |map: &Option<std::collections::BTreeMap<_, _>>| map.as_ref().and_then(|m| m.get("memory").cloned());
     assert_eq!(memory(&resources.requests), memory(&resources.limits));
     assert!(memory(&resources.limits).is_some());
 }
@@ -133,8 +140,12 @@ fn persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it() {
     ] {
         let (_, pod) = pods().into_iter().find(|(name, _)| name == workload).expect("workload");
         let mount = mount(container(&pod, workload), path);
-        let volume =
-            pod.volumes.iter().flatten().find(|volume| volume.name == mount.name).expect("the mount's volume");
+        let volume = pod
+            .volumes
+            .iter()
+            .flatten()
+            .find(|volume| volume.name == mount.name)
+            .expect("the mount's volume");
         assert!(volume.host_path.is_some(), "{workload}: {path}");
     }
 }
@@ -199,7 +210,10 @@ fn pods() -> Vec<(String, PodSpec)> {
 }
 
 fn container<'a>(pod: &'a PodSpec, name: &str) -> &'a Container {
-    pod.containers.iter().find(|container| container.name == name).unwrap_or_else(|| panic!("no container {name}"))
+    pod.containers
+        .iter()
+        .find(|container| container.name == name)
+        .unwrap_or_else(|| panic!("no container {name}"))
 }
 
 fn mount<'a>(container: &'a Container, path: &str) -> &'a VolumeMount {

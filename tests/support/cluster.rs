@@ -1,0 +1,519 @@
+//! A cluster on one machine: an underlay, a controller and nodes with their three processes each.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use holdfast_proto::csi as csi_proto;
+
+use crate::certs::Authority;
+use crate::cleanup::{self, Guard, Logs};
+use crate::csi::{self, Socket};
+use crate::namespaces::Namespaces;
+use crate::objects::Objects;
+use crate::process::{Program, ProgramSpec, run, wait_until};
+use crate::work::{Work, binaries_dir};
+
+/// How long the processes of a new cluster may take until they answer.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Port of the registry on the controller.
+const REGISTRY_PORT: u16 = 9470;
+/// Port of the control services on each node.
+const CONTROL_PORT: u16 = 9471;
+/// Port of NBD on each node.
+const NBD_PORT: u16 = 9472;
+/// Socket of the data process, inside a node.
+pub const DATA_SOCKET: &str = "/run/holdfast/data.sock";
+/// Socket of the CSI process, inside a node or the controller.
+pub const CSI_SOCKET: &str = "/run/holdfast/csi.sock";
+/// Socket of the network agent, inside a node.
+pub const NETD_SOCKET: &str = "/run/holdfast/netd.sock";
+
+/// What a cluster is made of.
+#[derive(Debug, Clone)]
+pub struct ClusterOptions {
+    /// Word at the start of the work folder's name.
+    pub kind: String,
+    /// Names of the nodes; at most 9.
+    pub nodes: Vec<String>,
+    /// Bytes that each node's pool may use.
+    pub pool_bytes: u64,
+}
+
+impl Default for ClusterOptions {
+    fn default() -> Self {
+        let nodes = ["node-a", "node-b", "node-c"].map(str::to_owned).to_vec();
+        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30 }
+    }
+}
+
+/// The whole; ending it ends everything it made.
+pub struct Cluster {
+    /// The controller.
+    pub controller: Controller,
+    /// The nodes, in the order of their names.
+    pub nodes: Vec<Node>,
+    /// The objects that the agents watch.
+    pub objects: Objects,
+    work: Work,
+    underlay: Namespaces,
+    runtime: tokio::runtime::Runtime,
+    guard: Option<Guard>,
+}
+
+/// The controller in its own namespace.
+pub struct Controller {
+    /// Its namespaces.
+    pub spaces: Namespaces,
+    /// `holdfast-csi controller`.
+    pub program: Program,
+    /// Its CSI socket.
+    pub csi: Socket,
+}
+
+/// One node.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its address on the underlay.
+    pub address: Ipv4Addr,
+    /// Its range of pod addresses.
+    pub pod_cidr: String,
+    /// Its namespaces.
+    pub spaces: Namespaces,
+    /// `holdfast-csi data`.
+    pub data: Program,
+    /// `holdfast-csi node`.
+    pub csi: Program,
+    /// `holdfast-netd`.
+    pub netd: Program,
+    /// Socket of the data process.
+    pub data_socket: Socket,
+    /// Socket of the CSI node service.
+    pub csi_socket: Socket,
+}
+
+impl Cluster {
+    /// Starts a cluster and waits until it can be used: all answer, all nodes are announced.
+    ///
+    /// # Errors
+    /// Something does not start; what was started is ended.
+    pub fn start(options: &ClusterOptions) -> Result<Self> {
+        cleanup::sweep_dead_runs()?;
+        let work = Work::create(&options.kind)?;
+        cleanup::set_active(Some(work.dir()));
+        let guard = Guard::start(work.dir())?;
+        match Self::start_in(work.clone(), options) {
+            Ok(mut cluster) => {
+                cluster.guard = Some(guard);
+                Ok(cluster)
+            }
+            Err(error) => {
+                end_run(&work, Some(guard), Logs::Keep)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Where the run's files are.
+    #[must_use]
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// The node with that name.
+    ///
+    /// # Panics
+    /// There is none: a mistake of the test.
+    #[must_use]
+    pub fn node(&self, name: &str) -> &Node {
+        self.nodes.iter().find(|node| node.name == name).expect("the cluster was made with this node")
+    }
+
+    /// The node with that name, to change it.
+    ///
+    /// # Panics
+    /// There is none: a mistake of the test.
+    pub fn node_mut(&mut self, name: &str) -> &mut Node {
+        self.nodes.iter_mut().find(|node| node.name == name).expect("the cluster was made with this node")
+    }
+
+    /// Creates a volume and remembers it for the clean-up.
+    ///
+    /// # Errors
+    /// The controller's status.
+    pub fn create_volume(
+        &self,
+        name: &str,
+        bytes: i64,
+        replicas: u32,
+        fs_type: &str,
+    ) -> Result<csi_proto::Volume> {
+        let request = csi::create_request(name, bytes, replicas, fs_type);
+        let reply = csi::named(
+            "CreateVolume",
+            self.controller.csi.controller(|mut client| async move { client.create_volume(request).await }),
+        )?;
+        let volume = reply.volume.context("CreateVolume answered no volume")?;
+        self.work.change_state(|state| state.volume_ids.push(volume.volume_id.clone()))?;
+        Ok(volume)
+    }
+
+    /// Takes a node's cable out or puts it back: its link on the underlay's bridge goes down, everything on it runs on.
+    ///
+    /// # Errors
+    /// The link cannot be changed.
+    pub fn set_link(&self, node: &str, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        run(self.underlay.network_command("ip").args(["link", "set", &port_name(node), state])).map(drop)
+    }
+
+    /// Ends everything and checks that nothing is left.
+    ///
+    /// # Errors
+    /// Something is left; the error lists it.
+    pub fn end(mut self, logs: Logs) -> Result<()> {
+        end_run(&self.work, self.guard.take(), logs)
+    }
+
+    /// Lets the cluster run on after this process and tells how to look at it.
+    ///
+    /// # Errors
+    /// A holder is gone.
+    pub fn keep(mut self) -> Result<String> {
+        let mut text = String::new();
+        cleanup::mark_kept(self.work.dir())?;
+        self.underlay.keep()?;
+        self.controller.spaces.keep()?;
+        let _ = writeln!(text, "controller  CSI socket {}", self.controller.csi.path().display());
+        for node in &mut self.nodes {
+            node.spaces.keep()?;
+            let _ =
+                writeln!(text, "{}      a shell: nsenter -t {} -m -u -i -n -p", node.name, node.spaces.pid());
+            let _ = writeln!(text, "            CSI socket {}", node.csi_socket.path().display());
+        }
+        let _ = writeln!(text, "work folder {} (logs, objects, pools)", self.work.dir().display());
+        let _ = write!(text, "in a node   ip -d link; nft list ruleset; losetup -l; ip netns");
+        cleanup::set_active(None);
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+        // Dropping the holders' handles would end them.
+        std::mem::forget(self);
+        Ok(text)
+    }
+
+    fn start_in(work: Work, options: &ClusterOptions) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let authority = Authority::new(&options.kind)?;
+        let objects = Objects::new(work.folder("objects")?);
+        objects.put_namespace("default")?;
+        let underlay = Namespaces::create("underlay", &work)?;
+        let bridge = [
+            ["link", "add", "underlay", "type", "bridge"].as_slice(),
+            ["link", "set", "underlay", "up"].as_slice(),
+        ];
+        for arguments in bridge {
+            run(underlay.network_command("ip").args(arguments))?;
+        }
+        let controller = start_controller(&work, &underlay, &authority, &runtime)?;
+        let mut nodes = Vec::new();
+        for (index, name) in (1u8..=9).zip(&options.nodes) {
+            let builder = NodeBuilder { work: &work, underlay: &underlay, objects: &objects, options };
+            nodes.push(builder.start(index, name, &authority, &runtime)?);
+        }
+        let mut cluster = Self { controller, nodes, objects, work, underlay, runtime, guard: None };
+        cluster.wait_until_ready()?;
+        Ok(cluster)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        wait_for_probe(&mut self.controller.program, &self.controller.csi)?;
+        for node in &mut self.nodes {
+            wait_for_probe(&mut node.csi, &node.csi_socket)?;
+            wait_for_socket(&mut node.data, &node.spaces.host_path(DATA_SOCKET))?;
+            wait_for_socket(&mut node.netd, &node.spaces.host_path(NETD_SOCKET))?;
+        }
+        for node in &self.nodes {
+            wait_until(START_TIMEOUT, || Ok(self.available_bytes(&node.name)? > 0))
+                .with_context(|| format!("{} is not announced to the controller", node.name))?;
+        }
+        Ok(())
+    }
+
+    /// What the controller says a node can still take.
+    ///
+    /// # Errors
+    /// The controller's status.
+    pub fn available_bytes(&self, node: &str) -> Result<i64> {
+        let segments = std::collections::HashMap::from([(TOPOLOGY_KEY.to_owned(), node.to_owned())]);
+        let request = csi_proto::GetCapacityRequest {
+            accessible_topology: Some(csi_proto::Topology { segments }),
+            ..Default::default()
+        };
+        let reply =
+            self.controller.csi.controller(|mut client| async move { client.get_capacity(request).await });
+        Ok(csi::named("GetCapacity", reply)?.available_capacity)
+    }
+
+    /// The runtime for calls without a wrapper.
+    #[must_use]
+    pub fn runtime(&self) -> &tokio::runtime::Runtime {
+        &self.runtime
+    }
+}
+
+/// Topology key under which a node's name is known to CSI.
+pub const TOPOLOGY_KEY: &str = "csi.holdfast.dev/node";
+
+fn end_run(work: &Work, guard: Option<Guard>, logs: Logs) -> Result<()> {
+    let swept = cleanup::sweep(work.dir(), logs);
+    cleanup::set_active(None);
+    if let Some(guard) = guard {
+        guard.dismiss();
+    }
+    swept
+}
+
+fn start_controller(
+    work: &Work,
+    underlay: &Namespaces,
+    authority: &Authority,
+    runtime: &tokio::runtime::Runtime,
+) -> Result<Controller> {
+    let spaces = Namespaces::create("controller", work)?;
+    plug_in(underlay, &spaces, controller_address())?;
+    let tls = work.dir().join("tls/controller");
+    authority.issue("controller", &tls)?;
+    let store = work.folder("controller")?.join("records");
+    let arguments = vec![
+        "controller".to_owned(),
+        format!("--csi-socket={CSI_SOCKET}"),
+        format!("--registry-listen={}:{REGISTRY_PORT}", controller_address()),
+        format!("--store-dir={}", store.display()),
+        format!("--tls-dir={}", tls.display()),
+    ];
+    let program = start_program(work, &spaces, "controller", "holdfast-csi", arguments)?;
+    let csi = Socket::new(runtime.handle().clone(), spaces.host_path(CSI_SOCKET));
+    Ok(Controller { spaces, program, csi })
+}
+
+struct NodeBuilder<'a> {
+    work: &'a Work,
+    underlay: &'a Namespaces,
+    objects: &'a Objects,
+    options: &'a ClusterOptions,
+}
+
+impl NodeBuilder<'_> {
+    fn start(
+        &self,
+        index: u8,
+        name: &str,
+        authority: &Authority,
+        runtime: &tokio::runtime::Runtime,
+    ) -> Result<Node> {
+        let address = Ipv4Addr::new(192, 168, 77, 10 + index);
+        let pod_cidr = format!("10.244.{index}.0/24");
+        let spaces = Namespaces::create(name, self.work)?;
+        plug_in(self.underlay, &spaces, address)?;
+        self.objects.put_node(name, address, &pod_cidr)?;
+        let tls = self.work.dir().join("tls").join(name);
+        authority.issue(name, &tls)?;
+        let dir = self.work.folder(name)?;
+        let data = self.start_role(
+            &spaces,
+            name,
+            "data",
+            "holdfast-csi",
+            data_arguments(name, address, &dir, &tls, self.options),
+        )?;
+        let csi = self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls))?;
+        let netd = self.start_role(
+            &spaces,
+            name,
+            "netd",
+            "holdfast-netd",
+            netd_arguments(name, &dir, self.objects),
+        )?;
+        let socket = |path: &str| Socket::new(runtime.handle().clone(), spaces.host_path(path));
+        let (data_socket, csi_socket) = (socket(DATA_SOCKET), socket(CSI_SOCKET));
+        Ok(Node {
+            name: name.to_owned(),
+            address,
+            pod_cidr,
+            spaces,
+            data,
+            csi,
+            netd,
+            data_socket,
+            csi_socket,
+        })
+    }
+
+    fn start_role(
+        &self,
+        spaces: &Namespaces,
+        node: &str,
+        role: &str,
+        binary: &str,
+        arguments: Vec<String>,
+    ) -> Result<Program> {
+        start_program(self.work, spaces, &format!("{node}-{role}"), binary, arguments)
+    }
+}
+
+fn data_arguments(
+    name: &str,
+    address: Ipv4Addr,
+    dir: &std::path::Path,
+    tls: &std::path::Path,
+    options: &ClusterOptions,
+) -> Vec<String> {
+    vec![
+        "data".to_owned(),
+        format!("--node={name}"),
+        format!("--pool-dir={}", dir.join("pool").display()),
+        format!("--pool-capacity-bytes={}", options.pool_bytes),
+        "--cookie-dir=/run/holdfast/cookies".to_owned(),
+        format!("--control-listen={address}:{CONTROL_PORT}"),
+        format!("--nbd-listen={address}:{NBD_PORT}"),
+        format!("--data-socket={DATA_SOCKET}"),
+        "--run-dir=/run/holdfast/front-end".to_owned(),
+        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
+        "--registry-name=controller".to_owned(),
+        format!("--tls-dir={}", tls.display()),
+    ]
+}
+
+fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
+    vec![
+        "node".to_owned(),
+        format!("--node={name}"),
+        format!("--csi-socket={CSI_SOCKET}"),
+        format!("--data-socket={DATA_SOCKET}"),
+        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
+        "--registry-name=controller".to_owned(),
+        format!("--tls-dir={}", tls.display()),
+    ]
+}
+
+fn netd_arguments(name: &str, dir: &std::path::Path, objects: &Objects) -> Vec<String> {
+    vec![
+        format!("--node={name}"),
+        format!("--objects={}", objects.dir().display()),
+        format!("--state-dir={}", dir.join("netd").display()),
+        format!("--socket={NETD_SOCKET}"),
+    ]
+}
+
+fn start_program(
+    work: &Work,
+    spaces: &Namespaces,
+    name: &str,
+    binary: &str,
+    arguments: Vec<String>,
+) -> Result<Program> {
+    let log = work.folder("logs")?.join(format!("{name}.log"));
+    let template = spaces.command(binaries_dir()?.join(binary));
+    let mut line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
+    line.extend(arguments.into_iter().map(Into::into));
+    let command = Arc::new(move || {
+        let mut command = Command::new("nsenter");
+        command.args(&line).stdin(std::process::Stdio::null());
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+    });
+    Program::start(ProgramSpec { name: name.to_owned(), log, command })
+}
+
+fn controller_address() -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 77, 10)
+}
+
+/// Name of a node's port on the underlay's bridge.
+fn port_name(node: &str) -> String {
+    format!("p-{node}")
+}
+
+fn plug_in(underlay: &Namespaces, spaces: &Namespaces, address: Ipv4Addr) -> Result<()> {
+    let port = port_name(spaces.name());
+    let pid = spaces.pid().to_string();
+    let ours = [
+        vec!["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid],
+        vec!["link", "set", &port, "master", "underlay", "up"],
+    ];
+    for arguments in ours {
+        run(underlay.network_command("ip").args(arguments))?;
+    }
+    let address = format!("{address}/24");
+    spaces.run("ip", &["addr", "add", &address, "dev", "eth0"])?;
+    spaces.run("ip", &["link", "set", "eth0", "up"])?;
+    Ok(())
+}
+
+fn wait_for_probe(program: &mut Program, socket: &Socket) -> Result<()> {
+    wait_for_answer(program, || {
+        let request = csi_proto::ProbeRequest {};
+        let reply = socket.identity(|mut client| async move { client.probe(request).await });
+        Ok(csi::named("Probe", reply)?.ready.unwrap_or(true))
+    })
+}
+
+fn wait_for_socket(program: &mut Program, path: &PathBuf) -> Result<()> {
+    wait_for_answer(program, || Ok(std::os::unix::net::UnixStream::connect(path).is_ok()))
+}
+
+fn wait_for_answer(program: &mut Program, mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut dead = false;
+    let waited = wait_until(START_TIMEOUT, || {
+        dead = !program.is_alive();
+        Ok(dead || ask()?)
+    });
+    if dead {
+        anyhow::bail!("{} ended:\n{}", program.name(), program.log_tail());
+    }
+    waited.with_context(|| format!("{} does not answer:\n{}", program.name(), program.log_tail()))
+}
+
+impl Node {
+    /// Waits until the data process answers again, after a restart.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_data(&mut self) -> Result<()> {
+        let path = self.spaces.host_path(DATA_SOCKET);
+        wait_for_socket(&mut self.data, &path)
+    }
+
+    /// Waits until the CSI node process answers again.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_csi(&mut self) -> Result<()> {
+        wait_for_probe(&mut self.csi, &self.csi_socket)
+    }
+
+    /// Waits until the network agent answers again.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_netd(&mut self) -> Result<()> {
+        let path = self.spaces.host_path(NETD_SOCKET);
+        wait_for_socket(&mut self.netd, &path)
+    }
+}
+
+impl Controller {
+    /// Waits until the controller answers again.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait(&mut self) -> Result<()> {
+        wait_for_probe(&mut self.program, &self.csi)
+    }
+}
