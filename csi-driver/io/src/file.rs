@@ -61,3 +61,59 @@ pub fn lock_exclusive(file: &impl AsFd, wait: Duration) -> io::Result<LockOutcom
         }
     }
 }
+
+/// Writes all of `data` at `offset` and returns when it is on stable storage (`RWF_DSYNC`). Blocks.
+///
+/// Memory, offset and length must suit the file's direct I/O.
+pub fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
+    let mut rest = data;
+    let mut at = offset;
+    while !rest.is_empty() {
+        let part = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+        let position = i64::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        // SAFETY: the one iovec names memory that outlives the call and that the kernel only reads.
+        let wrote = unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, position, libc::RWF_DSYNC) };
+        match usize::try_from(wrote) {
+            Ok(0) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            Ok(count) => {
+                rest = &rest[count..];
+                at += count as u64;
+            }
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.raw_os_error() != Some(libc::EINTR) {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reserves space for a range, so that a later write there cannot fail for want of it; the file keeps its length. Blocks.
+pub fn reserve_space(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let (offset, len) = (i64::try_from(offset).map_err(too_far)?, i64::try_from(len).map_err(too_far)?);
+    // SAFETY: fallocate takes a file descriptor, which the borrow keeps open, and numbers.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Bytes that an unprivileged process may still fill in the file system of `path`.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let stats = nix::sys::statvfs::statvfs(path).map_err(io::Error::from)?;
+    Ok(stats.blocks_available().saturating_mul(stats.fragment_size()))
+}
+
+/// Whether `path` lies on a tmpfs.
+pub fn is_tmpfs(path: &Path) -> io::Result<bool> {
+    let stats = nix::sys::statfs::statfs(path).map_err(io::Error::from)?;
+    Ok(stats.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
+}
+
+/// Gives a lock of [`lock_exclusive`] back before its file is closed.
+pub fn unlock(file: &impl AsFd) -> io::Result<()> {
+    // SAFETY: flock takes a file descriptor, which the borrow keeps open, and no memory.
+    let result = unsafe { libc::flock(file.as_fd().as_raw_fd(), libc::LOCK_UN) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -3,9 +3,9 @@
 //! ```text
 //!  Pool ── create, delete, list, space          POOL/pool, POOL/lock
 //!   └── Replica ── read, write, zero, flush ──> layer-000000   data, checksums, allocation map
-//!         │        log_set, log_clear ────────> log            regions that may differ after a crash
+//!         │        log_add, log_remove ───────> log            regions that may differ after a crash
 //!         │        persist_meta ──────────────> meta           the replica's state, two slots
-//!         └─────── put_map, drop_map ─────────> map-<replica>  blocks written since a replica left
+//!         └─────── put_map, update_map, … ────> map-<replica>  blocks written since a replica left
 //! ```
 //!
 //! Requests of a [`Replica`] take a callback and never block; callbacks run on an I/O thread and must not block either.
@@ -25,5 +25,5 @@ mod pool;
 mod replica;
 
 pub use error::{PoolError, StoreError};
-pub use pool::{Pool, PoolOptions, ReplicaSpec, Space};
-pub use replica::{AllocState, Continuity, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, wait};
+pub use pool::{Pool, PoolOptions, Space};
+pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, wait};

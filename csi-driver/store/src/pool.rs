@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bytes::Bytes;
-use holdfast_storage_core::ids::{ReplicaId, VolumeId};
+use holdfast_storage_core::ids::ReplicaId;
+use holdfast_storage_core::replica::ReplicaMeta;
 
 use crate::error::PoolError;
 use crate::replica::Replica;
@@ -20,19 +20,6 @@ pub struct PoolOptions {
     pub cookie_dir: Option<PathBuf>,
     /// How long opening waits for the I/O of a killed predecessor before it says [`PoolError::Locked`] (R3).
     pub lock_wait: Duration,
-}
-
-/// What a new replica is.
-#[derive(Debug, Clone)]
-pub struct ReplicaSpec {
-    /// The volume.
-    pub volume_id: VolumeId,
-    /// The replica; random, never reused (R34).
-    pub replica_id: ReplicaId,
-    /// Bytes; a multiple of 1 MiB.
-    pub size_bytes: u64,
-    /// The first state, as [`Replica::meta`] will give it.
-    pub meta: Bytes,
 }
 
 /// Room in a pool.
@@ -58,12 +45,13 @@ impl Pool {
         Err(PoolError::Locked(dir.to_owned()))
     }
 
-    /// Makes a replica, durably. Idempotent: one of the same volume and size is a success and keeps its state.
-    pub fn create_replica(&self, spec: &ReplicaSpec) -> Result<(), PoolError> {
-        Err(PoolError::NotFound(spec.replica_id))
+    /// Makes an empty replica with this meta, durably. Idempotent: one of the same volume and size is a success and
+    /// keeps its own meta.
+    pub fn create_replica(&self, meta: &ReplicaMeta) -> Result<(), PoolError> {
+        Err(PoolError::NotFound(meta.replica_id))
     }
 
-    /// Opens a replica, checks its format, and recovers it: maps take the log in (R22), the cookie is compared (R19).
+    /// Opens a replica, checks its format, and reads what [`Replica::start`] gives.
     pub fn open_replica(&self, replica_id: ReplicaId) -> Result<Replica, PoolError> {
         Err(PoolError::NotFound(replica_id))
     }

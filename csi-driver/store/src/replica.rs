@@ -1,15 +1,14 @@
 //! An open replica: the handle that the replica server drives.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::dirty_map::DirtyMap;
+use holdfast_storage_core::dirty_map::{DirtyMap, RegionBits};
 use holdfast_storage_core::ids::{Block, Region, ReplicaId, VolumeId};
+use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
 use crate::error::StoreError;
 
-/// Bytes of the largest state that [`Replica::persist_meta`] takes.
+/// Bytes of the largest meta, in its JSON form, that [`Replica::persist_meta`] takes.
 pub const META_BYTES_MAX: usize = 64 * 1024 - 64;
 
 /// Called exactly once, on any thread (also on the caller's, before the call returns); it must not block.
@@ -50,15 +49,6 @@ pub struct Extent {
     pub state: AllocState,
 }
 
-/// Whether the disk's write cache kept what was written since the cookie was made (R19).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Continuity {
-    /// The cookies on disk and in memory agree: every answered write is still there.
-    Kept,
-    /// They differ or one is missing: unflushed writes may be lost.
-    Lost,
-}
-
 /// Data of a read that skips verification (R32).
 #[derive(Debug, Clone)]
 pub struct UncheckedRead {
@@ -70,7 +60,8 @@ pub struct UncheckedRead {
 
 /// An open replica. Cheap to clone.
 ///
-/// Offsets and lengths are multiples of the block size. Overlapping requests in flight together have no order.
+/// Offsets and lengths are multiples of the block size. Overlapping data requests in flight together have no order.
+/// Requests on meta, cookie, log and maps take effect in the order of their calls.
 #[derive(Debug, Clone)]
 pub struct Replica {}
 
@@ -106,17 +97,17 @@ impl Replica {
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// Puts data into the disk's write cache. Every region it touches must be in the log ([`Replica::log_set`]).
-    /// Data in page-aligned memory ([`holdfast_io::AlignedBuf`]) is not copied.
-    pub fn write(&self, offset: u64, data: Bytes, done: Done) {
-        let _ = (offset, data);
+    /// Puts data into the disk's write cache, with `fua` on stable storage. Every region it touches must be in the log
+    /// ([`Replica::log_add`]). Data in page-aligned memory ([`holdfast_io::AlignedBuf`]) is not copied.
+    pub fn write(&self, offset: u64, data: Bytes, fua: bool, done: Done) {
+        let _ = (offset, data, fua);
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// Makes whole blocks read as zeroes and gives their space back (R17). Logged like a write. Blocks that were
-    /// absent at the bottom of the stack stay absent.
-    pub fn zero(&self, offset: u64, len: u64, done: Done) {
-        let _ = (offset, len);
+    /// Makes whole blocks read as zeroes, with `trim` giving their space back (R17). Logged like a write. Blocks that
+    /// were absent at the bottom of the stack stay absent.
+    pub fn zero(&self, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
+        let _ = (offset, len, trim, fua);
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
@@ -136,66 +127,59 @@ impl Replica {
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// Puts regions into the intent log; durable when answered. Regions that are in it already cost nothing. Calls
-    /// that arrive while a log write is under way share the next one.
-    pub fn log_set(&self, regions: &[Region], done: Done) {
+    /// Puts regions into the intent log; durable when answered. Calls that arrive while a log write is under way share
+    /// the next one.
+    pub fn log_add(&self, regions: &[Region], done: Done) {
         let _ = regions;
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// Takes regions out of the intent log, after everything written to them and their bits in all dirty maps are
-    /// durable (R18). A region that is logged again or written while this runs stays in.
-    pub fn log_clear(&self, regions: &[Region], done: Done) {
+    /// Takes regions out of the intent log, after everything written to them is durable (R18). A region with a write
+    /// in flight stays in.
+    pub fn log_remove(&self, regions: &[Region], done: Done) {
         let _ = regions;
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// The regions in the intent log, in order.
+    /// What was found on disk when the replica was opened, for [`holdfast_storage_core::replica::Replica`].
     #[must_use]
-    pub fn logged_regions(&self) -> Vec<Region> {
-        Vec::new()
+    pub fn start(&self) -> ReplicaStart {
+        unreachable!("the logic follows")
     }
 
-    /// The state last persisted.
-    #[must_use]
-    pub fn meta(&self) -> Bytes {
-        Bytes::new()
-    }
-
-    /// Makes a new state durable; after a crash the old or the new one is found. At most [`META_BYTES_MAX`] bytes.
-    /// Calls are carried out in their order.
-    pub fn persist_meta(&self, meta: Bytes, done: Done) {
+    /// Makes a new meta durable; after a crash the old or the new one is found.
+    pub fn persist_meta(&self, meta: &ReplicaMeta, done: Done) {
         let _ = meta;
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// The dirty maps kept on disk, after recovery: with the log taken in (R22).
-    #[must_use]
-    pub fn maps(&self) -> BTreeMap<ReplicaId, DirtyMap> {
-        BTreeMap::new()
+    /// Writes the cookie's copy in tmpfs (R19).
+    pub fn set_boot_cookie(&self, cookie: u64, done: Done) {
+        let _ = cookie;
+        done(Err(StoreError::Closed(self.replica_id())));
     }
 
-    /// Makes a dirty map durable, replacing any other for the same absent replica (R21, R24). From then on every
-    /// write and zero of this replica sets its bits in it (R22).
+    /// Removes the cookie's copy in tmpfs. Idempotent; a failed write or flush does it by itself, before it is
+    /// reported (R19).
+    pub fn remove_boot_cookie(&self, done: Done) {
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Makes a dirty map durable, replacing any other for the same absent replica (R21, R24).
     pub fn put_map(&self, absent: ReplicaId, map: DirtyMap, done: Done) {
         let _ = (absent, map);
+        done(Err(StoreError::Closed(self.replica_id())));
+    }
+
+    /// Sets regions' bits in a map that is not void to exactly these; durable when answered (R22).
+    pub fn update_map(&self, absent: ReplicaId, regions: Vec<(Region, RegionBits)>, done: Done) {
+        let _ = (absent, regions);
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
     /// Forgets a dirty map, durably. Idempotent.
     pub fn drop_map(&self, absent: ReplicaId, done: Done) {
         let _ = absent;
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// What the cookies said when the replica was opened (R19).
-    #[must_use]
-    pub fn continuity(&self) -> Continuity {
-        Continuity::Lost
-    }
-
-    /// Makes a new cookie, on disk and in memory: from here on continuity counts again. Persist `cache_lost` before.
-    pub fn renew_cookie(&self, done: Done) {
         done(Err(StoreError::Closed(self.replica_id())));
     }
 
