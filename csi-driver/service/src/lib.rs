@@ -9,14 +9,23 @@
 //! The controller decides nothing about data: it places replicas when a volume is made and swaps who may attach it.
 //! The node service refuses to format anything whose record does not say that no file system was ever made (R36).
 
+pub mod controller;
+pub mod identity;
+mod in_flight;
+pub mod node;
 pub mod node_book;
 pub mod registry_client;
 pub mod registry_server;
 mod registry_wire;
 pub mod serve;
 pub mod sled_store;
+mod status;
 pub mod tls;
+pub mod volume_request;
 
+pub use controller::ControllerService;
+pub use identity::IdentityService;
+pub use node::{NodeConfig, NodeService};
 pub use node_book::NodeBook;
 pub use registry_client::RegistryClient;
 pub use registry_server::RegistryServer;

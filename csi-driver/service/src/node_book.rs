@@ -51,6 +51,12 @@ impl NodeBook {
         nodes.get(name).map(|(info, _)| info.clone())
     }
 
+    /// How many nodes were ever heard of, silent ones included.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Whether nodes may exist that this book has not heard of since it was started.
     #[must_use]
     pub fn is_filling(&self) -> bool {

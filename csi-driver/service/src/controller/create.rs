@@ -1,0 +1,253 @@
+//! CreateVolume.
+//!
+//! 1. The record is created with every replica listed. A crash before: nothing happened.
+//! 2. Each listed replica is made on its node; making one twice is one. A crash before or between: the caller repeats
+//!    by name, the record is found, and this step is done again.
+//! 3. Success is answered.
+//!
+//! A node that fails in step 2 is replaced by another: its replica stays listed as faulted, because it may have been
+//! made after all, and DeleteVolume asks that node too.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures::future::join_all;
+use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
+use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
+use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
+use holdfast_storage_core::record::{Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeRecord};
+use holdfast_storage_core::record_store::Versioned;
+use tonic::Status;
+
+use super::Inner;
+use super::pools::PoolSpace;
+use crate::status::from_store;
+use crate::volume_request::VolumeRequest;
+
+/// How often replicas on failing nodes are replaced within one call; then the caller is told to repeat.
+const REPLACEMENT_ROUNDS_MAX: u32 = 3;
+/// Nodes listed in a sentence about missing space.
+const LISTED_NODES_MAX: usize = 10;
+
+impl Inner {
+    pub(super) async fn create_volume(
+        &self,
+        request: CreateVolumeRequest,
+    ) -> Result<CreateVolumeResponse, Status> {
+        let wanted = VolumeRequest::parse(&request)?;
+        let _by_name = self.in_flight.begin(format!("the volume named \"{}\"", wanted.name))?;
+        let found = match self.find_by_name(&wanted.name).await? {
+            Some(found) => {
+                check_same(&found.record, &wanted)?;
+                found
+            }
+            None => self.create_record(&wanted).await?,
+        };
+        let volume_id = found.record.volume_id;
+        let _by_id = self.in_flight.begin(format!("volume {volume_id}"))?;
+        let record = self.make_replicas(volume_id).await?;
+        tracing::info!(volume = %volume_id, name = record.name, bytes = record.size_bytes, "volume created");
+        Ok(CreateVolumeResponse { volume: Some(to_csi(&record)) })
+    }
+
+    async fn find_by_name(&self, name: &str) -> Result<Option<Versioned>, Status> {
+        let all = self.store.list().await.map_err(from_store)?;
+        Ok(all.into_iter().find(|v| !v.record.deleting && v.record.name == name))
+    }
+
+    async fn create_record(&self, wanted: &VolumeRequest) -> Result<Versioned, Status> {
+        let _placing = self.placing.lock().await;
+        let nodes = self.choose_nodes(wanted.params.replicas, wanted.size_bytes, &BTreeSet::new()).await?;
+        let record = new_record(wanted, nodes);
+        let version = self.store.create(record.clone()).await.map_err(from_store)?;
+        Ok(Versioned { version, record })
+    }
+
+    /// Nodes for further replicas, none of them in `taken`.
+    async fn choose_nodes(
+        &self,
+        replicas: u32,
+        size_bytes: u64,
+        taken: &BTreeSet<NodeName>,
+    ) -> Result<Vec<NodeName>, Status> {
+        let pools: Vec<PoolSpace> =
+            self.free_space().await?.into_iter().filter(|pool| !taken.contains(&pool.node)).collect();
+        let request = PlacementRequest { replicas, size_bytes, prefer: None, allowed: Vec::new() };
+        let spaces: Vec<NodeSpace> = pools
+            .iter()
+            .map(|pool| NodeSpace { name: pool.node.clone(), available_bytes: pool.available_bytes })
+            .collect();
+        place(&request, &spaces).map_err(|error| self.unplaceable(&error, &pools))
+    }
+
+    /// What each answering pool can still promise: by its own word, and not beyond what the records leave of it.
+    pub(super) async fn free_space(&self) -> Result<Vec<PoolSpace>, Status> {
+        let records = self.store.list().await.map_err(from_store)?;
+        let mut promised: BTreeMap<NodeName, u64> = BTreeMap::new();
+        for versioned in &records {
+            for replica in versioned.record.replicas.values() {
+                let sum = promised.entry(replica.node.clone()).or_default();
+                *sum = sum.saturating_add(versioned.record.size_bytes);
+            }
+        }
+        let mut pools = self.pools.survey().await;
+        for pool in &mut pools {
+            let left = pool.capacity_bytes.saturating_sub(promised.get(&pool.node).copied().unwrap_or(0));
+            pool.available_bytes = pool.available_bytes.min(left);
+        }
+        Ok(pools)
+    }
+
+    fn unplaceable(&self, error: &PlacementError, pools: &[PoolSpace]) -> Status {
+        let mut listed: Vec<String> = pools
+            .iter()
+            .take(LISTED_NODES_MAX)
+            .map(|pool| format!("{} has {} bytes free", pool.node, pool.available_bytes))
+            .collect();
+        if pools.len() > LISTED_NODES_MAX {
+            listed.push(format!("and {} more nodes", pools.len() - LISTED_NODES_MAX));
+        }
+        let listed = if listed.is_empty() { "no node answers".to_owned() } else { listed.join(", ") };
+        let sentence = format!("{error} ({listed})");
+        match error {
+            // Nodes that are known but silent, or not yet heard of, may come back.
+            PlacementError::TooFewNodes { wanted, .. }
+                if self.book.is_filling() || self.book.known() >= *wanted as usize =>
+            {
+                Status::unavailable(sentence)
+            }
+            PlacementError::TooFewNodes { .. } | PlacementError::NoSpace { .. } => {
+                Status::resource_exhausted(sentence)
+            }
+            PlacementError::NoReplicas => Status::invalid_argument(sentence),
+        }
+    }
+
+    /// Makes every listed replica that is not known to exist, replacing nodes that fail.
+    async fn make_replicas(&self, volume: VolumeId) -> Result<VolumeRecord, Status> {
+        for _ in 0..REPLACEMENT_ROUNDS_MAX {
+            let found = self.store.read(volume).await.map_err(from_store)?;
+            let record = &found.record;
+            if record.deleting {
+                return Err(Status::aborted(format!("volume {volume} is being deleted; repeat the call")));
+            }
+            // It was published once, so an earlier call has made them all.
+            if record.attachment > Attachment(0) || record.generation > Generation(0) {
+                return Ok(found.record);
+            }
+            let failed = self.make_listed(record).await;
+            if failed.is_empty() {
+                return Ok(found.record);
+            }
+            self.replace(found, &failed).await?;
+        }
+        Err(Status::unavailable(format!("volume {volume}: too many nodes failed in turn; repeat the call")))
+    }
+
+    async fn make_listed(&self, record: &VolumeRecord) -> BTreeMap<ReplicaId, Status> {
+        let make = |(id, replica): (ReplicaId, ReplicaRecord)| async move {
+            let request = CreateReplicaRequest {
+                volume_id: record.volume_id.to_string(),
+                replica_id: id.to_string(),
+                lineage: record.lineage.to_string(),
+                size_bytes: record.size_bytes,
+                epoch: Some(WireEpoch { number: record.epoch.number, nonce: record.epoch.nonce }),
+            };
+            (id, self.pools.create_replica(&replica.node, request).await)
+        };
+        let listed = record.replicas.iter().filter(|(id, _)| record.in_sync.contains(id));
+        let answers = join_all(listed.map(|(id, replica)| make((*id, replica.clone())))).await;
+        answers.into_iter().filter_map(|(id, answer)| answer.err().map(|status| (id, status))).collect()
+    }
+
+    /// Lists new replicas on other nodes in place of the failed ones. Nothing was ever written to this volume, so
+    /// the set may change without a target.
+    async fn replace(&self, found: Versioned, failed: &BTreeMap<ReplicaId, Status>) -> Result<(), Status> {
+        let Versioned { version, mut record } = found;
+        let reasons: Vec<&str> = failed.values().map(Status::message).collect();
+        let reasons = reasons.join("; ");
+        tracing::warn!(volume = %record.volume_id, %reasons, "replicas could not be made; choosing other nodes");
+        let _placing = self.placing.lock().await;
+        let taken = record.replicas.values().map(|replica| replica.node.clone()).collect();
+        let count = u32::try_from(failed.len()).unwrap_or(u32::MAX);
+        let nodes = self.choose_nodes(count, record.size_bytes, &taken).await.map_err(|status| {
+            Status::unavailable(format!(
+                "volume {}: {reasons}; and no other node can take over: {}; repeat the call",
+                record.volume_id,
+                status.message()
+            ))
+        })?;
+        for id in failed.keys() {
+            record.in_sync.remove(id);
+            if let Some(replica) = record.replicas.get_mut(id) {
+                replica.state = ReplicaState::Faulted;
+            }
+        }
+        list_replicas(&mut record, nodes);
+        self.store.swap(version, record).await.map_err(from_store)?;
+        Ok(())
+    }
+}
+
+/// A volume as CSI answers it.
+pub(super) fn to_csi(record: &VolumeRecord) -> Volume {
+    Volume {
+        capacity_bytes: i64::try_from(record.size_bytes).unwrap_or(i64::MAX),
+        volume_id: record.volume_id.to_string(),
+        ..Volume::default()
+    }
+}
+
+fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
+    let mut record = VolumeRecord {
+        format: RECORD_FORMAT,
+        volume_id: VolumeId(rand::random()),
+        name: wanted.name.clone(),
+        lineage: Lineage(rand::random()),
+        size_bytes: wanted.size_bytes,
+        attachment: Attachment(0),
+        attached_to: None,
+        read_only: false,
+        generation: Generation(0),
+        generation_attachment: Attachment(0),
+        target_id: None,
+        epoch: Epoch { number: 1, nonce: rand::random() },
+        in_sync: BTreeSet::new(),
+        replicas: BTreeMap::new(),
+        formatted: Formatted::Never,
+        deleting: false,
+        params: wanted.params.clone(),
+    };
+    list_replicas(&mut record, nodes);
+    record
+}
+
+fn list_replicas(record: &mut VolumeRecord, nodes: Vec<NodeName>) {
+    for node in nodes {
+        let id = ReplicaId(rand::random());
+        record.replicas.insert(id, ReplicaRecord { node, state: ReplicaState::InSync });
+        record.in_sync.insert(id);
+    }
+}
+
+/// A name that is used again must mean the same volume.
+fn check_same(record: &VolumeRecord, wanted: &VolumeRequest) -> Result<(), Status> {
+    let differs = |what: String| {
+        Err(Status::already_exists(format!(
+            "a volume named \"{}\" exists already ({}), but {what}",
+            record.name, record.volume_id
+        )))
+    };
+    if !wanted.range.contains(record.size_bytes) {
+        return differs(format!(
+            "it has {} bytes, which capacity_range does not allow (required_bytes {}, limit_bytes {})",
+            record.size_bytes,
+            wanted.range.required_bytes,
+            wanted.range.limit_bytes.unwrap_or(0)
+        ));
+    }
+    if record.params != wanted.params {
+        return differs(format!("it was made with {:?} and {:?} is asked for", record.params, wanted.params));
+    }
+    Ok(())
+}

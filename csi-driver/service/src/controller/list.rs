@@ -1,0 +1,134 @@
+//! ListVolumes, GetCapacity, ValidateVolumeCapabilities: questions that change nothing.
+
+use std::cmp::Reverse;
+
+use holdfast_proto::csi::list_volumes_response::{Entry, VolumeStatus};
+use holdfast_proto::csi::validate_volume_capabilities_response::Confirmed;
+use holdfast_proto::csi::{
+    GetCapacityRequest, GetCapacityResponse, ListVolumesRequest, ListVolumesResponse,
+    ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
+};
+use holdfast_storage_core::ids::{REGION_BYTES, VolumeId};
+use tonic::Status;
+
+use super::Inner;
+use super::create::to_csi;
+use crate::status::from_store;
+use crate::volume_request::{
+    Access, SIZE_BYTES_MIN, check_access, check_capabilities, existing_volume_id, parse_params,
+};
+
+/// Volumes in one answer where the caller sets no limit; the rest follows by token.
+const PAGE_MAX: usize = 4096;
+
+impl Inner {
+    pub(super) async fn list_volumes(
+        &self,
+        request: ListVolumesRequest,
+    ) -> Result<ListVolumesResponse, Status> {
+        let wanted = usize::try_from(request.max_entries).map_err(|_| {
+            Status::invalid_argument(format!("max_entries is negative ({})", request.max_entries))
+        })?;
+        let page = if wanted == 0 { PAGE_MAX } else { wanted.min(PAGE_MAX) };
+        // A token is the last id of the page before, so it stays good while volumes come and go.
+        let after: Option<VolumeId> = match request.starting_token.as_str() {
+            "" => None,
+            token => Some(token.parse().map_err(|_| {
+                let shown: String = token.chars().take(64).collect();
+                Status::aborted(format!(
+                    "starting_token: \"{shown}\" is no token of this plugin; list from the start"
+                ))
+            })?),
+        };
+        let all = self.store.list().await.map_err(from_store)?;
+        let mut records: Vec<_> =
+            all.into_iter().map(|v| v.record).filter(|record| !record.deleting).collect();
+        records.sort_by_key(|record| record.volume_id);
+        records.retain(|record| after.is_none_or(|after| record.volume_id > after));
+        let more = records.len() > page;
+        records.truncate(page);
+        let next_token = match records.last() {
+            Some(last) if more => last.volume_id.to_string(),
+            _ => String::new(),
+        };
+        let entries = records
+            .iter()
+            .map(|record| Entry {
+                volume: Some(to_csi(record)),
+                status: Some(VolumeStatus {
+                    published_node_ids: record.attached_to.iter().map(|node| node.0.clone()).collect(),
+                }),
+            })
+            .collect();
+        Ok(ListVolumesResponse { entries, next_token })
+    }
+
+    /// The largest volume that can be made now: with n replicas, the n-th roomiest pool decides.
+    pub(super) async fn get_capacity(
+        &self,
+        request: GetCapacityRequest,
+    ) -> Result<GetCapacityResponse, Status> {
+        let access = if request.volume_capabilities.is_empty() {
+            Access { block: false, fs_type: None }
+        } else {
+            match check_capabilities(&request.volume_capabilities) {
+                Ok(access) => access,
+                // No space for volumes that cannot be made.
+                Err(_) => return Ok(GetCapacityResponse::default()),
+            }
+        };
+        let params = parse_params(&request.parameters, &access)?;
+        let mut free: Vec<u64> =
+            self.free_space().await?.into_iter().map(|pool| pool.available_bytes).collect();
+        free.sort_by_key(|bytes| Reverse(*bytes));
+        let largest =
+            free.get(params.replicas as usize - 1).copied().unwrap_or(0) / REGION_BYTES * REGION_BYTES;
+        let largest = i64::try_from(largest).unwrap_or(i64::MAX);
+        Ok(GetCapacityResponse {
+            available_capacity: largest,
+            maximum_volume_size: Some(largest),
+            minimum_volume_size: i64::try_from(SIZE_BYTES_MIN).ok(),
+        })
+    }
+
+    pub(super) async fn validate(
+        &self,
+        request: ValidateVolumeCapabilitiesRequest,
+    ) -> Result<ValidateVolumeCapabilitiesResponse, Status> {
+        if request.volume_id.is_empty() {
+            return Err(Status::invalid_argument("volume_id is missing"));
+        }
+        if request.volume_capabilities.is_empty() {
+            return Err(Status::invalid_argument("volume_capabilities is missing"));
+        }
+        let volume = existing_volume_id(&request.volume_id)?;
+        let record = self.store.read(volume).await.map_err(from_store)?.record;
+        if record.deleting {
+            return Err(Status::not_found(format!("volume {volume} is being deleted")));
+        }
+        let judged = check_capabilities(&request.volume_capabilities).and_then(|access| {
+            check_access(&record, &access)?;
+            if request.parameters.is_empty() {
+                return Ok(());
+            }
+            if parse_params(&request.parameters, &access)? != record.params {
+                return Err(Status::invalid_argument("parameters: the volume was made with others"));
+            }
+            Ok(())
+        });
+        Ok(match judged {
+            Ok(()) => ValidateVolumeCapabilitiesResponse {
+                confirmed: Some(Confirmed {
+                    volume_context: request.volume_context,
+                    volume_capabilities: request.volume_capabilities,
+                    parameters: request.parameters,
+                    mutable_parameters: request.mutable_parameters,
+                }),
+                message: String::new(),
+            },
+            Err(status) => {
+                ValidateVolumeCapabilitiesResponse { confirmed: None, message: status.message().to_owned() }
+            }
+        })
+    }
+}

@@ -1,0 +1,200 @@
+//! CSI Controller: volumes as objects.
+//!
+//! It owns the record's life (create, publish, unpublish, delete) and nothing of the data. Every call is safe to
+//! repeat after a crash at any point: the record is written before the first replica is made and removed after the
+//! last one is gone, so that no replica is ever forgotten.
+
+mod create;
+mod delete;
+mod list;
+mod pools;
+mod publish;
+
+use std::sync::Arc;
+
+use holdfast_proto::csi::controller_server::Controller;
+use holdfast_proto::csi::controller_service_capability::{Rpc, Type, rpc};
+use holdfast_proto::csi::*;
+use holdfast_storage_core::record_store::RecordStore;
+use tokio::sync::Mutex;
+use tonic::{Request, Response, Status};
+
+use crate::in_flight::{InFlight, detached};
+use crate::node_book::NodeBook;
+use crate::tls::TlsIdentity;
+use pools::Pools;
+
+/// Key of publish_context under which the attachment's number travels to the node (R1).
+pub const ATTACHMENT_KEY: &str = "attachment";
+/// Key of publish_context that says whether the volume is published read-only.
+pub const READ_ONLY_KEY: &str = "readOnly";
+
+/// How often a change is decided anew because another writer moved the record; then the caller is told to repeat.
+const SWAP_ATTEMPTS_MAX: u32 = 16;
+
+/// The service.
+#[derive(Clone)]
+pub struct ControllerService {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Arc<dyn RecordStore>,
+    book: Arc<NodeBook>,
+    pools: Pools,
+    in_flight: InFlight,
+    /// Held from reading the free space to writing the record, so that no space is promised twice.
+    placing: Mutex<()>,
+}
+
+impl ControllerService {
+    /// A controller over `store` that knows the nodes of `book` and reaches their pools, with TLS where given.
+    #[must_use]
+    pub fn new(store: Arc<dyn RecordStore>, book: Arc<NodeBook>, tls: Option<TlsIdentity>) -> Self {
+        let pools = Pools::new(Arc::clone(&book), tls);
+        let inner = Inner { store, book, pools, in_flight: InFlight::default(), placing: Mutex::new(()) };
+        Self { inner: Arc::new(inner) }
+    }
+}
+
+#[tonic::async_trait]
+impl Controller for ControllerService {
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<CreateVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.create_volume(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.delete_volume(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn controller_publish_volume(
+        &self,
+        request: Request<ControllerPublishVolumeRequest>,
+    ) -> Result<Response<ControllerPublishVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.publish(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn controller_unpublish_volume(
+        &self,
+        request: Request<ControllerUnpublishVolumeRequest>,
+    ) -> Result<Response<ControllerUnpublishVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.unpublish(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<ValidateVolumeCapabilitiesRequest>,
+    ) -> Result<Response<ValidateVolumeCapabilitiesResponse>, Status> {
+        self.inner.validate(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        self.inner.list_volumes(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_capacity(
+        &self,
+        request: Request<GetCapacityRequest>,
+    ) -> Result<Response<GetCapacityResponse>, Status> {
+        self.inner.get_capacity(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<ControllerGetCapabilitiesRequest>,
+    ) -> Result<Response<ControllerGetCapabilitiesResponse>, Status> {
+        let types = [
+            rpc::Type::CreateDeleteVolume,
+            rpc::Type::PublishUnpublishVolume,
+            rpc::Type::ListVolumes,
+            rpc::Type::ListVolumesPublishedNodes,
+            rpc::Type::GetCapacity,
+            rpc::Type::PublishReadonly,
+            rpc::Type::SingleNodeMultiWriter,
+        ];
+        let one = |kind: rpc::Type| ControllerServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        Ok(Response::new(ControllerGetCapabilitiesResponse { capabilities: types.map(one).to_vec() }))
+    }
+
+    async fn controller_list_volume_health(
+        &self,
+        _: Request<ControllerListVolumeHealthRequest>,
+    ) -> Result<Response<ControllerListVolumeHealthResponse>, Status> {
+        Err(unsupported("ControllerListVolumeHealth"))
+    }
+
+    async fn controller_get_volume_health(
+        &self,
+        _: Request<ControllerGetVolumeHealthRequest>,
+    ) -> Result<Response<ControllerGetVolumeHealthResponse>, Status> {
+        Err(unsupported("ControllerGetVolumeHealth"))
+    }
+
+    async fn create_snapshot(
+        &self,
+        _: Request<CreateSnapshotRequest>,
+    ) -> Result<Response<CreateSnapshotResponse>, Status> {
+        Err(unsupported("CreateSnapshot"))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        Err(unsupported("DeleteSnapshot"))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        Err(unsupported("ListSnapshots"))
+    }
+
+    async fn get_snapshot(
+        &self,
+        _: Request<GetSnapshotRequest>,
+    ) -> Result<Response<GetSnapshotResponse>, Status> {
+        Err(unsupported("GetSnapshot"))
+    }
+
+    async fn controller_expand_volume(
+        &self,
+        _: Request<ControllerExpandVolumeRequest>,
+    ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
+        Err(unsupported("ControllerExpandVolume"))
+    }
+
+    async fn controller_get_volume(
+        &self,
+        _: Request<ControllerGetVolumeRequest>,
+    ) -> Result<Response<ControllerGetVolumeResponse>, Status> {
+        Err(unsupported("ControllerGetVolume"))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        _: Request<ControllerModifyVolumeRequest>,
+    ) -> Result<Response<ControllerModifyVolumeResponse>, Status> {
+        Err(unsupported("ControllerModifyVolume"))
+    }
+}
+
+fn unsupported(call: &str) -> Status {
+    Status::unimplemented(format!("{call} is not supported by this driver; its capabilities do not name it"))
+}

@@ -1,0 +1,134 @@
+//! The nodes' pools, as the controller reaches them.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use holdfast_proto::storage::pool_client::PoolClient;
+use holdfast_proto::storage::{CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest};
+use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::node_directory::NodeInfo;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+
+use crate::node_book::NodeBook;
+use crate::tls::TlsIdentity;
+
+/// How long connecting to a node may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a pool may take to tell its free space; a slower one gets no new replica.
+const SURVEY_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a pool may take to make or delete a replica.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
+/// A connection whose peer does not answer a ping for this long is given up.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+
+/// Free space of one node's pool, as it said itself a moment ago.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PoolSpace {
+    pub(super) node: NodeName,
+    pub(super) capacity_bytes: u64,
+    pub(super) available_bytes: u64,
+}
+
+/// Clients of the pools, one connection per node.
+pub(super) struct Pools {
+    book: Arc<NodeBook>,
+    tls: Option<TlsIdentity>,
+    /// By node, with the address it is for; bounded by the book's own limit.
+    channels: Mutex<HashMap<NodeName, (String, Channel)>>,
+}
+
+impl Pools {
+    pub(super) fn new(book: Arc<NodeBook>, tls: Option<TlsIdentity>) -> Self {
+        Self { book, tls, channels: Mutex::new(HashMap::new()) }
+    }
+
+    /// Asks every node that is alive for its free space; silent ones are left out.
+    pub(super) async fn survey(&self) -> Vec<PoolSpace> {
+        let ask = |info: NodeInfo| async move {
+            let node = info.name.clone();
+            let mut client = self.client(&info).ok()?;
+            match within(SURVEY_TIMEOUT, &node, client.get_pool(GetPoolRequest {})).await {
+                Ok(pool) => {
+                    let (capacity_bytes, available_bytes) = (pool.capacity_bytes, pool.available_bytes);
+                    Some(PoolSpace { node, capacity_bytes, available_bytes })
+                }
+                Err(status) => {
+                    tracing::warn!(%node, %status, "the pool does not tell its free space");
+                    None
+                }
+            }
+        };
+        join_all(self.book.alive().into_iter().map(ask)).await.into_iter().flatten().collect()
+    }
+
+    pub(super) async fn create_replica(
+        &self,
+        node: &NodeName,
+        request: CreateReplicaRequest,
+    ) -> Result<(), Status> {
+        let mut client = self.client(&self.known(node)?)?;
+        within(CHANGE_TIMEOUT, node, client.create_replica(request)).await.map(|_| ())
+    }
+
+    pub(super) async fn delete_replica(
+        &self,
+        node: &NodeName,
+        request: DeleteReplicaRequest,
+    ) -> Result<(), Status> {
+        let mut client = self.client(&self.known(node)?)?;
+        within(CHANGE_TIMEOUT, node, client.delete_replica(request)).await.map(|_| ())
+    }
+
+    fn known(&self, node: &NodeName) -> Result<NodeInfo, Status> {
+        self.book.get(node).ok_or_else(|| {
+            Status::unavailable(format!("node {node} has not announced itself since this controller started"))
+        })
+    }
+
+    fn client(&self, info: &NodeInfo) -> Result<PoolClient<Channel>, Status> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((address, channel)) = channels.get(&info.name) {
+            if *address == info.control_address {
+                return Ok(PoolClient::new(channel.clone()));
+            }
+        }
+        let channel = self.connect(info).map_err(|e| {
+            Status::unavailable(format!(
+                "node {} announced the address {}, which cannot be used: {e}",
+                info.name, info.control_address
+            ))
+        })?;
+        channels.insert(info.name.clone(), (info.control_address.clone(), channel.clone()));
+        Ok(PoolClient::new(channel))
+    }
+
+    fn connect(&self, info: &NodeInfo) -> Result<Channel, tonic::transport::Error> {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", info.control_address))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true);
+        if let Some(tls) = &self.tls {
+            endpoint = endpoint.tls_config(tls.client(&info.name.0))?;
+        }
+        Ok(endpoint.connect_lazy())
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    node: &NodeName,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+        Ok(Err(status)) => Err(Status::new(status.code(), format!("node {node}: {}", status.message()))),
+        Err(_) => Err(Status::unavailable(format!("node {node} gave no answer within {limit:?}"))),
+    }
+}

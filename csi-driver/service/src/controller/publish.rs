@@ -1,0 +1,136 @@
+//! ControllerPublishVolume and ControllerUnpublishVolume: swaps of the record, nothing else.
+//!
+//! Unpublishing asks nothing of the node: a node that is cut off cannot delay the failover, and its target is fenced
+//! by the generation of the next one.
+
+use std::collections::HashMap;
+
+use holdfast_proto::csi::{
+    ControllerPublishVolumeRequest, ControllerPublishVolumeResponse, ControllerUnpublishVolumeRequest,
+    ControllerUnpublishVolumeResponse,
+};
+use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::record_store::StoreError;
+use tonic::Status;
+
+use super::{ATTACHMENT_KEY, Inner, READ_ONLY_KEY, SWAP_ATTEMPTS_MAX};
+use crate::status::from_store;
+use crate::volume_request::{check_access, check_capability, existing_volume_id, parse_volume_id};
+
+impl Inner {
+    pub(super) async fn publish(
+        &self,
+        request: ControllerPublishVolumeRequest,
+    ) -> Result<ControllerPublishVolumeResponse, Status> {
+        if request.node_id.is_empty() {
+            return Err(Status::invalid_argument("node_id is missing"));
+        }
+        let capability = request.volume_capability.as_ref();
+        let capability =
+            capability.ok_or_else(|| Status::invalid_argument("volume_capability is missing"))?;
+        let access = check_capability(capability)?;
+        let volume = existing_volume_id(&request.volume_id)?;
+        let node = NodeName(request.node_id);
+        let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
+        for _ in 0..SWAP_ATTEMPTS_MAX {
+            let found = self.store.read(volume).await.map_err(from_store)?;
+            let record = &found.record;
+            if record.deleting {
+                return Err(Status::not_found(format!("volume {volume} is being deleted")));
+            }
+            self.check_node(&node)?;
+            check_access(record, &access)?;
+            if published(record, &node, request.readonly)? {
+                return Ok(answer(record));
+            }
+            let record = VolumeRecord {
+                attached_to: Some(node.clone()),
+                attachment: record.attachment.next(),
+                read_only: request.readonly,
+                ..found.record
+            };
+            match self.store.swap(found.version, record.clone()).await {
+                Ok(_) => {
+                    tracing::info!(%volume, %node, attachment = %record.attachment, "volume published");
+                    return Ok(answer(&record));
+                }
+                Err(StoreError::Conflict(_)) => {}
+                Err(error) => return Err(from_store(error)),
+            }
+        }
+        Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
+    }
+
+    pub(super) async fn unpublish(
+        &self,
+        request: ControllerUnpublishVolumeRequest,
+    ) -> Result<ControllerUnpublishVolumeResponse, Status> {
+        let done = ControllerUnpublishVolumeResponse {};
+        let Some(volume) = parse_volume_id(&request.volume_id)? else {
+            return Ok(done);
+        };
+        let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
+        for _ in 0..SWAP_ATTEMPTS_MAX {
+            let found = match self.store.read(volume).await {
+                Ok(found) => found,
+                Err(StoreError::NotFound(_)) => return Ok(done),
+                Err(error) => return Err(from_store(error)),
+            };
+            let Some(node) = found.record.attached_to.clone() else {
+                return Ok(done);
+            };
+            // No node_id means: from every node.
+            if !request.node_id.is_empty() && node.0 != request.node_id {
+                return Ok(done);
+            }
+            let record = VolumeRecord { attached_to: None, read_only: false, ..found.record };
+            match self.store.swap(found.version, record).await {
+                Ok(_) => {
+                    tracing::info!(%volume, %node, "volume unpublished");
+                    return Ok(done);
+                }
+                Err(StoreError::Conflict(_)) => {}
+                Err(error) => return Err(from_store(error)),
+            }
+        }
+        Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
+    }
+
+    fn check_node(&self, node: &NodeName) -> Result<(), Status> {
+        if self.book.get(node).is_some() {
+            return Ok(());
+        }
+        let shown: String = node.0.chars().take(64).collect();
+        if self.book.is_filling() {
+            let sentence =
+                format!("node_id: node \"{shown}\" has not announced itself since this controller started");
+            return Err(Status::unavailable(sentence));
+        }
+        Err(Status::not_found(format!("node_id: there is no node \"{shown}\"")))
+    }
+}
+
+/// Whether the volume is published to the node already, in the same way.
+fn published(record: &VolumeRecord, node: &NodeName, read_only: bool) -> Result<bool, Status> {
+    match &record.attached_to {
+        None => Ok(false),
+        Some(owner) if owner != node => Err(Status::failed_precondition(format!(
+            "volume {} is published to node {owner}; unpublish it there before publishing it to {node}",
+            record.volume_id
+        ))),
+        Some(_) if record.read_only != read_only => Err(Status::already_exists(format!(
+            "volume {} is published to node {node} already, with readonly {} instead of {read_only}",
+            record.volume_id, record.read_only
+        ))),
+        Some(_) => Ok(true),
+    }
+}
+
+fn answer(record: &VolumeRecord) -> ControllerPublishVolumeResponse {
+    let publish_context = HashMap::from([
+        (ATTACHMENT_KEY.to_owned(), record.attachment.to_string()),
+        (READ_ONLY_KEY.to_owned(), record.read_only.to_string()),
+    ]);
+    ControllerPublishVolumeResponse { publish_context }
+}

@@ -1,0 +1,64 @@
+//! CSI Identity: who the plugin is and whether it is ready.
+
+use holdfast_proto::csi::identity_server::Identity;
+use holdfast_proto::csi::plugin_capability::{Service, Type, service};
+use holdfast_proto::csi::{
+    GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
+    PluginCapability, ProbeRequest, ProbeResponse,
+};
+use std::sync::Arc;
+
+use holdfast_storage_core::record_store::RecordStore;
+use tonic::{Request, Response, Status};
+
+use crate::DRIVER_NAME;
+
+/// Answers for the controller and the node process.
+pub struct IdentityService {
+    /// The store whose loss makes the controller unready; none on nodes, where a restart cures nothing.
+    store: Option<Arc<dyn RecordStore>>,
+}
+
+impl IdentityService {
+    /// For the controller: ready while its store answers.
+    #[must_use]
+    pub fn controller(store: Arc<dyn RecordStore>) -> Self {
+        Self { store: Some(store) }
+    }
+
+    /// For a node: ready while it answers at all.
+    #[must_use]
+    pub fn node() -> Self {
+        Self { store: None }
+    }
+}
+
+#[tonic::async_trait]
+impl Identity for IdentityService {
+    async fn get_plugin_info(
+        &self,
+        _: Request<GetPluginInfoRequest>,
+    ) -> Result<Response<GetPluginInfoResponse>, Status> {
+        Ok(Response::new(GetPluginInfoResponse {
+            name: DRIVER_NAME.to_owned(),
+            vendor_version: env!("CARGO_PKG_VERSION").to_owned(),
+            manifest: std::collections::HashMap::new(),
+        }))
+    }
+
+    async fn get_plugin_capabilities(
+        &self,
+        _: Request<GetPluginCapabilitiesRequest>,
+    ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
+        let controller = Type::Service(Service { r#type: service::Type::ControllerService.into() });
+        let capabilities = vec![PluginCapability { r#type: Some(controller) }];
+        Ok(Response::new(GetPluginCapabilitiesResponse { capabilities }))
+    }
+
+    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        if let Some(store) = &self.store {
+            store.list().await.map_err(|e| Status::failed_precondition(e.to_string()))?;
+        }
+        Ok(Response::new(ProbeResponse { ready: Some(true) }))
+    }
+}

@@ -1,0 +1,168 @@
+//! CSI Node: device, file system and mounts on this machine.
+//!
+//! It keeps no state of its own: the record says whether a file system was made, the mount table says what is
+//! mounted, the data process says what is attached. Every call is safe to repeat after a kill at any point.
+
+mod data_client;
+mod format;
+mod mount_table;
+mod mounter;
+mod paths;
+mod publish;
+mod stage;
+mod stats;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use holdfast_proto::csi::node_server::Node;
+use holdfast_proto::csi::node_service_capability::{Rpc, Type, rpc};
+use holdfast_proto::csi::*;
+use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::record_store::RecordStore;
+use tonic::{Request, Response, Status};
+
+use crate::in_flight::{InFlight, detached};
+use data_client::DataClient;
+
+/// Settings of the node service.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// This node's name, as records spell it.
+    pub node: NodeName,
+    /// Unix socket of this node's data process.
+    pub data_socket: PathBuf,
+    /// Staging and target paths must lie below it.
+    pub kubelet_dir: PathBuf,
+}
+
+/// The service.
+#[derive(Clone)]
+pub struct NodeService {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    node: NodeName,
+    store: Arc<dyn RecordStore>,
+    data: DataClient,
+    kubelet_dir: PathBuf,
+    in_flight: InFlight,
+}
+
+impl NodeService {
+    /// A node service over `store`; the data process need not run yet.
+    ///
+    /// # Errors
+    /// The data socket's path cannot be used, or the kubelet folder does not exist.
+    pub fn new(config: NodeConfig, store: Arc<dyn RecordStore>) -> Result<Self, std::io::Error> {
+        let kubelet_dir = config.kubelet_dir.canonicalize().map_err(|e| {
+            std::io::Error::new(e.kind(), format!("kubelet folder {}: {e}", config.kubelet_dir.display()))
+        })?;
+        let data = DataClient::new(&config.data_socket)?;
+        let inner = Inner { node: config.node, store, data, kubelet_dir, in_flight: InFlight::default() };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    async fn node_stage_volume(
+        &self,
+        request: Request<NodeStageVolumeRequest>,
+    ) -> Result<Response<NodeStageVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.stage(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        request: Request<NodeUnstageVolumeRequest>,
+    ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.unstage(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.publish(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.unpublish(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.stats(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        let types =
+            [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
+        let one =
+            |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
+        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: types.map(one).to_vec() }))
+    }
+
+    async fn node_get_info(
+        &self,
+        _: Request<NodeGetInfoRequest>,
+    ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        Ok(Response::new(NodeGetInfoResponse {
+            node_id: self.inner.node.0.clone(),
+            // The caller decides: a node has no fixed limit of attached volumes.
+            max_volumes_per_node: 0,
+            // Every node reaches every volume.
+            accessible_topology: None,
+        }))
+    }
+
+    async fn node_get_volume_health(
+        &self,
+        _: Request<NodeGetVolumeHealthRequest>,
+    ) -> Result<Response<NodeGetVolumeHealthResponse>, Status> {
+        Err(unsupported("NodeGetVolumeHealth"))
+    }
+
+    async fn node_get_storage_health(
+        &self,
+        _: Request<NodeGetStorageHealthRequest>,
+    ) -> Result<Response<NodeGetStorageHealthResponse>, Status> {
+        Err(unsupported("NodeGetStorageHealth"))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        _: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        Err(unsupported("NodeExpandVolume"))
+    }
+}
+
+fn unsupported(call: &str) -> Status {
+    Status::unimplemented(format!("{call} is not supported by this driver; its capabilities do not name it"))
+}
+
+/// Runs a call that may wait for a disk away from the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(answer) => answer,
+        Err(failure) => Err(Status::internal(format!("the call failed inside this process: {failure}"))),
+    }
+}

@@ -1,0 +1,424 @@
+//! What a caller may ask of a volume, checked before anything is changed: names, sizes, capabilities, parameters.
+
+use std::collections::HashMap;
+
+use holdfast_proto::csi::volume_capability::AccessType;
+use holdfast_proto::csi::volume_capability::access_mode::Mode;
+use holdfast_proto::csi::{CapacityRange, CreateVolumeRequest, VolumeCapability};
+use holdfast_storage_core::ids::{REGION_BYTES, VolumeId};
+use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
+use tonic::Status;
+
+/// Size of a volume for which none was asked.
+pub const DEFAULT_SIZE_BYTES: u64 = 1 << 30;
+/// Smallest volume; smaller wishes are rounded up where the limit allows it.
+pub const SIZE_BYTES_MIN: u64 = 16 << 20;
+/// Smallest volume that mkfs.xfs accepts.
+pub const XFS_SIZE_BYTES_MIN: u64 = 300 << 20;
+/// Largest volume: its in-memory maps must stay small beside its data.
+pub const SIZE_BYTES_MAX: u64 = 64 << 40;
+/// Replicas of a volume where the StorageClass says nothing.
+pub const DEFAULT_REPLICAS: u32 = 3;
+/// Most replicas a volume may have.
+pub const REPLICAS_MAX: u32 = 8;
+/// Longest name the specification lets a caller send.
+const NAME_BYTES_MAX: usize = 128;
+/// File system of a mounted volume where nobody names one.
+const DEFAULT_FS_TYPE: &str = "ext4";
+/// File systems this driver makes.
+const FS_TYPES: [&str; 2] = ["ext4", "xfs"];
+/// Keys that external-provisioner adds by itself and that change nothing about the volume.
+const METADATA_KEYS: [&str; 3] =
+    ["csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pv/name"];
+const PROVISIONER_FS_TYPE_KEY: &str = "csi.storage.k8s.io/fstype";
+
+/// A CreateVolume request that passed every check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeRequest {
+    /// The caller's name for it.
+    pub name: String,
+    /// What a volume that exists already must offer.
+    pub range: SizeRange,
+    /// Size of a volume made for this request.
+    pub size_bytes: u64,
+    /// Everything else.
+    pub params: VolumeParams,
+}
+
+/// The bounds of a CapacityRange; an absent bound is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SizeRange {
+    /// At least this many bytes.
+    pub required_bytes: u64,
+    /// At most this many bytes.
+    pub limit_bytes: Option<u64>,
+}
+
+impl SizeRange {
+    /// Whether a volume of that size is within the bounds.
+    #[must_use]
+    pub fn contains(&self, size_bytes: u64) -> bool {
+        size_bytes >= self.required_bytes && self.limit_bytes.is_none_or(|limit| size_bytes <= limit)
+    }
+}
+
+impl VolumeRequest {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT or OUT_OF_RANGE with a sentence that names field and cause.
+    pub fn parse(request: &CreateVolumeRequest) -> Result<Self, Status> {
+        if request.name.is_empty() {
+            return Err(Status::invalid_argument("name is missing"));
+        }
+        if request.name.len() > NAME_BYTES_MAX {
+            return Err(Status::invalid_argument(format!("name is longer than {NAME_BYTES_MAX} bytes")));
+        }
+        if request.volume_content_source.is_some() {
+            return Err(Status::invalid_argument(
+                "volume_content_source: this driver cannot make a volume from a snapshot or another volume",
+            ));
+        }
+        if let Some(key) = request.mutable_parameters.keys().next() {
+            return Err(Status::invalid_argument(format!("mutable_parameters: key \"{key}\" is unknown")));
+        }
+        let capabilities = check_capabilities(&request.volume_capabilities)?;
+        let params = parse_params(&request.parameters, &capabilities)?;
+        let range = parse_range(request.capacity_range.as_ref())?;
+        let size_bytes = choose_size(range, request.capacity_range.is_some(), &params.fs_type)?;
+        Ok(Self { name: request.name.clone(), range, size_bytes, params })
+    }
+}
+
+/// What a list of capabilities comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Access {
+    /// Raw block instead of a file system.
+    pub block: bool,
+    /// File system that a capability names.
+    pub fs_type: Option<String>,
+}
+
+/// Checks a non-empty list of capabilities that one volume must all offer.
+///
+/// # Errors
+/// INVALID_ARGUMENT with a sentence that names field and cause.
+pub fn check_capabilities(capabilities: &[VolumeCapability]) -> Result<Access, Status> {
+    let (first, rest) = capabilities
+        .split_first()
+        .ok_or_else(|| Status::invalid_argument("volume_capabilities is missing"))?;
+    let mut access = check_capability(first)?;
+    for capability in rest {
+        let other = check_capability(capability)?;
+        if other.block != access.block {
+            return Err(Status::invalid_argument(
+                "volume_capabilities: a volume is either block or mount, not both",
+            ));
+        }
+        match (&access.fs_type, other.fs_type) {
+            (Some(one), Some(two)) if *one != two => {
+                let sentence = format!("volume_capabilities: fs_type is both \"{one}\" and \"{two}\"");
+                return Err(Status::invalid_argument(sentence));
+            }
+            (None, named) => access.fs_type = named,
+            (Some(_), _) => {}
+        }
+    }
+    Ok(access)
+}
+
+/// Checks one capability.
+///
+/// # Errors
+/// INVALID_ARGUMENT with a sentence that names field and cause.
+pub fn check_capability(capability: &VolumeCapability) -> Result<Access, Status> {
+    let bad = |sentence: String| Err(Status::invalid_argument(format!("volume_capability: {sentence}")));
+    let Some(mode) = &capability.access_mode else {
+        return bad("access_mode is missing".to_owned());
+    };
+    match mode.mode() {
+        Mode::SingleNodeWriter
+        | Mode::SingleNodeReaderOnly
+        | Mode::SingleNodeSingleWriter
+        | Mode::SingleNodeMultiWriter => {}
+        Mode::Unknown => return bad("access_mode.mode is missing or unknown".to_owned()),
+        mode @ (Mode::MultiNodeReaderOnly | Mode::MultiNodeSingleWriter | Mode::MultiNodeMultiWriter) => {
+            let name = mode.as_str_name();
+            return bad(format!(
+                "access mode {name} is not supported: a volume is used on one node at a time"
+            ));
+        }
+    }
+    match &capability.access_type {
+        None => bad("access_type is missing: it must be block or mount".to_owned()),
+        Some(AccessType::Block(_)) => Ok(Access { block: true, fs_type: None }),
+        Some(AccessType::Mount(mount)) => {
+            if !mount.volume_mount_group.is_empty() {
+                return bad("volume_mount_group is not supported".to_owned());
+            }
+            if mount.fs_type.is_empty() {
+                return Ok(Access { block: false, fs_type: None });
+            }
+            check_fs_type("volume_capability.mount.fs_type", &mount.fs_type)?;
+            Ok(Access { block: false, fs_type: Some(mount.fs_type.clone()) })
+        }
+    }
+}
+
+/// Turns a volume id as a caller spells it into one that is safe in a path.
+///
+/// # Errors
+/// `None` for everything that cannot be the id of a volume of ours; INVALID_ARGUMENT for an empty one.
+pub fn parse_volume_id(text: &str) -> Result<Option<VolumeId>, Status> {
+    if text.is_empty() {
+        return Err(Status::invalid_argument("volume_id is missing"));
+    }
+    Ok(text.parse().ok())
+}
+
+/// [`parse_volume_id`] for calls that need the volume to exist.
+///
+/// # Errors
+/// NOT_FOUND for everything that cannot be the id of a volume of ours; INVALID_ARGUMENT for an empty one.
+pub fn existing_volume_id(text: &str) -> Result<VolumeId, Status> {
+    parse_volume_id(text)?.ok_or_else(|| {
+        let shown: String = text.chars().take(64).collect();
+        Status::not_found(format!("volume_id: there is no volume \"{shown}\"; ids are 32 hexadecimal digits"))
+    })
+}
+
+/// Reads StorageClass parameters; no key is ignored.
+///
+/// # Errors
+/// INVALID_ARGUMENT naming the key.
+pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Result<VolumeParams, Status> {
+    let mut replicas = DEFAULT_REPLICAS;
+    let mut min_in_sync = 1;
+    let mut fs_type = None;
+    // In order, so that of several mistakes always the same one is reported.
+    let mut sorted: Vec<_> = parameters.iter().collect();
+    sorted.sort();
+    for (key, value) in sorted {
+        match key.as_str() {
+            "replicas" => replicas = parse_count(key, value)?,
+            "minInSync" => min_in_sync = parse_count(key, value)?,
+            "fsType" | PROVISIONER_FS_TYPE_KEY => {
+                check_fs_type(&format!("parameters[{key}]"), value)?;
+                if fs_type.is_some_and(|other| other != value) {
+                    return Err(Status::invalid_argument(
+                        "parameters: fsType is given twice with different values",
+                    ));
+                }
+                fs_type = Some(value);
+            }
+            _ if METADATA_KEYS.contains(&key.as_str()) => {}
+            _ => {
+                return Err(Status::invalid_argument(format!(
+                    "parameters: key \"{key}\" is unknown; known are replicas, minInSync and fsType"
+                )));
+            }
+        }
+    }
+    if min_in_sync > replicas {
+        return Err(Status::invalid_argument(format!(
+            "parameters[minInSync] is {min_in_sync}, more than the {replicas} replicas: such a volume could never be written"
+        )));
+    }
+    let fs_type = match (access.block, &access.fs_type, fs_type) {
+        (true, ..) => String::new(),
+        (false, Some(named), Some(param)) if named != param => {
+            return Err(Status::invalid_argument(format!(
+                "the capability's fs_type \"{named}\" contradicts the parameter fsType \"{param}\""
+            )));
+        }
+        (false, Some(named), _) => named.clone(),
+        (false, None, Some(param)) => param.clone(),
+        (false, None, None) => DEFAULT_FS_TYPE.to_owned(),
+    };
+    Ok(VolumeParams { replicas, fs_type, min_in_sync })
+}
+
+/// Whether a volume can be used in the way a capability says.
+pub(crate) fn check_access(record: &VolumeRecord, access: &Access) -> Result<(), Status> {
+    let made_for = |what: &str| {
+        let sentence = format!("volume_capability: volume {} was made {what}", record.volume_id);
+        Err(Status::invalid_argument(sentence))
+    };
+    match (&access.fs_type, access.block, record.params.fs_type.as_str()) {
+        (_, true, "") | (None, false, "ext4" | "xfs") => Ok(()),
+        (_, true, fs_type) => made_for(&format!("with the file system {fs_type}, not as a raw block volume")),
+        (_, false, "") => made_for("as a raw block volume, without a file system"),
+        (Some(wanted), false, fs_type) if wanted == fs_type => Ok(()),
+        (_, false, fs_type) => made_for(&format!("with the file system {fs_type}, not with another")),
+    }
+}
+
+fn parse_count(key: &str, value: &str) -> Result<u32, Status> {
+    match value.parse() {
+        Ok(count) if (1..=REPLICAS_MAX).contains(&count) => Ok(count),
+        _ => Err(Status::invalid_argument(format!(
+            "parameters[{key}] is \"{value}\"; it must be a number from 1 to {REPLICAS_MAX}"
+        ))),
+    }
+}
+
+fn check_fs_type(field: &str, fs_type: &str) -> Result<(), Status> {
+    if FS_TYPES.contains(&fs_type) {
+        return Ok(());
+    }
+    let shown: String = fs_type.chars().take(32).collect();
+    Err(Status::invalid_argument(format!(
+        "{field}: file system \"{shown}\" is not supported; ext4 and xfs are"
+    )))
+}
+
+fn parse_range(range: Option<&CapacityRange>) -> Result<SizeRange, Status> {
+    let Some(range) = range else {
+        return Ok(SizeRange { required_bytes: 0, limit_bytes: None });
+    };
+    let bytes = |field: &str, value: i64| {
+        u64::try_from(value)
+            .map_err(|_| Status::invalid_argument(format!("capacity_range.{field} is negative ({value})")))
+    };
+    let required_bytes = bytes("required_bytes", range.required_bytes)?;
+    let limit_bytes = bytes("limit_bytes", range.limit_bytes)?;
+    if required_bytes == 0 && limit_bytes == 0 {
+        return Err(Status::invalid_argument(
+            "capacity_range: required_bytes and limit_bytes are both zero; a volume of no bytes cannot be made",
+        ));
+    }
+    if limit_bytes != 0 && limit_bytes < required_bytes {
+        return Err(Status::out_of_range(format!(
+            "capacity_range: limit_bytes {limit_bytes} is below required_bytes {required_bytes}"
+        )));
+    }
+    Ok(SizeRange { required_bytes, limit_bytes: (limit_bytes != 0).then_some(limit_bytes) })
+}
+
+/// Sizes are whole regions: the unit of the intent log.
+fn choose_size(range: SizeRange, asked: bool, fs_type: &str) -> Result<u64, Status> {
+    if range.required_bytes > SIZE_BYTES_MAX {
+        return Err(Status::out_of_range(format!(
+            "capacity_range.required_bytes {} is above the largest volume, {SIZE_BYTES_MAX} bytes",
+            range.required_bytes
+        )));
+    }
+    let smallest = if fs_type == "xfs" { XFS_SIZE_BYTES_MIN } else { SIZE_BYTES_MIN };
+    let wanted = if asked && range.required_bytes > 0 {
+        range.required_bytes.max(smallest).next_multiple_of(REGION_BYTES)
+    } else {
+        let limit = range.limit_bytes.unwrap_or(DEFAULT_SIZE_BYTES);
+        DEFAULT_SIZE_BYTES.min(limit / REGION_BYTES * REGION_BYTES).max(smallest)
+    };
+    match range.limit_bytes {
+        Some(limit) if wanted > limit => Err(Status::out_of_range(format!(
+            "capacity_range.limit_bytes {limit} is below {wanted}, the smallest possible size: volumes are whole MiB, \
+             and at least {smallest} bytes"
+        ))),
+        _ => Ok(wanted),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_proto::csi::volume_capability::{AccessMode, BlockVolume, MountVolume};
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn size_is_the_default_or_the_required_bytes_in_whole_regions() {
+        for (range, size) in [
+            (None, DEFAULT_SIZE_BYTES),
+            (Some((1, 0)), SIZE_BYTES_MIN),
+            (Some(((1 << 30) + 1, 0)), (1 << 30) + REGION_BYTES),
+            (Some((0, (100 << 20) + 5)), 100 << 20),
+            (Some((0, 1 << 40)), DEFAULT_SIZE_BYTES),
+            (Some((64 << 20, 64 << 20)), 64 << 20),
+        ] {
+            assert_eq!(VolumeRequest::parse(&mk_request(range)).unwrap().size_bytes, size, "{range:?}");
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused_with_the_field_named() {
+        for (range, code) in [
+            ((0, 0), Code::InvalidArgument),
+            ((-1, 0), Code::InvalidArgument),
+            ((1, -1), Code::InvalidArgument),
+            ((2 << 30, 1 << 30), Code::OutOfRange),
+            ((1, 4096), Code::OutOfRange),
+            ((i64::MAX, 0), Code::OutOfRange),
+            (((64 << 20) + 1, (64 << 20) + 2), Code::OutOfRange),
+        ] {
+            let status = VolumeRequest::parse(&mk_request(Some(range))).unwrap_err();
+            assert_eq!(status.code(), code, "{range:?}: {status}");
+            assert!(status.message().contains("capacity_range"), "{status}");
+        }
+    }
+
+    #[test]
+    fn file_system_comes_from_the_capability_then_the_parameters_then_the_default() {
+        for (capability, parameter, answer) in
+            [("xfs", "", "xfs"), ("", "xfs", "xfs"), ("", "", "ext4"), ("ext4", "ext4", "ext4")]
+        {
+            let mut request = mk_request(None);
+            request.volume_capabilities = vec![mk_mount(capability)];
+            if !parameter.is_empty() {
+                request.parameters.insert("fsType".to_owned(), parameter.to_owned());
+            }
+            assert_eq!(VolumeRequest::parse(&request).unwrap().params.fs_type, answer);
+        }
+        let mut request = mk_request(None);
+        request.volume_capabilities[0].access_type = Some(AccessType::Block(BlockVolume {}));
+        assert_eq!(VolumeRequest::parse(&request).unwrap().params.fs_type, "");
+    }
+
+    #[test]
+    fn bad_parameters_are_refused_by_name() {
+        for (key, value, named) in [
+            ("replica", "3", "replica"),
+            ("replicas", "0", "replicas"),
+            ("replicas", "9", "replicas"),
+            ("replicas", "three", "replicas"),
+            ("minInSync", "4", "minInSync"),
+            ("fsType", "btrfs", "btrfs"),
+            ("csi.storage.k8s.io/fstype", "../ext4", "fstype"),
+        ] {
+            let mut request = mk_request(None);
+            request.parameters.insert(key.to_owned(), value.to_owned());
+            let status = VolumeRequest::parse(&request).unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert!(status.message().contains(named), "{status}");
+        }
+    }
+
+    #[test]
+    fn ids_that_could_leave_a_folder_are_no_ids() {
+        for text in ["../../etc", "a/b", ".", "0123"] {
+            assert_eq!(existing_volume_id(text).unwrap_err().code(), Code::NotFound);
+            assert_eq!(parse_volume_id(text).unwrap(), None);
+        }
+        assert_eq!(parse_volume_id("").unwrap_err().code(), Code::InvalidArgument);
+    }
+
+    fn mk_request(range: Option<(i64, i64)>) -> CreateVolumeRequest {
+        CreateVolumeRequest {
+            name: "v".to_owned(),
+            capacity_range: range
+                .map(|(required_bytes, limit_bytes)| CapacityRange { required_bytes, limit_bytes }),
+            volume_capabilities: vec![mk_mount("")],
+            ..CreateVolumeRequest::default()
+        }
+    }
+
+    fn mk_mount(fs_type: &str) -> VolumeCapability {
+        VolumeCapability {
+            access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
+            access_type: Some(AccessType::Mount(MountVolume {
+                fs_type: fs_type.to_owned(),
+                ..MountVolume::default()
+            })),
+        }
+    }
+}
