@@ -8,7 +8,7 @@ use crate::timers::LEASE_MS;
 
 use super::{
     ControlOp, DiskOp, DiskWait, OpenRefusal, OpenReply, OpenRequest, Replica, ReplicaAction, ReplicaCall,
-    ReplicaReply, RequestRefusal, SessionKey,
+    ReplicaMeta, ReplicaReply, RequestRefusal, SessionKey,
 };
 
 /// Lease calls held back at most; the oldest is refused beyond.
