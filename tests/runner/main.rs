@@ -1,2 +1,107 @@
-//! placeholder
-fn main() {}
+//! Runs the tests by tier and sums them up. `scripts/test` builds and starts it.
+//!
+//! Tiers are the test targets of this crate, by name; everything else in the workspace is tier `unit`. All test programs
+//! are built in one go, so that no dependency is built twice, then run one after another: many of them use the machine's
+//! links and devices.
+
+mod summary;
+mod targets;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::summary::Summary;
+use crate::targets::{Target, build_tests};
+
+/// Every tier, in the order of running.
+const TIERS: [&str; 6] = ["unit", "sim", "conformance", "cluster", "vm", "kubernetes"];
+/// A test program that runs longer hangs; it is ended and counts as failed.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
+fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|tier| !TIERS.contains(&tier.as_str())) {
+        eprintln!("there is no tier {unknown}; there are: {}", TIERS.join(", "));
+        return ExitCode::from(2);
+    }
+    let mut summary = Summary::default();
+    if let Err(error) = run_tiers(&wanted, &mut summary) {
+        println!("{error:#}");
+        summary.fail("the tests could not be run");
+    }
+    summary.print();
+    if summary.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run_tiers(wanted: &[String], summary: &mut Summary) -> Result<()> {
+    let targets = build_tests()?;
+    for tier in TIERS.into_iter().filter(|tier| wanted.is_empty() || wanted.iter().any(|name| name == tier)) {
+        println!("\n#### tier {tier}");
+        let in_tier: Vec<&Target> = targets.iter().filter(|target| target.tier() == tier).collect();
+        if in_tier.is_empty() {
+            println!("tier {tier} is empty: nothing of it exists yet");
+        }
+        for target in in_tier {
+            let mut command = Command::new(&target.executable);
+            command.current_dir(target.manifest.parent().unwrap_or(Path::new(".")));
+            run_program(&target.title(), command, summary)?;
+        }
+        if tier == "unit" {
+            let mut command = Command::new(targets::cargo());
+            command.args(["test", "--release", "--workspace", "--doc", "--quiet"]);
+            run_program("examples in the documentation", command, summary)?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs one test program, shows what it says and counts its results.
+fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Result<()> {
+    println!("\n## {title}");
+    std::io::stdout().flush()?;
+    let start = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    let (done, watchdog) = watch(child.id().cast_signed());
+    let mut counted = false;
+    for line in BufReader::new(child.stdout.take().context("the program has no output")?).lines() {
+        let line = line?;
+        println!("{line}");
+        counted |= summary.count_line(title, &line);
+    }
+    let status = child.wait()?;
+    drop(done);
+    let timed_out = watchdog.join().unwrap_or(false);
+    println!("   {:.1} s", start.elapsed().as_secs_f64());
+    if timed_out {
+        summary.fail(&format!("{title}: ended after {} s without an end", PROGRAM_TIMEOUT.as_secs()));
+    } else if !status.success() && !summary.has_failure_in(title) {
+        summary.fail(&format!("{title}: {status}"));
+    } else if !counted && !title.starts_with("examples") {
+        summary.fail(&format!("{title}: no result line"));
+    }
+    Ok(())
+}
+
+/// Ends the process after [`PROGRAM_TIMEOUT`] unless the sender is dropped before.
+fn watch(pid: i32) -> (std::sync::mpsc::Sender<()>, std::thread::JoinHandle<bool>) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let timed_out =
+            receiver.recv_timeout(PROGRAM_TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+        if timed_out {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        timed_out
+    });
+    (sender, thread)
+}

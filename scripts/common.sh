@@ -1,0 +1,64 @@
+# Shared by the scripts of this folder; sourced, not run.
+# shellcheck shell=bash
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+# rustup puts cargo where a login shell finds it, a plain one may not.
+if ! command -v cargo >/dev/null 2>&1 && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
+    PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+fi
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+
+need_cargo() {
+    command -v cargo >/dev/null 2>&1 || die "there is no cargo; get a Rust toolchain with:
+  apt-get install -y curl && curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y
+  . \"\$HOME/.cargo/env\""
+}
+
+need_root() {
+    [ "$(id -u)" = 0 ] || die "this needs root: it makes network namespaces, links and mounts"
+}
+
+# need_debian COMMAND-OR-PATH=PACKAGE...: installs the packages whose command or file is missing.
+need_debian() {
+    local missing=() entry probe
+    for entry in "$@"; do
+        probe=${entry%%=*}
+        case $probe in
+        /*) compgen -G "$probe" >/dev/null || missing+=("${entry#*=}") ;;
+        *) command -v "$probe" >/dev/null 2>&1 || missing+=("${entry#*=}") ;;
+        esac
+    done
+    [ "${#missing[@]}" = 0 ] && return 0
+    command -v apt-get >/dev/null 2>&1 || die "these Debian packages are needed: ${missing[*]}"
+    echo "Installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq </dev/null || die "apt-get update failed"
+    case " ${missing[*]} " in
+    *" postgresql "*)
+        # Only the programs are wanted: no server of its own shall start.
+        apt-get install -y -qq --no-install-recommends postgresql-common </dev/null >/dev/null || die "apt-get failed"
+        mkdir -p /etc/postgresql-common
+        grep -qs '^create_main_cluster' /etc/postgresql-common/createcluster.conf ||
+            echo 'create_main_cluster = false' >>/etc/postgresql-common/createcluster.conf
+        ;;
+    esac
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null ||
+        die "apt-get could not install ${missing[*]}"
+}
+
+# What a build and a cluster of namespaces need.
+need_cluster_packages() {
+    need_debian cc=gcc /usr/include/stdlib.h=libc6-dev nsenter=util-linux losetup=mount findmnt=util-linux ip=iproute2 \
+        nft=nftables setpriv=util-linux mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs \
+        '/usr/lib/postgresql/*/bin/postgres=postgresql'
+}
+
+# Where release binaries land.
+release_dir() {
+    echo "${CARGO_TARGET_DIR:-target}/release"
+}

@@ -1,0 +1,102 @@
+//! Counts what test programs say about themselves.
+
+/// Results of all test programs so far.
+#[derive(Debug, Default)]
+pub struct Summary {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+    failures: Vec<String>,
+    skips: Vec<String>,
+}
+
+impl Summary {
+    /// Takes one line of a test program's output; true if it was a result line.
+    ///
+    /// Understood are libtest's and libtest-mimic's `test NAME ... FAILED`, `test NAME ... ignored, WHY` and
+    /// `test result: ...`.
+    pub fn count_line(&mut self, program: &str, line: &str) -> bool {
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            self.passed += number_before(counts, " passed");
+            self.failed += number_before(counts, " failed");
+            self.skipped += number_before(counts, " ignored");
+            return true;
+        }
+        if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... ")) {
+            if outcome.starts_with("FAILED") {
+                self.failures.push(format!("{program}: {name}"));
+            } else if outcome.starts_with("ignored") {
+                self.skips.push(format!("{program}: {name} ({outcome})"));
+            }
+        }
+        false
+    }
+
+    /// Counts a failure that no test reported.
+    pub fn fail(&mut self, what: &str) {
+        self.failed += 1;
+        self.failures.push(what.to_owned());
+    }
+
+    /// Whether a test of the program failed.
+    #[must_use]
+    pub fn has_failure_in(&self, program: &str) -> bool {
+        self.failures.iter().any(|failure| failure.starts_with(program))
+    }
+
+    /// Whether nothing failed.
+    #[must_use]
+    pub fn is_success(&self) -> bool {
+        self.failed == 0
+    }
+
+    /// Prints failures and skips, then the line that ends every run.
+    pub fn print(&self) {
+        println!();
+        for skip in &self.skips {
+            println!("skipped  {skip}");
+        }
+        for failure in &self.failures {
+            println!("FAILED   {failure}");
+        }
+        println!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped);
+    }
+}
+
+fn number_before(text: &str, word: &str) -> u64 {
+    let before = text.split(word).next().unwrap_or("");
+    before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_of_all_programs_are_added_up() {
+        let mut summary = Summary::default();
+
+        assert!(
+            summary.count_line(
+                "a",
+                "test result: ok. 7 passed; 0 failed; 2 ignored; 0 measured; 1 filtered out"
+            )
+        );
+        assert!(summary.count_line("b", "test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured"));
+
+        assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
+        assert!(!summary.is_success());
+    }
+
+    #[test]
+    fn failures_and_skips_are_named_with_their_reasons() {
+        let mut summary = Summary::default();
+
+        summary.count_line("io", "test ring::one ... FAILED");
+        summary.count_line("io", "test ring::two ... ignored, needs a newer kernel");
+        summary.count_line("io", "test ring::three ... ok");
+
+        assert_eq!(summary.failures, ["io: ring::one"]);
+        assert_eq!(summary.skips, ["io: ring::two (ignored, needs a newer kernel)"]);
+    }
+}
