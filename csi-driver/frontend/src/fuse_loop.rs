@@ -3,8 +3,21 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use fuser::{BackgroundSession, Config, Session, SessionACL};
 use holdfast_io::BlockDevice;
+
+use crate::fuse_fs::{Gate, OneFile};
+use crate::fuse_mount::FuseMount;
+use crate::loop_device::{BIND_TRIES, BindError, Bound, Cleared as LoopCleared, LoopDevice};
+use crate::mark::Mark;
+
+/// Threads that read requests from the kernel. One copies a write's data while the other takes the next request.
+const READER_THREADS: usize = 2;
+/// How long detaching waits for the last user (udev looks at new devices on its own); then the device is named as busy.
+const DETACH_WAIT: Duration = Duration::from_secs(5);
+const DETACH_POLL: Duration = Duration::from_millis(5);
 
 /// How a device is attached.
 #[derive(Debug, Clone)]
@@ -62,27 +75,63 @@ pub struct Cleaned {
     pub busy: Vec<PathBuf>,
 }
 
-/// An attached block device. Dropping it detaches without waiting.
+/// An attached block device. Dropping it detaches as soon as nobody else has the device open, without waiting.
 #[derive(Debug)]
 pub struct FuseLoop {
-    path: PathBuf,
+    // Declared first, dropped first: the loop device goes before what serves it.
+    device: LoopDevice,
+    session: BackgroundSession,
+    gate: Gate,
+    _mark: Mark,
 }
 
 impl FuseLoop {
     /// Makes `device` a block device of the kernel. Blocks for some milliseconds (call it from `spawn_blocking`); the
-    /// device must already answer reads, since the kernel looks for a partition table.
+    /// device must already answer reads, since the kernel and udev look for what is on it.
     ///
     /// # Errors
     /// [`AttachError`]; nothing is left behind.
     pub fn attach(device: Arc<dyn BlockDevice>, options: FuseLoopOptions) -> Result<Self, AttachError> {
-        let _ = (device, options);
-        Err(AttachError::Invalid("not attached yet".into()))
+        let FuseLoopOptions { volume_id, mount_dir, read_only } = options;
+        let size_bytes = device.size_bytes();
+        if volume_id.len() != 32 || !volume_id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(AttachError::Invalid(format!(
+                "\"{volume_id}\" is not a volume id of 32 hexadecimal digits"
+            )));
+        }
+        if size_bytes == 0 || !size_bytes.is_multiple_of(4096) {
+            return Err(AttachError::Invalid(format!(
+                "a size of {size_bytes} bytes is not a multiple of 4096"
+            )));
+        }
+        let kernel = |step| move |source| AttachError::Kernel { step, source };
+        let mark = Mark::hold(&mount_dir).map_err(kernel("writing the mark into the mount folder"))?;
+        let mount = FuseMount::create().map_err(kernel("creating the FUSE file system"))?;
+        let (fuse_device, root) = mount.split();
+
+        let gate = Gate::new(device);
+        let file_name = format!("holdfast-{volume_id}");
+        let file_system = OneFile::new(gate.clone(), file_name.clone(), size_bytes, read_only);
+        let mut config = Config::default();
+        config.n_threads = Some(READER_THREADS);
+        let session = Session::from_fd(file_system, fuse_device, SessionACL::All, config)
+            .and_then(Session::spawn)
+            .map_err(kernel("starting the FUSE session"))?;
+
+        let file = root.open(&file_name, read_only).map_err(kernel("opening the FUSE file"))?;
+        let name = format!("{}{volume_id}", mark.prefix());
+        let device = LoopDevice::bind(&file, &name, read_only).map_err(|error| match error {
+            BindError::Contention => AttachError::LoopContention(BIND_TRIES),
+            BindError::Kernel(step, source) => AttachError::Kernel { step, source },
+        })?;
+        // From here on the loop device alone keeps the file, and with it the file system and the session, alive.
+        Ok(Self { device, session, gate, _mark: mark })
     }
 
     /// The block device, `/dev/loopN`.
     #[must_use]
     pub fn device_path(&self) -> &Path {
-        &self.path
+        &self.device.path
     }
 
     /// Detaches; blocks until the loop device is gone, at most for some seconds.
@@ -90,15 +139,53 @@ impl FuseLoop {
     /// # Errors
     /// [`DetachError::Busy`] if it is still mounted or open: unmount first.
     pub fn detach(self) -> Result<(), DetachError> {
-        Ok(())
+        let Self { device, session, gate, _mark } = self;
+        let path = device.path.clone();
+        drop(device);
+        // The kernel ends the session when the loop device has let the file go. That it is gone is not read from /sys, as
+        // its number may have been taken by another process at once.
+        let deadline = Instant::now() + DETACH_WAIT;
+        while !session.guard.is_finished() {
+            if Instant::now() >= deadline {
+                gate.cut();
+                return Err(DetachError::Busy(path));
+            }
+            std::thread::sleep(DETACH_POLL);
+        }
+        session.join().map_err(|source| DetachError::Kernel { step: "ending the FUSE session", source })
+    }
+
+    /// Fails all I/O from now on, without detaching: for a target that is fenced or stopping. Requests that the device
+    /// already has are completed by it.
+    pub fn cut(&self) {
+        self.gate.cut();
     }
 
     /// Detaches what earlier processes with the same `mount_dir` left behind. Call it at start, before the first attach.
     ///
+    /// A killed process leaves nothing but loop devices that something still has mounted or open, whose I/O fails; those
+    /// are named as busy and vanish by themselves when that ends.
+    ///
     /// # Errors
-    /// The list of loop devices or the mark in `mount_dir` cannot be read.
+    /// The list of loop devices or the mark in `mount_dir` cannot be read, or a living process with devices attached uses
+    /// the same folder.
     pub fn clean_stale(mount_dir: &Path) -> Result<Cleaned, DetachError> {
-        let _ = mount_dir;
-        Ok(Cleaned::default())
+        let kernel = |step| move |source| DetachError::Kernel { step, source };
+        let mut cleaned = Cleaned::default();
+        let Some(mark) = Mark::seize(mount_dir).map_err(kernel("reading the mark in the mount folder"))?
+        else {
+            return Ok(cleaned);
+        };
+        let prefix = mark.prefix();
+        for bound in Bound::list().map_err(kernel("listing the loop devices"))? {
+            if !bound.name.starts_with(&prefix) {
+                continue;
+            }
+            match bound.clear().map_err(kernel("LOOP_CLR_FD"))? {
+                LoopCleared::Now => cleaned.cleared.push(bound.path),
+                LoopCleared::Later => cleaned.busy.push(bound.path),
+            }
+        }
+        Ok(cleaned)
     }
 }

@@ -8,6 +8,10 @@
 //! ```
 #![allow(unsafe_code)]
 
+mod fuse_fs;
 mod fuse_loop;
+mod fuse_mount;
+mod loop_device;
+mod mark;
 
 pub use fuse_loop::{AttachError, Cleaned, DetachError, FuseLoop, FuseLoopOptions};
