@@ -1,4 +1,5 @@
 //! Our client and our server, over a stream in memory.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
