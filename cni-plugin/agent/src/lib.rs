@@ -1,1 +1,115 @@
-//! Crate documentation follows with the implementation.
+//! The node agent: owns addresses, interfaces and policy of one node.
+//!
+//! ```text
+//! folder of YAML --snapshots--> engine (single writer) --plan, ruleset--> holdfast-dataplane
+//! holdfast-cni --gRPC--> service --> attacher --leases--> sled
+//! ```
+//!
+//! It refuses to guess: while objects were not read, rules of an earlier run stay in force and new pods are denied. After
+//! a kill at any point a start brings leases, interfaces and rules together again ([`run`]).
+
+mod attach;
+mod engine;
+mod folder;
+mod leases;
+mod objects;
+pub mod pending;
+mod service;
+mod settings;
+mod uplink;
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use holdfast_dataplane::{Config, Dataplane};
+use holdfast_proto::agent::agent_server::AgentServer;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::info;
+
+pub use folder::{Snapshot, watch};
+pub use leases::{AttachmentKey, Lease, LeaseError, Leases};
+pub use settings::{Mode, Settings};
+
+use attach::Attacher;
+use engine::Engine;
+use service::Service;
+
+/// Delete records written while the agent was coming up are looked for this often.
+const PENDING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Runs an agent until `stop` is done.
+///
+/// Start: open the store (refused while another process holds it), adopt the kernel's rules, read the objects, undo what
+/// an interrupted ADD left, apply plan and rules, replay delete records, and only then serve. An end leaves everything
+/// in force.
+///
+/// # Errors
+/// The store, the data path or the socket cannot be opened.
+pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
+    match settings.mode {
+        Mode::Bridge => {}
+        Mode::Routed => bail!("mode routed is not available yet; use --mode bridge"),
+    }
+    private_folder(&settings.state_dir)?;
+    let leases = Arc::new(Leases::open(&settings.state_dir)?);
+    let dataplane = Dataplane::new(Config::default()).await.context("cannot open the data path")?;
+    let dataplane = Arc::new(dataplane);
+    let snapshots = folder::watch(&settings.objects);
+    let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
+    let (engine, handle) =
+        Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), snapshots).await;
+    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle));
+    let engine = tokio::spawn(engine.run());
+    attacher.reconcile().await.map_err(anyhow::Error::msg).context("cannot reconcile leases and interfaces")?;
+    attacher.replay_all(&pending_dir).await;
+
+    let listener = bind(&socket)?;
+    info!(socket = %socket.display(), "serving");
+    let later = tokio::spawn({
+        let (attacher, pending_dir) = (Arc::clone(&attacher), pending_dir.clone());
+        async move {
+            loop {
+                attacher.replay_all(&pending_dir).await;
+                tokio::time::sleep(PENDING_INTERVAL).await;
+            }
+        }
+    });
+    let served = tonic::transport::Server::builder()
+        .add_service(AgentServer::new(Service { attacher, pending_dir }))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
+        .await;
+    later.abort();
+    engine.abort();
+    // A plugin that finds no socket knows at once that nobody serves.
+    let _ = std::fs::remove_file(&socket);
+    leases.flush().await.context("cannot flush the lease store")?;
+    served.context("serving failed")
+}
+
+fn private_folder(path: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("cannot restrict {}", path.display()))
+}
+
+/// Binds with mode 0600 from the first moment. A socket that an earlier run left is removed; the store's lock has already
+/// made sure that no other agent serves it.
+fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)
+            .with_context(|| format!("cannot remove the old socket {}", path.display()))?,
+        Ok(_) => bail!("{} exists and is not a socket", path.display()),
+        Err(_) => {}
+    }
+    let umask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    nix::sys::stat::umask(umask);
+    listener.with_context(|| format!("cannot bind {}", path.display()))
+}

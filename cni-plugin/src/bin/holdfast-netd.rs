@@ -1,2 +1,122 @@
-//! holdfast-csi.
-fn main() {}
+//! holdfast-netd: the node agent's process. Settings, privileges, logging and signals; the work is in `holdfast-agent`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use caps::{CapSet, Capability, CapsHashSet};
+use clap::{Parser, ValueEnum};
+use holdfast_agent::{Mode, Settings};
+use holdfast_net_core::overlay::OverlaySettings;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// What is kept: links, routes and rules; entering sandboxes; and sandboxes that are named by a process.
+const CAPABILITIES: [Capability; 3] =
+    [Capability::CAP_NET_ADMIN, Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
+
+/// Holdfast's node agent: addresses, interfaces, overlay and network policy of one node.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Name of this node's Node object.
+    #[arg(long)]
+    node: String,
+    /// Folder of Kubernetes YAML (Node, Namespace, Pod, NetworkPolicy).
+    #[arg(long)]
+    objects: PathBuf,
+    /// Folder of the lease store.
+    #[arg(long, default_value = "/var/lib/holdfast/netd")]
+    state_dir: PathBuf,
+    /// Unix socket to serve on.
+    #[arg(long, default_value = "/run/holdfast/netd.sock")]
+    socket: PathBuf,
+    /// Folder of the plugin's delete records.
+    #[arg(long, default_value = "/var/lib/holdfast/netd/pending")]
+    pending_dir: PathBuf,
+    /// How pods are attached.
+    #[arg(long, value_enum, default_value = "bridge")]
+    mode: ModeArg,
+    /// Interface of the underlay; by default the one that has the node's InternalIP.
+    #[arg(long)]
+    uplink: Option<String>,
+    /// Name of the bridge.
+    #[arg(long, default_value = "hf0")]
+    bridge: String,
+    /// Name of the VXLAN device.
+    #[arg(long, default_value = "hf.vx")]
+    vxlan_device: String,
+    /// VXLAN network identifier.
+    #[arg(long, default_value_t = 4807, value_parser = clap::value_parser!(u32).range(1..1 << 24))]
+    vni: u32,
+    /// UDP port of the overlay.
+    #[arg(long, default_value_t = 4789, value_parser = clap::value_parser!(u16).range(1..))]
+    vxlan_port: u16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ModeArg {
+    Bridge,
+    Routed,
+}
+
+impl From<Args> for Settings {
+    fn from(args: Args) -> Self {
+        let mode = match args.mode {
+            ModeArg::Bridge => Mode::Bridge,
+            ModeArg::Routed => Mode::Routed,
+        };
+        let overlay = OverlaySettings {
+            bridge: args.bridge,
+            vxlan_device: args.vxlan_device,
+            vni: args.vni,
+            port: args.vxlan_port,
+        };
+        Self {
+            node: args.node,
+            objects: args.objects,
+            state_dir: args.state_dir,
+            socket: args.socket,
+            pending_dir: args.pending_dir,
+            mode,
+            uplink: args.uplink,
+            overlay,
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Capabilities belong to threads: they are dropped before there is a second one.
+    drop_capabilities().context("cannot drop capabilities")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        holdfast_agent::run(args.into(), stop).await
+    })
+}
+
+/// Keeps [`CAPABILITIES`] and gives up the rest for good, also for programs that might be executed.
+fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = CAPABILITIES.into_iter().filter(|cap| permitted.contains(cap)).collect();
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)? {
+            if !kept.contains(&capability) {
+                caps::drop(None, CapSet::Bounding, capability)?;
+            }
+        }
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)?;
+    caps::clear(None, CapSet::Inheritable)
+}

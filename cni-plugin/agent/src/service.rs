@@ -1,0 +1,196 @@
+//! The gRPC service for the plugin and the command line.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use holdfast_net_core::cni::{CniError, code};
+use holdfast_net_core::objects::{ObjectName, Protocol};
+use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
+use holdfast_proto::agent as pb;
+use holdfast_proto::agent::agent_server::Agent;
+use tonic::{Request, Response, Status};
+
+use crate::attach::{AddInput, Attacher};
+use crate::engine::Question;
+use crate::leases::{AttachmentKey, Lease};
+use crate::pending;
+
+/// Serves [`Agent`].
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(crate) attacher: Arc<Attacher>,
+    pub(crate) pending_dir: PathBuf,
+}
+
+/// Runs a verb to its end also when the caller hangs up: half an ADD would stay otherwise.
+async fn finish<T: Send + 'static>(
+    verb: impl Future<Output = Result<T, CniError>> + Send + 'static,
+) -> Result<T, CniError> {
+    let ended = tokio::spawn(verb).await;
+    ended.unwrap_or_else(|error| Err(CniError::new(code::INTERNAL, "the agent failed").details(error.to_string())))
+}
+
+fn key_of(attachment: Option<pb::Attachment>) -> Result<AttachmentKey, CniError> {
+    let attachment = attachment.unwrap_or_default();
+    let key = AttachmentKey { container_id: attachment.container_id, ifname: attachment.ifname };
+    let valid = |text: &str| !text.is_empty() && !text.contains(['/', '\0']) && !text.starts_with('.');
+    if valid(&key.container_id) && valid(&key.ifname) {
+        return Ok(key);
+    }
+    Err(CniError::new(code::INVALID_ENVIRONMENT, "CNI_CONTAINERID or CNI_IFNAME is empty or not a name"))
+}
+
+fn failure(error: CniError) -> pb::Failure {
+    pb::Failure { code: error.code, msg: error.msg, details: error.details }
+}
+
+fn internal(text: String) -> CniError {
+    CniError::new(code::INTERNAL, text)
+}
+
+impl Service {
+    async fn do_add(self, request: pb::AddRequest) -> Result<Lease, CniError> {
+        let key = key_of(request.attachment)?;
+        let pod = request.pod.unwrap_or_default();
+        if pending::exists(&self.pending_dir, &key) {
+            self.attacher.replay(&self.pending_dir, &key).await?;
+        }
+        let named = !pod.name.is_empty();
+        let input = AddInput {
+            key,
+            netns: request.netns,
+            network: request.network,
+            pod: named.then(|| ObjectName::new(&pod.namespace, &pod.name)),
+            pod_uid: pod.uid,
+        };
+        self.attacher.add(input).await
+    }
+
+    async fn do_check(self, request: pb::CheckRequest) -> Result<(), CniError> {
+        let key = key_of(request.attachment)?;
+        let ours = |interface: &&pb::Interface| interface.name == key.ifname && !interface.sandbox.is_empty();
+        let mac = request.interfaces.iter().find(ours).map(|interface| interface.mac.clone());
+        let mac = mac.filter(|mac| !mac.is_empty());
+        self.attacher.check(&key, &request.netns, &request.addresses, mac.as_deref()).await
+    }
+
+    async fn do_gc(self, request: pb::GcRequest) -> Result<u32, CniError> {
+        let valid: Result<BTreeSet<AttachmentKey>, CniError> =
+            request.valid.into_iter().map(|attachment| key_of(Some(attachment))).collect();
+        self.attacher.collect(&request.network, &valid?).await
+    }
+
+    async fn do_status(self) -> Result<(), CniError> {
+        let health = self.attacher.engine.health().await.map_err(internal)?;
+        if let Some(why) = health.not_ready {
+            return Err(CniError::new(code::NOT_AVAILABLE, "the node's network is not ready").details(why));
+        }
+        if let Some(why) = health.broken {
+            let msg = "the node's network is not as planned; existing pods may be cut";
+            return Err(CniError::new(code::NOT_AVAILABLE_LIMITED, msg).details(why));
+        }
+        match self.attacher.leases.used_up().await {
+            Some(error) => Err(CniError::new(code::NOT_AVAILABLE, error.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    async fn do_explain(self, request: pb::ExplainRequest) -> Result<pb::ExplainReply, CniError> {
+        let usage = |text: String| CniError::new(code::INVALID_CONFIG, text);
+        let protocol: Protocol = request.protocol.parse().map_err(usage)?;
+        let port = u16::try_from(request.port).ok().filter(|port| *port > 0);
+        let port = port.ok_or_else(|| usage(format!("{} is not a port", request.port)))?;
+        let question = Question { from: request.from, to: request.to, proto: protocol.into(), port };
+        let explanation = self.attacher.engine.explain(question).await.map_err(usage)?;
+        Ok(pb::ExplainReply {
+            failure: None,
+            allowed: explanation.is_allowed(),
+            egress: answer_text(&explanation.egress),
+            ingress: answer_text(&explanation.ingress),
+        })
+    }
+}
+
+fn answer_text(answer: &holdfast_net_core::policy::DirectionAnswer) -> String {
+    format!("{}: {}", if answer.allowed { "allowed" } else { "denied" }, answer.reason)
+}
+
+/// The attachment as a CNI result: the bridge, the host end, the pod's end.
+fn result_of(lease: &Lease) -> pb::AddResult {
+    let plan = &lease.plan;
+    let interface = |name: &str, mac: String, sandbox: &str| pb::Interface {
+        name: name.to_owned(),
+        mac,
+        mtu: plan.mtu,
+        sandbox: sandbox.to_owned(),
+    };
+    let interfaces = vec![
+        interface(&plan.bridge, plan.gateway_mac.to_string(), ""),
+        interface(&plan.host_ifname, plan.host_mac.to_string(), ""),
+        interface(&plan.container_ifname, plan.mac.to_string(), &lease.netns),
+    ];
+    let mut result = pb::AddResult { interfaces, ips: Vec::new(), routes: Vec::new() };
+    for address in &plan.addresses {
+        let (prefix, gateway, everything) = match address {
+            std::net::IpAddr::V4(_) => (32, GATEWAY_V4.to_string(), "0.0.0.0/0"),
+            std::net::IpAddr::V6(_) => (128, GATEWAY_V6.to_string(), "::/0"),
+        };
+        let address = format!("{address}/{prefix}");
+        result.ips.push(pb::IpConfig { address, gateway: gateway.clone(), interface: 2 });
+        if plan.default_routes {
+            result.routes.push(pb::Route { dst: everything.to_owned(), gw: gateway });
+        }
+    }
+    result
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    async fn add(&self, request: Request<pb::AddRequest>) -> Result<Response<pb::AddReply>, Status> {
+        let reply = match finish(self.clone().do_add(request.into_inner())).await {
+            Ok(lease) => pb::AddReply { failure: None, result: Some(result_of(&lease)) },
+            Err(error) => pb::AddReply { failure: Some(failure(error)), result: None },
+        };
+        Ok(Response::new(reply))
+    }
+
+    async fn del(&self, request: Request<pb::DelRequest>) -> Result<Response<pb::DelReply>, Status> {
+        let service = self.clone();
+        let verb = async move { service.attacher.del(&key_of(request.into_inner().attachment)?).await };
+        Ok(Response::new(pb::DelReply { failure: finish(verb).await.err().map(failure) }))
+    }
+
+    async fn check(&self, request: Request<pb::CheckRequest>) -> Result<Response<pb::CheckReply>, Status> {
+        let failed = finish(self.clone().do_check(request.into_inner())).await.err();
+        Ok(Response::new(pb::CheckReply { failure: failed.map(failure) }))
+    }
+
+    async fn gc(&self, request: Request<pb::GcRequest>) -> Result<Response<pb::GcReply>, Status> {
+        let reply = match finish(self.clone().do_gc(request.into_inner())).await {
+            Ok(freed) => pb::GcReply { failure: None, freed },
+            Err(error) => pb::GcReply { failure: Some(failure(error)), freed: 0 },
+        };
+        Ok(Response::new(reply))
+    }
+
+    async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Response<pb::StatusReply>, Status> {
+        Ok(Response::new(pb::StatusReply { failure: self.clone().do_status().await.err().map(failure) }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<pb::ExplainRequest>,
+    ) -> Result<Response<pb::ExplainReply>, Status> {
+        let reply = self.clone().do_explain(request.into_inner()).await.unwrap_or_else(|error| pb::ExplainReply {
+            failure: Some(failure(error)),
+            ..pb::ExplainReply::default()
+        });
+        Ok(Response::new(reply))
+    }
+
+    async fn dump(&self, _: Request<pb::DumpRequest>) -> Result<Response<pb::DumpReply>, Status> {
+        let state = self.attacher.engine.dump().await.map_err(Status::unavailable)?;
+        Ok(Response::new(pb::DumpReply { json: format!("{state:#}") }))
+    }
+}

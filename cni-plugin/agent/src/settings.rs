@@ -1,0 +1,35 @@
+//! Settings of the agent.
+
+use std::path::PathBuf;
+
+use holdfast_net_core::overlay::OverlaySettings;
+
+/// How pods are attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// A veth pair into the node's bridge, every pod port isolated on it.
+    Bridge,
+    /// The host end of the veth pair is the pod's gateway.
+    Routed,
+}
+
+/// Settings of one agent.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Name of this node's Node object.
+    pub node: String,
+    /// Folder of Kubernetes YAML.
+    pub objects: PathBuf,
+    /// Folder of the lease store.
+    pub state_dir: PathBuf,
+    /// Unix socket to serve on.
+    pub socket: PathBuf,
+    /// Folder where the plugin leaves delete records while the agent is down.
+    pub pending_dir: PathBuf,
+    /// How pods are attached.
+    pub mode: Mode,
+    /// Interface of the underlay; `None` finds the one with the InternalIP.
+    pub uplink: Option<String>,
+    /// Bridge and VXLAN device.
+    pub overlay: OverlaySettings,
+}
