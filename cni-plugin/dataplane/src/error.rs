@@ -8,9 +8,6 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A failure of the data path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Under construction.
-    #[error("not built yet")]
-    NotBuilt,
     /// The sandbox already has an interface of that name.
     #[error("interface {ifname} already exists in {place}; remove it or choose another name")]
     Exists {
@@ -76,4 +73,11 @@ pub enum Error {
     /// An answer of the kernel that this program does not understand.
     #[error("unexpected answer from the kernel: {0}")]
     Protocol(String),
+}
+
+impl Error {
+    /// An interface that exists already, on the node rather than in the sandbox.
+    pub(crate) fn is_on_node(&self) -> bool {
+        matches!(self, Error::Exists { place, .. } if place == "this node")
+    }
 }

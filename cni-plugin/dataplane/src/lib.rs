@@ -13,13 +13,23 @@
 //! written through `/proc/sys/net`, which follows the calling thread, so call it from threads of that namespace only.
 #![allow(unsafe_code)] // setns in the sandbox thread; each use is argued at its place.
 
+mod endpoint;
 mod error;
+mod links;
 mod nft;
+mod node;
+mod sandbox;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-use holdfast_net_core::plan::{EndpointPlan, NodePlan};
-use holdfast_net_core::ruleset::Ruleset;
+use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
+use holdfast_net_core::ruleset::{Ruleset, pins_of};
+
+use links::Links;
+use nft::Nft;
 
 pub use error::{Error, Result};
 
@@ -32,11 +42,18 @@ pub struct Config {
     pub ct_mark_mask: u32,
     /// NFLOG group of the rate-limited log of denied packets.
     pub log_group: u16,
+    /// The bridge of the pods.
+    pub bridge: String,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { table: "holdfast".to_string(), ct_mark_mask: 0x00ff_0000, log_group: 4807 }
+        Self {
+            table: "holdfast".to_string(),
+            ct_mark_mask: 0x00ff_0000,
+            log_group: 4807,
+            bridge: BRIDGE_NAME.to_string(),
+        }
     }
 }
 
@@ -62,53 +79,198 @@ pub struct Applied {
 
 /// The kernel's data path in the namespace where this was opened.
 pub struct Dataplane {
-    config: Config,
+    links: Links,
+    policy: Arc<Mutex<Policy>>,
+    bridge: String,
+}
+
+/// The policy side, behind one lock: transactions are microseconds, and one at a time is what makes them a sequence.
+struct Policy {
+    nft: Nft,
+    /// Ports attached since the last ruleset that pinned them: they stay pinned and in deny-all whatever comes.
+    quarantined: BTreeMap<String, EndpointPlan>,
 }
 
 impl Dataplane {
     /// Opens the netlink sockets, adopts our tables as they are in the kernel, and makes them (empty, so without
-    /// effect) when they are absent. Never opens a gap: rules in force stay in force.
+    /// effect) when they are absent. Never opens a gap: rules in force stay in force. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The settings make no sense, or the kernel refuses: no privilege, no nf_tables.
     pub async fn new(config: Config) -> Result<Self> {
-        Ok(Self { config })
+        let links = Links::open()?;
+        let bridge = config.bridge.clone();
+        // A new thread begins in the namespace of the one that starts it.
+        let nft = tokio::task::spawn_blocking(move || Nft::open(config)).await;
+        let nft = nft.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
+        let policy = Policy { nft, quarantined: BTreeMap::new() };
+        Ok(Self { links, policy: Arc::new(Mutex::new(policy)), bridge })
     }
 
     /// The ruleset in the kernel, ours of an earlier run included.
+    ///
+    /// # Errors
+    /// The policy side was lost to a panic.
     pub async fn load_ruleset(&self) -> Result<Ruleset> {
-        let _ = &self.config;
-        Err(Error::NotBuilt)
+        self.with_policy(|policy| Ok(policy.nft.applied().clone())).await
     }
 
-    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned. Returns the number of writes.
-    pub async fn apply_node(&self, _plan: &NodePlan) -> Result<usize> {
-        Err(Error::NotBuilt)
+    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned. Returns the number of writes, 0 when
+    /// all was as planned.
+    ///
+    /// # Errors
+    /// The kernel refuses a step; those before it stay, the next call goes on.
+    pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
+        node::apply(&self.links, plan).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
-    /// Undoes itself on failure. Fails with [`Error::Exists`] if the sandbox has an interface of that name.
-    pub async fn attach(&self, _plan: &EndpointPlan, _netns: &Path) -> Result<()> {
-        Err(Error::NotBuilt)
+    /// Undoes itself on failure. Not cancellation safe: a caller that drops the future must detach.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if the sandbox has an interface of that name; [`Error::Sandbox`] if there is no sandbox; else
+    /// what the kernel refused.
+    pub async fn attach(&self, plan: &EndpointPlan, netns: &Path) -> Result<()> {
+        let sandbox = sandbox::open(netns)?;
+        let wanted = plan.clone();
+        self.with_policy(move |policy| policy.quarantine(wanted)).await?;
+        let result = match endpoint::make(&self.links, plan, &sandbox).await {
+            Ok(()) => sandbox::configure(&sandbox, plan).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(()) => Ok(()),
+            // Another attachment's interface of that name is not ours to remove.
+            Err(error @ Error::Exists { .. }) if error.is_on_node() => Err(error),
+            Err(error) => {
+                if let Err(undo) = self.detach(&plan.host_ifname).await {
+                    tracing::warn!(ifname = plan.host_ifname, %undo, "a failed attachment could not be undone");
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Compares an attachment with the kernel, both ends.
-    pub async fn check(&self, _plan: &EndpointPlan, _netns: &Path) -> Result<()> {
-        Err(Error::NotBuilt)
+    /// Compares an attachment with the kernel: both ends, and the pins.
+    ///
+    /// # Errors
+    /// [`Error::Differs`] names the first difference.
+    pub async fn check(&self, plan: &EndpointPlan, netns: &Path) -> Result<()> {
+        let sandbox = sandbox::open(netns)?;
+        endpoint::check(&self.links, plan).await?;
+        sandbox::check(&sandbox, plan).await?;
+        let pins = pins_of(plan);
+        let lost = self.with_policy(move |policy| {
+            policy.nft.refresh_if_changed()?;
+            Ok(pins.difference(&policy.nft.applied().pins).next().cloned())
+        });
+        match lost.await? {
+            Some(pin) => Err(Error::Differs(format!("the source pin of {} is missing", pin.address))),
+            None => Ok(()),
+        }
     }
 
     /// Removes the host end (and with it the pod's end), its pins, classes, route and neighbours. Idempotent; needs no
     /// sandbox.
-    pub async fn detach(&self, _host_ifname: &str) -> Result<()> {
-        Err(Error::NotBuilt)
+    ///
+    /// # Errors
+    /// What the kernel refused; the rest was removed all the same.
+    pub async fn detach(&self, host_ifname: &str) -> Result<()> {
+        let name = host_ifname.to_string();
+        let known = self.with_policy(move |policy| Ok(policy.addresses_of(&name))).await?;
+        let removed = endpoint::remove(&self.links, &self.bridge, host_ifname, &known).await;
+        let name = host_ifname.to_string();
+        // Last, so that the pins outlive the link.
+        self.with_policy(move |policy| policy.forget(&name)).await?;
+        removed
     }
 
     /// All host ends of ours on the node, for garbage collection.
+    ///
+    /// # Errors
+    /// The kernel refuses to list.
     pub async fn list_endpoints(&self) -> Result<Vec<FoundEndpoint>> {
-        Err(Error::NotBuilt)
+        endpoint::list(&self.links).await
     }
 
     /// Makes the kernel's ruleset equal to `ruleset`, in one transaction; writes nothing when it already is.
     ///
-    /// Ports attached since, which `ruleset` does not pin yet, stay pinned and in deny-all.
-    pub async fn apply_ruleset(&self, _ruleset: &Ruleset) -> Result<Applied> {
-        Err(Error::NotBuilt)
+    /// Ports attached since, which `ruleset` does not pin yet, stay pinned and in deny-all. If somebody else changed
+    /// our tables, they are read back and mended.
+    ///
+    /// # Errors
+    /// [`Error::Ruleset`] if it breaks an invariant; [`Error::Nft`] if the kernel refuses it: nothing was changed.
+    pub async fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<Applied> {
+        let wanted = ruleset.clone();
+        self.with_policy(move |policy| policy.apply(wanted)).await
+    }
+
+    /// Whether somebody else changed our tables since they were last read or written: a reason to call
+    /// [`Dataplane::apply_ruleset`] now.
+    ///
+    /// # Errors
+    /// The notification socket failed.
+    pub async fn tables_changed(&self) -> Result<bool> {
+        self.with_policy(|policy| policy.nft.foreign_change()).await
+    }
+
+    /// Packets dropped since the tables were made: by policy, and by the source pin.
+    ///
+    /// # Errors
+    /// The kernel refuses to list.
+    pub async fn denied(&self) -> Result<(u64, u64)> {
+        self.with_policy(|policy| policy.nft.denied()).await
+    }
+
+    /// Runs `work` on a thread that may wait: a transaction of a large ruleset takes the kernel a second.
+    async fn with_policy<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Policy) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let policy = Arc::clone(&self.policy);
+        let run = move || match policy.lock() {
+            Ok(mut policy) => work(&mut policy),
+            Err(_) => Err(Error::Protocol("the policy state was lost in a panic; restart".into())),
+        };
+        tokio::task::spawn_blocking(run)
+            .await
+            .unwrap_or_else(|_| Err(Error::Protocol("a policy transaction was cut off".into())))
+    }
+}
+
+impl Policy {
+    fn quarantine(&mut self, plan: EndpointPlan) -> Result<()> {
+        if pins_of(&plan).is_subset(&self.nft.applied().pins) {
+            return Ok(());
+        }
+        let mut target = self.nft.applied().clone();
+        target.quarantine(&plan);
+        self.nft.apply(&target)?;
+        self.quarantined.insert(plan.host_ifname.clone(), plan);
+        Ok(())
+    }
+
+    fn apply(&mut self, mut ruleset: Ruleset) -> Result<Applied> {
+        self.quarantined.retain(|_, plan| !pins_of(plan).is_subset(&ruleset.pins));
+        for plan in self.quarantined.values() {
+            ruleset.quarantine(plan);
+        }
+        self.nft.apply(&ruleset)
+    }
+
+    fn forget(&mut self, host_ifname: &str) -> Result<()> {
+        self.quarantined.remove(host_ifname);
+        if !self.nft.applied().pins.iter().any(|pin| pin.ifname == host_ifname) {
+            return Ok(());
+        }
+        let mut target = self.nft.applied().clone();
+        target.forget_port(host_ifname);
+        self.nft.apply(&target).map(drop)
+    }
+
+    /// The pinned addresses of a port.
+    fn addresses_of(&self, host_ifname: &str) -> BTreeSet<IpAddr> {
+        let pins = &self.nft.applied().pins;
+        pins.iter().filter(|pin| pin.ifname == host_ifname).map(|pin| pin.address).collect()
     }
 }

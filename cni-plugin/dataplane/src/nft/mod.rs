@@ -107,6 +107,14 @@ impl Nft {
         Ok(self.stale)
     }
 
+    /// Reads our tables back if somebody else changed them.
+    pub fn refresh_if_changed(&mut self) -> Result<()> {
+        if self.foreign_change()? {
+            self.refresh()?;
+        }
+        Ok(())
+    }
+
     fn write(&mut self, changes: &Changes) -> Result<()> {
         if !changes.revokes {
             let mut batch = self.socket.batch();

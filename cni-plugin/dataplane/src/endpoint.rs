@@ -1,0 +1,197 @@
+//! The node's side of an attachment.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+
+use holdfast_net_core::plan::{EndpointPlan, HOST_IFNAME_PREFIX, IFNAME_LEN_MAX, MacAddr};
+use netlink_packet_route::link::{
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkInfo,
+    LinkMessage,
+};
+use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
+
+use crate::FoundEndpoint;
+use crate::error::{Error, Result};
+use crate::links::{Links, Route, alias_of, host_route, mac_of, master_of, mtu_of, name_of, set_sysctl};
+use crate::node::{kind_of, link_infos};
+
+/// Bytes of an interface alias the kernel keeps (IFALIASZ - 1).
+const ALIAS_BYTES_MAX: usize = 255;
+
+/// Makes the veth pair, its far end in the sandbox at once, and everything on the node's side. The host end is up when
+/// this returns; the pod's end is not.
+pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
+    check_name(&plan.host_ifname)?;
+    check_name(&plan.container_ifname)?;
+    let bridge = links.link(&plan.bridge).await?.ok_or_else(|| Error::Link {
+        what: format!("attach {}", plan.host_ifname),
+        reason: format!("there is no bridge {}; apply the node plan first", plan.bridge),
+        errno: libc::ENODEV,
+    })?;
+    let bridge = bridge.header.index;
+    make_pair(links, plan, netns).await?;
+    let link = links.link(&plan.host_ifname).await?;
+    let index = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?.header.index;
+    // A bridge port needs no addresses of its own.
+    set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
+    let master = LinkUnspec::new_with_index(index).controller(bridge).build();
+    links.change_link(master, &format!("put {} into {}", plan.host_ifname, plan.bridge)).await?;
+    links.set_bridge_entry(index, plan.mac).await?;
+    for address in &plan.addresses {
+        links.set_neighbour(bridge, *address, plan.mac).await?;
+        links.set_route(&pod_route(*address, bridge)).await?;
+    }
+    // Isolated before it is up: no frame ever goes from pod to pod.
+    let port = LinkBridgePort::new(index)
+        .isolated(true)
+        .learning(false)
+        .flood(false)
+        .mcast_flood(false)
+        .bcast_flood(false)
+        .alias(alias(plan))
+        .up()
+        .build();
+    links.change_link(port, &format!("set up the bridge port {}", plan.host_ifname)).await
+}
+
+async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
+    let mut peer = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(plan.container_ifname.clone())
+        .address(plan.mac.0.to_vec())
+        .mtu(plan.mtu)
+        .build();
+    peer.attributes.push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
+    let message = LinkVeth::new(&plan.host_ifname, &plan.container_ifname)
+        .address(plan.host_mac.0.to_vec())
+        .mtu(plan.mtu)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .build();
+    match links.add_link(message, &format!("make the veth pair {}", plan.host_ifname)).await {
+        Err(Error::Link { errno: libc::EEXIST, .. }) => {
+            let on_node = links.link(&plan.host_ifname).await?.is_some();
+            let (ifname, place) = if on_node {
+                (&plan.host_ifname, "this node")
+            } else {
+                (&plan.container_ifname, "the sandbox")
+            };
+            Err(Error::Exists { ifname: ifname.clone(), place: place.to_string() })
+        }
+        other => other,
+    }
+}
+
+/// Removes the veth pair, and routes and neighbours of `known` addresses and of those found by the pod's MAC.
+/// Goes on after a failure and returns the first one.
+pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTreeSet<IpAddr>) -> Result<()> {
+    let bridge = links.link(bridge).await?.map(|l| l.header.index);
+    let mut addresses = known.clone();
+    let mut first_error = None;
+    if let Some(link) = links.link(host_ifname).await? {
+        let index = link.header.index;
+        if let Some(bridge) = bridge.filter(|_| addresses.is_empty()) {
+            addresses = addresses_behind(links, bridge, index).await?;
+        }
+        first_error = links.delete_link(index, host_ifname).await.err();
+    }
+    for address in addresses {
+        let Some(bridge) = bridge else { break };
+        for result in [
+            links.delete_route(&pod_route(address, bridge)).await,
+            links.delete_neighbour(bridge, address).await,
+        ] {
+            first_error = first_error.or(result.err());
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+/// The permanent neighbours of the bridge whose MAC is behind the port.
+async fn addresses_behind(links: &Links, bridge: u32, port: u32) -> Result<BTreeSet<IpAddr>> {
+    let macs: BTreeSet<MacAddr> = links.bridge_entries(port).await?.into_iter().collect();
+    let neighbours = links.permanent_neighbours(bridge).await?;
+    Ok(neighbours.into_iter().filter(|(_, mac)| macs.contains(mac)).map(|(address, _)| address).collect())
+}
+
+/// Compares the node's side with the plan.
+pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
+    let name = &plan.host_ifname;
+    let differs = |what: String| Err(Error::Differs(what));
+    let Some(link) = links.link(name).await? else {
+        return differs(format!("{name} is missing on the node"));
+    };
+    let Some(bridge) = links.link(&plan.bridge).await?.map(|b| b.header.index) else {
+        return differs(format!("the bridge {} is missing", plan.bridge));
+    };
+    if master_of(&link) != Some(bridge) {
+        return differs(format!("{name} is not in the bridge {}", plan.bridge));
+    }
+    if mtu_of(&link) != Some(plan.mtu) || mac_of(&link) != Some(plan.host_mac) {
+        return differs(format!("{name} has another MTU or MAC than planned"));
+    }
+    if !is_isolated(&link) {
+        return differs(format!("{name} is not an isolated port"));
+    }
+    if !links.bridge_entries(link.header.index).await?.contains(&plan.mac) {
+        return differs(format!("the bridge lacks the forwarding entry of {}", plan.mac));
+    }
+    let neighbours = links.permanent_neighbours(bridge).await?;
+    let routes = links.our_routes().await?;
+    for address in &plan.addresses {
+        if !neighbours.contains(&(*address, plan.mac)) {
+            return differs(format!("the node lacks the neighbour entry of {address}"));
+        }
+        if !routes.contains(&pod_route(*address, bridge)) {
+            return differs(format!("the node lacks the route to {address}"));
+        }
+    }
+    Ok(())
+}
+
+/// All host ends of ours.
+pub async fn list(links: &Links) -> Result<Vec<FoundEndpoint>> {
+    let all = links.all_links().await?;
+    Ok(all
+        .iter()
+        .filter(|link| kind_of(link) == Some(&InfoKind::Veth))
+        .filter_map(|link| {
+            let name = name_of(link)?;
+            let attachment = alias_of(link)
+                .and_then(|alias| alias.strip_prefix("holdfast:")?.rsplit_once('/'))
+                .map(|(id, ifname)| (id.to_string(), ifname.to_string()));
+            name.starts_with(HOST_IFNAME_PREFIX)
+                .then(|| FoundEndpoint { host_ifname: name.to_string(), attachment })
+        })
+        .collect())
+}
+
+fn pod_route(address: IpAddr, bridge: u32) -> Route {
+    Route { to: host_route(address), device: Some(bridge), via: None, source: None }
+}
+
+/// The alias as the kernel can keep it; a longer container id is cut, and garbage collection then goes by name.
+fn alias(plan: &EndpointPlan) -> String {
+    let mut alias = plan.alias();
+    alias.truncate(ALIAS_BYTES_MAX);
+    alias
+}
+
+fn is_isolated(link: &LinkMessage) -> bool {
+    let data = link_infos(link).into_iter().flatten().find_map(|info| match info {
+        LinkInfo::PortData(InfoPortData::BridgePort(data)) => Some(data),
+        _ => None,
+    });
+    let is_port =
+        link_infos(link).into_iter().flatten().any(|i| *i == LinkInfo::PortKind(InfoPortKind::Bridge));
+    is_port && data.is_some_and(|data| data.contains(&InfoBridgePort::Isolated(true)))
+}
+
+/// What the kernel takes as an interface name, and no path.
+fn check_name(name: &str) -> Result<()> {
+    let valid = !name.is_empty()
+        && name.len() <= IFNAME_LEN_MAX
+        && !matches!(name, "." | ".." | "all" | "default" | "lo")
+        && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%');
+    if valid { Ok(()) } else { Err(Error::Config(format!("{name:?} is not a usable interface name"))) }
+}

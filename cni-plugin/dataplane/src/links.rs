@@ -1,0 +1,492 @@
+//! rtnetlink: what the data path needs of links, addresses, routes, neighbours and forwarding entries.
+//!
+//! Everything of ours is told apart: routes carry [`ROUTE_PROTOCOL`], host ends carry a name prefix and an alias.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures::TryStreamExt;
+use holdfast_net_core::plan::MacAddr;
+use ipnetwork::IpNetwork;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressScope};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteType, RouteVia,
+};
+use rtnetlink::{Handle, LinkUnspec};
+use tokio::task::JoinHandle;
+
+use crate::error::{Error, Result};
+
+/// `rtm_protocol` of our routes, outside the range iproute2 names (`/etc/iproute2/rt_protos`).
+pub const ROUTE_PROTOCOL: u8 = 0x48;
+
+/// A connection to rtnetlink in the namespace where it was opened.
+pub struct Links {
+    handle: Handle,
+    connection: JoinHandle<()>,
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// A forwarding entry of the VXLAN device: frames to `mac` go to the node at `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fdb {
+    /// The VTEP.
+    pub mac: MacAddr,
+    /// Its node.
+    pub to: IpAddr,
+}
+
+/// A route of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// Where to.
+    pub to: IpNetwork,
+    /// Through which device; `None`: unreachable.
+    pub device: Option<u32>,
+    /// Over which next hop, taken as on the link.
+    pub via: Option<IpAddr>,
+    /// Preferred source.
+    pub source: Option<IpAddr>,
+}
+
+impl Links {
+    /// Opens the connection in the calling thread's network namespace, driven by the current tokio runtime.
+    pub fn open() -> Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|source| Error::Socket { what: "open rtnetlink".to_string(), source })?;
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// The link called `name`, if it exists.
+    pub async fn link(&self, name: &str) -> Result<Option<LinkMessage>> {
+        let mut stream = Box::pin(self.handle.link().get().match_name(name).execute());
+        match stream.try_next().await {
+            Ok(found) => Ok(found),
+            Err(error) if errno(&error) == libc::ENODEV => Ok(None),
+            Err(error) => Err(refused(format!("look up link {name}"), error)),
+        }
+    }
+
+    /// All links.
+    pub async fn all_links(&self) -> Result<Vec<LinkMessage>> {
+        let stream = self.handle.link().get().execute();
+        stream.try_collect().await.map_err(|e| refused("list links".into(), e))
+    }
+
+    /// Makes a link from a built message.
+    pub async fn add_link(&self, message: LinkMessage, what: &str) -> Result<()> {
+        self.handle.link().add(message).execute().await.map_err(|e| refused(what.to_string(), e))
+    }
+
+    /// Changes a link: RTM_NEWLINK without create, which takes type data and port data too.
+    pub async fn change_link(&self, message: LinkMessage, what: &str) -> Result<()> {
+        self.handle.link().set_port(message).execute().await.map_err(|e| refused(what.to_string(), e))
+    }
+
+    /// Deletes a link; fine if it is gone.
+    pub async fn delete_link(&self, index: u32, name: &str) -> Result<()> {
+        match self.handle.link().del(index).execute().await {
+            Err(error) if errno(&error) != libc::ENODEV => Err(refused(format!("delete link {name}"), error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets a link up.
+    pub async fn set_up(&self, index: u32, name: &str) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index).up().build();
+        self.handle.link().set(message).execute().await.map_err(|e| refused(format!("set {name} up"), e))
+    }
+
+    /// Sets MTU and MAC where they differ, and the link up; returns the number of writes.
+    pub async fn align_link(&self, link: &LinkMessage, name: &str, mtu: u32, mac: MacAddr) -> Result<usize> {
+        let mut message = LinkUnspec::new_with_index(link.header.index);
+        let mut writes = 0;
+        if mtu_of(link) != Some(mtu) {
+            message = message.mtu(mtu);
+            writes += 1;
+        }
+        if mac_of(link) != Some(mac) {
+            message = message.address(mac.0.to_vec());
+            writes += 1;
+        }
+        if !link.header.flags.contains(LinkFlags::Up) {
+            message = message.up();
+            writes += 1;
+        }
+        if writes > 0 {
+            let what = format!("set MTU {mtu}, MAC {mac} and up on {name}");
+            self.handle.link().set(message.build()).execute().await.map_err(|e| refused(what, e))?;
+        }
+        Ok(writes)
+    }
+
+    /// The addresses of a link with their prefix lengths.
+    pub async fn addresses(&self, index: u32) -> Result<Vec<(IpAddr, u8)>> {
+        let messages: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .set_link_index_filter(index)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| refused("list addresses".into(), e))?;
+        let address = |attributes: &[AddressAttribute]| {
+            attributes.iter().find_map(|a| match a {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            })
+        };
+        Ok(messages
+            .iter()
+            .filter(|m| m.header.index == index)
+            .filter_map(|m| Some((address(&m.attributes)?, m.header.prefix_len)))
+            .collect())
+    }
+
+    /// Adds an address without duplicate address detection (it would delay a pod's start by a second); fine if present.
+    pub async fn add_address(
+        &self,
+        index: u32,
+        address: IpAddr,
+        prefix: u8,
+        scope: AddressScope,
+    ) -> Result<()> {
+        let mut request = self.handle.address().add(index, address, prefix);
+        let message = request.message_mut();
+        message.header.scope = scope;
+        if address.is_ipv6() {
+            message.header.flags |= AddressHeaderFlags::Nodad;
+        }
+        absent_or(request.execute().await, libc::EEXIST, || format!("add address {address}/{prefix}"))
+            .map(drop)
+    }
+
+    /// Our routes in the main table.
+    pub async fn our_routes(&self) -> Result<Vec<Route>> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            routes.extend(self.routes_of(family).await?.iter().filter_map(our_route));
+        }
+        Ok(routes)
+    }
+
+    async fn routes_of(&self, family: AddressFamily) -> Result<Vec<RouteMessage>> {
+        let mut query = RouteMessage::default();
+        query.header.address_family = family;
+        let stream = self.handle.route().get(query).execute();
+        stream.try_collect().await.map_err(|e| refused("list routes".into(), e))
+    }
+
+    /// Adds or replaces a route.
+    pub async fn set_route(&self, route: &Route) -> Result<()> {
+        let request = self.handle.route().add(route_message(route)).replace();
+        request.execute().await.map_err(|e| refused(format!("set the route to {}", route.to), e))
+    }
+
+    /// Removes a route; true if it was there.
+    pub async fn delete_route(&self, route: &Route) -> Result<bool> {
+        let result = self.handle.route().del(route_message(route)).execute().await;
+        absent_or(result, libc::ESRCH, || format!("remove the route to {}", route.to))
+    }
+
+    /// The permanent neighbours of a link.
+    pub async fn permanent_neighbours(&self, index: u32) -> Result<Vec<(IpAddr, MacAddr)>> {
+        let mut found = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let stream = self.handle.neighbours().get().set_address_family(family).execute();
+            let messages: Vec<NeighbourMessage> =
+                stream.try_collect().await.map_err(|e| refused("list neighbours".into(), e))?;
+            found.extend(
+                messages
+                    .iter()
+                    .filter(|m| m.header.ifindex == index && m.header.state == NeighbourState::Permanent)
+                    .filter_map(|m| Some((neighbour_address(m)?, neighbour_mac(m)?))),
+            );
+        }
+        Ok(found)
+    }
+
+    /// Adds or replaces a permanent neighbour.
+    pub async fn set_neighbour(&self, index: u32, address: IpAddr, mac: MacAddr) -> Result<()> {
+        let request = self.handle.neighbours().add(index, address).link_layer_address(&mac.0).replace();
+        request.execute().await.map_err(|e| refused(format!("set the neighbour {address}"), e))
+    }
+
+    /// Removes a neighbour; true if it was there.
+    pub async fn delete_neighbour(&self, index: u32, address: IpAddr) -> Result<bool> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family_of(address);
+        message.header.ifindex = index;
+        message.attributes.push(NeighbourAttribute::Destination(match address {
+            IpAddr::V4(a) => NeighbourAddress::Inet(a),
+            IpAddr::V6(a) => NeighbourAddress::Inet6(a),
+        }));
+        let result = self.handle.neighbours().del(message).execute().await;
+        absent_or(result, libc::ENOENT, || format!("remove the neighbour {address}"))
+    }
+
+    /// Tells the bridge that `mac` is behind the port `index`, for good.
+    pub async fn set_bridge_entry(&self, index: u32, mac: MacAddr) -> Result<()> {
+        let request = self
+            .handle
+            .neighbours()
+            .add_bridge(index, &mac.0)
+            .state(NeighbourState::Noarp)
+            .flags(NeighbourFlags::Controller)
+            .replace();
+        request
+            .execute()
+            .await
+            .map_err(|e| refused(format!("set the bridge's forwarding entry for {mac}"), e))
+    }
+
+    /// The static MACs behind the bridge port `index`, its own excluded.
+    pub async fn bridge_entries(&self, index: u32) -> Result<Vec<MacAddr>> {
+        Ok(self
+            .fdb_messages()
+            .await?
+            .iter()
+            .filter(|m| m.header.ifindex == index && m.header.state == NeighbourState::Noarp)
+            .filter_map(neighbour_mac)
+            .collect())
+    }
+
+    /// The VXLAN device's forwarding entries.
+    pub async fn vxlan_entries(&self, index: u32) -> Result<Vec<Fdb>> {
+        Ok(self
+            .fdb_messages()
+            .await?
+            .iter()
+            .filter(|m| m.header.ifindex == index)
+            .filter_map(|m| Some(Fdb { mac: neighbour_mac(m)?, to: neighbour_address(m)? }))
+            .collect())
+    }
+
+    async fn fdb_messages(&self) -> Result<Vec<NeighbourMessage>> {
+        let stream = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+        stream.try_collect().await.map_err(|e| refused("list forwarding entries".into(), e))
+    }
+
+    /// Adds or replaces a forwarding entry of the VXLAN device.
+    pub async fn set_vxlan_entry(&self, index: u32, entry: Fdb) -> Result<()> {
+        let request = self
+            .handle
+            .neighbours()
+            .add_bridge(index, &entry.mac.0)
+            .destination(entry.to)
+            .state(NeighbourState::Permanent)
+            .flags(NeighbourFlags::Own)
+            .replace();
+        request.execute().await.map_err(|e| refused(format!("set the forwarding entry for {}", entry.mac), e))
+    }
+
+    /// Removes a forwarding entry of the VXLAN device.
+    pub async fn delete_vxlan_entry(&self, index: u32, entry: Fdb) -> Result<bool> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.header.ifindex = index;
+        message.header.flags = NeighbourFlags::Own;
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(entry.mac.0.to_vec()));
+        message.attributes.push(NeighbourAttribute::Destination(match entry.to {
+            IpAddr::V4(a) => NeighbourAddress::Inet(a),
+            IpAddr::V6(a) => NeighbourAddress::Inet6(a),
+        }));
+        let result = self.handle.neighbours().del(message).execute().await;
+        absent_or(result, libc::ENOENT, || format!("remove the forwarding entry for {}", entry.mac))
+    }
+}
+
+/// The MAC of a link.
+pub fn mac_of(link: &LinkMessage) -> Option<MacAddr> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::Address(bytes) => bytes.as_slice().try_into().ok().map(MacAddr),
+        _ => None,
+    })
+}
+
+/// The MTU of a link.
+pub fn mtu_of(link: &LinkMessage) -> Option<u32> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    })
+}
+
+/// The name of a link.
+pub fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+/// The alias of a link.
+pub fn alias_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::IfAlias(alias) => Some(alias.as_str()),
+        _ => None,
+    })
+}
+
+/// The bridge a link belongs to.
+pub fn master_of(link: &LinkMessage) -> Option<u32> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    })
+}
+
+/// The route to one address.
+pub fn host_route(address: IpAddr) -> IpNetwork {
+    IpNetwork::from(address)
+}
+
+/// Writes a sysctl of the calling thread's network namespace if it differs; true if it was written. A sysctl that does
+/// not exist (IPv6 compiled out) is fine.
+pub fn set_sysctl(path: &str, value: &str) -> Result<bool> {
+    let full = format!("/proc/sys/net/{path}");
+    let error = |source| Error::Sysctl { path: full.clone(), source };
+    match std::fs::read_to_string(&full) {
+        Ok(current) if current.trim() == value => Ok(false),
+        Ok(_) => std::fs::write(&full, value).map(|()| true).map_err(error),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(error(e)),
+    }
+}
+
+/// The address family.
+fn family_of(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn route_message(route: &Route) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family_of(route.to.ip());
+    message.header.destination_prefix_length = route.to.prefix();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+    message.header.kind = if route.device.is_some() { RouteType::Unicast } else { RouteType::Unreachable };
+    message.header.scope = match (route.device, route.via) {
+        (Some(_), None) if route.to.is_ipv4() => RouteScope::Link,
+        _ => RouteScope::Universe,
+    };
+    if route.to.prefix() > 0 {
+        message.attributes.push(RouteAttribute::Destination(RouteAddress::from(route.to.network())));
+    }
+    if let Some(device) = route.device {
+        message.attributes.push(RouteAttribute::Oif(device));
+    }
+    match (route.via, route.to) {
+        (Some(IpAddr::V6(via)), IpNetwork::V4(_)) => {
+            message.attributes.push(RouteAttribute::Via(RouteVia::Inet6(via)));
+        }
+        (Some(via), _) => message.attributes.push(RouteAttribute::Gateway(RouteAddress::from(via))),
+        (None, _) => {}
+    }
+    if route.via.is_some() {
+        message.header.flags |= RouteFlags::Onlink;
+    }
+    if let Some(source) = route.source {
+        message.attributes.push(RouteAttribute::PrefSource(RouteAddress::from(source)));
+    }
+    message
+}
+
+/// The route, if its protocol says that it is ours.
+fn our_route(message: &RouteMessage) -> Option<Route> {
+    let header = &message.header;
+    if header.protocol != RouteProtocol::from(ROUTE_PROTOCOL) || header.table != RouteHeader::RT_TABLE_MAIN {
+        return None;
+    }
+    let any = match header.address_family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let (mut to, mut device, mut via, mut source) = (any, None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => to = plain(address)?,
+            // IPv6 names the loopback device on unreachable routes.
+            RouteAttribute::Oif(index) if header.kind == RouteType::Unicast => device = Some(*index),
+            RouteAttribute::Gateway(address) => via = plain(address),
+            RouteAttribute::Via(RouteVia::Inet6(address)) => via = Some(IpAddr::V6(*address)),
+            RouteAttribute::PrefSource(address) => source = plain(address),
+            _ => {}
+        }
+    }
+    Some(Route { to: IpNetwork::new(to, header.destination_prefix_length).ok()?, device, via, source })
+}
+
+fn plain(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(a) => Some(IpAddr::V4(*a)),
+        RouteAddress::Inet6(a) => Some(IpAddr::V6(*a)),
+        _ => None,
+    }
+}
+
+fn neighbour_address(message: &NeighbourMessage) -> Option<IpAddr> {
+    message.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => Some(IpAddr::V4(*a)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => Some(IpAddr::V6(*a)),
+        // In the bridge family the address is left undecoded.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
+            16 => <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
+            _ => None,
+        },
+        _ => None,
+    })
+}
+
+fn neighbour_mac(message: &NeighbourMessage) -> Option<MacAddr> {
+    message.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok().map(MacAddr),
+        _ => None,
+    })
+}
+
+/// The positive errno of a refusal; 0 if it is none.
+fn errno(error: &rtnetlink::Error) -> i32 {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.raw_code().abs(),
+        _ => 0,
+    }
+}
+
+/// Turns the refusal `harmless` into `false`.
+fn absent_or(
+    result: std::result::Result<(), rtnetlink::Error>,
+    harmless: i32,
+    what: impl FnOnce() -> String,
+) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if errno(&error) == harmless => Ok(false),
+        Err(error) => Err(refused(what(), error)),
+    }
+}
+
+fn refused(what: String, error: rtnetlink::Error) -> Error {
+    let errno = errno(&error);
+    let reason = match &error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io().to_string(),
+        other => other.to_string(),
+    };
+    Error::Link { what, reason, errno }
+}

@@ -1,0 +1,221 @@
+//! Applies a [`NodePlan`]: bridge, overlay and the ways to the other nodes.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, NodePlan, VxlanPlan};
+use netlink_packet_route::address::AddressScope;
+use netlink_packet_route::link::{
+    BridgeStpState, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+};
+use rtnetlink::{LinkBridge, LinkVxlan};
+
+use crate::error::{Error, Result};
+use crate::links::{Fdb, Links, Route, set_sysctl};
+
+/// Makes the node as planned; returns the number of writes.
+pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
+    let mut writes = 0;
+    writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
+    if plan.pod_ranges.iter().any(ipnetwork::IpNetwork::is_ipv6) {
+        writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
+    }
+    writes += apply_bridge(links, &plan.bridge).await?;
+    let mut routes: BTreeSet<Route> = BTreeSet::new();
+    for range in &plan.pod_ranges {
+        // Without it a packet to an address that no pod has would leave by the default route.
+        routes.insert(Route { to: *range, device: None, via: None, source: None });
+    }
+    let mut device = None;
+    if let Some(vxlan) = &plan.vxlan {
+        let (index, done) = apply_vxlan(links, vxlan).await?;
+        writes += done;
+        device = Some(index);
+        for peer in &plan.peers {
+            routes.extend(peer.pod_ranges.iter().map(|range| Route {
+                to: *range,
+                device: Some(index),
+                via: Some(peer.next_hop(range)),
+                source: source_for(vxlan.local, range),
+            }));
+        }
+        writes += apply_peers(links, index, plan).await?;
+    }
+    writes += apply_routes(links, device, &routes).await?;
+    Ok(writes)
+}
+
+/// The node's own packets to remote pods carry its InternalIP, which every node can answer and policies can name.
+fn source_for(local: IpAddr, range: &ipnetwork::IpNetwork) -> Option<IpAddr> {
+    (local.is_ipv4() == range.is_ipv4()).then_some(local)
+}
+
+async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
+    let mut writes = 0;
+    let link = match links.link(&plan.name).await? {
+        Some(link) => link,
+        None => {
+            let message = LinkBridge::new(&plan.name)
+                .address(plan.mac.0.to_vec())
+                .mtu(plan.mtu)
+                .stp_state(BridgeStpState::Disabled)
+                .mcast_snooping(false)
+                .build();
+            links.add_link(message, &format!("make the bridge {}", plan.name)).await?;
+            writes += 1;
+            made(links, &plan.name).await?
+        }
+    };
+    if kind_of(&link) != Some(&InfoKind::Bridge) {
+        return Err(Error::Exists {
+            ifname: plan.name.clone(),
+            place: "this node, and it is no bridge".into(),
+        });
+    }
+    let index = link.header.index;
+    // fe80::1 is the only link-local address: none is generated from the MAC.
+    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
+    // All pod traffic leaves where it came in; hosts need not be told so.
+    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
+    writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
+    let present = links.addresses(index).await?;
+    for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {
+        if !present.contains(&(address, prefix)) && has_family(address) {
+            links.add_address(index, address, prefix, AddressScope::Link).await?;
+            writes += 1;
+        }
+    }
+    Ok(writes)
+}
+
+async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
+    let mut writes = 0;
+    let mut found = links.link(&plan.name).await?;
+    if let Some(link) = &found {
+        if kind_of(link) != Some(&InfoKind::Vxlan) {
+            let place = "this node, and it is no VXLAN device".to_string();
+            return Err(Error::Exists { ifname: plan.name.clone(), place });
+        }
+        // The kernel cannot change these on a living device.
+        if !vxlan_as_planned(link, plan) {
+            links.delete_link(link.header.index, &plan.name).await?;
+            writes += 1;
+            found = None;
+        }
+    }
+    let link = match found {
+        Some(link) => link,
+        None => {
+            let builder = LinkVxlan::new(&plan.name, plan.vni)
+                .address(plan.mac.0.to_vec())
+                .mtu(plan.mtu)
+                .port(plan.port)
+                .learning(false);
+            let message = match plan.local {
+                IpAddr::V4(local) => builder.local(local),
+                IpAddr::V6(local) => builder.local6(local),
+            };
+            links.add_link(message.build(), &format!("make the VXLAN device {}", plan.name)).await?;
+            writes += 1;
+            made(links, &plan.name).await?
+        }
+    };
+    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
+    // Loose: a node's own packets come in here with its underlay address as source.
+    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/rp_filter", plan.name), "2")?);
+    writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
+    Ok((link.header.index, writes))
+}
+
+/// Neighbours and forwarding entries of the VXLAN device: nothing learned, nothing left over.
+async fn apply_peers(links: &Links, index: u32, plan: &NodePlan) -> Result<usize> {
+    let mut writes = 0;
+    let neighbours: BTreeSet<(IpAddr, _)> = plan
+        .peers
+        .iter()
+        .flat_map(|peer| peer.pod_ranges.iter().map(|range| (peer.next_hop(range), peer.vtep_mac)))
+        .collect();
+    let present: BTreeSet<(IpAddr, _)> = links.permanent_neighbours(index).await?.into_iter().collect();
+    let wanted_addresses: BTreeSet<IpAddr> = neighbours.iter().map(|(address, _)| *address).collect();
+    for (address, mac) in neighbours.difference(&present) {
+        links.set_neighbour(index, *address, *mac).await?;
+        writes += 1;
+    }
+    for (address, _) in present.iter().filter(|(a, _)| !wanted_addresses.contains(a) && !a.is_multicast()) {
+        writes += usize::from(links.delete_neighbour(index, *address).await?);
+    }
+    let entries: BTreeSet<Fdb> =
+        plan.peers.iter().map(|peer| Fdb { mac: peer.vtep_mac, to: peer.underlay }).collect();
+    let present: BTreeSet<Fdb> = links.vxlan_entries(index).await?.into_iter().collect();
+    for stale in present.difference(&entries) {
+        writes += usize::from(links.delete_vxlan_entry(index, *stale).await?);
+    }
+    for entry in entries.difference(&present) {
+        links.set_vxlan_entry(index, *entry).await?;
+        writes += 1;
+    }
+    Ok(writes)
+}
+
+/// Routes through the overlay and the unreachable ones; the pods' own routes go by the bridge and stay.
+async fn apply_routes(links: &Links, device: Option<u32>, wanted: &BTreeSet<Route>) -> Result<usize> {
+    let mut writes = 0;
+    let present: BTreeSet<Route> =
+        links.our_routes().await?.into_iter().filter(|r| r.device.is_none() || r.device == device).collect();
+    let wanted_to: BTreeSet<_> = wanted.iter().map(|r| r.to).collect();
+    for stale in present.difference(wanted) {
+        // A route that only changes is replaced below, never missing in between.
+        let changes = stale.device.is_some() && wanted_to.contains(&stale.to);
+        if !changes {
+            writes += usize::from(links.delete_route(stale).await?);
+        }
+    }
+    for route in wanted.difference(&present) {
+        links.set_route(route).await?;
+        writes += 1;
+    }
+    Ok(writes)
+}
+
+async fn made(links: &Links, name: &str) -> Result<LinkMessage> {
+    links.link(name).await?.ok_or_else(|| Error::Protocol(format!("{name} vanished while it was set up")))
+}
+
+/// Whether the kernel speaks the family at all.
+fn has_family(address: IpAddr) -> bool {
+    address.is_ipv4() || std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// The type of a link.
+pub fn kind_of(link: &LinkMessage) -> Option<&InfoKind> {
+    link_infos(link)?.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    })
+}
+
+/// The link info attributes of a link.
+pub fn link_infos(link: &LinkMessage) -> Option<&Vec<LinkInfo>> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    })
+}
+
+fn vxlan_as_planned(link: &LinkMessage, plan: &VxlanPlan) -> bool {
+    let data = link_infos(link).and_then(|infos| {
+        infos.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+            _ => None,
+        })
+    });
+    let Some(data) = data else { return false };
+    let local = match plan.local {
+        IpAddr::V4(local) => data.contains(&InfoVxlan::Local(local)),
+        IpAddr::V6(local) => data.contains(&InfoVxlan::Local6(local)),
+    };
+    local
+        && data.contains(&InfoVxlan::Id(plan.vni))
+        && data.contains(&InfoVxlan::Port(plan.port))
+        && data.contains(&InfoVxlan::Learning(false))
+}

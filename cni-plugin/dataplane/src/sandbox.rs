@@ -1,0 +1,143 @@
+//! The pod's side of an attachment, worked on by a thread of its own inside the sandbox's network namespace.
+//!
+//! A namespace belongs to a thread, and a tokio worker that changed it would take other tasks along. So each visit
+//! starts a thread, enters, works and ends: the thread never comes back to the node's namespace, which is the guard.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::Path;
+
+use holdfast_net_core::plan::{EndpointPlan, GATEWAY_V4, GATEWAY_V6, MacAddr};
+use ipnetwork::IpNetwork;
+use netlink_packet_route::address::AddressScope;
+
+use crate::error::{Error, Result};
+use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl};
+
+/// Opens a network namespace by its path.
+pub fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(|source| Error::Sandbox { path: path.display().to_string(), source })
+}
+
+/// Configures the pod's end, which the veth's creation already put into the sandbox.
+pub async fn configure(netns: &File, plan: &EndpointPlan) -> Result<()> {
+    let plan = plan.clone();
+    visit(netns, move |links| Box::pin(async move { configure_inside(&links, &plan).await })).await
+}
+
+/// Compares the pod's end with the plan.
+pub async fn check(netns: &File, plan: &EndpointPlan) -> Result<()> {
+    let plan = plan.clone();
+    visit(netns, move |links| Box::pin(async move { check_inside(&links, &plan).await })).await
+}
+
+/// Work to be done inside a sandbox.
+type Work<'a> = std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+
+async fn visit(netns: &File, work: impl FnOnce(Links) -> Work<'static> + Send + 'static) -> Result<()> {
+    let netns = netns
+        .try_clone()
+        .map_err(|source| Error::Sandbox { path: "given by the container runtime".into(), source })?;
+    let (done, result) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("sandbox".into()).spawn(move || {
+        // The receiver is gone only if the caller was cancelled; then nobody wants the result.
+        let _ = done.send(enter_and_run(&netns, work));
+    });
+    thread.map_err(|source| Error::Sandbox { path: "no thread to enter it".into(), source })?;
+    result.await.unwrap_or_else(|_| Err(Error::Protocol("the sandbox thread ended without a result".into())))
+}
+
+fn enter_and_run(netns: &File, work: impl FnOnce(Links) -> Work<'static>) -> Result<()> {
+    let sandbox = |source| Error::Sandbox { path: "given by the container runtime".into(), source };
+    nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| sandbox(e.into()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(sandbox)?;
+    runtime.block_on(async { work(Links::open()?).await })
+}
+
+/// The loopback device's index, the same in every namespace.
+const LOOPBACK: u32 = 1;
+
+async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
+    let name = &plan.container_ifname;
+    let index = own_link(links, name).await?;
+    links.set_up(LOOPBACK, "lo").await?;
+    // Redirects would make the pod look for its peers on the bridge, where isolated ports never answer; router
+    // advertisements have no business here.
+    for conf in ["all", name.as_str()] {
+        set_sysctl(&format!("ipv4/conf/{conf}/accept_redirects"), "0")?;
+        set_sysctl(&format!("ipv6/conf/{conf}/accept_redirects"), "0")?;
+        set_sysctl(&format!("ipv6/conf/{conf}/accept_ra"), "0")?;
+    }
+    links.set_up(index, name).await?;
+    for address in &plan.addresses {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        links.add_address(index, *address, prefix, AddressScope::Universe).await?;
+    }
+    for gateway in gateways(plan) {
+        links.set_neighbour(index, gateway, plan.gateway_mac).await?;
+    }
+    for route in routes(plan, index) {
+        links.set_route(&route).await?;
+    }
+    Ok(())
+}
+
+async fn check_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
+    let name = &plan.container_ifname;
+    let differs = |what: String| Err(Error::Differs(what));
+    let Some(link) = links.link(name).await? else {
+        return differs(format!("{name} is missing in the sandbox"));
+    };
+    if mac_of(&link) != Some(plan.mac) {
+        return differs(format!("{name} has MAC {:?} instead of {}", mac_of(&link), plan.mac));
+    }
+    if mtu_of(&link) != Some(plan.mtu) {
+        return differs(format!("{name} has MTU {:?} instead of {}", mtu_of(&link), plan.mtu));
+    }
+    let index = link.header.index;
+    let addresses = links.addresses(index).await?;
+    if let Some(lost) = plan.addresses.iter().find(|a| !addresses.iter().any(|(have, _)| have == *a)) {
+        return differs(format!("{name} lacks the address {lost}"));
+    }
+    let neighbours: BTreeSet<(IpAddr, MacAddr)> =
+        links.permanent_neighbours(index).await?.into_iter().collect();
+    if let Some(lost) = gateways(plan).into_iter().find(|g| !neighbours.contains(&(*g, plan.gateway_mac))) {
+        return differs(format!("{name} lacks the neighbour entry of its gateway {lost}"));
+    }
+    let present: BTreeSet<IpNetwork> = links.our_routes().await?.into_iter().map(|r| r.to).collect();
+    if let Some(lost) = routes(plan, index).into_iter().find(|r| !present.contains(&r.to)) {
+        return differs(format!("the sandbox lacks the route to {}", lost.to));
+    }
+    Ok(())
+}
+
+async fn own_link(links: &Links, name: &str) -> Result<u32> {
+    let link = links.link(name).await?;
+    link.map(|l| l.header.index)
+        .ok_or_else(|| Error::Protocol(format!("{name} vanished from the sandbox while it was set up")))
+}
+
+fn gateways(plan: &EndpointPlan) -> Vec<IpAddr> {
+    let v4 = plan.addresses.iter().any(IpAddr::is_ipv4).then_some(IpAddr::V4(GATEWAY_V4));
+    let v6 = plan.addresses.iter().any(IpAddr::is_ipv6).then_some(IpAddr::V6(GATEWAY_V6));
+    v4.into_iter().chain(v6).collect()
+}
+
+fn routes(plan: &EndpointPlan, index: u32) -> Vec<Route> {
+    let mut routes = Vec::new();
+    for gateway in gateways(plan) {
+        let source = plan.addresses.iter().copied().find(|a| a.is_ipv4() == gateway.is_ipv4());
+        let through = |to: IpNetwork| Route { to, device: Some(index), via: Some(gateway), source: None };
+        if gateway.is_ipv4() {
+            routes.push(Route { to: host_route(gateway), device: Some(index), via: None, source });
+        }
+        if plan.default_routes {
+            let any = if gateway.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+            routes.push(through(any.parse().expect("a constant network")));
+        }
+        let same_family = plan.extra_routes.iter().filter(|r| r.is_ipv4() == gateway.is_ipv4());
+        routes.extend(same_family.map(|range| through(*range)));
+    }
+    routes
+}
