@@ -1,2 +1,222 @@
-//! holdfast-csi.
-fn main() {}
+//! holdfast: the operators' command. It asks the processes of the node it runs on.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use holdfast_proto::agent as agent_pb;
+use holdfast_proto::agent::agent_client::AgentClient;
+use holdfast_proto::storage as storage_pb;
+use holdfast_proto::storage::data_client::DataClient;
+use serde_json::json;
+use tonic::transport::{Channel, Endpoint};
+
+/// A process that serves answers well within this.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Looks into volumes and network policy of this node.
+#[derive(Parser)]
+#[command(name = "holdfast", version)]
+struct Args {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// Volumes attached to this node.
+    #[command(subcommand)]
+    Volume(VolumeVerb),
+    /// Network policy.
+    #[command(subcommand)]
+    Policy(PolicyVerb),
+}
+
+#[derive(Subcommand)]
+enum VolumeVerb {
+    /// State of an attached volume and its replicas.
+    Status {
+        /// The volume's id.
+        volume: String,
+        /// Socket of the data process.
+        #[arg(long, default_value = "/run/holdfast/data.sock")]
+        socket: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum PolicyVerb {
+    /// Who decides about a connection: `holdfast policy explain FROM '->' TO:PORT/PROTO`.
+    ///
+    /// FROM and TO are namespace/pod or an address ([address] for IPv6 before a port); PROTO is tcp unless given. `to`
+    /// may stand for the arrow, which a shell wants quoted. Exits with 0 when allowed, 1 when denied, 2 on an error.
+    Explain {
+        /// FROM -> TO:PORT/PROTO
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        question: Vec<String>,
+        /// Socket of the node agent.
+        #[arg(long, default_value = "/run/holdfast/netd.sock")]
+        socket: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// The node agent's state as JSON.
+    Dump {
+        /// Socket of the node agent.
+        #[arg(long, default_value = "/run/holdfast/netd.sock")]
+        socket: String,
+    },
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match run(Args::parse().part).await {
+        Ok(exit) => exit,
+        Err(error) => {
+            eprintln!("holdfast: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+async fn run(part: Part) -> anyhow::Result<ExitCode> {
+    match part {
+        Part::Volume(VolumeVerb::Status { volume, socket, json }) => status(volume, &socket, json).await,
+        Part::Policy(PolicyVerb::Explain { question, socket, json }) => {
+            explain(&question.join(" "), &socket, json).await
+        }
+        Part::Policy(PolicyVerb::Dump { socket }) => dump(&socket).await,
+    }
+}
+
+async fn status(volume: String, socket: &str, as_json: bool) -> anyhow::Result<ExitCode> {
+    let mut client = DataClient::new(connect(socket, "data process").await?);
+    let request = storage_pb::GetStatusRequest { volume_id: volume.clone() };
+    let reply = client.get_status(request).await.map_err(refusal)?.into_inner();
+    let epoch = reply.epoch.map(|epoch| epoch.number).unwrap_or_default();
+    if as_json {
+        let replicas = reply.replicas.iter().map(|replica| {
+            json!({
+                "replica": replica.replica_id, "node": replica.node, "state": replica.state,
+                "resyncBytesDone": replica.resync_bytes_done, "resyncBytesTotal": replica.resync_bytes_total,
+            })
+        });
+        let object = json!({
+            "volume": volume, "state": reply.state, "reason": reply.reason, "generation": reply.generation,
+            "epoch": epoch, "device": reply.device, "writesAcknowledged": reply.writes_acknowledged,
+            "longestStallMs": reply.longest_stall_ms, "replicas": replicas.collect::<Vec<_>>(),
+        });
+        println!("{object}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("volume      {volume}");
+    println!("state       {}{}", reply.state, in_brackets(&reply.reason));
+    println!("generation  {}, epoch {epoch}", reply.generation);
+    println!("device      {}", if reply.device.is_empty() { "-" } else { &reply.device });
+    println!("writes      {} acknowledged, longest stall {} ms", reply.writes_acknowledged, reply.longest_stall_ms);
+    println!("{:<32}  {:<16}  {:<12}  resync", "replica", "node", "state");
+    for replica in reply.replicas {
+        let resync = match replica.resync_bytes_total {
+            0 => "-".to_owned(),
+            total => format!("{} of {total} bytes", replica.resync_bytes_done),
+        };
+        println!("{:<32}  {:<16}  {:<12}  {resync}", replica.replica_id, replica.node, replica.state);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn explain(question: &str, socket: &str, as_json: bool) -> anyhow::Result<ExitCode> {
+    let request = parse_question(question)?;
+    let mut client = AgentClient::new(connect(socket, "node agent").await?);
+    let reply = client.explain(request.clone()).await.map_err(refusal)?.into_inner();
+    if let Some(failure) = reply.failure {
+        bail!("{}{}", failure.msg, in_brackets(&failure.details));
+    }
+    if as_json {
+        let object = json!({
+            "from": request.from, "to": request.to, "port": request.port, "protocol": request.protocol,
+            "allowed": reply.allowed, "egress": reply.egress, "ingress": reply.ingress,
+        });
+        println!("{object}");
+    } else {
+        let verdict = if reply.allowed { "allowed" } else { "denied" };
+        println!("{} -> {}:{}/{}: {verdict}", request.from, request.to, request.port, request.protocol);
+        println!("  egress   {}", reply.egress);
+        println!("  ingress  {}", reply.ingress);
+    }
+    Ok(if reply.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn dump(socket: &str) -> anyhow::Result<ExitCode> {
+    let mut client = AgentClient::new(connect(socket, "node agent").await?);
+    println!("{}", client.dump(agent_pb::DumpRequest {}).await.map_err(refusal)?.into_inner().json);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads `FROM -> TO:PORT/PROTO`.
+fn parse_question(text: &str) -> anyhow::Result<agent_pb::ExplainRequest> {
+    let usage = "write FROM '->' TO:PORT/PROTO, for example shop/web '->' shop/db:5432/tcp";
+    let (from, target) = text.split_once("->").or_else(|| text.split_once(" to ")).context(usage)?;
+    let target = target.trim();
+    let (target, protocol) = match target.rsplit_once('/') {
+        Some((rest, word)) if ["tcp", "udp", "sctp"].contains(&word.to_ascii_lowercase().as_str()) => {
+            (rest, word.to_ascii_lowercase())
+        }
+        Some(_) | None => (target, "tcp".to_owned()),
+    };
+    let (to, port) = target.rsplit_once(':').context(usage)?;
+    let port = port.parse::<u16>().with_context(|| format!("\"{port}\" is not a port; {usage}"))?;
+    let to = to.strip_prefix('[').and_then(|to| to.strip_suffix(']')).unwrap_or(to);
+    let (from, to) = (from.trim().to_owned(), to.to_owned());
+    Ok(agent_pb::ExplainRequest { from, to, port: port.into(), protocol })
+}
+
+async fn connect(socket: &str, what: &str) -> anyhow::Result<Channel> {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+        let path = path.clone();
+        async move {
+            let stream = tokio::net::UnixStream::connect(path).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    });
+    // The address is not used: the connector knows the socket.
+    let endpoint = Endpoint::from_static("http://local").timeout(CALL_TIMEOUT).connect_timeout(CALL_TIMEOUT);
+    let connected = endpoint.connect_with_connector(connector).await;
+    connected.with_context(|| format!("the {what} does not answer on {socket}"))
+}
+
+fn refusal(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{} ({:?})", status.message(), status.code())
+}
+
+fn in_brackets(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(" ({text})") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> (String, String, u32, String) {
+        let request = parse_question(text).unwrap();
+        (request.from, request.to, request.port, request.protocol)
+    }
+
+    #[test]
+    fn questions_are_read() {
+        let db = |protocol: &str| ("shop/web".into(), "shop/db".into(), 5432, protocol.into());
+        assert_eq!(parsed("shop/web -> shop/db:5432/udp"), db("udp"));
+        assert_eq!(parsed("shop/web->shop/db:5432"), db("tcp"));
+        assert_eq!(parsed("shop/web to shop/db:5432/TCP"), db("tcp"));
+        assert_eq!(parsed("10.0.0.1 -> [fd00::1]:80/tcp"), ("10.0.0.1".into(), "fd00::1".into(), 80, "tcp".into()));
+        for wrong in ["shop/web shop/db:80", "a -> b", "a -> b:http", "a -> b:70000"] {
+            assert!(parse_question(wrong).is_err(), "{wrong}");
+        }
+    }
+}
