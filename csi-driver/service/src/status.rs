@@ -1,6 +1,7 @@
-//! The one place where a store's refusal becomes a CSI status.
+//! The one place where a refusal of the store or of the record's rules becomes a CSI status.
 
 use holdfast_storage_core::record_store::StoreError;
+use holdfast_storage_core::transitions::TransitionError;
 use tonic::Status;
 
 pub(crate) fn from_store(error: StoreError) -> Status {
@@ -12,5 +13,22 @@ pub(crate) fn from_store(error: StoreError) -> Status {
         }
         StoreError::Unknown(_) => Status::unavailable(sentence),
         StoreError::Refused(_) => Status::internal(sentence),
+    }
+}
+
+pub(crate) fn from_transition(error: TransitionError) -> Status {
+    let sentence = error.to_string();
+    match error {
+        TransitionError::Deleting(_) => Status::not_found(sentence),
+        TransitionError::PublishedElsewhere { .. } => {
+            Status::failed_precondition(format!("{sentence}; unpublish it there first"))
+        }
+        TransitionError::OtherMode(_) => Status::already_exists(sentence),
+        TransitionError::NotPublishedHere { .. }
+        | TransitionError::GenerationMoved { .. }
+        | TransitionError::LastMember(_)
+        | TransitionError::ReplicaState { .. }
+        | TransitionError::Format36 { .. } => Status::failed_precondition(sentence),
+        TransitionError::Format { .. } => Status::internal(sentence),
     }
 }

@@ -13,10 +13,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
 use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
-use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{Attachment, Generation, Lineage, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
-use holdfast_storage_core::record::{Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeRecord};
+use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::Versioned;
+use holdfast_storage_core::transitions::{self, NewVolume};
 use tonic::Status;
 
 use super::Inner;
@@ -199,27 +200,15 @@ pub(super) fn to_csi(record: &VolumeRecord) -> Volume {
 }
 
 fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
-    let mut record = VolumeRecord {
-        format: RECORD_FORMAT,
+    transitions::create(NewVolume {
         volume_id: VolumeId(rand::random()),
         name: wanted.name.clone(),
         lineage: Lineage(rand::random()),
         size_bytes: wanted.size_bytes,
-        attachment: Attachment(0),
-        attached_to: None,
-        read_only: false,
-        generation: Generation(0),
-        generation_attachment: Attachment(0),
-        target_id: None,
-        epoch: Epoch { number: 1, nonce: rand::random() },
-        in_sync: BTreeSet::new(),
-        replicas: BTreeMap::new(),
-        formatted: Formatted::Never,
-        deleting: false,
+        epoch_nonce: rand::random(),
+        replicas: nodes.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
         params: wanted.params.clone(),
-    };
-    list_replicas(&mut record, nodes);
-    record
+    })
 }
 
 fn list_replicas(record: &mut VolumeRecord, nodes: Vec<NodeName>) {

@@ -12,10 +12,11 @@ use holdfast_proto::storage::DeleteReplicaRequest;
 use holdfast_storage_core::ids::VolumeId;
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{StoreError, Versioned};
+use holdfast_storage_core::transitions;
 use tonic::Status;
 
 use super::{Inner, SWAP_ATTEMPTS_MAX};
-use crate::status::from_store;
+use crate::status::{from_store, from_transition};
 use crate::volume_request::parse_volume_id;
 
 impl Inner {
@@ -52,12 +53,7 @@ impl Inner {
             if found.record.deleting {
                 return Ok(Some(found));
             }
-            if let Some(node) = &found.record.attached_to {
-                let sentence =
-                    format!("volume {volume} is still published to node {node}; unpublish it first");
-                return Err(Status::failed_precondition(sentence));
-            }
-            let record = VolumeRecord { deleting: true, ..found.record };
+            let record = transitions::begin_delete(&found.record).map_err(from_transition)?;
             match self.store.swap(found.version, record.clone()).await {
                 Ok(version) => return Ok(Some(Versioned { version, record })),
                 Err(StoreError::Conflict(_)) => {}

@@ -12,10 +12,11 @@ use holdfast_proto::csi::{
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::StoreError;
+use holdfast_storage_core::transitions;
 use tonic::Status;
 
 use super::{ATTACHMENT_KEY, Inner, READ_ONLY_KEY, SWAP_ATTEMPTS_MAX};
-use crate::status::from_store;
+use crate::status::{from_store, from_transition};
 use crate::volume_request::{check_access, check_capability, existing_volume_id, parse_volume_id};
 
 impl Inner {
@@ -35,21 +36,13 @@ impl Inner {
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
         for _ in 0..SWAP_ATTEMPTS_MAX {
             let found = self.store.read(volume).await.map_err(from_store)?;
-            let record = &found.record;
-            if record.deleting {
-                return Err(Status::not_found(format!("volume {volume} is being deleted")));
-            }
             self.check_node(&node)?;
-            check_access(record, &access)?;
-            if published(record, &node, request.readonly)? {
-                return Ok(answer(record));
+            check_access(&found.record, &access)?;
+            let record =
+                transitions::publish(&found.record, &node, request.readonly).map_err(from_transition)?;
+            if record == found.record {
+                return Ok(answer(&record));
             }
-            let record = VolumeRecord {
-                attached_to: Some(node.clone()),
-                attachment: record.attachment.next(),
-                read_only: request.readonly,
-                ..found.record
-            };
             match self.store.swap(found.version, record.clone()).await {
                 Ok(_) => {
                     tracing::info!(%volume, %node, attachment = %record.attachment, "volume published");
@@ -81,10 +74,11 @@ impl Inner {
                 return Ok(done);
             };
             // No node_id means: from every node.
-            if !request.node_id.is_empty() && node.0 != request.node_id {
+            let named = (!request.node_id.is_empty()).then(|| NodeName(request.node_id.clone()));
+            let record = transitions::unpublish(&found.record, named.as_ref()).map_err(from_transition)?;
+            if record == found.record {
                 return Ok(done);
             }
-            let record = VolumeRecord { attached_to: None, read_only: false, ..found.record };
             match self.store.swap(found.version, record).await {
                 Ok(_) => {
                     tracing::info!(%volume, %node, "volume unpublished");
@@ -108,22 +102,6 @@ impl Inner {
             return Err(Status::unavailable(sentence));
         }
         Err(Status::not_found(format!("node_id: there is no node \"{shown}\"")))
-    }
-}
-
-/// Whether the volume is published to the node already, in the same way.
-fn published(record: &VolumeRecord, node: &NodeName, read_only: bool) -> Result<bool, Status> {
-    match &record.attached_to {
-        None => Ok(false),
-        Some(owner) if owner != node => Err(Status::failed_precondition(format!(
-            "volume {} is published to node {owner}; unpublish it there before publishing it to {node}",
-            record.volume_id
-        ))),
-        Some(_) if record.read_only != read_only => Err(Status::already_exists(format!(
-            "volume {} is published to node {node} already, with readonly {} instead of {read_only}",
-            record.volume_id, record.read_only
-        ))),
-        Some(_) => Ok(true),
     }
 }
 

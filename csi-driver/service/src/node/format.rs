@@ -14,13 +14,14 @@ use std::path::Path;
 use std::process::Stdio;
 
 use holdfast_storage_core::ids::{Attachment, VolumeId};
-use holdfast_storage_core::record::{Formatted, VolumeRecord};
+use holdfast_storage_core::record::Formatted;
 use holdfast_storage_core::record_store::{RecordStore, StoreError, Versioned};
+use holdfast_storage_core::transitions::set_formatted;
 use tokio::process::Command;
 use tonic::Status;
 
 use super::Inner;
-use crate::status::from_store;
+use crate::status::{from_store, from_transition};
 
 /// How often a swap is decided anew because another writer moved the record, or its answer was lost.
 const SWAP_ATTEMPTS_MAX: u32 = 16;
@@ -82,7 +83,7 @@ impl Inner {
             }
             // In `formatting` too: an earlier call's swap to `yes` that is still under way must not land during this
             // mkfs, and the moved version keeps it out.
-            let record = VolumeRecord { formatted: Formatted::Formatting, ..found.record };
+            let record = set_formatted(&found.record, Formatted::Formatting).map_err(from_transition)?;
             match self.store.swap(found.version, record.clone()).await {
                 Ok(version) => return Ok(Some((Versioned { version, record }, state))),
                 Err(StoreError::Conflict(_)) => {}
@@ -100,7 +101,7 @@ impl Inner {
             if found.record.formatted == Formatted::Yes {
                 return Ok(());
             }
-            let record = VolumeRecord { formatted: Formatted::Yes, ..found.record };
+            let record = set_formatted(&found.record, Formatted::Yes).map_err(from_transition)?;
             match self.store.swap(found.version, record).await {
                 Ok(_) => return Ok(()),
                 Err(StoreError::Conflict(_)) => found = self.read_mine(volume, attachment).await?,

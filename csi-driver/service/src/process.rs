@@ -1,0 +1,164 @@
+//! The controller and the node process: everything put together, started and stopped.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::select_all;
+use holdfast_proto::csi::controller_server::ControllerServer;
+use holdfast_proto::csi::identity_server::IdentityServer;
+use holdfast_proto::csi::node_server::NodeServer;
+use holdfast_storage_core::node_directory::NodeDirectory;
+use holdfast_storage_core::record_store::RecordStore;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::controller::ControllerService;
+use crate::identity::IdentityService;
+use crate::node::{NodeConfig, NodeService};
+use crate::node_book::NodeBook;
+use crate::registry_server::RegistryServer;
+use crate::serve::{SocketError, bind_unix, serve_tcp, serve_unix, server};
+use crate::sled_store::{OpenError, SledStore};
+use crate::tls::TlsIdentity;
+
+/// Calls under way may take this long to end at a shutdown; then they are cut off, which every call survives.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
+
+/// Why a process could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The record store.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The CSI socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The registry's address.
+    #[error("cannot listen on {address} for the registry: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The node service.
+    #[error("the node service cannot start: {0}")]
+    Node(std::io::Error),
+}
+
+/// Settings of the controller process.
+#[derive(Debug, Clone)]
+pub struct ControllerConfig {
+    /// Unix socket of the CSI services.
+    pub csi_socket: PathBuf,
+    /// Folder of the record store.
+    pub store_dir: PathBuf,
+    /// Where the registry listens.
+    pub registry_listen: SocketAddr,
+    /// Mutual TLS for the registry and towards the nodes; none is plain text.
+    pub tls: Option<TlsIdentity>,
+}
+
+/// A running controller or node process. Dropping it is a crash: calls under way are cut off.
+pub struct Process {
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
+    /// Where the registry listens; none on nodes.
+    registry_address: Option<SocketAddr>,
+}
+
+impl Process {
+    /// Opens the store and serves CSI Identity and Controller, and the registry. Returns once calls are taken.
+    ///
+    /// # Errors
+    /// The store, the socket or the address cannot be used; nothing keeps running then.
+    pub async fn start_controller(config: ControllerConfig) -> Result<Self, StartError> {
+        let store_dir = config.store_dir;
+        let opened = tokio::task::spawn_blocking(move || SledStore::open(&store_dir)).await;
+        let store: Arc<dyn RecordStore> = match opened {
+            Ok(opened) => Arc::new(opened?),
+            Err(failure) => std::panic::resume_unwind(failure.into_panic()),
+        };
+        let listen = |source| StartError::Listen { address: config.registry_listen, source };
+        let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
+        let registry_address = registry_listener.local_addr().map_err(listen)?;
+        let csi_listener = bind_unix(&config.csi_socket).await?;
+        let book = Arc::new(NodeBook::new());
+        let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
+        let controller = ControllerService::new(Arc::clone(&store), book, config.tls.clone());
+        let csi = server()
+            .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
+            .add_service(ControllerServer::new(controller));
+        let registry = RegistryServer::new(store, directory, config.tls.is_some());
+        let registry = server().add_service(registry.into_service());
+        let (stop, stopped) = watch::channel(false);
+        let tls = config.tls.as_ref().map(TlsIdentity::server);
+        let tasks = vec![
+            tokio::spawn(serve_unix(csi, csi_listener, told(stopped.clone()))),
+            tokio::spawn(serve_tcp(registry, registry_listener, tls, told(stopped))),
+        ];
+        tracing::info!(socket = %config.csi_socket.display(), registry = %registry_address, "controller started");
+        Ok(Self { stop, tasks, registry_address: Some(registry_address) })
+    }
+
+    /// Serves CSI Identity and Node. Returns once calls are taken; registry and data process need not run yet.
+    ///
+    /// # Errors
+    /// A path cannot be used; nothing keeps running then.
+    pub async fn start_node(
+        csi_socket: PathBuf,
+        config: NodeConfig,
+        store: Arc<dyn RecordStore>,
+    ) -> Result<Self, StartError> {
+        let name = config.node.clone();
+        let node = NodeService::new(config, store).map_err(StartError::Node)?;
+        let listener = bind_unix(&csi_socket).await?;
+        let csi = server()
+            .add_service(IdentityServer::new(IdentityService::node()))
+            .add_service(NodeServer::new(node));
+        let (stop, stopped) = watch::channel(false);
+        let tasks = vec![tokio::spawn(serve_unix(csi, listener, told(stopped)))];
+        tracing::info!(socket = %csi_socket.display(), node = %name, "node service started");
+        Ok(Self { stop, tasks, registry_address: None })
+    }
+
+    /// Where the registry listens, for processes that were started with port 0.
+    #[must_use]
+    pub fn registry_address(&self) -> Option<SocketAddr> {
+        self.registry_address
+    }
+
+    /// Waits until a listener fails and answers why; it does not return while all is well. Cancellation safe.
+    pub async fn failed(&mut self) -> String {
+        let (ended, ..) = select_all(self.tasks.iter_mut()).await;
+        match ended {
+            Ok(Ok(())) => "a server ended without being told to".to_owned(),
+            Ok(Err(error)) => format!("a server failed: {error}"),
+            Err(failure) => format!("a server's task failed: {failure}"),
+        }
+    }
+
+    /// Takes no more calls and waits for those under way.
+    pub async fn shutdown(self) {
+        // Nobody listens only if every server has ended already.
+        self.stop.send_replace(true);
+        for mut task in self.tasks {
+            if tokio::time::timeout(SHUTDOWN_GRACE, &mut task).await.is_err() {
+                tracing::warn!("calls are still under way after {SHUTDOWN_GRACE:?}; they are cut off");
+                task.abort();
+            }
+        }
+    }
+}
+
+fn told(mut stopped: watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    Box::pin(async move {
+        // An error means that the process object is gone: stop as well.
+        drop(stopped.wait_for(|stop| *stop).await);
+    })
+}

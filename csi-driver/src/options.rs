@@ -1,0 +1,225 @@
+//! The command line.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use caps::Capability;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Replicated block volumes for Kubernetes: a CSI driver and its data process.
+#[derive(Debug, Parser)]
+#[command(name = "holdfast-csi", version)]
+pub struct Options {
+    /// How lines on standard error look; what is logged is set by RUST_LOG (default: info).
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// What this process does.
+    #[command(subcommand)]
+    pub role: Role,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// What this process does.
+#[derive(Debug, Subcommand)]
+pub enum Role {
+    /// CSI controller and the registry of volume records; one per cluster.
+    Controller(ControllerOptions),
+    /// CSI node service; one per node.
+    Node(NodeOptions),
+    /// Replicas and targets; one per node.
+    Data(DataOptions),
+}
+
+impl Role {
+    /// The role as it is typed.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Controller(_) => "controller",
+            Self::Node(_) => "node",
+            Self::Data(_) => "data",
+        }
+    }
+
+    /// What the role needs of root's powers.
+    pub fn capabilities(&self) -> &'static [Capability] {
+        match self {
+            Self::Controller(_) => &[],
+            // Mounts; kubelet's folders may belong to others.
+            Self::Node(_) => &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE],
+            // FUSE and loop devices; locked memory; I/O flusher; pools may belong to others.
+            Self::Data(_) => &[
+                Capability::CAP_SYS_ADMIN,
+                Capability::CAP_IPC_LOCK,
+                Capability::CAP_SYS_RESOURCE,
+                Capability::CAP_SYS_NICE,
+                Capability::CAP_DAC_OVERRIDE,
+            ],
+        }
+    }
+}
+
+/// How connections between processes are protected: one of the two must be chosen.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct TlsOptions {
+    /// Folder with ca.pem, node.pem and node.key: mutual TLS 1.3 on every connection. A node's certificate carries
+    /// the node's name as DNS name, the controller's carries "holdfast-controller".
+    #[arg(long)]
+    pub tls_dir: Option<PathBuf>,
+    /// Plain text, no checks: for tests and for networks that nobody else is on.
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+/// Settings of the controller.
+#[derive(Debug, Args)]
+pub struct ControllerOptions {
+    /// Unix socket of the CSI services.
+    #[arg(long, default_value = "/run/holdfast/csi-controller.sock")]
+    pub csi_socket: PathBuf,
+    /// Folder of the record store.
+    #[arg(long, default_value = "/var/lib/holdfast/controller")]
+    pub store_dir: PathBuf,
+    /// Where the registry listens.
+    #[arg(long, default_value = "0.0.0.0:9470")]
+    pub registry_listen: SocketAddr,
+    #[command(flatten)]
+    pub tls: TlsOptions,
+}
+
+/// How a node reaches the registry.
+#[derive(Debug, Args)]
+pub struct RegistryOptions {
+    /// Registry of the controller, HOST:PORT.
+    #[arg(long)]
+    pub registry: String,
+    /// DNS name that the registry's certificate must carry.
+    #[arg(long, default_value = holdfast_service::tls::CONTROLLER_NAME)]
+    pub registry_name: String,
+}
+
+/// Settings of the node service.
+#[derive(Debug, Args)]
+pub struct NodeOptions {
+    /// Unix socket of the CSI services.
+    #[arg(long, default_value = "/run/holdfast/csi.sock")]
+    pub csi_socket: PathBuf,
+    /// This node's name.
+    #[arg(long)]
+    pub node: String,
+    /// Unix socket of this node's data process.
+    #[arg(long, default_value = "/run/holdfast/data.sock")]
+    pub data_socket: PathBuf,
+    /// Kubelet's folder; staging and target paths must lie below it.
+    #[arg(long, default_value = "/var/lib/kubelet")]
+    pub kubelet_dir: PathBuf,
+    #[command(flatten)]
+    pub registry: RegistryOptions,
+    #[command(flatten)]
+    pub tls: TlsOptions,
+}
+
+/// Settings of the data process.
+#[derive(Debug, Args)]
+pub struct DataOptions {
+    /// This node's name.
+    #[arg(long)]
+    pub node: String,
+    /// Folder of this node's replicas.
+    #[arg(long, default_value = "/var/lib/holdfast/pool")]
+    pub pool_dir: PathBuf,
+    /// Bytes that the pool may use; a number with or without Ki, Mi, Gi or Ti.
+    #[arg(long, value_parser = parse_quantity)]
+    pub pool_capacity: u64,
+    /// Where the control services listen.
+    #[arg(long, default_value = "0.0.0.0:9471")]
+    pub control_listen: SocketAddr,
+    /// Where the NBD server listens.
+    #[arg(long, default_value = "0.0.0.0:9472")]
+    pub nbd_listen: SocketAddr,
+    /// Address that other nodes are told; needed where the listen addresses are wildcards.
+    #[arg(long)]
+    pub advertise_ip: Option<IpAddr>,
+    /// Unix socket of the service for this node's CSI node process.
+    #[arg(long, default_value = "/run/holdfast/data.sock")]
+    pub data_socket: PathBuf,
+    /// Folder of the continuity cookies; must be a tmpfs, so that a reboot empties it.
+    #[arg(long, default_value = "/run/holdfast/cookies")]
+    pub cookie_dir: PathBuf,
+    /// Folder in which each attached volume is also served to local NBD clients as VOLUME_ID.sock.
+    #[arg(long)]
+    pub nbd_client_dir: Option<PathBuf>,
+    /// Folder for the front ends' own mounts.
+    #[arg(long, default_value = "/run/holdfast/front-ends")]
+    pub run_dir: PathBuf,
+    /// How attached volumes become block devices.
+    #[arg(long, value_enum, default_value = "fuse-loop")]
+    pub front_end: FrontEnd,
+    #[command(flatten)]
+    pub registry: RegistryOptions,
+    #[command(flatten)]
+    pub tls: TlsOptions,
+}
+
+/// How attached volumes become block devices.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FrontEnd {
+    /// A FUSE file with a loop device over it.
+    FuseLoop,
+    /// Not at all: local NBD clients only.
+    None,
+}
+
+fn parse_quantity(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..) {
+        Some("") => 0,
+        Some("Ki") => 10,
+        Some("Mi") => 20,
+        Some("Gi") => 30,
+        Some("Ti") => 40,
+        _ => return Err(format!("\"{text}\" is no size: a number, alone or with Ki, Mi, Gi or Ti")),
+    };
+    let number: u64 =
+        digits.parse().map_err(|_| format!("\"{text}\" is no size: \"{digits}\" is no whole number"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_bytes_or_binary_multiples() {
+        for (text, bytes) in [("4096", 4096), ("1Ki", 1024), ("100Gi", 100 << 30), ("2Ti", 2 << 40)] {
+            assert_eq!(parse_quantity(text), Ok(bytes));
+        }
+        for text in ["", "Gi", "-1", "1G", "1.5Gi", "99999999999Ti"] {
+            assert!(parse_quantity(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn plain_text_must_be_asked_for() {
+        let controller =
+            |tail: &[&str]| Options::try_parse_from([&["holdfast-csi", "controller"], tail].concat());
+        assert!(controller(&[]).is_err());
+        assert!(controller(&["--insecure", "--tls-dir=/x"]).is_err());
+        assert!(controller(&["--insecure"]).is_ok());
+    }
+}
