@@ -9,7 +9,7 @@ use futures::TryStreamExt;
 use holdfast_net_core::plan::MacAddr;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -171,6 +171,17 @@ impl Links {
         }
         absent_or(request.execute().await, libc::EEXIST, || format!("add address {address}/{prefix}"))
             .map(drop)
+    }
+
+    /// Removes an address; true if it was there.
+    pub async fn delete_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<bool> {
+        let mut message = AddressMessage::default();
+        message.header.family = family_of(address);
+        message.header.index = index;
+        message.header.prefix_len = prefix;
+        message.attributes.push(AddressAttribute::Local(address));
+        let result = self.handle.address().del(message).execute().await;
+        absent_or(result, libc::EADDRNOTAVAIL, || format!("remove address {address}/{prefix}"))
     }
 
     /// Our routes in the main table.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, NodePlan, VxlanPlan};
+use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::{
     BridgeStpState, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
@@ -17,7 +18,7 @@ use crate::links::{Fdb, Links, Route, set_sysctl};
 pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
     let mut writes = 0;
     writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
-    if plan.pod_ranges.iter().any(ipnetwork::IpNetwork::is_ipv6) {
+    if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
         writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
     }
     writes += apply_bridge(links, &plan.bridge).await?;
@@ -29,14 +30,14 @@ pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
     let mut device = None;
     if let Some(vxlan) = &plan.vxlan {
         let (index, done) = apply_vxlan(links, vxlan).await?;
-        writes += done;
+        writes += done + apply_vtep_addresses(links, index, &plan.pod_ranges).await?;
         device = Some(index);
         for peer in &plan.peers {
             routes.extend(peer.pod_ranges.iter().map(|range| Route {
                 to: *range,
                 device: Some(index),
                 via: Some(peer.next_hop(range)),
-                source: source_for(vxlan.local, range),
+                source: vtep_address(&plan.pod_ranges, range.is_ipv4()),
             }));
         }
         writes += apply_peers(links, index, plan).await?;
@@ -45,9 +46,30 @@ pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
     Ok(writes)
 }
 
-/// The node's own packets to remote pods carry its InternalIP, which every node can answer and policies can name.
-fn source_for(local: IpAddr, range: &ipnetwork::IpNetwork) -> Option<IpAddr> {
-    (local.is_ipv4() == range.is_ipv4()).then_some(local)
+/// The source of the node's own packets to remote pods: the address that names its pod range, which no pod gets.
+///
+/// With the InternalIP as source the answers would come by the uplink instead of the overlay, and a strict reverse path
+/// filter on either side would drop them.
+fn vtep_address(pod_ranges: &[IpNetwork], v4: bool) -> Option<IpAddr> {
+    pod_ranges.iter().find(|range| range.is_ipv4() == v4).map(IpNetwork::network)
+}
+
+async fn apply_vtep_addresses(links: &Links, index: u32, pod_ranges: &[IpNetwork]) -> Result<usize> {
+    let mut writes = 0;
+    let wanted: BTreeSet<(IpAddr, u8)> = [true, false]
+        .into_iter()
+        .filter_map(|v4| vtep_address(pod_ranges, v4))
+        .map(|address| (address, if address.is_ipv4() { 32 } else { 128 }))
+        .collect();
+    let present: BTreeSet<(IpAddr, u8)> = links.addresses(index).await?.into_iter().collect();
+    for (address, prefix) in wanted.difference(&present) {
+        links.add_address(index, *address, *prefix, AddressScope::Universe).await?;
+        writes += 1;
+    }
+    for (address, prefix) in present.difference(&wanted) {
+        writes += usize::from(links.delete_address(index, *address, *prefix).await?);
+    }
+    Ok(writes)
 }
 
 async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
@@ -77,6 +99,8 @@ async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
     writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
     // All pod traffic leaves where it came in; hosts need not be told so.
     writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
+    // Either of the two turns it on; other interfaces keep their own.
+    writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     let present = links.addresses(index).await?;
     for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {
@@ -121,7 +145,7 @@ async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
         }
     };
     writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
-    // Loose: a node's own packets come in here with its underlay address as source.
+    // Loose: a peer may send from its underlay address.
     writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/rp_filter", plan.name), "2")?);
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     Ok((link.header.index, writes))

@@ -31,7 +31,12 @@ impl Node {
     }
 
     fn alone_plan(&self) -> NodePlan {
-        NodePlan { bridge: self.bridge.clone(), vxlan: None, peers: vec![], pod_ranges: vec![] }
+        NodePlan {
+            bridge: self.bridge.clone(),
+            vxlan: None,
+            peers: vec![],
+            pod_ranges: vec!["fd99::/64".parse().unwrap()],
+        }
     }
 
     fn endpoint(&self, pod: &Netns, address: &str) -> EndpointPlan {
@@ -111,7 +116,7 @@ fn pods_on_one_node_reach_each_other_as_their_classes_say_and_nothing_is_left_be
         let left = dp.load_ruleset().await.unwrap();
         assert!(left.pins.is_empty() && left.cls_in.is_empty() && left.cls_eg.is_empty());
     });
-    node.netns.run("ip link del hf0");
+    node.netns.run("ip link del hf0; ip -6 route del unreachable fd99::/64");
     assert_eq!(node.netns.run("ip -o addr; ip route; ip neigh; ip -6 route"), before);
 }
 

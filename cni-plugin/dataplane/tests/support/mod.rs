@@ -43,7 +43,12 @@ impl Netns {
             .output()
             .expect("iproute2 is installed");
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.status.success(), "{script:?} in {}: {text}{}", self.name, String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success(),
+            "{script:?} in {}: {text}{}",
+            self.name,
+            String::from_utf8_lossy(&out.stderr)
+        );
         text
     }
 
