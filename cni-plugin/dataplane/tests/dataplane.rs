@@ -2,6 +2,7 @@
 //! These tests run as root; without it they fail, they do not skip.
 
 #![allow(unsafe_code)] // one lifetime extension in the support module, argued there
+#![allow(clippy::unwrap_used)] // a test's failure is its panic
 
 mod support;
 

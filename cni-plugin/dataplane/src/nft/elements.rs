@@ -163,22 +163,28 @@ pub fn from_raw(raws: &[Raw]) -> (Ruleset, usize) {
 fn add_raw(ruleset: &mut Ruleset, raw: &Raw) -> Option<()> {
     match (raw.set, &raw.data) {
         ("cls_in4" | "cls_in6", Data::Mark(n)) => {
-            drop(ruleset.cls_in.insert(address(&raw.key)?, ClassId(*n)))
+            ruleset.cls_in.insert(address(&raw.key)?, ClassId(*n));
         }
         ("cls_eg4" | "cls_eg6", Data::Mark(n)) => {
-            drop(ruleset.cls_eg.insert(address(&raw.key)?, ClassId(*n)))
+            ruleset.cls_eg.insert(address(&raw.key)?, ClassId(*n));
         }
         ("ident4" | "ident6", Data::Mark(n)) => {
-            drop(ruleset.ident.insert(address(&raw.key)?, IdentityId(*n)))
+            ruleset.ident.insert(address(&raw.key)?, IdentityId(*n));
         }
-        ("pair_in", Data::Mark(n)) => drop(ruleset.pair_in.insert(pair_key(&raw.key)?, ProfileId(*n))),
-        ("pair_eg", Data::Mark(n)) => drop(ruleset.pair_eg.insert(pair_key(&raw.key)?, ProfileId(*n))),
+        ("pair_in", Data::Mark(n)) => {
+            ruleset.pair_in.insert(pair_key(&raw.key)?, ProfileId(*n));
+        }
+        ("pair_eg", Data::Mark(n)) => {
+            ruleset.pair_eg.insert(pair_key(&raw.key)?, ProfileId(*n));
+        }
         ("profile", Data::Deny) if raw.key.is_empty() => {}
         ("profile", Data::Allow) => {
             let (id, rule) = profile_rule(&raw.key, raw.key_end.as_deref()?)?;
             ruleset.profiles.entry(id).or_default().push(rule);
         }
-        ("pin4" | "pin6", Data::None) => drop(ruleset.pins.insert(pin_of(&raw.key)?)),
+        ("pin4" | "pin6", Data::None) => {
+            ruleset.pins.insert(pin_of(&raw.key)?);
+        }
         _ => return None,
     }
     Some(())

@@ -227,8 +227,8 @@ pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
     match chain {
         "forward" => judge(params, &["egress", "ingress"]),
         "input" => judge(params, &["egress"]),
-        "egress" => fixed(direction_rules(&EGRESS)),
-        "ingress" => fixed(direction_rules(&INGRESS)),
+        "egress" => fixed(direction_rules(&EGRESS, "pair_eg")),
+        "ingress" => fixed(direction_rules(&INGRESS, "pair_in")),
         "stateless" => fixed(stateless()),
         "deny" => fixed(deny(params.log_group)),
         "pin" => fixed(pin_rules()),
@@ -280,55 +280,77 @@ fn judge(params: Params, jumps: &[&'static str]) -> Vec<Rule> {
     rules
 }
 
-/// One direction's keys. For ingress the isolated pod is the server and the peer the client; for egress the reverse.
-/// The port is the server's in both.
-struct Direction {
-    subject: Dir,
-    peer: Dir,
-    class: [&'static str; 2],
-    pair: &'static str,
+/// One direction and family. For ingress the isolated pod is the server and the peer the client; for egress the
+/// reverse. The port is the server's in both.
+struct Keys {
+    subject: Ct,
+    class: &'static str,
+    peer: Ct,
+    exact: &'static str,
+    range: &'static str,
 }
 
-const INGRESS: Direction =
-    Direction { subject: Dir::Reply, peer: Dir::Original, class: ["cls_in4", "cls_in6"], pair: "pair_in" };
-const EGRESS: Direction =
-    Direction { subject: Dir::Original, peer: Dir::Reply, class: ["cls_eg4", "cls_eg6"], pair: "pair_eg" };
+const INGRESS: [Keys; 2] = [
+    Keys {
+        subject: Ct::Src4(Dir::Reply),
+        class: "cls_in4",
+        peer: Ct::Src4(Dir::Original),
+        exact: "ident4",
+        range: "cidr4",
+    },
+    Keys {
+        subject: Ct::Src6(Dir::Reply),
+        class: "cls_in6",
+        peer: Ct::Src6(Dir::Original),
+        exact: "ident6",
+        range: "cidr6",
+    },
+];
+const EGRESS: [Keys; 2] = [
+    Keys {
+        subject: Ct::Src4(Dir::Original),
+        class: "cls_eg4",
+        peer: Ct::Src4(Dir::Reply),
+        exact: "ident4",
+        range: "cidr4",
+    },
+    Keys {
+        subject: Ct::Src6(Dir::Original),
+        class: "cls_eg6",
+        peer: Ct::Src6(Dir::Reply),
+        exact: "ident6",
+        range: "cidr6",
+    },
+];
 
-fn direction_rules(d: &Direction) -> Vec<Vec<Expr>> {
-    let subject = [Ct::Src4(d.subject), Ct::Src6(d.subject)];
-    let peer = [Ct::Src4(d.peer), Ct::Src6(d.peer)];
-    let mut rules = Vec::new();
-    // A conntrack key of the other family breaks the rule, so each family needs its own.
-    for family in 0..2 {
-        rules.push(vec![
-            Expr::CtLoad(subject[family], R0),
-            Expr::Lacks(d.class[family], R0),
-            Expr::Verdict(Verdict::Return),
-        ]);
-    }
-    for identities in [["ident4", "ident6"], ["cidr4", "cidr6"]] {
-        for family in 0..2 {
-            // An IPv6 address takes R1..R4; what it maps to is in R1 alone, beside the class in R0.
-            let identity = vec![Expr::CtLoad(peer[family], R1), Expr::Map(identities[family], R1, R1)];
-            rules.push(pair_rule(d, subject[family], d.class[family], identity));
-        }
-    }
-    for family in 0..2 {
-        let any = vec![Expr::Constant(R1, 0)];
-        rules.push(pair_rule(d, subject[family], d.class[family], any));
-    }
-    rules.push(vec![Expr::Verdict(Verdict::Goto("deny"))]);
-    rules
+/// A conntrack key of the other family breaks a rule, so each family has its own rules.
+fn direction_rules(families: &[Keys; 2], pair: &'static str) -> Vec<Vec<Expr>> {
+    let isolated = families
+        .iter()
+        .map(|k| vec![Expr::CtLoad(k.subject, R0), Expr::Lacks(k.class, R0), Expr::Verdict(Verdict::Return)]);
+    // An IPv6 address takes R1..R4; what it maps to is in R1 alone, beside the class in R0.
+    let exact = families
+        .iter()
+        .map(|k| pair_rule(k, pair, vec![Expr::CtLoad(k.peer, R1), Expr::Map(k.exact, R1, R1)]));
+    let range = families
+        .iter()
+        .map(|k| pair_rule(k, pair, vec![Expr::CtLoad(k.peer, R1), Expr::Map(k.range, R1, R1)]));
+    let any = families.iter().map(|k| pair_rule(k, pair, vec![Expr::Constant(R1, 0)]));
+    let deny = std::iter::once(vec![Expr::Verdict(Verdict::Goto("deny"))]);
+    isolated.chain(exact).chain(range).chain(any).chain(deny).collect()
 }
 
 /// class . identity -> profile; profile . protocol . port -> verdict.
-fn pair_rule(d: &Direction, subject: Ct, class: &'static str, identity: Vec<Expr>) -> Vec<Expr> {
-    let mut rule =
-        vec![Expr::MetaLoad(Meta::Mark, SPARE), Expr::CtLoad(subject, R0), Expr::Map(class, R0, R0)];
+fn pair_rule(keys: &Keys, pair: &'static str, identity: Vec<Expr>) -> Vec<Expr> {
+    let mut rule = vec![
+        Expr::MetaLoad(Meta::Mark, SPARE),
+        Expr::CtLoad(keys.subject, R0),
+        Expr::Map(keys.class, R0, R0),
+    ];
     rule.extend(bounce(R0));
     rule.extend(identity);
     rule.extend(bounce(R1));
-    rule.push(Expr::Map(d.pair, R0, R0));
+    rule.push(Expr::Map(pair, R0, R0));
     rule.extend(bounce(R0));
     rule.extend([
         Expr::MetaLoad(Meta::L4Proto, R1),

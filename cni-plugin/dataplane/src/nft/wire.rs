@@ -3,8 +3,6 @@
 //! Headers are in host byte order, nf_tables numbers in network byte order, as the kernel's `linux/netlink.h` and
 //! `linux/netfilter/nf_tables.h` lay them out. Attributes are padded to four bytes.
 
-use super::super::error::{Error, Result};
-
 /// `NLM_F_REQUEST`
 pub const F_REQUEST: u16 = 0x1;
 /// `NLM_F_ACK`
@@ -233,11 +231,6 @@ impl<'a> Attrs<'a> {
     /// The nested attributes of `kind`.
     pub fn nested(self, kind: u16) -> Option<Attrs<'a>> {
         self.find(kind).map(Attrs::of)
-    }
-
-    /// Like [`Attrs::nested`], an error if absent.
-    pub fn need(self, kind: u16, what: &str) -> Result<Attrs<'a>> {
-        self.nested(kind).ok_or_else(|| Error::Protocol(format!("a dump lacks {what}")))
     }
 }
 

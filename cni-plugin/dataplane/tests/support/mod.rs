@@ -87,7 +87,8 @@ pub struct NodeRuntime {
     work: std::sync::mpsc::Sender<Work>,
 }
 
-type Work = Box<dyn FnOnce(&tokio::runtime::Runtime, &Dataplane) + Send>;
+type Job<'a> = Box<dyn FnOnce(&tokio::runtime::Runtime, &Dataplane) + Send + 'a>;
+type Work = Job<'static>;
 
 impl NodeRuntime {
     pub fn start(netns: &Netns) -> Self {
@@ -105,15 +106,13 @@ impl NodeRuntime {
     /// Runs an async test step on the node's thread and waits for it; its panic is the test's.
     pub fn block_on<T: Send>(&self, step: impl AsyncFnOnce(&Dataplane) -> T + Send) -> T {
         let (done, result) = std::sync::mpsc::channel();
-        let job: Box<dyn FnOnce(&tokio::runtime::Runtime, &Dataplane) + Send + '_> =
-            Box::new(move |runtime, dataplane| {
-                let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    runtime.block_on(step(dataplane))
-                }));
-                let _ = done.send(outcome);
-            });
+        let job: Job<'_> = Box::new(move |runtime, dataplane| {
+            let outcome =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(step(dataplane))));
+            let _ = done.send(outcome);
+        });
         // SAFETY: this function waits for the job's result, so what it borrows outlives it.
-        let job: Work = unsafe { std::mem::transmute(job) };
+        let job: Work = unsafe { std::mem::transmute::<Job<'_>, Work>(job) };
         self.work.send(job).expect("the node's thread runs");
         match result.recv().expect("the node's thread answers") {
             Ok(value) => value,
