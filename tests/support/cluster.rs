@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +33,9 @@ pub const CSI_SOCKET: &str = "/run/holdfast/csi.sock";
 /// Socket of the network agent, inside a node.
 pub const NETD_SOCKET: &str = "/run/holdfast/netd.sock";
 
+/// Folder below which volumes are staged and published, inside a node.
+pub const KUBELET_DIR: &str = "/run/kubelet";
+
 /// What a cluster is made of.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -42,12 +45,14 @@ pub struct ClusterOptions {
     pub nodes: Vec<String>,
     /// Bytes that each node's pool may use.
     pub pool_bytes: u64,
+    /// Length of each node's pod range.
+    pub pod_prefix: u8,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let nodes = ["node-a", "node-b", "node-c"].map(str::to_owned).to_vec();
-        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30 }
+        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30, pod_prefix: 24 }
     }
 }
 
@@ -73,6 +78,8 @@ pub struct Controller {
     pub program: Program,
     /// Its CSI socket.
     pub csi: Socket,
+    store: PathBuf,
+    tls: PathBuf,
 }
 
 /// One node.
@@ -238,23 +245,18 @@ impl Cluster {
             wait_for_socket(&mut node.data, &node.spaces.host_path(DATA_SOCKET))?;
             wait_for_socket(&mut node.netd, &node.spaces.host_path(NETD_SOCKET))?;
         }
-        for node in &self.nodes {
-            wait_until(START_TIMEOUT, || Ok(self.available_bytes(&node.name)? > 0))
-                .with_context(|| format!("{} is not announced to the controller", node.name))?;
-        }
+        wait_until(START_TIMEOUT, || Ok(self.largest_volume_bytes(self.nodes.len())? > 0))
+            .context("not every node is announced to the controller")?;
         Ok(())
     }
 
-    /// What the controller says a node can still take.
+    /// The largest volume that could be made with so many replicas; 0 with fewer nodes.
     ///
     /// # Errors
     /// The controller's status.
-    pub fn available_bytes(&self, node: &str) -> Result<i64> {
-        let segments = std::collections::HashMap::from([(TOPOLOGY_KEY.to_owned(), node.to_owned())]);
-        let request = csi_proto::GetCapacityRequest {
-            accessible_topology: Some(csi_proto::Topology { segments }),
-            ..Default::default()
-        };
+    pub fn largest_volume_bytes(&self, replicas: usize) -> Result<i64> {
+        let parameters = std::collections::HashMap::from([("replicas".to_owned(), replicas.to_string())]);
+        let request = csi_proto::GetCapacityRequest { parameters, ..Default::default() };
         let reply =
             self.controller.csi.controller(|mut client| async move { client.get_capacity(request).await });
         Ok(csi::named("GetCapacity", reply)?.available_capacity)
@@ -266,9 +268,6 @@ impl Cluster {
         &self.runtime
     }
 }
-
-/// Topology key under which a node's name is known to CSI.
-pub const TOPOLOGY_KEY: &str = "csi.holdfast.dev/node";
 
 fn end_run(work: &Work, guard: Option<Guard>, logs: Logs) -> Result<()> {
     let swept = cleanup::sweep(work.dir(), logs);
@@ -290,16 +289,20 @@ fn start_controller(
     let tls = work.dir().join("tls/controller");
     authority.issue("controller", &tls)?;
     let store = work.folder("controller")?.join("records");
-    let arguments = vec![
-        "controller".to_owned(),
-        format!("--csi-socket={CSI_SOCKET}"),
-        format!("--registry-listen={}:{REGISTRY_PORT}", controller_address()),
-        format!("--store-dir={}", store.display()),
-        format!("--tls-dir={}", tls.display()),
-    ];
+    let arguments = controller_arguments(CSI_SOCKET, REGISTRY_PORT, &store, &tls);
     let program = start_program(work, &spaces, "controller", "holdfast-csi", arguments)?;
     let csi = Socket::new(runtime.handle().clone(), spaces.host_path(CSI_SOCKET));
-    Ok(Controller { spaces, program, csi })
+    Ok(Controller { spaces, program, csi, store, tls })
+}
+
+fn controller_arguments(socket: &str, port: u16, store: &Path, tls: &Path) -> Vec<String> {
+    vec![
+        "controller".to_owned(),
+        format!("--csi-socket={socket}"),
+        format!("--registry-listen={}:{port}", controller_address()),
+        format!("--store-dir={}", store.display()),
+        format!("--tls-dir={}", tls.display()),
+    ]
 }
 
 struct NodeBuilder<'a> {
@@ -318,9 +321,10 @@ impl NodeBuilder<'_> {
         runtime: &tokio::runtime::Runtime,
     ) -> Result<Node> {
         let address = Ipv4Addr::new(192, 168, 77, 10 + index);
-        let pod_cidr = format!("10.244.{index}.0/24");
+        let pod_cidr = format!("10.244.{index}.0/{}", self.options.pod_prefix);
         let spaces = Namespaces::create(name, self.work)?;
         plug_in(self.underlay, &spaces, address)?;
+        spaces.run("mkdir", &["-p", KUBELET_DIR])?;
         self.objects.put_node(name, address, &pod_cidr)?;
         let tls = self.work.dir().join("tls").join(name);
         authority.issue(name, &tls)?;
@@ -370,8 +374,8 @@ impl NodeBuilder<'_> {
 fn data_arguments(
     name: &str,
     address: Ipv4Addr,
-    dir: &std::path::Path,
-    tls: &std::path::Path,
+    dir: &Path,
+    tls: &Path,
     options: &ClusterOptions,
 ) -> Vec<String> {
     vec![
@@ -396,17 +400,19 @@ fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
         format!("--node={name}"),
         format!("--csi-socket={CSI_SOCKET}"),
         format!("--data-socket={DATA_SOCKET}"),
+        format!("--kubelet-dir={KUBELET_DIR}"),
         format!("--registry={}:{REGISTRY_PORT}", controller_address()),
         "--registry-name=controller".to_owned(),
         format!("--tls-dir={}", tls.display()),
     ]
 }
 
-fn netd_arguments(name: &str, dir: &std::path::Path, objects: &Objects) -> Vec<String> {
+fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
     vec![
         format!("--node={name}"),
         format!("--objects={}", objects.dir().display()),
         format!("--state-dir={}", dir.join("netd").display()),
+        format!("--pending-dir={}", dir.join("netd/pending").display()),
         format!("--socket={NETD_SOCKET}"),
     ]
 }
@@ -509,6 +515,16 @@ impl Node {
 }
 
 impl Controller {
+    /// A command that would start a second controller on the same store.
+    ///
+    /// # Errors
+    /// The binaries' folder is unknown.
+    pub fn second_command(&self, socket: &str, port: u16) -> Result<Command> {
+        let mut command = self.spaces.command(binaries_dir()?.join("holdfast-csi"));
+        command.args(controller_arguments(socket, port, &self.store, &self.tls));
+        Ok(command)
+    }
+
     /// Waits until the controller answers again.
     ///
     /// # Errors

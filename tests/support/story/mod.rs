@@ -2,24 +2,23 @@
 //! if it does not hold.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use holdfast_proto::csi as csi_proto;
 
 use crate::cleanup::Logs;
 use crate::cluster::{Cluster, ClusterOptions};
-use crate::csi::{mount_capability, named};
+use crate::csi::named;
 use crate::direct_io::{DirectOutcome, read_block, write_block};
-use crate::helper;
-use crate::ledger::{Comparison, Entry, Ledger, longest_gap, now_us};
-use crate::pod::{Pod, PodSpec};
+use crate::ledger::{Entry, Ledger, longest_gap, now_us};
+use crate::pod::Pod;
 use crate::postgres::{self, Postgres};
-use crate::probe::{Matrix, POD_PORT, Reach, probe};
 use crate::process::{Program, wait_until};
 use crate::report::{Report, mebibytes, seconds};
+use network::{DB_POLICY, check_matrix};
+use volume::in_sync;
 
 /// Size of the demo's volume.
 pub const VOLUME_BYTES: u64 = 1 << 30;
@@ -41,26 +40,10 @@ const PUBLISHED: &str = "/run/kubelet/pods/db/volume";
 /// Port of the database.
 const DB_PORT: u16 = 5432;
 
-const DB_POLICY: &str = "\
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata:
-  name: db-only-from-api
-  namespace: default
-spec:
-  podSelector:
-    matchLabels:
-      app: db
-  policyTypes: [Ingress]
-  ingress:
-    - from:
-        - podSelector:
-            matchLabels:
-              app: api
-      ports:
-        - protocol: TCP
-          port: 5432
-";
+mod client;
+mod faults;
+mod network;
+mod volume;
 
 /// The story so far.
 pub struct Story {
@@ -251,158 +234,6 @@ impl Story {
         self.cluster.keep()
     }
 
-    /// Compares the ledger with the database and prints the figure.
-    ///
-    /// # Errors
-    /// An acknowledged number is absent.
-    pub fn compare(&mut self, when: &str) -> Result<Comparison> {
-        let (client, pods) = (self.client()?, self.pods()?);
-        // The ledger is read first: what it names by now must be in what the database answers after.
-        let ledger = client.ledger.entries()?;
-        let numbers = pods.postgres.numbers(&self.cluster, &pods.database)?;
-        let lost: Vec<u64> =
-            ledger.iter().map(|entry| entry.number).filter(|n| !numbers.contains(n)).collect();
-        let (acknowledged, present) = (ledger.len(), ledger.len() - lost.len());
-        let figure = format!("{acknowledged} acknowledged, {present} present");
-        self.report.note(&format!("{when}: {figure}"));
-        ensure!(lost.is_empty(), "acknowledged transactions are lost: {lost:?}");
-        self.report.figure(&format!("transactions {when}"), figure);
-        Ok(Comparison { acknowledged, present, lost })
-    }
-
-    fn create_pod(&self, name: &str, node: &str) -> Result<Pod> {
-        let pod = Pod::create(&self.cluster, PodSpec { name, app: name, node })?;
-        self.report.note(&format!("holdfast-cni ADD: {name} on {node} is {}", pod.address));
-        Ok(pod)
-    }
-
-    fn attach(&self, node_name: &str) -> Result<()> {
-        let volume = self.volume()?;
-        let capability = Some(mount_capability("ext4"));
-        let request = csi_proto::ControllerPublishVolumeRequest {
-            volume_id: volume.id.clone(),
-            node_id: node_name.to_owned(),
-            volume_capability: capability.clone(),
-            volume_context: volume.context.clone(),
-            ..Default::default()
-        };
-        let controller = &self.cluster.controller.csi;
-        let reply = controller
-            .controller(|mut client| async move { client.controller_publish_volume(request).await });
-        let publish_context = named("ControllerPublishVolume", reply)?.publish_context;
-        self.report.note(&format!("ControllerPublish to {node_name}"));
-        let node = self.cluster.node(node_name);
-        node.spaces.run("mkdir", &["-p", STAGING, "/run/kubelet/pods/db"])?;
-        let request = csi_proto::NodeStageVolumeRequest {
-            volume_id: volume.id.clone(),
-            publish_context: publish_context.clone(),
-            staging_target_path: STAGING.to_owned(),
-            volume_capability: capability.clone(),
-            volume_context: volume.context.clone(),
-            ..Default::default()
-        };
-        let reply = node.csi_socket.node(|mut client| async move { client.node_stage_volume(request).await });
-        named("NodeStageVolume", reply)?;
-        self.report.note(&format!("NodeStage on {node_name} (ext4)"));
-        let request = csi_proto::NodePublishVolumeRequest {
-            volume_id: volume.id.clone(),
-            publish_context,
-            staging_target_path: STAGING.to_owned(),
-            target_path: PUBLISHED.to_owned(),
-            volume_capability: capability,
-            volume_context: volume.context.clone(),
-            ..Default::default()
-        };
-        let reply =
-            node.csi_socket.node(|mut client| async move { client.node_publish_volume(request).await });
-        named("NodePublishVolume", reply)?;
-        self.report.note(&format!("NodePublish on {node_name}"));
-        Ok(())
-    }
-
-    fn unpublish(&self, node: &str) -> Result<()> {
-        let request = csi_proto::ControllerUnpublishVolumeRequest {
-            volume_id: self.volume()?.id.clone(),
-            node_id: node.to_owned(),
-            ..Default::default()
-        };
-        let controller = &self.cluster.controller.csi;
-        let reply = controller
-            .controller(|mut client| async move { client.controller_unpublish_volume(request).await });
-        named("ControllerUnpublishVolume", reply).map(drop)
-    }
-
-    fn refuse_publish_without_unpublish(&self) -> Result<()> {
-        let volume = self.volume()?;
-        let request = csi_proto::ControllerPublishVolumeRequest {
-            volume_id: volume.id.clone(),
-            node_id: "node-b".to_owned(),
-            volume_capability: Some(mount_capability("ext4")),
-            volume_context: volume.context.clone(),
-            ..Default::default()
-        };
-        let controller = &self.cluster.controller.csi;
-        let reply = controller
-            .controller(|mut client| async move { client.controller_publish_volume(request).await });
-        let Err(status) = reply else {
-            bail!("ControllerPublish(node-b) succeeded while node-a has the volume")
-        };
-        ensure!(
-            status.code() == tonic::Code::FailedPrecondition && status.message().contains("node-a"),
-            "ControllerPublish(node-b) while node-a has the volume: {:?} {}",
-            status.code(),
-            status.message()
-        );
-        self.report.note("ControllerPublish(node-b) before it is refused, naming node-a");
-        Ok(())
-    }
-
-    fn measure(&self, pods: &Pods) -> Result<Matrix> {
-        let all = [("web", &pods.web), ("api", &pods.api), ("db", &pods.database)];
-        let mut destinations: Vec<(String, SocketAddr)> = Vec::new();
-        for (name, pod) in all {
-            destinations
-                .push((format!("{name}:{POD_PORT}"), SocketAddr::new(IpAddr::V4(pod.address), POD_PORT)));
-        }
-        let database = SocketAddr::new(IpAddr::V4(pods.database.address), DB_PORT);
-        destinations.push((format!("db:{DB_PORT}"), database));
-        let addresses: Vec<SocketAddr> = destinations.iter().map(|(_, address)| *address).collect();
-        let mut matrix = Matrix::new();
-        for (source, pod) in all {
-            let answers = probe(&self.cluster.node(&pod.node).spaces, &pod.netns, &addresses)?;
-            for ((destination, _), reach) in destinations.iter().zip(answers) {
-                matrix.set(source, destination, reach);
-            }
-        }
-        Ok(matrix)
-    }
-
-    fn start_client(&mut self) -> Result<()> {
-        let pods = self.pods()?;
-        let dir = self.cluster.work().folder("client")?;
-        let (ledger, address_file) = (dir.join("ledger"), dir.join("address"));
-        std::fs::write(&address_file, pods.database.address.to_string())?;
-        let arguments =
-            [helper::argument("ledger"), ledger.display().to_string(), address_file.display().to_string()];
-        let program = pods.api.start(&self.cluster, "client", &helper::program()?, arguments.to_vec())?;
-        self.client = Some(Client { program, ledger: Ledger::new(ledger), address_file });
-        Ok(())
-    }
-
-    /// Lets the client commit for a while; it must make at least so many commits.
-    fn wait_for_commits(&mut self, time: Duration, at_least: usize) -> Result<()> {
-        let client = self.client.as_mut().context("the client does not run")?;
-        let before = client.ledger.entries()?.len();
-        std::thread::sleep(time);
-        let patience = STALL_MAX + Duration::from_secs(5);
-        wait_until(patience, || Ok(client.ledger.entries()?.len() >= before + at_least)).with_context(
-            || format!("fewer than {at_least} commits; the client says:\n{}", client.program.log_tail()),
-        )?;
-        let made = client.ledger.entries()?.len() - before;
-        self.report.note(&format!("{made} commits acknowledged"));
-        Ok(())
-    }
-
     fn wait_for_resync(&mut self) -> Result<()> {
         let waited = wait_until(RESYNC_TIMEOUT, || Ok(in_sync(&self.status("node-a")?) == 3));
         let status = self.status("node-a")?;
@@ -490,31 +321,13 @@ impl Story {
         for pod in [pods.database, pods.api, pods.web] {
             pod.delete(&self.cluster)?;
         }
-        let volume_id = self.volume()?.id.clone();
-        let node = self.cluster.node(&home);
-        let request = csi_proto::NodeUnpublishVolumeRequest {
-            volume_id: volume_id.clone(),
-            target_path: PUBLISHED.to_owned(),
-        };
-        let reply =
-            node.csi_socket.node(|mut client| async move { client.node_unpublish_volume(request).await });
-        named("NodeUnpublishVolume", reply)?;
-        let request = csi_proto::NodeUnstageVolumeRequest {
-            volume_id: volume_id.clone(),
-            staging_target_path: STAGING.to_owned(),
-        };
-        let reply =
-            node.csi_socket.node(|mut client| async move { client.node_unstage_volume(request).await });
-        named("NodeUnstageVolume", reply)?;
+        self.detach(&home)?;
         self.unpublish(&home)?;
-        let request = csi_proto::DeleteVolumeRequest { volume_id, ..Default::default() };
+        let request =
+            csi_proto::DeleteVolumeRequest { volume_id: self.volume()?.id.clone(), ..Default::default() };
         let controller = &self.cluster.controller.csi;
         let reply = controller.controller(|mut client| async move { client.delete_volume(request).await });
         named("DeleteVolume", reply).map(drop)
-    }
-
-    fn status(&self, node: &str) -> Result<holdfast_proto::storage::GetStatusReply> {
-        named("GetStatus", self.cluster.node(node).data_socket.volume_status(&self.volume()?.id))
     }
 
     fn volume(&self) -> Result<&Volume> {
@@ -524,32 +337,4 @@ impl Story {
     fn pods(&self) -> Result<&Pods> {
         self.pods.as_ref().context("no pods run yet")
     }
-
-    fn client(&self) -> Result<&Client> {
-        self.client.as_ref().context("the client does not run yet")
-    }
-}
-
-fn in_sync(status: &holdfast_proto::storage::GetStatusReply) -> usize {
-    status.replicas.iter().filter(|replica| replica.state == "in_sync").count()
-}
-
-/// Only `api` reaches `db`, only on its port; everybody else is reached by everybody.
-fn check_matrix(matrix: &Matrix) -> Result<()> {
-    for source in ["web", "api", "db"] {
-        for name in ["web", "api", "db"] {
-            for port in [POD_PORT, DB_PORT] {
-                let destination = format!("{name}:{port}");
-                let Some(reach) = matrix.get(source, &destination) else { continue };
-                // A pod's own address never leaves the pod.
-                let allowed = name != "db" || source == "db" || (source == "api" && port == DB_PORT);
-                let wanted = if allowed { Reach::Open } else { Reach::Dropped };
-                ensure!(
-                    reach == wanted,
-                    "{source} to {destination} is {reach:?}, the policy says {wanted:?}"
-                );
-            }
-        }
-    }
-    Ok(())
 }
