@@ -167,12 +167,12 @@ fn pods_on_two_nodes_meet_over_vxlan_and_policy_holds_there() {
     nodes[0].netns.run("ping -c1 -W1 10.78.2.2");
     pods[0].run("ping -c1 -W1 192.0.2.2");
     let mut deny = mk_policy(&[&plans[1]], &plans[1], &[]);
-    nodes[1].runtime.block_on(async |dp: &Dataplane| drop(dp.apply_ruleset(&deny).await.unwrap()));
+    nodes[1].runtime.block_on(async |dp: &Dataplane| dp.apply_ruleset(&deny).await.unwrap());
     assert!(!connects(&pods[0], "10.78.2.2:80"));
     deny.ident.insert(plans[0].addresses[0], IdentityId(1));
     deny.pair_in.insert((ClassId(2), IdentityId(1)), ProfileId(1));
     deny.profiles.insert(ProfileId(1), vec![PortRule::port(Proto::Tcp, 80)]);
-    nodes[1].runtime.block_on(async |dp: &Dataplane| drop(dp.apply_ruleset(&deny).await.unwrap()));
+    nodes[1].runtime.block_on(async |dp: &Dataplane| dp.apply_ruleset(&deny).await.unwrap());
     assert!(connects(&pods[0], "10.78.2.2:80"));
     assert!(!connects(&pods[0], "[fd78:2::2]:80"));
 }
@@ -304,7 +304,7 @@ fn a_restarted_agent_adopts_the_rules_and_a_stale_ruleset_does_not_open_a_new_po
     });
     let _server = serve_bytes(&server, "10.82.0.2:80");
     assert!(!connects(&client, "10.82.0.2:80"));
-    node.runtime.block_on(async |dp: &Dataplane| drop(dp.apply_ruleset(&policy).await.unwrap()));
+    node.runtime.block_on(async |dp: &Dataplane| dp.apply_ruleset(&policy).await.unwrap());
     assert!(connects(&client, "10.82.0.2:80"));
     let generation = node.netns.nft_generation();
     let again = support::NodeRuntime::start(&node.netns);
