@@ -6,7 +6,7 @@
 //! Each step may be the last one before a kill; [`Attacher::reconcile`] and DEL start over from what they find.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -39,6 +39,7 @@ pub(crate) struct Attacher {
     pub(crate) dataplane: Arc<Dataplane>,
     pub(crate) leases: Arc<Leases>,
     pub(crate) engine: EngineHandle,
+    pending_dir: PathBuf,
     /// One verb at a time for one attachment: a runtime that gave up on an ADD sends DEL while the ADD still works.
     busy: Mutex<BTreeMap<AttachmentKey, Weak<Mutex<()>>>>,
     /// GC excludes ADD and DEL (spec, "GC").
@@ -46,14 +47,25 @@ pub(crate) struct Attacher {
 }
 
 impl Attacher {
-    pub(crate) fn new(dataplane: Arc<Dataplane>, leases: Arc<Leases>, engine: EngineHandle) -> Self {
-        Self { dataplane, leases, engine, busy: Mutex::default(), gc: RwLock::default() }
+    pub(crate) fn new(
+        dataplane: Arc<Dataplane>,
+        leases: Arc<Leases>,
+        engine: EngineHandle,
+        pending_dir: PathBuf,
+    ) -> Self {
+        Self { dataplane, leases, engine, pending_dir, busy: Mutex::default(), gc: RwLock::default() }
     }
 
     /// Attaches a pod.
     pub(crate) async fn add(&self, input: AddInput) -> Result<Lease, CniError> {
         let _gc = self.gc.read().await;
         let _busy = self.lock(&input.key).await;
+        if pending::exists(&self.pending_dir, &input.key) {
+            self.replay(&input.key).await.map_err(|error| {
+                CniError::new(code::TRY_AGAIN_LATER, "an earlier DEL of this container is not finished")
+                    .details(error)
+            })?;
+        }
         let Some(bridge) = self.engine.bridge() else {
             let why = self.engine.health().await.ok().and_then(|health| health.not_ready);
             return Err(CniError::new(code::TRY_AGAIN_LATER, "the node's network is not ready")
@@ -108,22 +120,40 @@ impl Attacher {
         }
     }
 
-    /// Detaches a pod. Idempotent.
+    /// Detaches a pod. Idempotent. Where rules cannot be applied now, a delete record keeps what is left to do, so that no
+    /// pod hangs in Terminating.
     pub(crate) async fn del(&self, key: &AttachmentKey) -> Result<(), CniError> {
         let _gc = self.gc.read().await;
         let _busy = self.lock(key).await;
-        self.remove(key).await.map_err(|error| CniError::new(code::TRY_AGAIN_LATER, "DEL did not finish").details(error))
+        let unfinished =
+            |error: String| CniError::new(code::TRY_AGAIN_LATER, "DEL did not finish").details(error);
+        self.unplug(key).await.map_err(unfinished)?;
+        if let Err(error) = self.settle(key).await {
+            warn!(attachment = %key, %error, "the interface is gone, the lease follows when rules can be applied");
+            pending::write(&self.pending_dir, key)
+                .map_err(|write| unfinished(format!("{error}; {write}")))?;
+        }
+        Ok(())
     }
 
     async fn remove(&self, key: &AttachmentKey) -> Result<(), String> {
+        self.unplug(key).await?;
+        self.settle(key).await
+    }
+
+    /// The endpoint leaves the model, then the node: no later pass can bring its port back.
+    async fn unplug(&self, key: &AttachmentKey) -> Result<(), String> {
         self.engine.forget(key).await?;
         let ifname = host_ifname(&key.container_id, &key.ifname);
-        self.dataplane.detach(&ifname).await.map_err(|error| sentence(&error))?;
+        self.dataplane.detach(&ifname).await.map_err(|error| sentence(&error))
+    }
+
+    /// Rules without the endpoint, then the lease: an address must have lost its class and identity before another pod
+    /// can get it.
+    async fn settle(&self, key: &AttachmentKey) -> Result<(), String> {
         if self.leases.get(key).await.is_none() {
             return Ok(());
         }
-        // The address must have lost its class and identity before another pod can get it. Where rules cannot be
-        // applied at all the lease stays and DEL is repeated.
         self.engine.sync().await?;
         self.leases.release(key).await.map_err(|error| sentence(&error))?;
         info!(attachment = %key, "detached");
@@ -131,25 +161,29 @@ impl Attacher {
     }
 
     /// Does what a delete record asks, then removes it.
-    pub(crate) async fn replay(&self, folder: &Path, key: &AttachmentKey) -> Result<(), CniError> {
-        self.del(key).await?;
+    async fn replay(&self, key: &AttachmentKey) -> Result<(), String> {
+        self.remove(key).await?;
         info!(attachment = %key, "a delete record was replayed");
-        pending::remove(folder, key).map_err(|error| {
-            CniError::new(code::IO_FAILURE, format!("cannot remove the delete record of {key}")).details(error.to_string())
-        })
+        pending::remove(&self.pending_dir, key).map_err(|error| format!("cannot remove the record: {error}"))
     }
 
     /// Replays all records. What fails stays for the next time.
-    pub(crate) async fn replay_all(&self, folder: &Path) {
-        let records = match pending::list(folder) {
+    pub(crate) async fn replay_all(&self) {
+        let records = match pending::list(&self.pending_dir) {
             Ok(records) => records,
             Err(error) => {
-                warn!(folder = %folder.display(), %error, "cannot list delete records");
+                warn!(folder = %self.pending_dir.display(), %error, "cannot list delete records");
                 return;
             }
         };
         for key in records {
-            if let Err(error) = self.replay(folder, &key).await {
+            let _gc = self.gc.read().await;
+            let _busy = self.lock(&key).await;
+            // An ADD may have replayed it while this one waited, and attached anew.
+            if !pending::exists(&self.pending_dir, &key) {
+                continue;
+            }
+            if let Err(error) = self.replay(&key).await {
                 warn!(attachment = %key, %error, "a delete record could not be replayed; it stays");
             }
         }
@@ -166,7 +200,10 @@ impl Attacher {
         let _gc = self.gc.read().await;
         let _busy = self.lock(key).await;
         let lease = self.leases.get(key).await.ok_or_else(|| {
-            CniError::new(code::UNKNOWN_CONTAINER, format!("container {key} is not attached: it holds no address"))
+            CniError::new(
+                code::UNKNOWN_CONTAINER,
+                format!("container {key} is not attached: it holds no address"),
+            )
         })?;
         let differs = |what: String| CniError::new(code::INTERNAL, format!("container {key}: {what}"));
         for address in &lease.plan.addresses {
@@ -187,7 +224,11 @@ impl Attacher {
     }
 
     /// Frees all attachments of `network` that are not valid any more. Goes on after errors; the last one is reported.
-    pub(crate) async fn collect(&self, network: &str, valid: &BTreeSet<AttachmentKey>) -> Result<u32, CniError> {
+    pub(crate) async fn collect(
+        &self,
+        network: &str,
+        valid: &BTreeSet<AttachmentKey>,
+    ) -> Result<u32, CniError> {
         let _gc = self.gc.write().await;
         let mut freed = 0;
         let mut failure = None;
@@ -198,7 +239,9 @@ impl Attacher {
             match self.remove(&lease.key).await {
                 Ok(()) => freed += 1,
                 Err(error) => {
-                    failure = Some(CniError::new(code::INTERNAL, format!("cannot free {}", lease.key)).details(error));
+                    failure = Some(
+                        CniError::new(code::INTERNAL, format!("cannot free {}", lease.key)).details(error),
+                    );
                 }
             }
         }
@@ -226,9 +269,7 @@ impl Attacher {
     /// [`Attacher::remove`] for a start, when rules may not be applied yet because objects are not read. The address had
     /// nothing but deny-all: it was never answered.
     async fn undo(&self, key: &AttachmentKey) -> Result<(), String> {
-        self.engine.forget(key).await?;
-        let ifname = host_ifname(&key.container_id, &key.ifname);
-        self.dataplane.detach(&ifname).await.map_err(|error| sentence(&error))?;
+        self.unplug(key).await?;
         self.leases.release(key).await.map_err(|error| sentence(&error))
     }
 

@@ -328,8 +328,9 @@ impl Engine {
     }
 
     fn health(&self) -> Health {
-        let not_ready = (self.node_plan.is_none())
-            .then(|| self.node_error.clone().unwrap_or_else(|| "the node's network is being set up".to_owned()));
+        let not_ready = (self.node_plan.is_none()).then(|| {
+            self.node_error.clone().unwrap_or_else(|| "the node's network is being set up".to_owned())
+        });
         let broken = self.rules_error.clone().or_else(|| self.node_error.clone());
         Health { not_ready, broken }
     }
@@ -382,7 +383,9 @@ fn party(objects: &Objects, subjects: &[Subject], text: &str, like: Option<IpAdd
     if let Ok(address) = text.parse::<IpAddr>() {
         let of_pod = |subject: &&Subject| subject.addresses.contains(&address);
         let local = subjects.iter().find(of_pod).and_then(|subject| subject.pod.clone());
-        let claims = |pod: &&holdfast_net_core::objects::Pod| pod.is_policy_pod() && pod.addresses().contains(&address);
+        let claims = |pod: &&holdfast_net_core::objects::Pod| {
+            pod.is_policy_pod() && pod.addresses().contains(&address)
+        };
         let pod = local.or_else(|| objects.pods.values().find(claims).map(|pod| pod.object_name()));
         return Ok(Party { pod, address });
     }

@@ -158,7 +158,8 @@ impl Scanner {
             }
         };
         if paths.len() > FILES_MAX {
-            self.problems.push(format!("more than {FILES_MAX} files; {} are ignored", paths.len() - FILES_MAX));
+            self.problems
+                .push(format!("more than {FILES_MAX} files; {} are ignored", paths.len() - FILES_MAX));
         }
         let paths: BTreeSet<PathBuf> = paths.into_iter().take(FILES_MAX).collect();
         self.files.retain(|path, _| paths.contains(path));
@@ -288,7 +289,11 @@ mod tests {
     fn documents_of_one_file_and_lists_are_read() {
         let (folder, mut scanner) = mk_folder();
         write(&folder, "a.yaml", &format!("# comment\n---\n{POD}---\n{POLICY}---\n"));
-        write(&folder, "b.yml", "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n}}\n");
+        write(
+            &folder,
+            "b.yml",
+            "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n}}\n",
+        );
         write(&folder, "c.txt", "not looked at");
         write(&folder, ".d.yaml", "not: looked at");
         assert!(scanner.scan(&BTreeSet::new()));

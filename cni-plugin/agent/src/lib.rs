@@ -62,24 +62,32 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
     let (engine, handle) =
         Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), snapshots).await;
-    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle));
+    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
     let engine = tokio::spawn(engine.run());
-    attacher.reconcile().await.map_err(anyhow::Error::msg).context("cannot reconcile leases and interfaces")?;
-    attacher.replay_all(&pending_dir).await;
+    attacher
+        .reconcile()
+        .await
+        .map_err(anyhow::Error::msg)
+        .context("cannot reconcile leases and interfaces")?;
+    attacher.replay_all().await;
+    if let Err(error) = attacher.engine.sync().await {
+        // It serves all the same: DEL must work, and STATUS says what is missing.
+        tracing::warn!(%error, "rules are not as compiled yet");
+    }
 
     let listener = bind(&socket)?;
     info!(socket = %socket.display(), "serving");
     let later = tokio::spawn({
-        let (attacher, pending_dir) = (Arc::clone(&attacher), pending_dir.clone());
+        let attacher = Arc::clone(&attacher);
         async move {
             loop {
-                attacher.replay_all(&pending_dir).await;
+                attacher.replay_all().await;
                 tokio::time::sleep(PENDING_INTERVAL).await;
             }
         }
     });
     let served = tonic::transport::Server::builder()
-        .add_service(AgentServer::new(Service { attacher, pending_dir }))
+        .add_service(AgentServer::new(Service { attacher }))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
         .await;
     later.abort();

@@ -89,7 +89,9 @@ fn parse_object(kind: &str, value: Value) -> Result<Object, String> {
     let text = |error: serde_norway::Error| error.to_string();
     match kind {
         "Node" => serde_norway::from_value(value).map(|node| Object::Node(Box::new(node))).map_err(text),
-        "Namespace" => serde_norway::from_value(value).map(|ns| Object::Namespace(Box::new(ns))).map_err(text),
+        "Namespace" => {
+            serde_norway::from_value(value).map(|ns| Object::Namespace(Box::new(ns))).map_err(text)
+        }
         "Pod" => serde_norway::from_value(value).map(|pod| Object::Pod(Box::new(pod))).map_err(text),
         _ => {
             let policy: NetworkPolicy = serde_norway::from_value(value).map_err(text)?;

@@ -1,7 +1,6 @@
 //! The gRPC service for the plugin and the command line.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use holdfast_net_core::cni::{CniError, code};
@@ -14,13 +13,11 @@ use tonic::{Request, Response, Status};
 use crate::attach::{AddInput, Attacher};
 use crate::engine::Question;
 use crate::leases::{AttachmentKey, Lease};
-use crate::pending;
 
 /// Serves [`Agent`].
 #[derive(Clone)]
 pub(crate) struct Service {
     pub(crate) attacher: Arc<Attacher>,
-    pub(crate) pending_dir: PathBuf,
 }
 
 /// Runs a verb to its end also when the caller hangs up: half an ADD would stay otherwise.
@@ -28,7 +25,9 @@ async fn finish<T: Send + 'static>(
     verb: impl Future<Output = Result<T, CniError>> + Send + 'static,
 ) -> Result<T, CniError> {
     let ended = tokio::spawn(verb).await;
-    ended.unwrap_or_else(|error| Err(CniError::new(code::INTERNAL, "the agent failed").details(error.to_string())))
+    ended.unwrap_or_else(|error| {
+        Err(CniError::new(code::INTERNAL, "the agent failed").details(error.to_string()))
+    })
 }
 
 fn key_of(attachment: Option<pb::Attachment>) -> Result<AttachmentKey, CniError> {
@@ -53,9 +52,6 @@ impl Service {
     async fn do_add(self, request: pb::AddRequest) -> Result<Lease, CniError> {
         let key = key_of(request.attachment)?;
         let pod = request.pod.unwrap_or_default();
-        if pending::exists(&self.pending_dir, &key) {
-            self.attacher.replay(&self.pending_dir, &key).await?;
-        }
         let named = !pod.name.is_empty();
         let input = AddInput {
             key,
@@ -182,9 +178,8 @@ impl Agent for Service {
         &self,
         request: Request<pb::ExplainRequest>,
     ) -> Result<Response<pb::ExplainReply>, Status> {
-        let reply = self.clone().do_explain(request.into_inner()).await.unwrap_or_else(|error| pb::ExplainReply {
-            failure: Some(failure(error)),
-            ..pb::ExplainReply::default()
+        let reply = self.clone().do_explain(request.into_inner()).await.unwrap_or_else(|error| {
+            pb::ExplainReply { failure: Some(failure(error)), ..pb::ExplainReply::default() }
         });
         Ok(Response::new(reply))
     }

@@ -56,7 +56,7 @@ enum PolicyVerb {
     /// may stand for the arrow, which a shell wants quoted. Exits with 0 when allowed, 1 when denied, 2 on an error.
     Explain {
         /// FROM -> TO:PORT/PROTO
-        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        #[arg(required = true)]
         question: Vec<String>,
         /// Socket of the node agent.
         #[arg(long, default_value = "/run/holdfast/netd.sock")]
@@ -75,7 +75,9 @@ enum PolicyVerb {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    match run(Args::parse().part).await {
+    // An arrow would be read as an option.
+    let words = std::env::args_os().map(|word| if word == "->" { "to".into() } else { word });
+    match run(Args::parse_from(words).part).await {
         Ok(exit) => exit,
         Err(error) => {
             eprintln!("holdfast: {error:#}");
@@ -118,7 +120,10 @@ async fn status(volume: String, socket: &str, as_json: bool) -> anyhow::Result<E
     println!("state       {}{}", reply.state, in_brackets(&reply.reason));
     println!("generation  {}, epoch {epoch}", reply.generation);
     println!("device      {}", if reply.device.is_empty() { "-" } else { &reply.device });
-    println!("writes      {} acknowledged, longest stall {} ms", reply.writes_acknowledged, reply.longest_stall_ms);
+    println!(
+        "writes      {} acknowledged, longest stall {} ms",
+        reply.writes_acknowledged, reply.longest_stall_ms
+    );
     println!("{:<32}  {:<16}  {:<12}  resync", "replica", "node", "state");
     for replica in reply.replicas {
         let resync = match replica.resync_bytes_total {
@@ -214,7 +219,10 @@ mod tests {
         assert_eq!(parsed("shop/web -> shop/db:5432/udp"), db("udp"));
         assert_eq!(parsed("shop/web->shop/db:5432"), db("tcp"));
         assert_eq!(parsed("shop/web to shop/db:5432/TCP"), db("tcp"));
-        assert_eq!(parsed("10.0.0.1 -> [fd00::1]:80/tcp"), ("10.0.0.1".into(), "fd00::1".into(), 80, "tcp".into()));
+        assert_eq!(
+            parsed("10.0.0.1 -> [fd00::1]:80/tcp"),
+            ("10.0.0.1".into(), "fd00::1".into(), 80, "tcp".into())
+        );
         for wrong in ["shop/web shop/db:80", "a -> b", "a -> b:http", "a -> b:70000"] {
             assert!(parse_question(wrong).is_err(), "{wrong}");
         }

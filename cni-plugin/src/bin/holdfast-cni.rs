@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use holdfast_agent::{AttachmentKey, pending};
 use holdfast_net_core::cni::{
-    CURRENT_VERSION, CniEnv, CniError, CniInterface, CniIp, CniResult, CniRoute, Command, NetworkConfig, code,
-    version_reply,
+    CURRENT_VERSION, CniEnv, CniError, CniInterface, CniIp, CniResult, CniRoute, Command, NetworkConfig,
+    code, version_reply,
 };
 use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_client::AgentClient;
@@ -40,8 +40,9 @@ fn main() -> ExitCode {
 
 /// Serves one call. `version` becomes that of the input, for the error object.
 fn run(version: &mut String) -> Result<Option<Value>, CniError> {
-    let variables: std::collections::BTreeMap<String, String> =
-        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+    let variables: std::collections::BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+        .collect();
     let get = |name: &str| variables.get(name).map(String::as_str);
     let command = Command::parse(get("CNI_COMMAND"))?;
     let input = read_input()?;
@@ -90,7 +91,8 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
     let mut client = connect(&config.agent_socket).await.map_err(try_again)?;
     let reply = client.add(request).await.map_err(|status| try_again(status.to_string()))?.into_inner();
     refused(reply.failure)?;
-    let result = reply.result.ok_or_else(|| CniError::new(code::INTERNAL, "the agent answered without a result"))?;
+    let result =
+        reply.result.ok_or_else(|| CniError::new(code::INTERNAL, "the agent answered without a result"))?;
     let mut result = result_of(result)?;
     result.dns = config.dns;
     Ok(result.chained_after(config.prev_result).to_version(config.version))
@@ -108,7 +110,10 @@ async fn del(config: &NetworkConfig, env: &CniEnv) -> Result<(), CniError> {
         Err(down) => {
             let key = AttachmentKey { container_id: env.container_id.clone(), ifname: env.ifname.clone() };
             pending::write(Path::new(&config.pending_dir), &key).map_err(|error| {
-                let what = format!("the node agent is down and no delete record can be written to {}", config.pending_dir);
+                let what = format!(
+                    "the node agent is down and no delete record can be written to {}",
+                    config.pending_dir
+                );
                 io_failure(&what, &error).details(format!("{error}; agent: {down}"))
             })
         }
@@ -144,7 +149,8 @@ async fn gc(config: NetworkConfig) -> Result<(), CniError> {
 }
 
 async fn status(config: &NetworkConfig) -> Result<(), CniError> {
-    let down = |details: String| CniError::new(code::NOT_AVAILABLE, "the node agent is down").details(details);
+    let down =
+        |details: String| CniError::new(code::NOT_AVAILABLE, "the node agent is down").details(details);
     let mut client = connect(&config.agent_socket).await.map_err(down)?;
     let reply = client.status(pb::StatusRequest {}).await.map_err(|status| down(status.to_string()))?;
     refused(reply.into_inner().failure)
@@ -188,7 +194,13 @@ fn result_of(result: pb::AddResult) -> Result<CniResult, CniError> {
     for found in result.interfaces {
         let mtu = (found.mtu > 0).then_some(found.mtu);
         let CniInterface { other, .. } = CniInterface::default();
-        converted.interfaces.push(CniInterface { name: found.name, mac: found.mac, mtu, sandbox: found.sandbox, other });
+        converted.interfaces.push(CniInterface {
+            name: found.name,
+            mac: found.mac,
+            mtu,
+            sandbox: found.sandbox,
+            other,
+        });
     }
     for ip in result.ips {
         converted.ips.push(CniIp {
