@@ -1,0 +1,428 @@
+//! The record and the in-sync set: taking the generation, opening, swapping out, joining, telling the epoch.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::ids::{Epoch, RecordVersion, ReplicaId};
+use crate::record::{ReplicaState, VolumeRecord};
+use crate::record_store::{StoreError, Versioned};
+use crate::timers;
+use crate::transitions;
+
+use super::peers::{CallKind, Link, Peer};
+use super::{CallId, Control, Gates, Target, TargetAction, TargetState};
+
+/// The one call to the record store that may be under way.
+#[derive(Debug, Default)]
+pub(super) struct StoreCall {
+    outstanding: Option<CallId>,
+    /// Nothing is sent before.
+    pub retry_at_ms: Option<u64>,
+    failures: u32,
+    /// The record must be read before anything else is decided.
+    need_read: bool,
+}
+
+/// A swap whose outcome is not known yet (R8). It is repeated word for word until it is: the same version is expected
+/// and the same record proposed, so however many copies of it are under way, at most one takes effect.
+#[derive(Debug)]
+pub(super) struct PendingSwap {
+    pub kind: SwapKind,
+    expected: RecordVersion,
+    pub proposed: VolumeRecord,
+    /// The client is new (decided by the record that `Take` replaces).
+    new_attachment: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SwapKind {
+    /// generation+1.
+    Take,
+    /// Members leave.
+    Out,
+    /// A replica joins.
+    In(ReplicaId),
+}
+
+impl Target {
+    pub(super) fn pump_config(&mut self) {
+        self.advance_settling();
+        if self.store.outstanding.is_some() || self.store.retry_at_ms.is_some() {
+            return;
+        }
+        if self.record.is_none() || self.store.need_read {
+            let call = CallId(self.new_id());
+            self.store.outstanding = Some(call);
+            return self.emit(TargetAction::ReadRecord { call });
+        }
+        if self.pending.is_none() {
+            self.propose();
+        }
+        self.send_swap();
+    }
+
+    fn send_swap(&mut self) {
+        let Some(pending) = &self.pending else { return };
+        let (expected, record) = (pending.expected, Box::new(pending.proposed.clone()));
+        let call = CallId(self.new_id());
+        self.store.outstanding = Some(call);
+        self.emit(TargetAction::Swap { call, expected, record });
+    }
+
+    /// Decides on the next change of the record, if one is due.
+    fn propose(&mut self) {
+        if self.generation.is_none() {
+            return self.propose_take();
+        }
+        let leaving = match self.state {
+            TargetState::Opening => match self.judge_opening() {
+                Some(leaving) => {
+                    self.set_state(TargetState::Settling);
+                    self.dirty = true;
+                    leaving
+                }
+                None => return,
+            },
+            TargetState::Settling | TargetState::Serving => self.judge_members(),
+            TargetState::Fenced(_) | TargetState::Failed(_) | TargetState::Stopped => return,
+        };
+        if !leaving.is_empty() {
+            self.propose_out(&leaving);
+        } else if let Some(replica) = self.ready_to_join() {
+            self.propose_in(replica);
+        }
+    }
+
+    fn propose_take(&mut self) {
+        let Some(Versioned { version, record }) = &self.record else { return };
+        let (expected, new_attachment) = (*version, record.attachment > record.generation_attachment);
+        let config = &self.config;
+        match transitions::take_generation(record, &config.node, config.attachment, config.target_id) {
+            Ok(proposed) => {
+                self.pending = Some(PendingSwap { kind: SwapKind::Take, expected, proposed, new_attachment });
+            }
+            Err(error) => self.fail(error.to_string()),
+        }
+    }
+
+    fn propose_out(&mut self, leaving: &[ReplicaId]) {
+        let nonce = self.next_random();
+        let Some(Versioned { version, record }) = &self.record else { return };
+        let expected = *version;
+        if let Ok(proposed) = transitions::swap_out(record, self.config.target_id, leaving, nonce) {
+            self.pending =
+                Some(PendingSwap { kind: SwapKind::Out, expected, proposed, new_attachment: false });
+            self.dirty = true;
+        }
+    }
+
+    fn propose_in(&mut self, replica: ReplicaId) {
+        let nonce = self.next_random();
+        let Some(Versioned { version, record }) = &self.record else { return };
+        let expected = *version;
+        match transitions::join(record, self.config.target_id, replica, nonce) {
+            Ok(proposed) => {
+                let kind = SwapKind::In(replica);
+                self.pending = Some(PendingSwap { kind, expected, proposed, new_attachment: false });
+                self.dirty = true;
+            }
+            // Faulted meanwhile.
+            Err(_) => self.abort_catch_up(),
+        }
+    }
+
+    /// R11, R12: whom to swap out so that serving can begin; `None` while it is too early to say.
+    fn judge_opening(&mut self) -> Option<Vec<ReplicaId>> {
+        let members = self.members();
+        let cache_lost = |target: &Self, r: &ReplicaId| {
+            target.peers.get(r).is_some_and(|p| p.cache_lost) && target.guards.lostsrc
+        };
+        let (opened, unopened): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_open(*r));
+        let (lost, good): (Vec<_>, Vec<_>) = opened.into_iter().partition(|r| cache_lost(self, r));
+        if !good.is_empty() {
+            let waiting = unopened.iter().any(|r| !self.patience_ended(*r));
+            return (!waiting).then(|| unopened.into_iter().chain(lost).collect());
+        }
+        if lost.is_empty() {
+            return None;
+        }
+        if !self.new_attachment {
+            if unopened.iter().all(|r| cache_lost(self, r)) {
+                self.fail(
+                    "every in-sync replica lost its write cache under a client that is still running: writes it was \
+                     told are done may be gone. Publish the volume anew to go on with what is left"
+                        .to_owned(),
+                );
+            }
+            return None;
+        }
+        if !unopened.is_empty() && self.now_ms < self.taken_ms + timers::CACHE_GRACE_MS {
+            return None;
+        }
+        // Going on with what survived is what a single disk does after a power cut.
+        self.possible_loss = true;
+        for replica in lost {
+            if let Some(peer) = self.peers.get_mut(&replica) {
+                peer.cache_lost = false;
+            }
+        }
+        Some(unopened)
+    }
+
+    fn patience_ended(&self, replica: ReplicaId) -> bool {
+        let Some(peer) = self.peers.get(&replica) else { return true };
+        let waited = self.now_ms.saturating_sub(self.taken_ms);
+        let unreachable = peer.failures > 0 && waited >= timers::OPEN_UNREACHABLE_MS;
+        unreachable || waited >= timers::OPEN_PATIENCE_MS || matches!(peer.link, Link::Open(_))
+    }
+
+    /// R9: members that must leave, if one that kept its cache remains.
+    fn judge_members(&mut self) -> Vec<ReplicaId> {
+        let members = self.members();
+        let (good, bad): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_good(*r));
+        if !good.is_empty() {
+            return bad;
+        }
+        if bad.iter().all(|r| self.peers.get(r).is_some_and(|p| p.cache_lost)) {
+            self.fail("every in-sync replica lost its write cache: publish the volume anew".to_owned());
+        }
+        Vec::new()
+    }
+
+    pub(super) fn can_go_on_without(&self, replica: ReplicaId) -> bool {
+        !self.is_member(replica) || self.members().into_iter().any(|r| r != replica && self.is_good(r))
+    }
+
+    pub(super) fn on_record_read(&mut self, call: CallId, result: Result<Versioned, StoreError>) {
+        if self.store.outstanding != Some(call) {
+            return;
+        }
+        self.store.outstanding = None;
+        self.dirty = true;
+        match result {
+            Ok(read) => {
+                self.store.failures = 0;
+                self.store.need_read = false;
+                self.learn(read);
+            }
+            Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
+            Err(StoreError::Refused(reason)) if self.generation.is_none() => self.fail(reason),
+            Err(
+                StoreError::Unknown(_)
+                | StoreError::Refused(_)
+                | StoreError::Exists(_)
+                | StoreError::Conflict(_),
+            ) => self.retry_store(),
+        }
+    }
+
+    fn learn(&mut self, read: Versioned) {
+        let Some(pending) = self.pending.take() else {
+            if self.check_still_ours(&read.record, None) {
+                self.record = Some(read);
+            }
+            return;
+        };
+        let applied = match pending.kind {
+            // R1: own success is recognised by the target id.
+            SwapKind::Take => read.record.target_id == Some(self.config.target_id),
+            SwapKind::Out | SwapKind::In(_) => read.record.epoch == pending.proposed.epoch,
+        };
+        if applied && self.check_still_ours(&read.record, Some(&pending)) {
+            self.commit(pending, read);
+        } else if read.version == pending.expected {
+            // Not applied yet; a copy of it may still be under way.
+            self.pending = Some(pending);
+        } else if pending.kind == SwapKind::Take || self.check_still_ours(&read.record, None) {
+            // The version moved on without it: it can never be applied any more. Decide anew.
+            self.record = Some(read);
+        }
+    }
+
+    /// R7: a moved generation fences; a moved epoch that is not ours was restored from a backup (R35).
+    fn check_still_ours(&mut self, record: &VolumeRecord, pending: Option<&PendingSwap>) -> bool {
+        let Some(generation) = self.generation else { return true };
+        let known = self.volume().map(|r| r.epoch);
+        if record.target_id != Some(self.config.target_id) {
+            self.fence(format!(
+                "generation {} took the volume, this is generation {generation}",
+                record.generation
+            ));
+            return false;
+        }
+        let expected = pending.map_or(known, |p| Some(p.proposed.epoch));
+        if Some(record.epoch) != known && Some(record.epoch) != expected {
+            self.fail(
+                "the record's epoch is none of this target's: the record store was restored".to_owned(),
+            );
+            return false;
+        }
+        true
+    }
+
+    pub(super) fn on_swap_answered(&mut self, call: CallId, result: Result<RecordVersion, StoreError>) {
+        if self.store.outstanding != Some(call) {
+            return;
+        }
+        self.store.outstanding = None;
+        self.dirty = true;
+        match result {
+            Ok(version) => {
+                self.store.failures = 0;
+                if let Some(pending) = self.pending.take() {
+                    let record = pending.proposed.clone();
+                    self.commit(pending, Versioned { version, record });
+                }
+            }
+            Err(StoreError::Conflict(_)) => self.store.need_read = true,
+            Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
+            Err(StoreError::Unknown(_) | StoreError::Refused(_) | StoreError::Exists(_)) => {
+                self.retry_store()
+            }
+        }
+    }
+
+    /// Nothing is known: read, after a pause, without end; I/O that needs the answer waits.
+    fn retry_store(&mut self) {
+        let pause = timers::STORE_RETRY_MIN_MS << self.store.failures.min(10);
+        self.store.failures += 1;
+        self.store.need_read = true;
+        self.store.retry_at_ms = Some(self.now_ms + pause.min(timers::STORE_RETRY_MAX_MS));
+    }
+
+    pub(super) fn tick_store(&mut self) {
+        if self.store.retry_at_ms.is_some_and(|at| at <= self.now_ms) {
+            self.store.retry_at_ms = None;
+        }
+    }
+
+    fn commit(&mut self, pending: PendingSwap, versioned: Versioned) {
+        let PendingSwap { kind, new_attachment, .. } = pending;
+        let before = self.members();
+        self.record = Some(versioned);
+        self.told.clear();
+        match kind {
+            SwapKind::Take => self.taken(new_attachment),
+            SwapKind::Out => {
+                let gone: Vec<ReplicaId> = before.into_iter().filter(|r| !self.is_member(*r)).collect();
+                for replica in gone {
+                    self.left(replica);
+                }
+            }
+            SwapKind::In(replica) => self.joined(replica),
+        }
+    }
+
+    fn taken(&mut self, new_attachment: bool) {
+        self.new_attachment = new_attachment;
+        self.taken_ms = self.now_ms;
+        let Some(record) = self.volume() else { return };
+        let peers: BTreeMap<ReplicaId, Peer> = record
+            .replicas
+            .iter()
+            .filter(|(_, entry)| entry.state != ReplicaState::Faulted)
+            .map(|(replica, entry)| (*replica, Peer::new(entry.node.clone())))
+            .collect();
+        self.generation = Some(record.generation);
+        self.peers = peers;
+        self.emit(TargetAction::State(TargetState::Opening));
+    }
+
+    fn left(&mut self, replica: ReplicaId) {
+        self.close_link(replica);
+        let retry_at_ms = self.now_ms + timers::REOPEN_MIN_MS;
+        if let Some(peer) = self.peers.get_mut(&replica) {
+            peer.retry_at_ms = retry_at_ms;
+            // A full or failing disk that answers at once must not be tried in a tight loop.
+            peer.failures = if peer.expelled { peer.failures.max(2) } else { 1 };
+            peer.cache_lost = false;
+        }
+        self.clear_answered(replica);
+    }
+
+    /// R10: tells every member the epoch in force; when all have it, a target that settles begins to serve.
+    fn advance_settling(&mut self) {
+        if !matches!(self.state, TargetState::Settling | TargetState::Serving) {
+            return;
+        }
+        self.tell();
+        let ready = self.members().iter().all(|r| self.is_open(*r) && self.told.contains(r));
+        if self.state == TargetState::Settling
+            && self.pending.is_none()
+            && ready
+            && self.judge_members().is_empty()
+        {
+            self.start_serving();
+        }
+    }
+
+    fn tell(&mut self) {
+        let Some(record) = self.volume() else { return };
+        let number = record.epoch.number;
+        let absent: BTreeMap<ReplicaId, Epoch> = record
+            .replicas
+            .iter()
+            .filter_map(|(replica, entry)| match entry.state {
+                ReplicaState::Offline { left_epoch } => Some((*replica, left_epoch)),
+                ReplicaState::InSync | ReplicaState::Faulted => None,
+            })
+            .collect();
+        let op = Control::SetEpoch { epoch: record.epoch, in_sync: record.in_sync.clone(), absent };
+        let asked: BTreeSet<ReplicaId> = self
+            .calls
+            .values()
+            .filter(|call| call.kind == CallKind::Tell(number))
+            .map(|call| call.replica)
+            .collect();
+        let open: Vec<ReplicaId> = self
+            .members()
+            .into_iter()
+            .filter(|r| self.is_open(*r) && !self.told.contains(r) && !asked.contains(r))
+            .collect();
+        for replica in open {
+            self.send_control(replica, CallKind::Tell(number), op.clone());
+        }
+    }
+
+    fn start_serving(&mut self) {
+        let mut regions = BTreeSet::new();
+        for replica in self.members() {
+            if let Some(session) = self.peers.get(&replica).and_then(Peer::session) {
+                regions.extend(session.logged.iter().copied());
+            }
+        }
+        for region in &regions {
+            self.logged.entry(*region).or_default();
+        }
+        if self.guards.intent {
+            self.reconcile.start(regions);
+        }
+        self.set_state(TargetState::Serving);
+        self.dirty = true;
+    }
+
+    /// Works out what the configuration allows, after each change of it.
+    pub(super) fn recompute(&mut self) {
+        let members = self.members();
+        let mut ack_set: BTreeSet<ReplicaId> = members.iter().copied().collect();
+        let out = match &self.pending {
+            Some(pending) if pending.kind != SwapKind::Take => {
+                if self.guards.joint {
+                    ack_set.extend(pending.proposed.in_sync.iter().copied());
+                }
+                pending.kind == SwapKind::Out
+            }
+            _ => false,
+        };
+        if self.guards.joint {
+            ack_set.extend(self.joining());
+        }
+        let serving = self.state == TargetState::Serving;
+        let told = !self.guards.tell || members.iter().all(|r| self.told.contains(r));
+        let enough = self.volume().is_some_and(|r| members.len() >= r.params.min_in_sync as usize);
+        let all_open = ack_set.iter().all(|r| self.is_open(*r));
+        let acknowledge = serving && !out && told && enough;
+        self.gates = Gates { begin: acknowledge && all_open, acknowledge, read: serving };
+        self.ack_set = ack_set;
+        self.recompute_leases();
+    }
+}

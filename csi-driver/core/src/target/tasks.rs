@@ -1,0 +1,465 @@
+//! One piece of work under the range lock: a read, a write, a part of a zeroing, a copy.
+//!
+//! ```text
+//! region ─> lock ─┬─> read ─> lease ─────────────> done        reads
+//!                 └─> edges ─> gate ─> write ────> done        writes (edges only if unaligned)
+//!                     gate ─> copy read ─> write > done        copies
+//! ```
+
+use std::collections::BTreeSet;
+
+use crate::block_range::BlockRange;
+use crate::ids::{Block, ReplicaId};
+use crate::replica::DataOp;
+
+use super::copies::CopyFor;
+use super::peers::IoOwner;
+use super::{CopyId, Edge, IoError, Payload, RequestError, RequestId, Target};
+
+#[derive(Debug, Clone)]
+pub(super) enum Work {
+    Read { request: RequestId },
+    Write { request: RequestId, fua: bool, edges: Vec<(Edge, Block)> },
+    Zero { request: RequestId, fua: bool, trim: bool, edge: Option<(Edge, Block)> },
+    Copy { copy: CopyId, why: CopyFor },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Waits until its regions are reconciled, without the lock, which the reconciling copy needs (R20).
+    Region,
+    /// Waits for the range lock.
+    Lock,
+    /// A read, or the read of a copy.
+    Read,
+    /// The data is here, the leases are not (R4).
+    Lease,
+    /// Edge blocks are being read; so many are out.
+    Edges(u32),
+    /// Waits until the configuration and the intent log let it begin.
+    Gate,
+    /// Sent.
+    Write,
+}
+
+/// What one replica did with a task's write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Pending,
+    Done,
+    /// Its session broke before it answered: sent again if it resumes (R14), forgotten if it leaves the set.
+    Missing,
+    Failed(IoError),
+}
+
+#[derive(Debug)]
+pub(super) struct Task {
+    pub work: Work,
+    pub range: BlockRange,
+    pub stage: Stage,
+    pub answers: Vec<(ReplicaId, Answer)>,
+    /// Replicas that could not read the range.
+    pub tried: BTreeSet<ReplicaId>,
+    /// What the client is told although the write is over (R16).
+    error: Option<RequestError>,
+    /// The client has its answer.
+    answered: bool,
+    /// Its regions are counted in the intent log.
+    counted: bool,
+    edges_failed: bool,
+}
+
+impl Task {
+    pub(super) fn request(&self) -> Option<RequestId> {
+        match &self.work {
+            Work::Read { request } | Work::Write { request, .. } | Work::Zero { request, .. } => {
+                Some(*request)
+            }
+            Work::Copy { .. } => None,
+        }
+    }
+
+    fn edges(&self) -> Vec<(Edge, Block)> {
+        match &self.work {
+            Work::Write { edges, .. } => edges.clone(),
+            Work::Zero { edge, .. } => edge.iter().copied().collect(),
+            Work::Read { .. } | Work::Copy { .. } => Vec::new(),
+        }
+    }
+
+    fn has_edges(&self) -> bool {
+        match &self.work {
+            Work::Write { edges, .. } => !edges.is_empty(),
+            Work::Zero { edge, .. } => edge.is_some(),
+            Work::Read { .. } | Work::Copy { .. } => false,
+        }
+    }
+
+    /// What is sent to every replica.
+    fn write_op(&self) -> (DataOp, Payload) {
+        let range = self.range;
+        match &self.work {
+            Work::Write { request, fua, .. } => {
+                (DataOp::Write { range, fua: *fua }, Payload::Request(*request))
+            }
+            Work::Zero { request, fua, edge: Some((edge, block)), .. } => {
+                let payload = Payload::Edge { request: *request, edge: *edge, block: *block };
+                (DataOp::Write { range, fua: *fua }, payload)
+            }
+            Work::Zero { fua, trim, edge: None, .. } => {
+                (DataOp::Zero { range, fua: *fua, trim: *trim }, Payload::None)
+            }
+            Work::Copy { copy, .. } => (DataOp::Write { range, fua: false }, Payload::Copy(*copy)),
+            Work::Read { request } => (DataOp::Read(range), Payload::Request(*request)),
+        }
+    }
+}
+
+impl Target {
+    pub(super) fn start_task(&mut self, work: Work, range: BlockRange) -> u64 {
+        let id = self.new_id();
+        let task = Task {
+            work,
+            range,
+            stage: Stage::Region,
+            answers: Vec::new(),
+            tried: BTreeSet::new(),
+            error: None,
+            answered: false,
+            counted: false,
+            edges_failed: false,
+        };
+        self.tasks.insert(id, task);
+        self.ask_lock(id);
+        id
+    }
+
+    /// From [`Stage::Region`] on.
+    pub(super) fn ask_lock(&mut self, id: u64) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let reads = matches!(task.work, Work::Read { .. }) || task.has_edges();
+        let range = task.range;
+        if reads && self.guards.readrec && self.wait_for_regions(id, range) {
+            return;
+        }
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = Stage::Lock;
+        let exclusive = !matches!(task.work, Work::Read { .. });
+        let skip = match task.work {
+            Work::Read { .. } => !self.guards.readlock,
+            Work::Write { .. } | Work::Zero { .. } => !self.guards.range,
+            Work::Copy { .. } => !self.guards.reglock,
+        };
+        if skip || self.locks.acquire(id, range, exclusive) {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// The lock is held.
+    pub(super) fn locked(&mut self, id: u64) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = match &task.work {
+            Work::Read { .. } => Stage::Read,
+            Work::Write { .. } | Work::Zero { .. } if task.has_edges() => Stage::Edges(0),
+            Work::Write { .. } | Work::Zero { .. } | Work::Copy { .. } => Stage::Gate,
+        };
+        self.try_advance(id);
+    }
+
+    /// Goes on with a task that holds the lock and waits for nothing that has been sent.
+    pub(super) fn try_advance(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        match task.stage {
+            Stage::Read => self.send_read(id),
+            Stage::Edges(0) => self.send_edges(id),
+            Stage::Gate => self.try_begin(id),
+            Stage::Region | Stage::Lock | Stage::Lease | Stage::Edges(_) | Stage::Write => {}
+        }
+    }
+
+    pub(super) fn pump_gated(&mut self) {
+        for id in std::mem::take(&mut self.gated) {
+            self.try_advance(id);
+        }
+    }
+
+    fn send_read(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        if let Work::Copy { .. } = task.work {
+            return self.send_copy_read(id);
+        }
+        let (op, payload) = task.write_op();
+        let tried = task.tried.clone();
+        if !self.gates.read {
+            return self.gated.push_back(id);
+        }
+        match self.choose_reader(&tried) {
+            Some(replica) => {
+                self.send_io(replica, IoOwner::Task(id), op, payload);
+            }
+            None if self.members().iter().all(|r| tried.contains(r)) => {
+                self.finish_task(id, Err(RequestError::Failed));
+            }
+            None => self.gated.push_back(id),
+        }
+    }
+
+    fn send_edges(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let (edges, request, tried) = (task.edges(), task.request(), task.tried.clone());
+        let Some(request) = request else { return };
+        if !self.gates.read {
+            return self.gated.push_back(id);
+        }
+        match self.choose_reader(&tried) {
+            Some(replica) => {
+                if let Some(task) = self.tasks.get_mut(&id) {
+                    task.stage = Stage::Edges(u32::try_from(edges.len()).unwrap_or(0));
+                    task.edges_failed = false;
+                }
+                for (edge, block) in edges {
+                    let op = DataOp::Read(BlockRange { start: block, count: 1 });
+                    self.send_io(replica, IoOwner::Task(id), op, Payload::Edge { request, edge, block });
+                }
+            }
+            None if self.members().iter().all(|r| tried.contains(r)) => {
+                self.finish_task(id, Err(RequestError::Failed));
+            }
+            None => self.gated.push_back(id),
+        }
+    }
+
+    /// R8, R10, R18: a write begins only in a settled configuration, with its regions in the log's budget.
+    fn try_begin(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let range = task.range;
+        if !self.gates.begin || !self.count_in_log(range) {
+            return self.gated.push_back(id);
+        }
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.counted = true;
+        if let Work::Copy { .. } = task.work {
+            task.stage = Stage::Read;
+            return self.send_copy_read(id);
+        }
+        let mut replicas: Vec<ReplicaId> = self.ack_set.iter().copied().collect();
+        replicas.extend(self.receiving().filter(|r| !self.ack_set.contains(r)));
+        self.send_writes(id, &replicas);
+    }
+
+    pub(super) fn send_writes(&mut self, id: u64, replicas: &[ReplicaId]) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = Stage::Write;
+        let (op, payload) = task.write_op();
+        let mut answers = Vec::with_capacity(replicas.len());
+        for replica in replicas {
+            let sent = self.send_io(*replica, IoOwner::Task(id), op, payload);
+            answers.push((*replica, if sent.is_some() { Answer::Pending } else { Answer::Missing }));
+        }
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.answers = answers;
+        }
+        if replicas.is_empty() {
+            self.check_write(id);
+        }
+    }
+
+    pub(super) fn task_io_done(&mut self, id: u64, replica: ReplicaId, result: Result<(), IoError>) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        match task.stage {
+            Stage::Read => match (result, &task.work) {
+                (Ok(()), Work::Copy { .. }) => self.copy_was_read(id),
+                (Ok(()), _) => {
+                    task.stage = Stage::Lease;
+                    self.lease_wait.push_back(id);
+                    self.release_reads();
+                }
+                (Err(_), _) => {
+                    task.tried.insert(replica);
+                    self.try_advance(id);
+                }
+            },
+            Stage::Edges(left) => {
+                if result.is_err() {
+                    task.tried.insert(replica);
+                    task.edges_failed = true;
+                }
+                self.edge_ended(id, left);
+            }
+            Stage::Write => {
+                let answer = result.map_or_else(Answer::Failed, |()| Answer::Done);
+                set_answer(&mut task.answers, replica, answer);
+                self.check_write(id);
+            }
+            Stage::Region | Stage::Lock | Stage::Lease | Stage::Gate => {}
+        }
+    }
+
+    fn edge_ended(&mut self, id: u64, left: u32) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = match (left.saturating_sub(1), task.edges_failed) {
+            (0, false) => Stage::Gate,
+            (left, _) => Stage::Edges(left),
+        };
+        self.try_advance(id);
+    }
+
+    pub(super) fn task_io_lost(&mut self, id: u64, replica: ReplicaId) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        match task.stage {
+            Stage::Read => self.gated.push_back(id),
+            Stage::Edges(left) => {
+                task.edges_failed = true;
+                task.stage = Stage::Edges(left.saturating_sub(1));
+                if left <= 1 {
+                    self.gated.push_back(id);
+                }
+            }
+            Stage::Write => set_answer(&mut task.answers, replica, Answer::Missing),
+            Stage::Region | Stage::Lock | Stage::Lease | Stage::Gate => {}
+        }
+    }
+
+    /// R4: hands out what was read while the leases of the whole ack set hold.
+    pub(super) fn release_reads(&mut self) {
+        if self.lease_wait.is_empty() || !self.leases_hold() || !self.gates.read {
+            return;
+        }
+        for id in std::mem::take(&mut self.lease_wait) {
+            self.finish_task(id, Ok(()));
+        }
+    }
+
+    /// Acknowledges and unlocks a write as far as its answers allow (R8, R13, R14).
+    pub(super) fn check_write(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        if task.stage != Stage::Write {
+            return;
+        }
+        let counts = |r: &ReplicaId| self.ack_set.contains(r) || self.receiving().any(|x| x == *r);
+        let pending = task.answers.iter().any(|(r, a)| *a == Answer::Pending && counts(r));
+        let failed = task.answers.iter().any(|(r, a)| matches!(a, Answer::Failed(_)) && counts(r));
+        if failed && !pending {
+            return self.handle_failed_write(id);
+        }
+        let holds = |r: &ReplicaId, a: &Answer| *a == Answer::Done || !counts(r);
+        let everywhere = task.answers.iter().all(|(r, a)| holds(r, a));
+        if let Work::Copy { .. } = task.work {
+            if everywhere {
+                self.copy_was_written(id);
+            }
+            return;
+        }
+        let acked = if self.guards.epochack {
+            task.answers.iter().all(|(r, a)| *a == Answer::Done || !self.ack_set.contains(r))
+        } else {
+            task.answers.iter().any(|(_, a)| *a == Answer::Done)
+        };
+        if acked && !task.answered && self.gates.acknowledge {
+            let (request, error) = (task.request(), task.error);
+            if let Some(task) = self.tasks.get_mut(&id) {
+                task.answered = true;
+            }
+            if let Some(request) = request {
+                self.next_part(request, error.map_or(Ok(()), Err));
+            }
+        }
+        let answered = self.tasks.get(&id).is_some_and(|task| task.answered);
+        if everywhere && answered {
+            self.drop_task(id);
+        }
+    }
+
+    /// R16: those that failed leave the set if another has the write; if all failed, one stays as it is, the others
+    /// leave, and the client is told.
+    fn handle_failed_write(&mut self, id: u64) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let in_set: Vec<(ReplicaId, Answer)> =
+            task.answers.iter().filter(|(r, _)| self.ack_set.contains(r)).copied().collect();
+        let done = in_set.iter().any(|(_, a)| *a == Answer::Done);
+        let missing = in_set.iter().any(|(_, a)| *a == Answer::Missing);
+        if !done && !missing && !in_set.is_empty() {
+            let full = in_set.iter().all(|(_, a)| *a == Answer::Failed(IoError::NoSpace));
+            task.error = Some(if full { RequestError::NoSpace } else { RequestError::Failed });
+            set_answer(&mut task.answers, in_set[0].0, Answer::Done);
+        } else if !done && missing {
+            // Whoever is missing is resent to or leaves first.
+            if !task.answers.iter().any(|(r, a)| matches!(a, Answer::Failed(_)) && !self.ack_set.contains(r))
+            {
+                return;
+            }
+        }
+        let keep_failed = !done && missing;
+        let failed: Vec<ReplicaId> = task
+            .answers
+            .iter()
+            .filter(|(r, a)| matches!(a, Answer::Failed(_)) && !(keep_failed && self.ack_set.contains(r)))
+            .map(|(r, _)| *r)
+            .collect();
+        for replica in failed {
+            if let Some(task) = self.tasks.get_mut(&id) {
+                set_answer(&mut task.answers, replica, Answer::Missing);
+            }
+            self.expel(replica);
+        }
+        self.dirty = true;
+    }
+
+    /// Sends again what a resumed member had not answered (R14).
+    pub(super) fn resend(&mut self, replica: ReplicaId) {
+        let missing: Vec<u64> = self
+            .tasks
+            .iter()
+            .filter(|(_, t)| t.stage == Stage::Write && t.answers.contains(&(replica, Answer::Missing)))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in missing {
+            let Some(task) = self.tasks.get(&id) else { continue };
+            let (op, payload) = task.write_op();
+            self.send_io(replica, IoOwner::Task(id), op, payload);
+            if let Some(task) = self.tasks.get_mut(&id) {
+                set_answer(&mut task.answers, replica, Answer::Pending);
+            }
+        }
+        self.resend_flushes(replica);
+    }
+
+    /// Ends a task that answers its client only now.
+    pub(super) fn finish_task(&mut self, id: u64, result: Result<(), RequestError>) {
+        let request = self.tasks.get(&id).and_then(Task::request);
+        self.drop_task(id);
+        if let Some(request) = request {
+            self.next_part(request, result);
+        }
+    }
+
+    /// Gives the lock and the log's count back.
+    pub(super) fn drop_task(&mut self, id: u64) {
+        let Some(task) = self.tasks.remove(&id) else { return };
+        if task.counted {
+            self.uncount_in_log(task.range);
+        }
+        let granted = self.locks.release(id);
+        self.ready.extend(granted);
+        if self.stopping.is_some() || self.catch_up.is_some() || !self.gated.is_empty() {
+            self.dirty = true;
+        }
+    }
+
+    /// After each change of the configuration.
+    pub(super) fn recheck_acknowledgements(&mut self) {
+        let writing: Vec<u64> =
+            self.tasks.iter().filter(|(_, t)| t.stage == Stage::Write).map(|(id, _)| *id).collect();
+        for id in writing {
+            self.check_write(id);
+        }
+        self.recheck_flushes();
+        self.release_reads();
+    }
+}
+
+pub(super) fn set_answer(answers: &mut [(ReplicaId, Answer)], replica: ReplicaId, answer: Answer) {
+    if let Some(entry) = answers.iter_mut().find(|(r, _)| *r == replica) {
+        entry.1 = answer;
+    }
+}
