@@ -122,7 +122,7 @@ pub(crate) fn mark_kept(dir: &Path) -> Result<()> {
 }
 
 /// The run that an interrupt must end; none once it is ended.
-pub(crate) fn set_active(dir: Option<&Path>) {
+pub fn set_active(dir: Option<&Path>) {
     *ACTIVE.lock().unwrap_or_else(PoisonError::into_inner) = dir.map(Path::to_path_buf);
 }
 

@@ -74,6 +74,17 @@ impl Socket {
         self.call(|channel| call(NodeClient::new(channel)))
     }
 
+    /// Calls the data process's own service.
+    ///
+    /// # Errors
+    /// The server's status, or `UNAVAILABLE`.
+    pub fn data<T, F>(&self, call: impl FnOnce(DataClient<Channel>) -> F) -> Result<T, Status>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call(|channel| call(DataClient::new(channel)))
+    }
+
     /// What the data process knows of a volume that is attached there.
     ///
     /// # Errors

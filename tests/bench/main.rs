@@ -1,0 +1,48 @@
+//! Measures Holdfast beside a peer on this machine, in one run, under the same load. `scripts/bench` builds and runs it.
+
+mod figures;
+mod fio;
+mod ours;
+mod peer;
+mod place;
+mod storage;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use holdfast_tests::{cleanup, helper};
+
+/// Holdfast beside a peer, in one run on this machine.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// A replicated volume beside qemu-storage-daemon's quorum of three.
+    Storage(storage::Options),
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = helper::run_if_asked() {
+        return code;
+    }
+    match run(Arguments::parse().part) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nThe bench failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(part: Part) -> Result<()> {
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "it needs root: it makes namespaces, links and mounts");
+    cleanup::end_when_interrupted()?;
+    match part {
+        Part::Storage(options) => storage::run(&options),
+    }
+}
