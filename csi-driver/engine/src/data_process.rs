@@ -1,13 +1,52 @@
 //! One data process: starts and stops everything a node's storage half runs.
+//!
+//! ```text
+//!  hf-control   gRPC services and calls, record store, heartbeats; waits for no disk
+//!  hf-pulse     timers of all state machines; waits for nothing else
+//!  hf-nbd       other nodes' sessions to this node's replicas
+//!  hf-vol-*     one per attached volume: its NBD connections, local clients
+//! ```
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use holdfast_storage_core::node_directory::NodeDirectory;
+use holdfast_frontend::FuseLoop;
+use holdfast_io::BlockDevice;
+use holdfast_nbd::Server as NbdServer;
+use holdfast_proto::storage::data_server::DataServer;
+use holdfast_proto::storage::pool_server::PoolServer;
+use holdfast_proto::storage::replica_server::ReplicaServer;
+use holdfast_storage_core::ids::{Attachment, VolumeId};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record_store::RecordStore;
+use holdfast_storage_core::target::TargetStatus;
+use holdfast_storage_core::timers;
+use holdfast_store::{Pool, PoolOptions};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
 
-use crate::config::DataConfig;
+use crate::config::{ANNOUNCE_INTERVAL, DataConfig, FrontEndKind};
+use crate::data_service::DataService;
+use crate::host;
+use crate::node::NodeContext;
+use crate::peers::Peers;
+use crate::pool_service::PoolService;
+use crate::pulse::Pulse;
+use crate::replica::grpc::ReplicaService;
+use crate::replica::host::ReplicaHost;
+use crate::replica::provider::ReplicaExports;
+use crate::target::table::Volumes;
+use crate::target::volume::AttachError;
+use crate::thread_runtime::ThreadRuntime;
+use crate::wire;
+
+/// How long the pool's lock is waited for: a killed predecessor's last I/O must land first (R3).
+const POOL_LOCK_WAIT: Duration = Duration::from_secs(30);
+/// Bytes of the pool's file system that are left alone.
+const POOL_RESERVE_BYTES: u64 = 64 << 20;
 
 /// Why a data process could not start.
 #[derive(Debug, thiserror::Error)]
@@ -38,12 +77,28 @@ pub enum StartError {
         /// Why not.
         reason: String,
     },
+    /// The kernel gives no thread.
+    #[error("a thread cannot be started: {0}")]
+    Thread(std::io::Error),
+    /// gRPC refuses the TLS material.
+    #[error("the TLS material is refused: {0}")]
+    Tls(#[from] tonic::transport::Error),
 }
 
 /// A running data process. Dropping it without [`DataProcess::shutdown`] is a crash: no lease is released.
 pub struct DataProcess {
+    node: Arc<NodeContext>,
+    volumes: Arc<Volumes>,
+    control: ThreadRuntime,
+    nbd: ThreadRuntime,
     control_address: SocketAddr,
     nbd_address: SocketAddr,
+}
+
+struct Listeners {
+    control: TcpListener,
+    nbd: TcpListener,
+    data: UnixListener,
 }
 
 impl DataProcess {
@@ -56,17 +111,89 @@ impl DataProcess {
         store: Arc<dyn RecordStore>,
         directory: Arc<dyn NodeDirectory>,
     ) -> Result<Self, StartError> {
-        let _ = (store, directory);
-        let listener = tokio::net::TcpListener::bind(config.control_listen).await.map_err(|source| {
-            StartError::Listen { service: "control", address: config.control_listen.to_string(), source }
-        })?;
-        let control_address = listener.local_addr().unwrap_or(config.control_listen);
-        Ok(Self { control_address, nbd_address: config.nbd_listen })
+        for (name, value) in timers::table() {
+            tracing::debug!(name, value, "timer");
+        }
+        make_folders(&config)?;
+        let control = ThreadRuntime::start("hf-control").map_err(StartError::Thread)?;
+        let nbd = ThreadRuntime::start("hf-nbd").map_err(StartError::Thread)?;
+        let pulse = Pulse::start().map_err(StartError::Thread)?;
+        let replicas = open_pool(&config, pulse.clone(), control.handle().clone()).await?;
+        clean_stale(&config).await;
+
+        let peers = Arc::new(Peers::new(Arc::clone(&directory), config.tls.clone()));
+        let listeners = bind(&config, &control, &nbd)?;
+        let control_address = address_of(&listeners.control, config.control_listen);
+        let nbd_address = address_of(&listeners.nbd, config.nbd_listen);
+        let info = NodeInfo {
+            name: config.node.clone(),
+            control_address: config.control_advertise.clone().unwrap_or_else(|| control_address.to_string()),
+            nbd_address: config.nbd_advertise.clone().unwrap_or_else(|| nbd_address.to_string()),
+            capacity_bytes: config.pool_capacity_bytes,
+            available_bytes: 0,
+        };
+        let node = Arc::new(NodeContext {
+            config,
+            store,
+            peers,
+            replicas,
+            pulse,
+            control: control.handle().clone(),
+        });
+        let volumes = Arc::new(Volumes::new(Arc::clone(&node)));
+        serve(&node, &volumes, listeners, &control, &nbd, nbd_address.port())?;
+        control.handle().spawn(announce(Arc::clone(&node), directory, info));
+        tracing::info!(node = %node.config.node, control = %control_address, nbd = %nbd_address, "the data process serves");
+        Ok(Self { node, volumes, control, nbd, control_address, nbd_address })
+    }
+
+    /// Starts the volume's target for an attachment and exposes it, as the Data service's Attach does.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub async fn attach(&self, volume: VolumeId, attachment: Attachment) -> Result<(), AttachError> {
+        let volumes = Arc::clone(&self.volumes);
+        let attach = self.control.handle().spawn(async move { volumes.attach(volume, attachment).await });
+        let stopping = |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
+        attach.await.map_err(stopping)?.map(|_| ())
+    }
+
+    /// Flushes and stops the volume's target, as the Data service's Detach does.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub async fn detach(&self, volume: VolumeId) -> Result<(), AttachError> {
+        let volumes = Arc::clone(&self.volumes);
+        let detach = self.control.handle().spawn(async move { volumes.detach(volume).await });
+        let stopping = |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
+        detach.await.map_err(stopping)?
+    }
+
+    /// An attached volume's target as a block device.
+    #[must_use]
+    pub fn device(&self, volume: VolumeId) -> Option<Arc<dyn BlockDevice>> {
+        self.volumes.get(volume)?.device()
+    }
+
+    /// An attached volume's target.
+    #[must_use]
+    pub fn status(&self, volume: VolumeId) -> Option<TargetStatus> {
+        Some(self.volumes.get(volume)?.status())
     }
 
     /// Flushes and stops every target, releases its leases, closes the replicas and stops the servers.
     pub async fn shutdown(self) {
-        tokio::task::yield_now().await;
+        self.volumes.detach_all().await;
+        self.abort();
+        tracing::info!("the data process stopped");
+    }
+
+    /// Stops as a crash does: nothing is flushed or released. Blocks for a moment.
+    pub fn abort(mut self) {
+        self.volumes.abandon_all();
+        self.node.replicas.stop();
+        self.nbd.stop();
+        self.control.stop();
     }
 
     /// Where the control services listen.
@@ -79,5 +206,162 @@ impl DataProcess {
     #[must_use]
     pub fn nbd_address(&self) -> SocketAddr {
         self.nbd_address
+    }
+}
+
+fn make_folders(config: &DataConfig) -> Result<(), StartError> {
+    let folders = [Some(&config.pool_dir), Some(&config.cookie_dir), Some(&config.run_dir)];
+    for folder in folders.into_iter().flatten().chain(config.nbd_client_dir.as_ref()) {
+        std::fs::create_dir_all(folder)
+            .map_err(|source| StartError::Folder { path: folder.clone(), source })?;
+    }
+    Ok(())
+}
+
+async fn open_pool(
+    config: &DataConfig,
+    pulse: Pulse,
+    control: tokio::runtime::Handle,
+) -> Result<Arc<ReplicaHost>, StartError> {
+    let options = PoolOptions {
+        capacity_bytes: config.pool_capacity_bytes,
+        reserve_bytes: POOL_RESERVE_BYTES,
+        cookie_dir: Some(config.cookie_dir.clone()),
+        lock_wait: POOL_LOCK_WAIT,
+    };
+    let path = config.pool_dir.clone();
+    let open = move |path: &Path| {
+        let pool = Pool::open(path, options).map_err(|error| error.to_string())?;
+        ReplicaHost::open(pool, pulse, control).map_err(|error| error.to_string())
+    };
+    let dir = path.clone();
+    let opened = tokio::task::spawn_blocking(move || open(&dir)).await;
+    opened
+        .unwrap_or_else(|error| Err(error.to_string()))
+        .map_err(|reason| StartError::Pool { path, reason })
+}
+
+/// What a killed predecessor left in the kernel: its loop devices answer nothing any more.
+async fn clean_stale(config: &DataConfig) {
+    if config.front_end == FrontEndKind::None {
+        return;
+    }
+    let dir = config.run_dir.clone();
+    let cleaned = tokio::task::spawn_blocking(move || FuseLoop::clean_stale(&dir)).await;
+    match cleaned {
+        Ok(Ok(cleaned)) if cleaned.cleared.is_empty() && cleaned.busy.is_empty() => {}
+        Ok(Ok(cleaned)) => tracing::info!(?cleaned, "block devices of an earlier process were cleaned up"),
+        Ok(Err(error)) => tracing::warn!(%error, "block devices of an earlier process could not be cleaned up"),
+        Err(error) => tracing::warn!(%error, "cleaning up did not end"),
+    }
+}
+
+fn bind(config: &DataConfig, control: &ThreadRuntime, nbd: &ThreadRuntime) -> Result<Listeners, StartError> {
+    let tcp = |runtime: &ThreadRuntime, service, address: SocketAddr| {
+        let _inside = runtime.handle().enter();
+        std::net::TcpListener::bind(address)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .and_then(TcpListener::from_std)
+            .map_err(|source| StartError::Listen { service, address: address.to_string(), source })
+    };
+    let data = {
+        let _inside = control.handle().enter();
+        host::listen_unix(&config.data_socket).map_err(|source| StartError::Listen {
+            service: "the CSI node service",
+            address: config.data_socket.display().to_string(),
+            source,
+        })?
+    };
+    Ok(Listeners {
+        control: tcp(control, "control", config.control_listen)?,
+        nbd: tcp(nbd, "NBD", config.nbd_listen)?,
+        data,
+    })
+}
+
+fn address_of(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(asked)
+}
+
+fn serve(
+    node: &Arc<NodeContext>,
+    volumes: &Arc<Volumes>,
+    listeners: Listeners,
+    control: &ThreadRuntime,
+    nbd: &ThreadRuntime,
+    nbd_port: u16,
+) -> Result<(), StartError> {
+    let replica_service = ReplicaService { host: Arc::clone(&node.replicas), nbd_port };
+    let replica_service = ReplicaServer::new(replica_service)
+        .max_decoding_message_size(wire::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(wire::MESSAGE_BYTES_MAX);
+    let pool_service = PoolService { node: node.config.node.clone(), host: Arc::clone(&node.replicas) };
+    let mut server = Server::builder().tcp_nodelay(true);
+    let mut nbd_server = NbdServer::new(Arc::new(ReplicaExports::new(&node.replicas)));
+    if let Some(tls) = &node.config.tls {
+        server = server.tls_config(tls.tonic_server())?;
+        nbd_server = nbd_server.with_tls(tls.nbd_server());
+    }
+    let control_server = server
+        .add_service(replica_service)
+        .add_service(PoolServer::new(pool_service))
+        .serve_with_incoming(TcpListenerStream::new(listeners.control));
+    control.handle().spawn(report("control", control_server));
+    let data_service = DataService { volumes: Arc::clone(volumes) };
+    let data_server = Server::builder()
+        .add_service(DataServer::new(data_service))
+        .serve_with_incoming(UnixListenerStream::new(listeners.data));
+    control.handle().spawn(report("data", data_server));
+    nbd.handle().spawn(serve_nbd(nbd_server, listeners.nbd));
+    Ok(())
+}
+
+async fn report(
+    service: &'static str,
+    server: impl Future<Output = Result<(), tonic::transport::Error>>,
+) {
+    if let Err(error) = server.await {
+        tracing::error!(service, %error, "a service ended");
+    }
+}
+
+async fn serve_nbd(server: NbdServer, listener: TcpListener) {
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or a connection that was gone before it was taken: the next may work.
+                tracing::warn!(%error, "an NBD connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%peer, %error, "TCP_NODELAY could not be set");
+        }
+        let server = server.clone();
+        tokio::spawn(async move {
+            if let Err(error) = server.serve_connection(stream).await {
+                tracing::info!(%peer, %error, "an NBD connection ended");
+            }
+        });
+    }
+}
+
+/// Makes this node known, and the other nodes known here, until the process ends.
+async fn announce(node: Arc<NodeContext>, directory: Arc<dyn NodeDirectory>, mut info: NodeInfo) {
+    loop {
+        let replicas = Arc::clone(&node.replicas);
+        if let Ok(Ok(space)) = tokio::task::spawn_blocking(move || replicas.space()).await {
+            info.capacity_bytes = space.capacity_bytes;
+            info.available_bytes = space.available_bytes;
+        }
+        match tokio::time::timeout(ANNOUNCE_INTERVAL, directory.announce(info.clone())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "the node could not be announced"),
+            Err(_) => tracing::debug!("the registry did not take the announcement in time"),
+        }
+        node.peers.refresh().await;
+        tokio::time::sleep(ANNOUNCE_INTERVAL).await;
     }
 }

@@ -1,0 +1,93 @@
+//! The Pool service: the controller makes and removes replicas here.
+
+use std::sync::Arc;
+
+use holdfast_proto::storage as pb;
+use holdfast_proto::storage::pool_server::Pool;
+use holdfast_storage_core::ids::{NodeName, REGION_BYTES};
+use holdfast_storage_core::replica::ReplicaMeta;
+use holdfast_store::PoolError;
+use tonic::{Request, Response, Status};
+
+use crate::replica::host::{HostError, ReplicaHost};
+use crate::wire;
+
+/// Serves the controller.
+pub struct PoolService {
+    /// This node.
+    pub node: NodeName,
+    /// Its replicas.
+    pub host: Arc<ReplicaHost>,
+}
+
+impl PoolService {
+    /// Runs what waits for the disk on a thread that may.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ReplicaHost) -> Result<T, HostError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let host = Arc::clone(&self.host);
+        let result = tokio::task::spawn_blocking(move || work(&host)).await;
+        result.unwrap_or(Err(HostError::Stopping)).map_err(|error| host_status(&error))
+    }
+}
+
+#[tonic::async_trait]
+impl Pool for PoolService {
+    async fn get_pool(&self, _: Request<pb::GetPoolRequest>) -> Result<Response<pb::GetPoolReply>, Status> {
+        let (space, replicas) = self.blocking(|host| Ok((host.space()?, host.list()?))).await?;
+        Ok(Response::new(pb::GetPoolReply {
+            node: self.node.0.clone(),
+            capacity_bytes: space.capacity_bytes,
+            available_bytes: space.available_bytes,
+            replica_ids: replicas.iter().map(ToString::to_string).collect(),
+        }))
+    }
+
+    async fn create_replica(
+        &self,
+        request: Request<pb::CreateReplicaRequest>,
+    ) -> Result<Response<pb::CreateReplicaReply>, Status> {
+        let request = request.into_inner();
+        let size_bytes = request.size_bytes;
+        if size_bytes == 0 || !size_bytes.is_multiple_of(REGION_BYTES) {
+            let text = format!("{size_bytes} bytes is no replica size: it must be a multiple of {REGION_BYTES}, not 0");
+            return Err(Status::invalid_argument(text));
+        }
+        let meta = ReplicaMeta::new(
+            wire::id(&request.volume_id)?,
+            wire::id(&request.replica_id)?,
+            wire::id(&request.lineage)?,
+            size_bytes,
+            wire::epoch(wire::required(request.epoch, "epoch")?),
+        );
+        self.blocking(move |host| host.create(&meta)).await?;
+        Ok(Response::new(pb::CreateReplicaReply {}))
+    }
+
+    async fn delete_replica(
+        &self,
+        request: Request<pb::DeleteReplicaRequest>,
+    ) -> Result<Response<pb::DeleteReplicaReply>, Status> {
+        let request = request.into_inner();
+        let volume = wire::id(&request.volume_id)?;
+        let replica = wire::id(&request.replica_id)?;
+        self.blocking(move |host| host.delete(volume, replica)).await?;
+        Ok(Response::new(pb::DeleteReplicaReply {}))
+    }
+}
+
+fn host_status(error: &HostError) -> Status {
+    let text = error.to_string();
+    match error {
+        HostError::Pool(PoolError::NoSpace { .. }) => Status::resource_exhausted(text),
+        HostError::Pool(PoolError::Conflict(_)) => Status::already_exists(text),
+        HostError::Pool(PoolError::NotFound(_)) => Status::not_found(text),
+        HostError::Pool(PoolError::InvalidSize(_)) => Status::invalid_argument(text),
+        HostError::Pool(PoolError::InUse(_) | PoolError::Locked(_)) | HostError::Stopping => {
+            Status::unavailable(text)
+        }
+        HostError::OtherVolume { .. } => Status::failed_precondition(text),
+        HostError::Pool(_) => Status::internal(text),
+    }
+}

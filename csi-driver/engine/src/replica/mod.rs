@@ -1,0 +1,7 @@
+//! The replica server: this node's replicas, opened by targets here and on other nodes.
+
+pub mod disk;
+pub mod grpc;
+pub mod host;
+pub mod machine;
+pub mod provider;

@@ -1,0 +1,218 @@
+//! A target's way to one replica: in this process, or over gRPC and NBD to another node. Both are fenced alike, by the
+//! replica's own state machine.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
+use holdfast_nbd::Client;
+use holdfast_proto::storage as pb;
+use holdfast_proto::storage::replica_client::ReplicaClient;
+use holdfast_storage_core::dirty_map::DirtyMap;
+use holdfast_storage_core::replica::{ControlOp, ReplicaReply, SessionKey};
+use holdfast_storage_core::target::Control;
+use tokio::sync::oneshot;
+use tonic::Code;
+use tonic::transport::Channel;
+
+use crate::replica::grpc;
+use crate::replica::machine::{ReplicaActor, ReplicaInput};
+use crate::{errno, wire};
+
+/// Bytes asked about in one NBD block status request.
+const STATUS_BYTES_MAX: u64 = 1 << 30;
+
+/// One open session.
+pub enum Link {
+    /// The replica is served by this process.
+    Local {
+        /// The replica.
+        actor: Arc<ReplicaActor>,
+        /// The session.
+        key: SessionKey,
+    },
+    /// The replica is on another node.
+    Remote(RemoteLink),
+}
+
+/// A session to another node.
+pub struct RemoteLink {
+    /// The NBD connection.
+    pub client: Arc<Client>,
+    /// The control connection.
+    pub rpc: ReplicaClient<Channel>,
+    /// Names the session in each control request.
+    pub session: pb::Session,
+}
+
+/// What a control request was answered.
+pub enum ControlAnswer {
+    /// Done.
+    Done,
+    /// The dirty map asked for.
+    Map(DirtyMap),
+}
+
+/// Why a control request failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LinkError {
+    /// The replica says that the session is over.
+    #[error("the session is over: {0}")]
+    Over(String),
+    /// No answer, or one that says nothing about the session.
+    #[error("the replica did not answer: {0}")]
+    Silent(String),
+}
+
+impl Link {
+    /// Sends a data request.
+    pub fn submit(&self, op: BlockOp, done: Completion) {
+        match self {
+            Self::Local { actor, key } => actor.post(ReplicaInput::Data { token: key.token, op, done }),
+            Self::Remote(remote) => remote.client.submit(op, done),
+        }
+    }
+
+    /// Ends the session from this side, without an answer.
+    pub fn close(&self) {
+        match self {
+            Self::Local { actor, key } => actor.post(ReplicaInput::ConnectionLost(key.token)),
+            Self::Remote(remote) => remote.client.close(),
+        }
+    }
+
+    /// Renews the lease; tells whether the replica's cache was lost.
+    pub async fn lease(&self, sequence: u64) -> Result<bool, LinkError> {
+        match self {
+            Self::Local { actor, key } => match grpc::control(actor, *key, ControlOp::Lease).await {
+                Some(ReplicaReply::Lease(Ok(cache_lost))) => Ok(cache_lost),
+                reply => Err(LinkError::Over(format!("{reply:?}"))),
+            },
+            Self::Remote(remote) => {
+                let request = pb::LeaseRequest { session: Some(remote.session.clone()), sequence };
+                let reply = remote.rpc.clone().lease(request).await.map_err(link_error)?;
+                Ok(reply.into_inner().cache_lost)
+            }
+        }
+    }
+
+    /// Sends a control request.
+    pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
+        match self {
+            Self::Local { actor, key } => match grpc::control(actor, *key, local_op(op)).await {
+                Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
+                Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
+                reply => Err(LinkError::Over(format!("{reply:?}"))),
+            },
+            Self::Remote(remote) => remote.control(op).await,
+        }
+    }
+
+    /// Counts blocks that are zero or data, of `size_bytes` (R36).
+    pub async fn allocated_blocks(&self, size_bytes: u64) -> Result<u64, BlockError> {
+        match self {
+            Self::Local { actor, .. } => holdfast_store::wait(&actor.env.disk, |done| {
+                actor.env.disk.allocated_blocks(done);
+            })
+            .await
+            .map_err(|error| BlockError(error.errno())),
+            Self::Remote(remote) => remote.allocated_blocks(size_bytes).await,
+        }
+    }
+}
+
+impl RemoteLink {
+    async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
+        let mut rpc = self.rpc.clone();
+        let session = Some(self.session.clone());
+        match op {
+            Control::SetEpoch { epoch, in_sync, absent } => {
+                let absent = absent.iter().map(|(replica, left)| pb::AbsentReplica {
+                    replica_id: replica.to_string(),
+                    left_epoch: Some(wire::epoch_pb(*left)),
+                });
+                let request = pb::SetEpochRequest {
+                    session,
+                    epoch: Some(wire::epoch_pb(epoch)),
+                    in_sync: in_sync.iter().map(ToString::to_string).collect(),
+                    absent: absent.collect(),
+                };
+                rpc.set_epoch(request).await.map_err(link_error)?;
+            }
+            Control::ClearLog(regions) => {
+                let stamp = |region: &holdfast_storage_core::ids::Region| pb::RegionStamp {
+                    region: region.0,
+                    stamp: 0,
+                };
+                let request = pb::ClearLogRequest { session, regions: regions.iter().map(stamp).collect() };
+                rpc.clear_log(request).await.map_err(link_error)?;
+            }
+            Control::ReadMap(absent) => {
+                let request = pb::ReadMapRequest { session, absent_replica_id: absent.to_string() };
+                let reply = rpc.read_map(request).await.map_err(link_error)?;
+                return wire::map_reply(reply.get_ref()).map(ControlAnswer::Map).map_err(link_error);
+            }
+            Control::MergeMaps { epoch, maps } => {
+                let request = pb::MergeMapRequest {
+                    session,
+                    epoch: Some(wire::epoch_pb(epoch)),
+                    maps: wire::maps_pb(&maps),
+                };
+                rpc.merge_map(request).await.map_err(link_error)?;
+            }
+            Control::Release => {
+                rpc.release(pb::ReleaseRequest { session }).await.map_err(link_error)?;
+            }
+        }
+        Ok(ControlAnswer::Done)
+    }
+
+    async fn allocated_blocks(&self, size_bytes: u64) -> Result<u64, BlockError> {
+        let mut allocated_bytes = 0;
+        let mut at = 0;
+        while at < size_bytes {
+            let len = u32::try_from((size_bytes - at).min(STATUS_BYTES_MAX)).expect("1 GiB fits 32 bits");
+            let (sender, receiver) = oneshot::channel();
+            self.client.block_status(at, len, Box::new(move |result| drop(sender.send(result))));
+            let extents = receiver.await.unwrap_or(Err(BlockError(errno::ENOTCONN)))?;
+            let seen: u64 = extents.iter().map(|extent| u64::from(extent.len)).sum();
+            if seen == 0 {
+                return Err(BlockError(errno::EIO));
+            }
+            let data = extents.iter().filter(|extent| !extent.hole).map(|extent| u64::from(extent.len));
+            allocated_bytes += data.sum::<u64>();
+            at += seen;
+        }
+        Ok(allocated_bytes.div_ceil(holdfast_storage_core::ids::BLOCK_BYTES))
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Whether a failed request says that its session is gone.
+pub fn is_session_error(result: &Result<Bytes, BlockError>) -> bool {
+    matches!(result, Err(BlockError(errno::ENOTCONN | errno::ESHUTDOWN)))
+}
+
+fn local_op(op: Control) -> ControlOp {
+    match op {
+        Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
+        Control::ClearLog(regions) => ControlOp::ClearLog(regions),
+        Control::ReadMap(absent) => ControlOp::ReadMap(absent),
+        Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
+        Control::Release => ControlOp::Release,
+    }
+}
+
+fn link_error(status: tonic::Status) -> LinkError {
+    let text = status.message().to_owned();
+    match status.code() {
+        // The server's own words about the session; everything else may be the way there.
+        Code::FailedPrecondition | Code::NotFound | Code::PermissionDenied | Code::DataLoss => LinkError::Over(text),
+        _ => LinkError::Silent(text),
+    }
+}

@@ -1,0 +1,9 @@
+//! The target: serves an attached volume's I/O and fans writes out to its replicas.
+
+mod buffers;
+mod calls;
+pub mod device;
+pub mod link;
+pub mod machine;
+pub mod table;
+pub mod volume;

@@ -1,0 +1,160 @@
+//! The volumes attached to this node, one attach or detach of each at a time.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use holdfast_io::BlockError;
+use holdfast_storage_core::ids::{Attachment, VolumeId};
+use holdfast_storage_core::record::VolumeRecord;
+
+use crate::errno;
+use crate::node::NodeContext;
+
+use super::volume::{AttachError, Volume};
+
+/// The attached volumes.
+pub struct Volumes {
+    node: Arc<NodeContext>,
+    // One entry per volume ever attached here since the start; an idle one is two pointers.
+    slots: Mutex<HashMap<VolumeId, Arc<Slot>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Held for the whole of an attach or detach: a duplicate waits and then finds the work done.
+    gate: tokio::sync::Mutex<()>,
+    volume: Mutex<Option<Arc<Volume>>>,
+}
+
+impl Volumes {
+    /// No volume.
+    #[must_use]
+    pub fn new(node: Arc<NodeContext>) -> Self {
+        Self { node, slots: Mutex::default() }
+    }
+
+    /// Starts the volume's target and exposes it; idempotent within one attachment, and safe to be called twice at
+    /// once.
+    ///
+    /// # Errors
+    /// The record says otherwise, the target does not come up, or the kernel gives no device. Nothing keeps running
+    /// then.
+    pub async fn attach(&self, volume_id: VolumeId, attachment: Attachment) -> Result<Arc<Volume>, AttachError> {
+        let slot = self.slot(volume_id);
+        let _gate = slot.gate.lock().await;
+        if let Some(volume) = slot.current() {
+            if volume.attachment != attachment {
+                return Err(AttachError::OtherAttachment { volume: volume_id, attachment: volume.attachment });
+            }
+            return volume.end().map_or(Ok(volume), Err);
+        }
+        let record = self.node.store.read(volume_id).await?.record;
+        self.check_published(&record, attachment)?;
+        let volume = Volume::start(&self.node, volume_id, attachment)
+            .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
+        // From here on a caller that gives up leaves nothing half done: the slot owns the volume.
+        slot.put(Some(Arc::clone(&volume)));
+        let up = async {
+            volume.wait_serving(self.node.config.attach_timeout).await?;
+            volume.expose(&self.node, record.read_only).await
+        };
+        if let Err(error) = up.await {
+            slot.put(None);
+            // What came up goes down in order; why it failed is the answer.
+            let _ = volume.stop().await;
+            return Err(error);
+        }
+        Ok(volume)
+    }
+
+    /// Stops the volume's target. Idempotent.
+    ///
+    /// # Errors
+    /// The block device is still in use; the volume is gone nevertheless.
+    pub async fn detach(&self, volume_id: VolumeId) -> Result<(), AttachError> {
+        let slot = self.slot(volume_id);
+        let _gate = slot.gate.lock().await;
+        match slot.take() {
+            Some(volume) => volume.stop().await,
+            None => Ok(()),
+        }
+    }
+
+    /// An attached volume.
+    #[must_use]
+    pub fn get(&self, volume_id: VolumeId) -> Option<Arc<Volume>> {
+        self.lock().get(&volume_id).and_then(|slot| slot.current())
+    }
+
+    /// Detaches every volume.
+    pub async fn detach_all(&self) {
+        let attached: Vec<VolumeId> =
+            self.lock().iter().filter(|(_, slot)| slot.current().is_some()).map(|(id, _)| *id).collect();
+        for volume_id in attached {
+            if let Err(error) = self.detach(volume_id).await {
+                tracing::warn!(volume = %volume_id, %error, "a volume did not detach in order");
+            }
+        }
+    }
+
+    /// Drops every volume as a crash does.
+    pub fn abandon_all(&self) {
+        let slots = std::mem::take(&mut *self.lock());
+        for volume in slots.values().filter_map(|slot| slot.take()) {
+            volume.abandon();
+        }
+    }
+
+    /// Counts zero and data blocks on every member; the largest count (R36 asks whether any is above zero).
+    ///
+    /// # Errors
+    /// A member has no open session or does not answer.
+    pub async fn count_allocated(&self, volume: &Volume) -> Result<u64, BlockError> {
+        let actor = volume.actor();
+        let (links, size_bytes) = actor.peek(|machine| (machine.member_links(), machine.size_bytes()));
+        let mut most = 0;
+        for link in links.ok_or(BlockError(errno::ENOTCONN))? {
+            most = most.max(link.allocated_blocks(size_bytes.unwrap_or_default()).await?);
+        }
+        Ok(most)
+    }
+
+    fn check_published(&self, record: &VolumeRecord, attachment: Attachment) -> Result<(), AttachError> {
+        let node = &self.node.config.node;
+        if record.attached_to.as_ref() == Some(node) && record.attachment == attachment && !record.deleting {
+            return Ok(());
+        }
+        let found = match &record.attached_to {
+            _ if record.deleting => "that it is being deleted".to_owned(),
+            Some(at) => format!("node {at}, attachment {}", record.attachment),
+            None => format!("no node, last attachment {}", record.attachment),
+        };
+        Err(AttachError::NotPublished { volume: record.volume_id, node: node.0.clone(), attachment, found })
+    }
+
+    fn slot(&self, volume_id: VolumeId) -> Arc<Slot> {
+        Arc::clone(self.lock().entry(volume_id).or_default())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slot {
+    fn current(&self) -> Option<Arc<Volume>> {
+        self.lock().clone()
+    }
+
+    fn put(&self, volume: Option<Arc<Volume>>) {
+        *self.lock() = volume;
+    }
+
+    fn take(&self) -> Option<Arc<Volume>> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Volume>>> {
+        self.volume.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

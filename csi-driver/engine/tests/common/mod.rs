@@ -1,0 +1,283 @@
+//! Three data processes in one test process, on loopback ports, with temporary pools and a record store in memory.
+#![allow(dead_code, clippy::unwrap_used, missing_docs)]
+
+pub mod store;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial};
+use holdfast_io::{BlockDevice, BlockError, BlockOp};
+use holdfast_proto::storage as pb;
+use holdfast_proto::storage::pool_client::PoolClient;
+use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::record::VolumeParams;
+use holdfast_storage_core::transitions::{self, NewVolume};
+use rand::Rng;
+use store::MemStore;
+use tonic::transport::Endpoint;
+
+pub const MIB: u64 = 1 << 20;
+
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    /// On tmpfs, as the cookie demands.
+    pub cookies: tempfile::TempDir,
+    pub store: Arc<MemStore>,
+    pub nodes: Vec<Node>,
+    pub tls: bool,
+}
+
+pub struct Node {
+    pub name: NodeName,
+    pub process: Option<DataProcess>,
+    pub tls_dir: Option<PathBuf>,
+    ports: (u16, u16),
+}
+
+impl Cluster {
+    pub async fn start(count: usize) -> Self {
+        Self::start_with(count, false).await
+    }
+
+    pub async fn start_with(count: usize, tls: bool) -> Self {
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_test_writer()
+            .try_init();
+        let dir = tempfile::tempdir().unwrap();
+        let cookies = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut cluster = Self { dir, cookies, store: Arc::new(MemStore::default()), nodes: Vec::new(), tls };
+        let authority = tls.then(Authority::new);
+        for index in 0..count {
+            let name = NodeName(format!("node-{}", char::from(b'a' + u8::try_from(index).unwrap())));
+            let tls_dir = authority.as_ref().map(|authority| {
+                let tls_dir = cluster.dir.path().join(&name.0).join("tls");
+                authority.issue(&name.0, &tls_dir);
+                tls_dir
+            });
+            cluster.nodes.push(Node { name, process: None, tls_dir, ports: (0, 0) });
+            cluster.start_node(index).await;
+        }
+        cluster
+    }
+
+    pub async fn start_node(&mut self, index: usize) {
+        let config = self.config(index);
+        let process = DataProcess::start(config, self.store.clone(), self.store.clone()).await.unwrap();
+        let node = &mut self.nodes[index];
+        // The same ports after a restart, as a real node has.
+        node.ports = (process.control_address().port(), process.nbd_address().port());
+        node.process = Some(process);
+    }
+
+    /// Ends a process as `kill -9` does: nothing is flushed or released.
+    pub fn kill(&mut self, index: usize) {
+        self.nodes[index].process.take().unwrap().abort();
+    }
+
+    pub fn process(&self, index: usize) -> &DataProcess {
+        self.nodes[index].process.as_ref().unwrap()
+    }
+
+    pub fn config(&self, index: usize) -> DataConfig {
+        let node = &self.nodes[index];
+        let dir = self.dir.path().join(&node.name.0);
+        for sub in ["pool", "run"] {
+            std::fs::create_dir_all(dir.join(sub)).unwrap();
+        }
+        DataConfig {
+            node: node.name.clone(),
+            pool_dir: dir.join("pool"),
+            pool_capacity_bytes: 1 << 30,
+            cookie_dir: self.cookies.path().join(&node.name.0),
+            control_listen: format!("127.0.0.1:{}", node.ports.0).parse().unwrap(),
+            nbd_listen: format!("127.0.0.1:{}", node.ports.1).parse().unwrap(),
+            control_advertise: None,
+            nbd_advertise: None,
+            data_socket: dir.join("run/data.sock"),
+            nbd_client_dir: None,
+            run_dir: dir.join("run/mounts"),
+            tls: node.tls_dir.as_deref().map(|dir| TlsMaterial::load(dir).unwrap()),
+            front_end: FrontEndKind::None,
+            attach_timeout: Duration::from_secs(30),
+        }
+    }
+
+    /// Makes a volume with one replica on each node, as the controller does.
+    pub async fn create_volume(&self, size_bytes: u64) -> VolumeId {
+        let volume_id = VolumeId(rand::rng().random());
+        let record = transitions::create(NewVolume {
+            volume_id,
+            name: format!("vol-{volume_id}"),
+            lineage: Lineage(rand::rng().random()),
+            size_bytes,
+            epoch_nonce: rand::rng().random(),
+            replicas: self.nodes.iter().map(|n| (ReplicaId(rand::rng().random()), n.name.clone())).collect(),
+            params: VolumeParams {
+                replicas: u32::try_from(self.nodes.len()).unwrap(),
+                fs_type: String::new(),
+                min_in_sync: 1,
+            },
+        });
+        for (index, node) in self.nodes.iter().enumerate() {
+            let (replica, _) = record.replicas.iter().find(|(_, r)| r.node == node.name).unwrap();
+            let request = pb::CreateReplicaRequest {
+                volume_id: volume_id.to_string(),
+                replica_id: replica.to_string(),
+                lineage: record.lineage.to_string(),
+                size_bytes,
+                epoch: Some(pb::Epoch { number: record.epoch.number, nonce: record.epoch.nonce }),
+            };
+            self.pool_client(index).await.create_replica(request).await.unwrap();
+        }
+        use holdfast_storage_core::record_store::RecordStore;
+        self.store.create(record).await.unwrap();
+        volume_id
+    }
+
+    pub async fn pool_client(&self, index: usize) -> PoolClient<tonic::transport::Channel> {
+        let address = self.process(index).control_address();
+        let endpoint = if let Some(dir) = &self.nodes[index].tls_dir {
+            let tls = TlsMaterial::load(dir).unwrap();
+            Endpoint::from_shared(format!("https://{address}"))
+                .unwrap()
+                .tls_config(tls.tonic_client(&self.nodes[index].name.0))
+                .unwrap()
+        } else {
+            Endpoint::from_shared(format!("http://{address}")).unwrap()
+        };
+        PoolClient::new(endpoint.connect().await.unwrap())
+    }
+
+    /// Publishes the volume to a node, wherever it was, as the controller does.
+    pub fn publish(&self, volume: VolumeId, index: usize) -> Attachment {
+        let node = self.nodes[index].name.clone();
+        self.store.update(volume, |record| {
+            let free = transitions::unpublish(record, None).unwrap();
+            *record = transitions::publish(&free, &node, false).unwrap();
+        });
+        self.store.get(volume).record.attachment
+    }
+
+    /// Publishes and attaches; answers the target's device.
+    pub async fn attach(&self, volume: VolumeId, index: usize) -> Arc<dyn BlockDevice> {
+        let attachment = self.publish(volume, index);
+        self.process(index).attach(volume, attachment).await.unwrap();
+        self.process(index).device(volume).unwrap()
+    }
+
+    pub fn replica_on(&self, volume: VolumeId, index: usize) -> ReplicaId {
+        let record = self.store.get(volume).record;
+        *record.replicas.iter().find(|(_, r)| r.node == self.nodes[index].name).unwrap().0
+    }
+
+    /// Waits until the record names `count` members.
+    pub async fn wait_members(&self, volume: VolumeId, count: usize, within: Duration) {
+        let start = Instant::now();
+        while self.store.get(volume).record.in_sync.len() != count {
+            assert!(start.elapsed() < within, "not {count} members after {within:?}: {:?}", self.store.get(volume));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Checks that every replica that the record calls a member holds the same bytes: P5. The volume's writer must be
+    /// idle. The replicas' files are opened after all processes stopped.
+    pub async fn assert_members_equal(mut self, volume: VolumeId) {
+        let record = self.store.get(volume).record;
+        for node in &mut self.nodes {
+            if let Some(process) = node.process.take() {
+                process.shutdown().await;
+            }
+        }
+        let mut first: Option<(NodeName, Bytes)> = None;
+        for replica in &record.in_sync {
+            let node = &record.replicas[replica].node;
+            let bytes = self.read_replica(node, *replica, record.size_bytes).await;
+            match &first {
+                None => first = Some((node.clone(), bytes)),
+                Some((other, expected)) => {
+                    let differs = expected.iter().zip(&bytes).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "{other} and {node} differ from this byte on");
+                }
+            }
+        }
+    }
+
+    async fn read_replica(&self, node: &NodeName, replica: ReplicaId, size_bytes: u64) -> Bytes {
+        let dir = self.dir.path().join(&node.0);
+        let options = holdfast_store::PoolOptions {
+            capacity_bytes: 1 << 30,
+            reserve_bytes: 0,
+            cookie_dir: Some(self.cookies.path().join(&node.0)),
+            lock_wait: Duration::from_secs(5),
+        };
+        let pool = holdfast_store::Pool::open(&dir.join("pool"), options).unwrap();
+        let disk = pool.open_replica(replica).unwrap();
+        let mut bytes = Vec::new();
+        for offset in (0..size_bytes).step_by(MIB as usize) {
+            let part = holdfast_store::wait(&disk, |done| disk.read(offset, MIB as u32, done)).await.unwrap();
+            bytes.extend_from_slice(&part);
+        }
+        Bytes::from(bytes)
+    }
+}
+
+pub async fn submit(device: &Arc<dyn BlockDevice>, op: BlockOp) -> Result<Bytes, BlockError> {
+    let (tx, rx) = tokio::sync::oneshot::channel();
+    device.submit(op, Box::new(move |result| drop(tx.send(result))));
+    tokio::time::timeout(Duration::from_secs(60), rx).await.expect("I/O hangs").expect("completed once")
+}
+
+pub async fn write(device: &Arc<dyn BlockDevice>, offset: u64, data: Vec<u8>) -> Result<(), BlockError> {
+    submit(device, BlockOp::Write { offset, data: Bytes::from(data), fua: false }).await.map(|_| ())
+}
+
+pub async fn read(device: &Arc<dyn BlockDevice>, offset: u64, len: u32) -> Result<Bytes, BlockError> {
+    submit(device, BlockOp::Read { offset, len }).await
+}
+
+pub async fn flush(device: &Arc<dyn BlockDevice>) -> Result<(), BlockError> {
+    submit(device, BlockOp::Flush).await.map(|_| ())
+}
+
+/// A page of bytes that tells its place and its version.
+pub fn pattern(offset: u64, version: u64, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len);
+    let mut at = offset;
+    while bytes.len() < len {
+        bytes.extend_from_slice(&at.to_le_bytes());
+        bytes.extend_from_slice(&version.to_le_bytes());
+        at += 16;
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// A certificate authority of the test.
+pub struct Authority {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    pem: String,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let cert = params.self_signed(&key).unwrap();
+        Self { pem: cert.pem(), issuer: rcgen::Issuer::new(params, key) }
+    }
+
+    pub fn issue(&self, name: &str, dir: &Path) {
+        std::fs::create_dir_all(dir).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        std::fs::write(dir.join("ca.pem"), &self.pem).unwrap();
+        std::fs::write(dir.join("node.pem"), cert.pem()).unwrap();
+        std::fs::write(dir.join("node.key"), key.serialize_pem()).unwrap();
+    }
+}
