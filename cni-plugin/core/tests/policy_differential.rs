@@ -4,6 +4,9 @@
 //! asked about every address, protocol and port of interest, in both directions. A failure prints its seed and step;
 //! replay with `HOLDFAST_SEED=N cargo test -p holdfast-net-core --test policy_differential`.
 
+// Helpers of a test may panic like the test itself.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
