@@ -216,17 +216,23 @@ fn a_kill_in_the_middle_of_adds_leaves_nothing_that_restart_and_del_do_not_clean
     cluster.put_node("a", 1, "10.42.1.0/26");
     let mut node = cluster.start_node("a", 1);
     let clean = node.pod_state();
+    let mut interrupted = 0;
     for round in 0..8_u64 {
         let sandboxes: Vec<Netns> = (0..6).map(|_| Netns::new()).collect();
         let ids: Vec<String> = (0..6).map(|index| format!("r{round}-{index}")).collect();
-        std::thread::scope(|scope| {
-            for (id, sandbox) in ids.iter().zip(&sandboxes) {
-                let node = &node;
-                // Its failure is the runtime's to answer with DEL.
-                scope.spawn(move || node.cni("ADD", id, Some(&sandbox.path()), json!({})));
-            }
+        interrupted += std::thread::scope(|scope| {
+            let adds: Vec<_> = ids
+                .iter()
+                .zip(&sandboxes)
+                .map(|(id, sandbox)| {
+                    let node = &node;
+                    // Its failure is the runtime's to answer with DEL.
+                    scope.spawn(move || node.cni("ADD", id, Some(&sandbox.path()), json!({})).is_err())
+                })
+                .collect();
             std::thread::sleep(Duration::from_millis(15 + 7 * round));
             node.kill_by_signal();
+            adds.into_iter().filter_map(|add| add.join().unwrap().then_some(())).count()
         });
         node.kill();
         node.start();
@@ -236,6 +242,7 @@ fn a_kill_in_the_middle_of_adds_leaves_nothing_that_restart_and_del_do_not_clean
         assert_eq!(node.ports(), 0, "round {round}: {}", node.log());
         assert_eq!(node.pod_state(), clean, "round {round}");
     }
+    assert!(interrupted > 0, "no kill hit an ADD");
     // All 62 addresses are free again.
     let state = node.dump();
     assert_eq!(state["leases"], json!([]), "{state}");
@@ -279,6 +286,36 @@ fn a_pod_is_denied_until_its_object_is_known_and_policy_follows_the_objects() {
     eventually("roles change", || web.pings(&db_address) && !api.pings(&db_address));
     cluster.remove("policy-db");
     eventually("open again", || api.pings(&db_address) && web.pings(&db_address));
+}
+
+#[test]
+fn dual_stack_pods_reach_each_other_over_the_overlay_in_both_families() {
+    let cluster = Cluster::new();
+    for (name, number) in [("a", 1), ("b", 2)] {
+        cluster.put(
+            &format!("node-{name}"),
+            &json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": { "name": name },
+                "spec": { "podCIDRs": [format!("10.42.{number}.0/24"), format!("fd42:{number}::/64")] },
+                "status": { "addresses": [{ "type": "InternalIP", "address": format!("192.0.2.{number}") }] },
+            }),
+        );
+    }
+    let (a, b) = (cluster.start_node("a", 1), cluster.start_node("b", 2));
+    let (one, two, three) = (Netns::new(), Netns::new(), Netns::new());
+    let add = |node: &support::Node, id: &str, sandbox: &Netns| {
+        let result = node.cni("ADD", id, Some(&sandbox.path()), json!({})).unwrap();
+        let text = |index: usize| result["ips"][index]["address"].as_str().unwrap().to_owned();
+        [text(0), text(1)].map(|address| address.split('/').next().unwrap().to_owned())
+    };
+    let (first, second, third) = (add(&a, "one", &one), add(&b, "two", &two), add(&a, "three", &three));
+    for address in first.iter().chain(&third) {
+        assert!(two.pings(address), "{address} from another node");
+    }
+    for address in second.iter().chain(&third) {
+        assert!(one.pings(address), "{address} from the same and another node");
+    }
+    assert!(a.netns.pings(&first[1]), "the node reaches its pod by IPv6");
 }
 
 #[test]

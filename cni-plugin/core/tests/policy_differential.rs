@@ -272,7 +272,9 @@ impl World {
             let name = pod.object_name();
             if index < 4 {
                 let uid = if rng.random_bool(0.1) { "another" } else { "" };
-                let addresses = pod.addresses();
+                let moved = rng.random_bool(0.2);
+                let addresses =
+                    if moved { vec![v4(20 + index), v6(20 + u16::from(index))] } else { pod.addresses() };
                 world.subjects.push(Subject { pod: Some(name.clone()), uid: uid.into(), addresses });
             }
             world.objects.pods.insert(name, pod);
@@ -352,14 +354,9 @@ impl World {
         if let Some(subject) = self.subjects.iter().find(|subject| subject.addresses.contains(&address)) {
             return self.live_pod(subject.pod.as_ref()?, &subject.uid);
         }
-        let attached = |name: &ObjectName| {
-            self.subjects
-                .iter()
-                .any(|s| s.pod.as_ref() == Some(name) && self.live_pod(name, &s.uid).is_some())
-        };
         let claims = self.objects.pods.iter().filter(|(name, pod)| {
             let ours = pod.status.pod_ips.iter().any(|entry| entry.ip == address);
-            ours && self.live_pod(name, "").is_some() && !attached(name)
+            ours && self.live_pod(name, "").is_some()
         });
         let claims: Vec<&Pod> = claims.map(|(_, pod)| pod).collect();
         if claims.len() == 1 { Some(claims[0]) } else { None }
@@ -368,6 +365,7 @@ impl World {
     fn interesting_addresses(&self) -> Vec<IpAddr> {
         let mut addresses: Vec<IpAddr> = (0..=11).map(v4).collect();
         addresses.extend((0..=6).map(v6));
+        addresses.extend((20..24).map(v4));
         addresses.extend([v4(30), v4(31), v4(127), v4(128), v4(255), v6(30)]);
         addresses.extend(
             ["10.1.0.1", "8.8.8.8", "255.255.255.255", "2001:db8::1"].map(|t| t.parse::<IpAddr>().unwrap()),

@@ -271,19 +271,16 @@ fn namespace_of(pod: &Pod) -> &str {
 fn owners<'a>(objects: &'a Objects, subjects: &[Subject]) -> (BTreeMap<IpAddr, &'a Pod>, BTreeSet<IpAddr>) {
     let mut owners: BTreeMap<IpAddr, &Pod> = BTreeMap::new();
     let mut leased: BTreeSet<IpAddr> = BTreeSet::new();
-    let mut attached: BTreeSet<&ObjectName> = BTreeSet::new();
     for subject in subjects {
         leased.extend(&subject.addresses);
         let Some(name) = &subject.pod else { continue };
         let Some(pod) = known_pod(objects, name, &subject.uid) else { continue };
-        attached.insert(name);
         owners.extend(subject.addresses.iter().map(|address| (*address, pod)));
     }
     let mut claims: BTreeMap<IpAddr, Vec<&Pod>> = BTreeMap::new();
-    for (name, pod) in &objects.pods {
-        if !pod.is_policy_pod() || attached.contains(name) {
-            continue;
-        }
+    // Also of a pod that is attached here: one that was started again elsewhere keeps its name, and its old sandbox may
+    // not be gone yet.
+    for pod in objects.pods.values().filter(|pod| pod.is_policy_pod()) {
         for address in pod.addresses().into_iter().filter(|address| !leased.contains(address)) {
             claims.entry(address).or_default().push(pod);
         }
