@@ -72,7 +72,8 @@ impl TlsIdentity {
     }
 
     /// For a gRPC server.
-    pub(crate) fn server(&self) -> Arc<ServerConfig> {
+    #[must_use]
+    pub fn server(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.server)
     }
 
