@@ -2,6 +2,7 @@
 
 mod figures;
 mod fio;
+mod network;
 mod ours;
 mod peer;
 mod place;
@@ -24,6 +25,11 @@ struct Arguments {
 enum Part {
     /// A replicated volume beside qemu-storage-daemon's quorum of three.
     Storage(storage::Options),
+    /// The plugin and the data path beside the reference plugins, a VXLAN and a veth pair made by hand.
+    Network(network::Options),
+    /// Times a plugin's calls; started by `network` inside a node.
+    #[command(hide = true)]
+    NetworkCalls(network::CallsOptions),
 }
 
 fn main() -> ExitCode {
@@ -41,8 +47,13 @@ fn main() -> ExitCode {
 
 fn run(part: Part) -> Result<()> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "it needs root: it makes namespaces, links and mounts");
+    if let Part::NetworkCalls(options) = &part {
+        return network::run_calls(options);
+    }
     cleanup::end_when_interrupted()?;
     match part {
         Part::Storage(options) => storage::run(&options),
+        Part::Network(options) => network::run(&options),
+        Part::NetworkCalls(_) => Ok(()),
     }
 }

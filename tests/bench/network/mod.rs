@@ -1,0 +1,66 @@
+//! `network`: the plugin and the data path beside the reference plugins, a hand-made VXLAN and a bare veth pair.
+//!
+//! Everything runs in namespaces of its own. The plugins are executed as a runtime does it: environment and standard
+//! input, timed from the start of the process to its end, by a process inside the node.
+
+mod calls;
+mod nodes;
+mod streams;
+
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+use holdfast_tests::Work;
+use holdfast_tests::cleanup::{self, Logs};
+
+use crate::figures::{self, Figure};
+
+pub use calls::{CallsOptions, run_calls};
+
+/// How much is measured.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// One JSON object per line instead of the table.
+    #[arg(long)]
+    json: bool,
+    /// Pods per round.
+    #[arg(long, default_value_t = 100)]
+    pods: usize,
+    /// How often each side is measured; the median counts.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// How long each stream runs, after one second to warm up.
+    #[arg(long, default_value_t = 3)]
+    seconds: u32,
+}
+
+/// Runs it all and prints the figures.
+///
+/// # Errors
+/// Something could not be started or measured, or something is left behind.
+pub fn run(options: &Options) -> Result<()> {
+    cleanup::sweep_dead_runs()?;
+    let work = Work::create("bench")?;
+    cleanup::set_active(Some(work.dir()));
+    // The namespaces end with `measure_all`, before the folder is swept.
+    let measured = measure_all(&work, options);
+    let logs = if measured.is_ok() { Logs::Remove } else { Logs::Keep };
+    let swept = cleanup::sweep(work.dir(), logs);
+    cleanup::set_active(None);
+    let figures = measured?;
+    swept?;
+    figures::print(&figures, options.json);
+    Ok(())
+}
+
+fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
+    let start = Instant::now();
+    let tell = |text: &str| eprintln!("{:>6.1} s  {text}", start.elapsed().as_secs_f64());
+    tell("starting two nodes with holdfast-netd, and two without for the peers");
+    let ours = nodes::Ours::start(work, options.pods)?;
+    let peer = nodes::Peer::start(work)?;
+    let mut figures = calls::compare(work, &ours, &peer, options.pods, options.rounds, &tell)?;
+    figures.extend(streams::compare(&ours, &peer, options.rounds, options.seconds, &tell)?);
+    Ok(figures)
+}

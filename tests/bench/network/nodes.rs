@@ -1,0 +1,229 @@
+//! Two nodes of ours, and the peers' two namespaces.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use holdfast_tests::cni::{self, Call};
+use holdfast_tests::process::wait_until;
+use holdfast_tests::work::binaries_dir;
+use holdfast_tests::{Namespaces, Objects, Program, ProgramSpec, Work};
+use serde_json::{Value, json};
+
+/// How long an agent may take to serve.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+const AGENT_SOCKET: &str = "/run/holdfast/netd.sock";
+const NAMES: [&str; 2] = ["net-a", "net-b"];
+const PEER_NAMES: [&str; 2] = ["peer-a", "peer-b"];
+/// Kubernetes namespace of the pods.
+pub const NAMESPACE: &str = "default";
+
+/// A pod for throughput.
+pub struct StreamPod {
+    /// Which node.
+    pub node: usize,
+    /// Its sandbox, a path inside the node.
+    pub netns: PathBuf,
+    /// Its address.
+    pub address: Ipv4Addr,
+}
+
+/// Two nodes, joined by a veth pair, each with the agent.
+pub struct Ours {
+    /// Their namespaces.
+    pub nodes: Vec<Namespaces>,
+    pending: Vec<PathBuf>,
+    _agents: Vec<Program>,
+}
+
+impl Ours {
+    /// Starts them; objects for `pods` pods of the first node and a policy that selects them all are in place.
+    pub fn start(work: &Work, pods: usize) -> Result<Self> {
+        let objects = Objects::new(work.folder("objects")?);
+        write_objects(&objects, pods)?;
+        let nodes = join(work, NAMES, address)?;
+        let mut agents = Vec::new();
+        let mut pending = Vec::new();
+        for (index, node) in nodes.iter().enumerate() {
+            let state = work.folder(NAMES[index])?;
+            pending.push(state.join("pending"));
+            agents.push(start_agent(work, node, &state, &objects)?);
+            let socket = node.host_path(AGENT_SOCKET);
+            wait_until(START_TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))
+                .with_context(|| {
+                    format!("{} does not serve:\n{}", agents[index].name(), agents[index].log_tail())
+                })?;
+        }
+        Ok(Self { nodes, pending, _agents: agents })
+    }
+
+    /// The plugin's configuration on the node.
+    pub fn config(&self, node: usize) -> Value {
+        cni::network_config(AGENT_SOCKET, &self.pending[node].display().to_string())
+    }
+
+    /// Makes a pod that no policy selects.
+    pub fn stream_pod(&self, node: usize, name: &str) -> Result<StreamPod> {
+        let netns = make_sandbox(&self.nodes[node], name)?;
+        let path = netns.display().to_string();
+        let call = Call { command: "ADD", container_id: name, netns: &path, ifname: "eth0", args: "" };
+        let answer = cni::execute(&self.nodes[node], &call, &self.config(node).to_string())?;
+        let result = answer.result()?.json()?;
+        let text = result["ips"][0]["address"].as_str().context("the result has no address")?;
+        let address = text.split('/').next().unwrap_or(text).parse()?;
+        Ok(StreamPod { node, netns, address })
+    }
+}
+
+/// The peers' two namespaces, joined by a veth pair; nothing of ours runs there.
+pub struct Peer {
+    /// The namespaces.
+    pub nodes: Vec<Namespaces>,
+    /// What was done by hand, for the reader.
+    pub by_hand: Vec<String>,
+}
+
+impl Peer {
+    /// Makes them, with a VXLAN between them and a bare veth pair between two sandboxes of the first.
+    pub fn start(work: &Work) -> Result<Self> {
+        let nodes = join(work, PEER_NAMES, address)?;
+        let mut by_hand = Vec::new();
+        for (index, node) in nodes.iter().enumerate() {
+            let (own, other) = (address(index), address(1 - index));
+            let steps = [
+                format!(
+                    "ip link add vx0 type vxlan id 42 local {own} remote {other} dstport 4790 nolearning"
+                ),
+                format!("ip addr add {}/24 dev vx0", vxlan_address(index)),
+                "ip link set vx0 up".to_owned(),
+            ];
+            for step in steps {
+                shell(node, &step)?;
+                by_hand.push(format!("{}: {step}", PEER_NAMES[index]));
+            }
+        }
+        for step in [
+            "ip netns add v0".to_owned(),
+            "ip netns add v1".to_owned(),
+            "ip link add eth0 netns v0 type veth peer name eth0 netns v1".to_owned(),
+            format!("ip -n v0 addr add {}/24 dev eth0", veth_address(0)),
+            format!("ip -n v1 addr add {}/24 dev eth0", veth_address(1)),
+            "ip -n v0 link set eth0 up".to_owned(),
+            "ip -n v1 link set eth0 up".to_owned(),
+        ] {
+            shell(&nodes[0], &step)?;
+            by_hand.push(format!("{}: {step}", PEER_NAMES[0]));
+        }
+        Ok(Self { nodes, by_hand })
+    }
+}
+
+/// Address on the hand-made VXLAN.
+pub fn vxlan_address(index: usize) -> Ipv4Addr {
+    nth(Ipv4Addr::new(10, 251, 0, 1), index)
+}
+
+/// Address on the bare veth pair.
+pub fn veth_address(index: usize) -> Ipv4Addr {
+    nth(Ipv4Addr::new(10, 252, 0, 1), index)
+}
+
+/// Address of a node on its underlay.
+fn address(index: usize) -> Ipv4Addr {
+    nth(Ipv4Addr::new(192, 168, 78, 11), index)
+}
+
+fn nth(first: Ipv4Addr, index: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(first) + u32::try_from(index).unwrap_or(0))
+}
+
+/// Makes a sandbox as a runtime does, with its loopback up; its path inside the node.
+pub fn make_sandbox(node: &Namespaces, name: &str) -> Result<PathBuf> {
+    shell(node, &format!("ip netns add {name}; ip -n {name} link set lo up"))?;
+    Ok(Path::new("/run/netns").join(name))
+}
+
+/// Runs a line of shell on a node.
+pub fn shell(node: &Namespaces, line: &str) -> Result<String> {
+    node.run("sh", &["-ec", line])
+}
+
+fn join(work: &Work, names: [&str; 2], address: fn(usize) -> Ipv4Addr) -> Result<Vec<Namespaces>> {
+    let nodes: Vec<Namespaces> =
+        names.iter().map(|name| Namespaces::create(name, work)).collect::<Result<_>>()?;
+    let pair = format!("ip link add up0 type veth peer name up0 netns {}", nodes[1].pid());
+    anyhow::ensure!(
+        nodes[0].network_command("sh").args(["-ec", &pair]).status()?.success(),
+        "cannot join {} and {}",
+        names[0],
+        names[1]
+    );
+    for (index, node) in nodes.iter().enumerate() {
+        shell(
+            node,
+            &format!("ip addr add {}/24 dev up0; ip link set up0 up; ip link set lo up", address(index)),
+        )?;
+    }
+    Ok(nodes)
+}
+
+fn write_objects(objects: &Objects, pods: usize) -> Result<()> {
+    for (index, name) in NAMES.iter().enumerate() {
+        objects.put_node(name, address(index), &format!("10.246.{index}.0/24"))?;
+    }
+    objects.put_namespace(NAMESPACE)?;
+    for index in 0..pods {
+        let name = pod_name(index);
+        objects.put(
+            &format!("pod-{name}"),
+            &json!({
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": {"name": name, "namespace": NAMESPACE, "uid": name, "labels": {"app": "bench"}},
+                "spec": {"nodeName": NAMES[0], "containers": [{"name": "main", "image": "none"}]},
+                "status": {"phase": "Pending", "hostIP": address(0).to_string()},
+            }),
+        )?;
+    }
+    objects.put(
+        "policy",
+        &json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": "bench", "namespace": NAMESPACE},
+            "spec": {
+                "podSelector": {"matchLabels": {"app": "bench"}}, "policyTypes": ["Ingress"],
+                "ingress": [{
+                    "from": [{"podSelector": {"matchLabels": {"app": "bench"}}}],
+                    "ports": [{"protocol": "TCP", "port": 80}],
+                }],
+            },
+        }),
+    )
+}
+
+/// Name of the nth pod whose ADD is timed.
+pub fn pod_name(index: usize) -> String {
+    format!("bench-{index}")
+}
+
+fn start_agent(work: &Work, node: &Namespaces, state: &Path, objects: &Objects) -> Result<Program> {
+    let name = format!("{}-netd", node.name());
+    let log = work.folder("logs")?.join(format!("{name}.log"));
+    let mut template = node.command(binaries_dir()?.join("holdfast-netd"));
+    template
+        .arg(format!("--node={}", node.name()))
+        .arg(format!("--objects={}", objects.dir().display()))
+        .arg(format!("--state-dir={}", state.display()))
+        .arg(format!("--pending-dir={}", state.join("pending").display()))
+        .arg(format!("--socket={AGENT_SOCKET}"));
+    let line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
+    let command = Arc::new(move || {
+        let mut command = Command::new("nsenter");
+        command.args(&line).stdin(Stdio::null());
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+    });
+    Program::start(ProgramSpec { name, log, command })
+}
