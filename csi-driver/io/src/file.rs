@@ -72,7 +72,8 @@ pub fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
         let part = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
         let position = i64::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
         // SAFETY: the one iovec names memory that outlives the call and that the kernel only reads.
-        let wrote = unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, position, libc::RWF_DSYNC) };
+        let wrote =
+            unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, position, libc::RWF_DSYNC) };
         match usize::try_from(wrote) {
             Ok(0) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             Ok(count) => {

@@ -20,9 +20,25 @@
 //!
 //! The format is drawn byte by byte in `docs/on-disk-format.md`, with every crash point argued.
 
+mod bit_sectors;
+mod control;
+mod cookie;
+mod data;
+mod disk;
 mod error;
+mod gather;
+mod intent_log;
+mod layer;
+mod layout;
+mod manifest;
+mod map_file;
+mod meta_file;
 mod pool;
 mod replica;
+mod sealed;
+mod space;
+mod sums;
+mod tables;
 
 pub use error::{PoolError, StoreError};
 pub use pool::{Pool, PoolOptions, Space};

@@ -1,15 +1,19 @@
 //! An open replica: the handle that the replica server drives.
 
+use std::fmt;
+use std::sync::Arc;
+
 use bytes::Bytes;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{DirtyMap, RegionBits};
 use holdfast_storage_core::ids::{Block, Region, ReplicaId, VolumeId};
 use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
+use crate::control::{ControlOp, ControlQueue};
+use crate::data::DataPath;
 use crate::error::StoreError;
 
-/// Bytes of the largest meta, in its JSON form, that [`Replica::persist_meta`] takes.
-pub const META_BYTES_MAX: usize = 64 * 1024 - 64;
+pub use crate::meta_file::META_BYTES_MAX;
 
 /// Called exactly once, on any thread (also on the caller's, before the call returns); it must not block.
 pub type Done<T = ()> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
@@ -17,7 +21,7 @@ pub type Done<T = ()> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
 /// Calls an operation that takes a callback and waits for its answer.
 ///
 /// ```ignore
-/// wait(|done| replica.flush(done)).await?;
+/// wait(&replica, |done| replica.flush(done)).await?;
 /// ```
 ///
 /// Dropping the future does not stop the operation.
@@ -52,146 +56,159 @@ pub struct Extent {
 /// Data of a read that skips verification (R32).
 #[derive(Debug, Clone)]
 pub struct UncheckedRead {
-    /// What the disk holds.
+    /// What the disk holds; zeroes where the allocation map names no data.
     pub data: Bytes,
     /// The blocks that do not match their checksum or allocation state.
     pub bad_blocks: Vec<Block>,
 }
 
-/// An open replica. Cheap to clone.
+/// An open replica. Cheap to clone; closed by [`Replica::close`] or with the last handle.
 ///
 /// Offsets and lengths are multiples of the block size. Overlapping data requests in flight together have no order.
-/// Requests on meta, cookie, log and maps take effect in the order of their calls.
-#[derive(Debug, Clone)]
-pub struct Replica {}
+/// Requests on meta, cookie, log and maps take effect in the order of their calls. Every callback is called exactly
+/// once, on any thread.
+#[derive(Clone)]
+pub struct Replica {
+    inner: Arc<Inner>,
+}
 
-#[expect(clippy::unused_self, reason = "the logic follows")]
+struct Inner {
+    volume: VolumeId,
+    start: ReplicaStart,
+    data: Arc<DataPath>,
+    control: ControlQueue,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.control.push(ControlOp::Close(None));
+    }
+}
+
+impl fmt::Debug for Replica {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Replica({})", self.replica_id())
+    }
+}
+
 impl Replica {
+    pub(crate) fn new(start: ReplicaStart, data: Arc<DataPath>, control: ControlQueue) -> Self {
+        Self { inner: Arc::new(Inner { volume: start.meta.volume_id, start, data, control }) }
+    }
+
     /// The replica.
     #[must_use]
     pub fn replica_id(&self) -> ReplicaId {
-        ReplicaId(0)
+        self.inner.data.replica()
     }
 
     /// Its volume.
     #[must_use]
     pub fn volume_id(&self) -> VolumeId {
-        VolumeId(0)
+        self.inner.volume
     }
 
     /// Bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        0
-    }
-
-    /// Gives exactly `len` bytes (more than 0), verified; [`StoreError::Checksum`] names the blocks that failed.
-    pub fn read(&self, offset: u64, len: u32, done: Done<Bytes>) {
-        let _ = (offset, len);
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Like [`Replica::read`], but gives the data with the list of blocks that do not verify, for R32's last resort.
-    pub fn read_unchecked(&self, offset: u64, len: u32, done: Done<UncheckedRead>) {
-        let _ = (offset, len);
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Puts data into the disk's write cache, with `fua` on stable storage. Every region it touches must be in the log
-    /// ([`Replica::log_add`]). Data in page-aligned memory ([`holdfast_io::AlignedBuf`]) is not copied.
-    pub fn write(&self, offset: u64, data: Bytes, fua: bool, done: Done) {
-        let _ = (offset, data, fua);
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Makes whole blocks read as zeroes, with `trim` giving their space back (R17). Logged like a write. Blocks that
-    /// were absent at the bottom of the stack stay absent.
-    pub fn zero(&self, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
-        let _ = (offset, len, trim, fua);
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Makes every write and zero answered before the call durable, with checksums and allocation map.
-    pub fn flush(&self, done: Done) {
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// The allocation states of a range, as runs.
-    pub fn allocation(&self, range: BlockRange, done: Done<Vec<Extent>>) {
-        let _ = range;
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Number of blocks that are zero or data (R36).
-    pub fn allocated_blocks(&self, done: Done<u64>) {
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Puts regions into the intent log; durable when answered. Calls that arrive while a log write is under way share
-    /// the next one.
-    pub fn log_add(&self, regions: &[Region], done: Done) {
-        let _ = regions;
-        done(Err(StoreError::Closed(self.replica_id())));
-    }
-
-    /// Takes regions out of the intent log, after everything written to them is durable (R18). A region with a write
-    /// in flight stays in.
-    pub fn log_remove(&self, regions: &[Region], done: Done) {
-        let _ = regions;
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.data.size_bytes()
     }
 
     /// What was found on disk when the replica was opened, for [`holdfast_storage_core::replica::Replica`].
     #[must_use]
     pub fn start(&self) -> ReplicaStart {
-        unreachable!("the logic follows")
+        self.inner.start.clone()
+    }
+
+    /// Gives exactly `len` bytes (more than 0), verified; [`StoreError::Checksum`] names the blocks that failed.
+    pub fn read(&self, offset: u64, len: u32, done: Done<Bytes>) {
+        self.inner.data.read(offset, len, done);
+    }
+
+    /// Like [`Replica::read`], but gives the data with the list of blocks that do not verify, for R32's last resort.
+    pub fn read_unchecked(&self, offset: u64, len: u32, done: Done<UncheckedRead>) {
+        self.inner.data.read_unchecked(offset, len, done);
+    }
+
+    /// Puts data into the disk's write cache, with `fua` on stable storage. Every region it touches must be in the log
+    /// ([`Replica::log_add`]). Data in page-aligned memory ([`holdfast_io::AlignedBuf`]) is not copied.
+    pub fn write(&self, offset: u64, data: Bytes, fua: bool, done: Done) {
+        self.inner.data.write(offset, data, fua, done);
+    }
+
+    /// Makes whole blocks read as zeroes, with `trim` giving their space back (R17). Logged like a write. Blocks that
+    /// were absent at the bottom of the stack stay absent.
+    pub fn zero(&self, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
+        self.inner.data.zero(offset, len, trim, fua, done);
+    }
+
+    /// Makes every write and zero answered before the call durable, with checksums and allocation map.
+    pub fn flush(&self, done: Done) {
+        self.inner.data.flush(done);
+    }
+
+    /// The allocation states of a range, as runs.
+    pub fn allocation(&self, range: BlockRange, done: Done<Vec<Extent>>) {
+        self.inner.data.allocation(range, done);
+    }
+
+    /// Number of blocks that are zero or data (R36).
+    pub fn allocated_blocks(&self, done: Done<u64>) {
+        self.inner.control.push(ControlOp::CountAllocated(done));
+    }
+
+    /// Puts regions into the intent log; durable when answered. Calls that arrive while a log write is under way share
+    /// the next one.
+    pub fn log_add(&self, regions: &[Region], done: Done) {
+        self.inner.control.push(ControlOp::LogAdd(regions.to_vec(), done));
+    }
+
+    /// Takes regions out of the intent log, after everything written to them is durable (R18). A region with a write
+    /// in flight stays in.
+    pub fn log_remove(&self, regions: &[Region], done: Done) {
+        self.inner.control.push(ControlOp::LogRemove(regions.to_vec(), done));
     }
 
     /// Makes a new meta durable; after a crash the old or the new one is found.
     pub fn persist_meta(&self, meta: &ReplicaMeta, done: Done) {
-        let _ = meta;
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::PersistMeta(Box::new(meta.clone()), done));
     }
 
     /// Writes the cookie's copy in tmpfs (R19).
     pub fn set_boot_cookie(&self, cookie: u64, done: Done) {
-        let _ = cookie;
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::SetBootCookie(cookie, done));
     }
 
     /// Removes the cookie's copy in tmpfs. Idempotent; a failed write or flush does it by itself, before it is
     /// reported (R19).
     pub fn remove_boot_cookie(&self, done: Done) {
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::RemoveBootCookie(done));
     }
 
-    /// Makes a dirty map durable, replacing any other for the same absent replica (R21, R24).
+    /// Makes a dirty map durable, replacing any other for the same absent replica (R21, R24). Where there is no room
+    /// for its bits it becomes void on disk, which is always true.
     pub fn put_map(&self, absent: ReplicaId, map: DirtyMap, done: Done) {
-        let _ = (absent, map);
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::PutMap(absent, map, done));
     }
 
-    /// Sets regions' bits in a map that is not void to exactly these; durable when answered (R22).
+    /// Sets regions' bits in a map to exactly these; durable when answered (R22). A void map stays void.
     pub fn update_map(&self, absent: ReplicaId, regions: Vec<(Region, RegionBits)>, done: Done) {
-        let _ = (absent, regions);
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::UpdateMap(absent, regions, done));
     }
 
     /// Forgets a dirty map, durably. Idempotent.
     pub fn drop_map(&self, absent: ReplicaId, done: Done) {
-        let _ = absent;
-        done(Err(StoreError::Closed(self.replica_id())));
+        self.inner.control.push(ControlOp::DropMap(absent, done));
     }
 
     /// Whether a write or flush failed since the replica was opened.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
-        false
+        self.inner.data.is_poisoned()
     }
 
-    /// Refuses new requests; answers when those in flight ended (R2, R3). The lock on the files goes with the last
-    /// handle.
+    /// Refuses new requests; answers when those in flight ended and the files are let go (R2, R3). It does not flush.
     pub fn close(&self, done: Done) {
-        done(Ok(()));
+        self.inner.control.push(ControlOp::Close(Some(done)));
     }
 }

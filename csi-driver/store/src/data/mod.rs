@@ -1,0 +1,331 @@
+//! The data path of an open replica: reads, writes, zeroes and flushes of its layer.
+//!
+//! Everything here is driven by callbacks: a caller's thread starts a request, the ring's thread carries it on. The
+//! one lock is held for table look-ups only, never over I/O and never while a callback runs.
+//!
+//! ```text
+//!  write: check ─> sums of the blocks ─> tables in memory ─> space for new blocks ─> data ─> table entries ─> answer
+//!  read:  check ─> tables in memory ─> data of the blocks that have any ─> verify ─> answer
+//!  flush: copies of changed table pages ─> write them ─> one fdatasync ─> answer
+//! ```
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use holdfast_io::{AlignedBuf, Errno};
+use holdfast_storage_core::block_range::BlockRange;
+use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId};
+
+use crate::cookie::BootCookie;
+use crate::disk::DiskFile;
+use crate::error::StoreError;
+use crate::gather::Gather;
+use crate::layout::{PAGE_BYTES, TablePage};
+use crate::replica::Done;
+use crate::space::PoolSpace;
+use crate::sums::Summer;
+use crate::tables::Tables;
+
+mod flush;
+mod read;
+mod space;
+mod write;
+mod zero;
+
+use flush::FlushState;
+use space::BackedChunks;
+
+/// A replica's layer, open.
+pub struct DataPath {
+    replica: ReplicaId,
+    size_bytes: u64,
+    summer: Summer,
+    file: DiskFile,
+    cookie: BootCookie,
+    pool: Arc<PoolSpace>,
+    poisoned: AtomicBool,
+    closed: AtomicBool,
+    state: Mutex<DataState>,
+    /// Signalled when the last request in flight ended.
+    idle: Condvar,
+}
+
+struct DataState {
+    tables: Tables,
+    /// Pages being read, with who waits for them.
+    loading: HashMap<TablePage, Vec<Arc<Gather>>>,
+    /// The intent log, as far as it is durable.
+    logged: BTreeSet<Region>,
+    /// Regions with writes in flight or not yet flushed.
+    unflushed: HashMap<Region, RegionUse>,
+    /// Counts changes of regions, to tell which a flush covers.
+    change_seq: u64,
+    flush: FlushState,
+    backed: BackedChunks,
+    in_flight: usize,
+}
+
+#[derive(Debug, Default)]
+struct RegionUse {
+    in_flight: u32,
+    last_change: u64,
+}
+
+/// What a [`DataPath`] is made of.
+pub struct DataParts {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Computes its checksums.
+    pub summer: Summer,
+    /// Its layer file.
+    pub file: DiskFile,
+    /// Its cookie's copy in tmpfs.
+    pub cookie: BootCookie,
+    /// The pool's room.
+    pub pool: Arc<PoolSpace>,
+    /// The intent log found on disk.
+    pub logged: BTreeSet<Region>,
+}
+
+impl DataPath {
+    /// Starts with empty tables.
+    pub fn new(parts: DataParts) -> Arc<Self> {
+        let DataParts { replica, size_bytes, summer, file, cookie, pool, logged } = parts;
+        let state = DataState {
+            tables: Tables::default(),
+            loading: HashMap::new(),
+            logged,
+            unflushed: HashMap::new(),
+            change_seq: 0,
+            flush: FlushState::default(),
+            backed: BackedChunks::default(),
+            in_flight: 0,
+        };
+        Arc::new(Self {
+            replica,
+            size_bytes,
+            summer,
+            file,
+            cookie,
+            pool,
+            poisoned: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            state: Mutex::new(state),
+            idle: Condvar::new(),
+        })
+    }
+
+    /// The replica.
+    pub fn replica(&self) -> ReplicaId {
+        self.replica
+    }
+
+    /// Bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The layer file.
+    pub fn file(&self) -> &DiskFile {
+        &self.file
+    }
+
+    /// The cookie's copy in tmpfs.
+    pub fn cookie(&self) -> &BootCookie {
+        &self.cookie
+    }
+
+    /// Whether a write or flush failed.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// After a failed write, fsync or punch nobody knows what the disk holds: refuse everything until the replica is
+    /// opened again, and drop the cookie's copy before anyone hears of the failure (R19).
+    pub fn poison(&self) {
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            tracing::error!(replica = %self.replica, "a write or flush failed: the replica's handle is poisoned");
+        }
+        if let Err(error) = self.cookie.remove() {
+            tracing::error!(replica = %self.replica, %error, "the cookie's copy could not be removed");
+        }
+    }
+
+    /// Refuses new requests and waits, blocking, until none is in flight.
+    pub fn close_and_wait(&self) {
+        self.closed.store(true, Ordering::Release);
+        let mut state = self.lock();
+        while state.in_flight > 0 {
+            state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether [`DataPath::close_and_wait`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Regions that became durable in the intent log.
+    pub fn log_added(&self, regions: impl IntoIterator<Item = Region>) {
+        self.lock().logged.extend(regions);
+    }
+
+    /// Takes those of `regions` out of the log's copy here that have nothing unflushed, and gives them back. The rest
+    /// stays logged: more in the log than needed costs a little copying, less would cost data.
+    pub fn log_take_clean(&self, regions: &[Region]) -> Vec<Region> {
+        let mut state = self.lock();
+        let clean: Vec<Region> =
+            regions.iter().copied().filter(|region| !state.unflushed.contains_key(region)).collect();
+        for region in &clean {
+            state.logged.remove(region);
+        }
+        clean
+    }
+
+    /// Whether any of these regions has writes in flight or unflushed.
+    pub fn any_unflushed(&self, regions: &[Region]) -> bool {
+        let state = self.lock();
+        regions.iter().any(|region| state.unflushed.contains_key(region))
+    }
+
+    /// A page of the tables, if it is in memory.
+    pub fn cached_page(&self, page: TablePage) -> Option<Vec<u8>> {
+        self.lock().tables.page(page).map(<[u8]>::to_vec)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DataState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io_error(&self, action: &'static str, errno: Errno) -> StoreError {
+        StoreError::Io { replica: self.replica, action, errno }
+    }
+
+    /// The blocks of a request, if it is whole blocks inside the volume.
+    fn check_range(&self, offset: u64, len: u64) -> Result<BlockRange, StoreError> {
+        let aligned = offset.is_multiple_of(BLOCK_BYTES) && len.is_multiple_of(BLOCK_BYTES);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size_bytes);
+        if !aligned || !inside || len == 0 {
+            return Err(StoreError::InvalidRange { replica: self.replica, offset, len });
+        }
+        Ok(BlockRange::new(offset / BLOCK_BYTES, len / BLOCK_BYTES))
+    }
+
+    /// Lets a request in: counts it, and for one that changes blocks checks that their regions are logged (R18).
+    fn begin(self: &Arc<Self>, range: Option<BlockRange>, changes: bool) -> Result<InFlight, StoreError> {
+        if self.is_closed() {
+            return Err(StoreError::Closed(self.replica));
+        }
+        if self.is_poisoned() {
+            return Err(StoreError::Poisoned(self.replica));
+        }
+        let changed = range.filter(|_| changes);
+        let mut state = self.lock();
+        if let Some(range) = changed {
+            if let Some(region) = range.regions().find(|region| !state.logged.contains(region)) {
+                return Err(StoreError::NotLogged { replica: self.replica, region });
+            }
+            for region in range.regions() {
+                state.unflushed.entry(region).or_default().in_flight += 1;
+            }
+        }
+        state.in_flight += 1;
+        drop(state);
+        Ok(InFlight { path: Arc::clone(self), changed })
+    }
+
+    /// Goes on once the tables of a range are in memory.
+    fn with_tables(
+        self: &Arc<Self>,
+        range: BlockRange,
+        then: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) {
+        let mut state = self.lock();
+        let missing = state.tables.missing(range.start.0, range.count);
+        if missing.is_empty() {
+            drop(state);
+            then(Ok(()));
+            return;
+        }
+        let path = Arc::clone(self);
+        let gather = Gather::new(
+            missing.len(),
+            Box::new(move |result| {
+                then(result.map_err(|errno| path.io_error("reading checksums or allocation map", errno)));
+            }),
+        );
+        let mut to_read = Vec::new();
+        for page in missing {
+            let waiting = state.loading.entry(page).or_insert_with(|| {
+                to_read.push(page);
+                Vec::new()
+            });
+            waiting.push(Arc::clone(&gather));
+        }
+        drop(state);
+        for page in to_read {
+            self.load(page);
+        }
+    }
+
+    fn load(self: &Arc<Self>, page: TablePage) {
+        let path = Arc::clone(self);
+        let buf = AlignedBuf::new(PAGE_BYTES);
+        self.file.read(
+            page.file_offset(),
+            buf,
+            Box::new(move |result| {
+                let (outcome, waiting) = {
+                    let mut state = path.lock();
+                    let outcome = result.map(|bytes| state.tables.insert(page, bytes));
+                    (outcome, state.loading.remove(&page).unwrap_or_default())
+                };
+                for gather in waiting {
+                    gather.part_done(outcome);
+                }
+            }),
+        );
+    }
+}
+
+impl fmt::Debug for DataPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DataPath({})", self.replica)
+    }
+}
+
+/// A request that was let in. Dropping it counts the request out; that happens before it is answered.
+struct InFlight {
+    path: Arc<DataPath>,
+    changed: Option<BlockRange>,
+}
+
+impl InFlight {
+    /// Counts the request out and answers it.
+    fn answer<T>(self, result: Result<T, StoreError>, done: Done<T>) {
+        drop(self);
+        done(result);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let mut state = self.path.lock();
+        state.change_seq += 1;
+        let seq = state.change_seq;
+        for region in self.changed.iter().flat_map(|range| range.regions()) {
+            if let Some(region_use) = state.unflushed.get_mut(&region) {
+                region_use.in_flight -= 1;
+                region_use.last_change = seq;
+            }
+        }
+        state.in_flight -= 1;
+        if state.in_flight == 0 {
+            self.path.idle.notify_all();
+        }
+    }
+}

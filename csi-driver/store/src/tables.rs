@@ -1,0 +1,199 @@
+//! Checksums and allocation states in memory: the pages that were needed so far, and which of them changed.
+//!
+//! State and sum of a block check each other, so a page that rots or that a disk forgot to write is noticed:
+//!
+//! | state | sum |
+//! |---|---|
+//! | absent (0) | 0 |
+//! | zero (1), zero with its space kept (3) | 0xffff_ffff |
+//! | data (2) | CRC32C of the data; never one of the two above |
+
+use std::collections::{BTreeSet, HashMap};
+
+use holdfast_io::AlignedBuf;
+
+use crate::layout::{PAGE_BYTES, STATES_PER_PAGE, SUMS_PER_PAGE, TablePage};
+use crate::sealed::u32_at;
+use crate::sums::{ABSENT_SUM, ZERO_SUM};
+
+/// What the allocation map stores for a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Never written.
+    Absent = 0,
+    /// Zero, its space given back.
+    Zero = 1,
+    /// Data.
+    Data = 2,
+    /// Zero, its space kept.
+    ZeroKept = 3,
+}
+
+impl State {
+    pub(crate) fn from_bits(bits: u8) -> Self {
+        match bits & 3 {
+            0 => State::Absent,
+            1 => State::Zero,
+            2 => State::Data,
+            _ => State::ZeroKept,
+        }
+    }
+
+    /// Whether the file certainly has space for the block.
+    pub fn has_space(self) -> bool {
+        match self {
+            State::Data | State::ZeroKept => true,
+            State::Absent | State::Zero => false,
+        }
+    }
+}
+
+/// A block's state and sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// From the allocation map.
+    pub state: State,
+    /// From the checksums.
+    pub sum: u32,
+}
+
+impl Entry {
+    /// Of a zeroed block.
+    pub fn zero(space_kept: bool) -> Self {
+        Self { state: if space_kept { State::ZeroKept } else { State::Zero }, sum: ZERO_SUM }
+    }
+
+    /// Of a block with data.
+    pub fn data(sum: u32) -> Self {
+        Self { state: State::Data, sum }
+    }
+
+    /// For a block without data: whether state and sum agree.
+    pub fn agrees_without_data(self) -> bool {
+        match self.state {
+            State::Absent => self.sum == ABSENT_SUM,
+            State::Zero | State::ZeroKept => self.sum == ZERO_SUM,
+            State::Data => false,
+        }
+    }
+}
+
+/// The pages in memory. They are loaded when first needed and stay: at most 4.25 bytes per block of the volume.
+#[derive(Debug, Default)]
+pub struct Tables {
+    pages: HashMap<TablePage, AlignedBuf>,
+    dirty: BTreeSet<TablePage>,
+}
+
+impl Tables {
+    /// The pages that must be loaded before a run of blocks can be looked at.
+    pub fn missing(&self, start: u64, count: u64) -> Vec<TablePage> {
+        TablePage::covering(start, count).filter(|page| !self.pages.contains_key(page)).collect()
+    }
+
+    /// Takes a page in as the disk has it. One that is there already may have changed since and stays.
+    pub fn insert(&mut self, page: TablePage, bytes: AlignedBuf) {
+        self.pages.entry(page).or_insert(bytes);
+    }
+
+    /// A page that is in memory.
+    pub fn page(&self, page: TablePage) -> Option<&[u8]> {
+        self.pages.get(&page).map(|bytes| &bytes[..])
+    }
+
+    /// State and sum of a block whose pages are in memory.
+    pub fn entry(&self, block: u64) -> Entry {
+        let sums = &self.pages[&TablePage::of_sum(block)];
+        let states = &self.pages[&TablePage::of_state(block)];
+        Entry { state: state_in(states, block), sum: u32_at(sums, sum_at(block)) }
+    }
+
+    /// Changes a block whose pages are in memory.
+    pub fn set(&mut self, block: u64, entry: Entry) {
+        let (sum_page, state_page) = (TablePage::of_sum(block), TablePage::of_state(block));
+        let sums = self.pages.get_mut(&sum_page).expect("a write loads its pages first");
+        let at = sum_at(block);
+        if u32_at(sums, at) != entry.sum {
+            sums[at..at + 4].copy_from_slice(&entry.sum.to_le_bytes());
+            self.dirty.insert(sum_page);
+        }
+        let states = self.pages.get_mut(&state_page).expect("a write loads its pages first");
+        if state_in(states, block) != entry.state {
+            let (byte, shift) = state_at(block);
+            states[byte] = states[byte] & !(3 << shift) | (entry.state as u8) << shift;
+            self.dirty.insert(state_page);
+        }
+    }
+
+    /// Copies of the pages that changed since the last call, in file order, with their file offsets.
+    pub fn take_dirty(&mut self) -> Vec<(u64, AlignedBuf)> {
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut copies: Vec<(u64, AlignedBuf)> = dirty
+            .into_iter()
+            .map(|page| (page.file_offset(), AlignedBuf::copy_of(&self.pages[&page])))
+            .collect();
+        copies.sort_unstable_by_key(|(offset, _)| *offset);
+        copies
+    }
+}
+
+/// A block's state within its page of the allocation map.
+pub fn state_in(page: &[u8], block: u64) -> State {
+    let (byte, shift) = state_at(block);
+    State::from_bits(page[byte] >> shift)
+}
+
+/// Number of blocks in a page of the allocation map that are not absent.
+pub fn count_allocated(page: &[u8]) -> u64 {
+    // Either bit of a pair set means "not absent": fold the upper bits onto the lower ones and count those.
+    page.iter().map(|byte| u64::from(((byte | byte >> 1) & 0x55).count_ones())).sum()
+}
+
+fn sum_at(block: u64) -> usize {
+    usize::try_from(block % SUMS_PER_PAGE * 4).expect("inside a page")
+}
+
+fn state_at(block: u64) -> (usize, u32) {
+    let bit = block % STATES_PER_PAGE * 2;
+    let byte = usize::try_from(bit / 8).expect("inside a page");
+    debug_assert!(byte < PAGE_BYTES);
+    (byte, u32::try_from(bit % 8).expect("below 8"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mk_tables(blocks: u64) -> Tables {
+        let mut tables = Tables::default();
+        for page in tables.missing(0, blocks) {
+            tables.insert(page, AlignedBuf::zeroed(PAGE_BYTES));
+        }
+        tables
+    }
+
+    #[test]
+    fn entries_are_kept_and_neighbours_are_left_alone() {
+        let mut tables = mk_tables(2048);
+        tables.set(1023, Entry::data(7));
+        tables.set(1024, Entry::zero(false));
+        tables.set(1025, Entry::zero(true));
+        assert_eq!(tables.entry(1022), Entry { state: State::Absent, sum: ABSENT_SUM });
+        assert_eq!(tables.entry(1023), Entry::data(7));
+        assert_eq!(tables.entry(1024), Entry::zero(false));
+        assert_eq!(tables.entry(1025), Entry::zero(true));
+        assert_eq!(count_allocated(tables.page(TablePage::States(0)).unwrap()), 3);
+    }
+
+    #[test]
+    fn only_changed_pages_are_dirty_and_only_once() {
+        let mut tables = mk_tables(2048);
+        tables.set(0, Entry::data(7));
+        assert_eq!(tables.take_dirty().len(), 2, "a first write changes sum and state");
+        tables.set(0, Entry::data(8));
+        assert_eq!(tables.take_dirty().len(), 1, "an overwrite changes the sum alone");
+        tables.set(0, Entry::data(8));
+        assert!(tables.take_dirty().is_empty(), "same data, same sum");
+    }
+}
