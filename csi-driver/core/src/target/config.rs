@@ -54,7 +54,7 @@ impl Target {
             self.store.outstanding = Some(call);
             return self.emit(TargetAction::ReadRecord { call });
         }
-        if self.pending.is_none() {
+        if self.pending.is_none() && !self.is_releasing() {
             self.propose();
         }
         self.send_swap();

@@ -408,7 +408,7 @@ impl Target {
     /// A graceful stop: drain, flush, clear the log, release; the next start has nothing to reconcile or to wait for.
     fn pump_stop(&mut self) {
         let Some(step) = self.stopping.as_ref().map(|s| s.step) else { return };
-        if self.state != TargetState::Serving {
+        if self.state != TargetState::Serving && step != StopStep::Releasing {
             return self.finish(TargetState::Stopped, RequestError::Stopped);
         }
         self.abort_catch_up();
@@ -428,6 +428,11 @@ impl Target {
             }
             StopStep::Draining | StopStep::Clearing | StopStep::Releasing => {}
         }
+    }
+
+    /// Sessions end now because they are released: no member is lost by that, none is swapped out.
+    fn is_releasing(&self) -> bool {
+        self.stopping.as_ref().is_some_and(|s| s.step == StopStep::Releasing)
     }
 
     fn set_stop_step(&mut self, step: StopStep) {

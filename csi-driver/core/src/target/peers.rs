@@ -277,9 +277,15 @@ impl Target {
     }
 
     pub(super) fn on_session_lost(&mut self, session: SessionId) {
-        if let Some(replica) = self.replica_of(session) {
-            self.lose(replica);
+        let Some(replica) = self.replica_of(session) else { return };
+        if self.is_releasing() {
+            // A released session ends: that is no loss, and the other releases must still go out.
+            self.close_link(replica);
+            self.calls.retain(|_, call| call.replica != replica);
+            self.dirty = true;
+            return;
         }
+        self.lose(replica);
     }
 
     /// A fault of a replica that still talks: its session ends, and it leaves the set if another can go on without it.
