@@ -43,7 +43,8 @@ pub enum HostError {
 
 /// This node's replicas.
 pub struct ReplicaHost {
-    pool: Pool,
+    // None once stopped: the lock goes with the last I/O, not with the last one who holds this struct.
+    pool: Mutex<Option<Pool>>,
     pulse: Pulse,
     runtime: Handle,
     me: Weak<Self>,
@@ -70,8 +71,14 @@ impl ReplicaHost {
     /// # Errors
     /// The pool cannot be listed.
     pub fn open(pool: Pool, pulse: Pulse, runtime: Handle) -> Result<Arc<Self>, HostError> {
-        let host = Arc::new_cyclic(|me| Self { pool, pulse, runtime, me: me.clone(), state: Mutex::default() });
-        for replica in host.pool.list()? {
+        let host = Arc::new_cyclic(|me| Self {
+            pool: Mutex::new(Some(pool)),
+            pulse,
+            runtime,
+            me: me.clone(),
+            state: Mutex::default(),
+        });
+        for replica in host.pool()?.list()? {
             if let Err(error) = host.open_replica(replica) {
                 tracing::error!(%replica, %error, "a replica cannot be opened and is not served");
             }
@@ -90,7 +97,7 @@ impl ReplicaHost {
     /// # Errors
     /// The pool cannot be listed.
     pub fn list(&self) -> Result<Vec<ReplicaId>, HostError> {
-        Ok(self.pool.list()?)
+        Ok(self.pool()?.list()?)
     }
 
     /// Room in the pool.
@@ -98,7 +105,7 @@ impl ReplicaHost {
     /// # Errors
     /// The file system does not tell.
     pub fn space(&self) -> Result<Space, HostError> {
-        Ok(self.pool.space()?)
+        Ok(self.pool()?.space()?)
     }
 
     /// Makes and opens a replica. Blocks. Idempotent.
@@ -107,7 +114,7 @@ impl ReplicaHost {
     /// No space, or a replica of that id with another volume or size.
     pub fn create(&self, meta: &ReplicaMeta) -> Result<(), HostError> {
         let replica_id = meta.replica_id;
-        self.pool.create_replica(meta)?;
+        self.pool()?.create_replica(meta)?;
         if self.get(replica_id).is_none() {
             self.open_replica(replica_id)?;
         }
@@ -132,7 +139,7 @@ impl ReplicaHost {
             hosted.actor.kill();
             close_and_wait(&hosted.disk);
         }
-        Ok(self.pool.delete_replica(replica)?)
+        Ok(self.pool()?.delete_replica(replica)?)
     }
 
     /// Stops serving: nothing more is answered. The files stay locked until the last I/O landed (R3).
@@ -142,6 +149,7 @@ impl ReplicaHost {
             state.stopped = true;
             std::mem::take(&mut state.replicas)
         };
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).take();
         for hosted in replicas.values() {
             hosted.actor.kill();
             hosted.disk.close(Box::new(|_| ()));
@@ -149,7 +157,7 @@ impl ReplicaHost {
     }
 
     fn open_replica(&self, replica: ReplicaId) -> Result<(), HostError> {
-        let disk = self.pool.open_replica(replica)?;
+        let disk = self.pool()?.open_replica(replica)?;
         let core = Replica::new(now_ms(), disk.start());
         let me = self.me.clone();
         let env = ReplicaEnv {
@@ -196,6 +204,10 @@ impl ReplicaHost {
                 }
             }
         });
+    }
+
+    fn pool(&self) -> Result<Pool, HostError> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(HostError::Stopping)
     }
 
     fn lock(&self) -> MutexGuard<'_, HostState> {
