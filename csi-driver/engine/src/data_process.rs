@@ -184,6 +184,7 @@ impl DataProcess {
     /// Flushes and stops every target, releases its leases, closes the replicas and stops the servers.
     pub async fn shutdown(self) {
         self.volumes.detach_all().await;
+        self.node.replicas.flush().await;
         self.abort();
         tracing::info!("the data process stopped");
     }

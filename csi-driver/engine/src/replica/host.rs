@@ -142,6 +142,16 @@ impl ReplicaHost {
         Ok(self.pool()?.delete_replica(replica)?)
     }
 
+    /// Puts what the replicas' disks hold in their caches on stable storage, so that the next start finds no torn block.
+    pub async fn flush(&self) {
+        let disks: Vec<_> = self.lock().replicas.values().map(|hosted| hosted.disk.clone()).collect();
+        for disk in disks {
+            if let Err(error) = holdfast_store::wait(&disk, |done| disk.flush(done)).await {
+                tracing::warn!(%error, "a replica could not be flushed at the stop");
+            }
+        }
+    }
+
     /// Stops serving: nothing more is answered. The files stay locked until the last I/O landed (R3).
     pub fn stop(&self) {
         let replicas = {

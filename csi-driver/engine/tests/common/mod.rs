@@ -186,7 +186,13 @@ impl Cluster {
     /// Checks that every replica that the record calls a member holds the same bytes: P5. The volume's writer must be
     /// idle. The replicas' files are opened after all processes stopped.
     pub async fn assert_members_equal(mut self, volume: VolumeId) {
+        for node in &self.nodes {
+            if let Some(process) = &node.process {
+                process.detach(volume).await.unwrap();
+            }
+        }
         let record = self.store.get(volume).record;
+        assert_eq!(record.in_sync.len(), self.nodes.len(), "a member was lost at the stop");
         for node in &mut self.nodes {
             if let Some(process) = node.process.take() {
                 process.shutdown().await;
