@@ -282,6 +282,22 @@ fn a_pod_is_denied_until_its_object_is_known_and_policy_follows_the_objects() {
     eventually("the problem is reported", || a.dump()["objects"]["problems"].as_array().unwrap().len() == 1);
     assert!(!web.pings(&db_address) && api.pings(&db_address));
 
+    // Tampering is noticed and mended, the whole table included.
+    for what in
+        [["flush", "chain", "inet", "holdfast", "forward"], ["flush", "map", "inet", "holdfast", "cls_in4"]]
+    {
+        assert!(a.netns.exec("nft").args(what).status().unwrap().success());
+        eventually("rules are mended", || !web.pings(&db_address));
+    }
+    assert!(a.netns.exec("nft").args(["delete", "table", "inet", "holdfast"]).status().unwrap().success());
+    eventually("the table is back", || !web.pings(&db_address));
+    assert!(api.pings(&db_address));
+    for table in ["bridge", "inet"] {
+        assert!(
+            a.netns.exec("nft").args(["list", "table", table, "holdfast"]).output().unwrap().status.success()
+        );
+    }
+
     cluster.put_policy("db", "web");
     eventually("roles change", || web.pings(&db_address) && !api.pings(&db_address));
     cluster.remove("policy-db");

@@ -33,8 +33,10 @@ use crate::uplink;
 const COMMANDS_MAX: usize = 1024;
 /// Commands taken in one pass.
 const BATCH_MAX: usize = 256;
-/// Without any change the kernel is compared with the plan this often.
-const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
+/// Without any change links and routes are compared with the plan this often.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
+/// The kernel's notifications about foreign changes to our tables are looked at this often.
+const TAMPER_INTERVAL: Duration = Duration::from_millis(250);
 /// A failed pass is repeated after this.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -140,6 +142,8 @@ pub(crate) struct Engine {
     rules_error: Option<String>,
     left_out: Vec<String>,
     passes: u64,
+    /// The notification socket fails: said once.
+    deaf: bool,
 }
 
 impl Engine {
@@ -173,6 +177,7 @@ impl Engine {
             rules_error: None,
             left_out: Vec::new(),
             passes: 0,
+            deaf: false,
         };
         (engine, handle)
     }
@@ -180,10 +185,14 @@ impl Engine {
     /// Works until every handle is gone.
     pub(crate) async fn run(mut self) {
         let mut objects_gone = false;
+        let mut tamper = tokio::time::interval(TAMPER_INTERVAL);
+        tamper.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.pass(true).await;
+        let mut last_full = Instant::now();
         loop {
             let failed = self.rules_error.is_some() || self.node_error.is_some();
             let pause = if failed { RETRY_INTERVAL } else { RESYNC_INTERVAL };
+            let due = tokio::time::Instant::from_std(last_full + pause);
             let mut batch = Vec::new();
             let full = tokio::select! {
                 taken = self.commands.recv_many(&mut batch, BATCH_MAX) => {
@@ -196,8 +205,15 @@ impl Engine {
                     objects_gone = changed.is_err();
                     true
                 }
-                () = tokio::time::sleep(pause) => true,
+                _ = tamper.tick() => {
+                    self.mend_rules().await;
+                    continue;
+                }
+                () = tokio::time::sleep_until(due) => true,
             };
+            if full {
+                last_full = Instant::now();
+            }
             self.handle(batch, full).await;
         }
     }
@@ -325,6 +341,25 @@ impl Engine {
         }
         self.model = model;
         debug!(subjects = subjects.len(), "pass");
+    }
+
+    /// Somebody else wrote into our tables: put back what belongs there.
+    async fn mend_rules(&mut self) {
+        match self.dataplane.tables_changed().await {
+            Ok(false) => {}
+            Ok(true) => {
+                warn!("somebody else changed our tables; they are mended");
+                self.pass(false).await;
+            }
+            Err(error) => {
+                if !self.deaf {
+                    warn!(error = sentence(&error), "cannot listen for changes to our tables; every pass compares them");
+                }
+                self.deaf = true;
+                return;
+            }
+        }
+        self.deaf = false;
     }
 
     fn health(&self) -> Health {
