@@ -252,3 +252,62 @@ fn encode_element(out: &mut Buffer, raw: &Raw, with_data: bool) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use holdfast_net_core::ruleset::{ClassId, Element};
+
+    use super::*;
+
+    /// Bytes that `nft --debug=mnl` 1.0.6 shows for `table inet t { map cls_in4 { type ipv4_addr : mark; elements =
+    /// { 10.0.0.1 : 2 } } }`, without the set ids that only refer within a transaction. Little-endian hosts.
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn sets_and_elements_are_the_bytes_that_nft_writes() {
+        let mut out = Buffer::default();
+        encode_set(&mut out, "t", set("cls_in4"), 1);
+        let golden: &[&[u8]] = &[
+            &[6, 0, 1, 0, b't', 0, 0, 0],
+            &[12, 0, 2, 0, b'c', b'l', b's', b'_', b'i', b'n', b'4', 0],
+            &[8, 0, 3, 0, 0, 0, 0, 8],
+            &[8, 0, 4, 0, 0, 0, 0, 7],
+            &[8, 0, 5, 0, 0, 0, 0, 4],
+            &[8, 0, 6, 0, 0, 0, 0, 0x13],
+            &[8, 0, 7, 0, 0, 0, 0, 4],
+            &[8, 0, 10, 0, 0, 0, 0, 1],
+            &[16, 0, 13, 0, 0, 4, 2, 0, 0, 0, 1, 4, 1, 0, 0, 0],
+        ];
+        assert_eq!(out.as_slice(), golden.concat());
+
+        let raw = to_raw(&Element::ClsIn("10.0.0.1".parse().unwrap(), ClassId(2)));
+        let mut out = Buffer::default();
+        out.nest(3, |out| encode_element(out, &raw[0], true));
+        let golden: &[&[u8]] = &[
+            &[32, 0, 3, 0x80],
+            &[28, 0, 1, 0x80],
+            &[12, 0, 1, 0x80, 8, 0, 1, 0, 10, 0, 0, 1],
+            &[12, 0, 2, 0x80, 8, 0, 1, 0, 2, 0, 0, 0],
+        ];
+        assert_eq!(out.as_slice(), golden.concat());
+    }
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn a_range_of_a_profile_has_its_protocol_and_port_in_network_order_padded_to_registers() {
+        use holdfast_net_core::ruleset::{PortRule, ProfileId, Proto};
+        let rule = PortRule::Ports { proto: Proto::Tcp, first: 80, last: 90 };
+        let raw = to_raw(&Element::Profile(ProfileId(1), rule));
+        assert_eq!(raw[0].key, [1, 0, 0, 0, 6, 0, 0, 0, 0, 80, 0, 0]);
+        assert_eq!(raw[0].key_end.as_deref(), Some(&[1, 0, 0, 0, 6, 0, 0, 0, 0, 90, 0, 0][..]));
+        let mut out = Buffer::default();
+        encode_element(&mut out, &raw[0], true);
+        // Key, end of the range (attribute 10), verdict return (-5).
+        let golden: &[&[u8]] = &[
+            &[60, 0, 1, 0x80],
+            &[20, 0, 1, 0x80, 16, 0, 1, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 80, 0, 0],
+            &[20, 0, 10, 0x80, 16, 0, 1, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 90, 0, 0],
+            &[16, 0, 2, 0x80, 12, 0, 2, 0x80, 8, 0, 1, 0, 0xff, 0xff, 0xff, 0xfb],
+        ];
+        assert_eq!(out.as_slice(), golden.concat());
+    }
+}
