@@ -211,6 +211,41 @@ fn a_restart_with_an_unchanged_state_changes_nothing() {
 }
 
 #[test]
+fn while_objects_are_away_rules_stay_new_pods_wait_and_deletes_succeed() {
+    let cluster = Cluster::new();
+    cluster.put_node("a", 1, "10.42.1.0/24");
+    for name in ["db", "api", "web", "late"] {
+        cluster.put_pod(name, "");
+    }
+    cluster.put_policy("db", "api");
+    let mut node = cluster.start_node("a", 1);
+    let (db, api, web, late) = (Netns::new(), Netns::new(), Netns::new(), Netns::new());
+    let address = address_of(&node.add("db", &db).unwrap());
+    node.add("api", &api).unwrap();
+    node.add("web", &web).unwrap();
+    let rules = node.rules_text();
+
+    node.kill();
+    let away = cluster.folder.path().join("away");
+    std::fs::rename(cluster.objects(), &away).unwrap();
+    node.start();
+    assert_eq!(node.rules_text(), rules);
+    assert!(api.pings(&address) && !web.pings(&address));
+    let error = node.add("late", &late).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
+    node.del("web").unwrap();
+    assert_eq!(node.ports(), 2);
+    assert!(!is_empty(&node.pending()), "the lease is still to be released");
+    assert_eq!(node.dump()["leases"].as_array().unwrap().len(), 2, "the endpoint has left the model");
+
+    std::fs::rename(&away, cluster.objects()).unwrap();
+    eventually("ready", || node.cni("STATUS", "", None, json!({})).is_ok());
+    eventually("the record is replayed", || is_empty(&node.pending()));
+    node.add("late", &late).unwrap();
+    assert!(api.pings(&address));
+}
+
+#[test]
 fn a_kill_in_the_middle_of_adds_leaves_nothing_that_restart_and_del_do_not_clean_up() {
     let cluster = Cluster::new();
     cluster.put_node("a", 1, "10.42.1.0/26");

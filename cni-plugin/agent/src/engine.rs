@@ -353,7 +353,10 @@ impl Engine {
             }
             Err(error) => {
                 if !self.deaf {
-                    warn!(error = sentence(&error), "cannot listen for changes to our tables; every pass compares them");
+                    warn!(
+                        error = sentence(&error),
+                        "cannot listen for changes to our tables; every pass compares them"
+                    );
                 }
                 self.deaf = true;
                 return;
