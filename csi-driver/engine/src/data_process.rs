@@ -154,7 +154,8 @@ impl DataProcess {
     pub async fn attach(&self, volume: VolumeId, attachment: Attachment) -> Result<(), AttachError> {
         let volumes = Arc::clone(&self.volumes);
         let attach = self.control.handle().spawn(async move { volumes.attach(volume, attachment).await });
-        let stopping = |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
+        let stopping =
+            |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
         attach.await.map_err(stopping)?.map(|_| ())
     }
 
@@ -165,7 +166,8 @@ impl DataProcess {
     pub async fn detach(&self, volume: VolumeId) -> Result<(), AttachError> {
         let volumes = Arc::clone(&self.volumes);
         let detach = self.control.handle().spawn(async move { volumes.detach(volume).await });
-        let stopping = |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
+        let stopping =
+            |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
         detach.await.map_err(stopping)?
     }
 
@@ -184,7 +186,7 @@ impl DataProcess {
     /// Flushes and stops every target, releases its leases, closes the replicas and stops the servers.
     pub async fn shutdown(self) {
         self.volumes.detach_all().await;
-        self.node.replicas.flush().await;
+        self.node.replicas.stop_in_order().await;
         self.abort();
         tracing::info!("the data process stopped");
     }
@@ -231,15 +233,14 @@ async fn open_pool(
         lock_wait: POOL_LOCK_WAIT,
     };
     let path = config.pool_dir.clone();
+    let cookie_dir = config.cookie_dir.clone();
     let open = move |path: &Path| {
         let pool = Pool::open(path, options).map_err(|error| error.to_string())?;
-        ReplicaHost::open(pool, pulse, control).map_err(|error| error.to_string())
+        ReplicaHost::open(pool, cookie_dir, pulse, control).map_err(|error| error.to_string())
     };
     let dir = path.clone();
     let opened = tokio::task::spawn_blocking(move || open(&dir)).await;
-    opened
-        .unwrap_or_else(|error| Err(error.to_string()))
-        .map_err(|reason| StartError::Pool { path, reason })
+    opened.unwrap_or_else(|error| Err(error.to_string())).map_err(|reason| StartError::Pool { path, reason })
 }
 
 /// What a killed predecessor left in the kernel: its loop devices answer nothing any more.
@@ -252,7 +253,9 @@ async fn clean_stale(config: &DataConfig) {
     match cleaned {
         Ok(Ok(cleaned)) if cleaned.cleared.is_empty() && cleaned.busy.is_empty() => {}
         Ok(Ok(cleaned)) => tracing::info!(?cleaned, "block devices of an earlier process were cleaned up"),
-        Ok(Err(error)) => tracing::warn!(%error, "block devices of an earlier process could not be cleaned up"),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "block devices of an earlier process could not be cleaned up")
+        }
         Err(error) => tracing::warn!(%error, "cleaning up did not end"),
     }
 }
@@ -317,10 +320,7 @@ fn serve(
     Ok(())
 }
 
-async fn report(
-    service: &'static str,
-    server: impl Future<Output = Result<(), tonic::transport::Error>>,
-) {
+async fn report(service: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {
     if let Err(error) = server.await {
         tracing::error!(service, %error, "a service ended");
     }

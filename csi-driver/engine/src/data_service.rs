@@ -33,7 +33,8 @@ impl Data for DataService {
         let volume_id = wire::id(&request.volume_id)?;
         let volumes = Arc::clone(&self.volumes);
         // A task of its own: a caller that gives up must not stop an attach half way.
-        let attach = tokio::spawn(async move { volumes.attach(volume_id, Attachment(request.attachment)).await });
+        let attach =
+            tokio::spawn(async move { volumes.attach(volume_id, Attachment(request.attachment)).await });
         let volume = joined(attach.await)?.map_err(|error| attach_status(&error))?;
         let device = volume.path().map(|path| path.display().to_string()).unwrap_or_default();
         Ok(Response::new(pb::AttachReply { device, generation: volume.status().generation.0 }))
@@ -77,11 +78,9 @@ impl Data for DataService {
         request: Request<pb::CountAllocatedRequest>,
     ) -> Result<Response<pb::CountAllocatedReply>, Status> {
         let volume = self.attached(wire::id(&request.into_inner().volume_id)?)?;
-        let blocks = self
-            .volumes
-            .count_allocated(&volume)
-            .await
-            .map_err(|error| Status::unavailable(format!("a member's allocation cannot be counted: {error}")))?;
+        let blocks = self.volumes.count_allocated(&volume).await.map_err(|error| {
+            Status::unavailable(format!("a member's allocation cannot be counted: {error}"))
+        })?;
         Ok(Response::new(pb::CountAllocatedReply { blocks }))
     }
 }
@@ -93,9 +92,9 @@ fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, Status> {
 fn attach_status(error: &AttachError) -> Status {
     let text = error.to_string();
     match error {
-        AttachError::NotPublished { .. } | AttachError::OtherAttachment { .. } | AttachError::Ended { .. } => {
-            Status::failed_precondition(text)
-        }
+        AttachError::NotPublished { .. }
+        | AttachError::OtherAttachment { .. }
+        | AttachError::Ended { .. } => Status::failed_precondition(text),
         AttachError::Timeout { .. } => Status::deadline_exceeded(text),
         AttachError::Store(StoreError::NotFound(_)) => Status::not_found(text),
         AttachError::Store(_) => Status::unavailable(text),

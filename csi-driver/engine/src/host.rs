@@ -11,7 +11,8 @@ use tokio::net::UnixListener;
 /// itself. Both need privileges; without them the process works, at that risk.
 pub fn protect_from_memory_pressure() {
     // ONFAULT: pages are locked when first touched, so that reserved but unused stacks and arenas cost nothing.
-    let flags = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(MCL_ONFAULT);
+    let flags =
+        MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(MCL_ONFAULT);
     if let Err(error) = mlockall(flags) {
         tracing::debug!(%error, "the process's memory could not be locked; it may be paged out");
     }

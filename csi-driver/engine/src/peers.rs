@@ -127,7 +127,8 @@ impl Peers {
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true);
         if let Some(tls) = &self.tls {
-            endpoint = endpoint.tls_config(tls.tonic_client(&info.name.0)).map_err(|e| unusable(e.to_string()))?;
+            endpoint =
+                endpoint.tls_config(tls.tonic_client(&info.name.0)).map_err(|e| unusable(e.to_string()))?;
         }
         Ok(endpoint)
     }

@@ -51,7 +51,9 @@ impl Pool for PoolService {
         let request = request.into_inner();
         let size_bytes = request.size_bytes;
         if size_bytes == 0 || !size_bytes.is_multiple_of(REGION_BYTES) {
-            let text = format!("{size_bytes} bytes is no replica size: it must be a multiple of {REGION_BYTES}, not 0");
+            let text = format!(
+                "{size_bytes} bytes is no replica size: it must be a multiple of {REGION_BYTES}, not 0"
+            );
             return Err(Status::invalid_argument(text));
         }
         let meta = ReplicaMeta::new(
@@ -88,6 +90,6 @@ fn host_status(error: &HostError) -> Status {
             Status::unavailable(text)
         }
         HostError::OtherVolume { .. } => Status::failed_precondition(text),
-        HostError::Pool(_) => Status::internal(text),
+        HostError::Pool(_) | HostError::Disk(_) => Status::internal(text),
     }
 }

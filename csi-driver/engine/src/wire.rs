@@ -30,7 +30,9 @@ pub fn epoch_pb(epoch: Epoch) -> pb::Epoch {
     pb::Epoch { number: epoch.number, nonce: epoch.nonce }
 }
 
-pub fn ids<T: std::str::FromStr<Err: std::fmt::Display> + Ord>(texts: &[String]) -> Result<BTreeSet<T>, Status> {
+pub fn ids<T: std::str::FromStr<Err: std::fmt::Display> + Ord>(
+    texts: &[String],
+) -> Result<BTreeSet<T>, Status> {
     texts.iter().map(|text| id(text)).collect()
 }
 

@@ -164,7 +164,8 @@ async fn attach_is_idempotent_and_detach_lets_the_next_in_at_once() {
     let volume = cluster.create_volume(SIZE).await;
     let attachment = cluster.publish(volume, 0);
     let process = cluster.process(0);
-    let (first, second) = tokio::join!(process.attach(volume, attachment), process.attach(volume, attachment));
+    let (first, second) =
+        tokio::join!(process.attach(volume, attachment), process.attach(volume, attachment));
     first.unwrap();
     second.unwrap();
     assert_eq!(process.status(volume).unwrap().generation.0, 1, "a duplicate attach started a second target");
@@ -194,15 +195,14 @@ async fn everything_works_over_mutual_tls_and_a_stranger_is_refused() {
     // A certificate of another authority: neither control nor NBD lets it in.
     let stranger = cluster.dir.path().join("stranger");
     common::Authority::new().issue("node-a", &stranger);
-    std::fs::copy(cluster.nodes[1].tls_dir.as_ref().unwrap().join("ca.pem"), stranger.join("ca.pem")).unwrap();
+    std::fs::copy(cluster.nodes[1].tls_dir.as_ref().unwrap().join("ca.pem"), stranger.join("ca.pem"))
+        .unwrap();
     let tls = holdfast_engine::TlsMaterial::load(&stranger).unwrap();
-    let control = tonic::transport::Endpoint::from_shared(format!(
-        "https://{}",
-        cluster.process(1).control_address()
-    ))
-    .unwrap()
-    .tls_config(tls.tonic_client("node-b"))
-    .unwrap();
+    let control =
+        tonic::transport::Endpoint::from_shared(format!("https://{}", cluster.process(1).control_address()))
+            .unwrap()
+            .tls_config(tls.tonic_client("node-b"))
+            .unwrap();
     let pool = match control.connect().await {
         Ok(channel) => {
             let mut client = holdfast_proto::storage::pool_client::PoolClient::new(channel);
@@ -218,4 +218,59 @@ async fn everything_works_over_mutual_tls_and_a_stranger_is_refused() {
         block_status: false,
     };
     assert!(holdfast_nbd::Client::connect(stream, options).await.is_err(), "a stranger got NBD");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flushed_writes_survive_the_kill_of_every_process() {
+    for nodes in [1, 3] {
+        let mut cluster = Cluster::start(nodes).await;
+        let volume = cluster.create_volume(SIZE).await;
+        let device = cluster.attach(volume, 0).await;
+        for index in 0..32_u64 {
+            write(&device, index * 3 * 4096, pattern(index, 1, 8192)).await.unwrap();
+        }
+        flush(&device).await.unwrap();
+        for index in 0..32_u64 {
+            write(&device, index * 3 * 4096, pattern(index, 2, 4096)).await.unwrap();
+            write(&device, 32 * MIB + index * 4096, pattern(index, 3, 4096)).await.unwrap();
+        }
+        for index in 0..nodes {
+            cluster.kill(index);
+        }
+        for index in 0..nodes {
+            cluster.start_node(index).await;
+        }
+        let device = cluster.attach(volume, nodes - 1).await;
+        for index in 0..32_u64 {
+            let found = read(&device, index * 3 * 4096, 8192).await.unwrap();
+            assert_eq!(found[4096..], pattern(index, 1, 8192)[4096..], "{index} of {nodes}");
+            let overwritten = [&pattern(index, 1, 4096)[..], &pattern(index, 2, 4096)[..]];
+            assert!(overwritten.contains(&&found[..4096]), "{index} of {nodes}");
+            // Not flushed, and every cache was lost: old or new.
+            let found = read(&device, 32 * MIB + index * 4096, 4096).await.unwrap();
+            assert!(found == pattern(index, 3, 4096) || found == vec![0; 4096], "{index} of {nodes}");
+        }
+        cluster.assert_members_equal(volume).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unflushed_acknowledged_writes_survive_the_kill_of_all_but_one_process() {
+    let mut cluster = Cluster::start(3).await;
+    let volume = cluster.create_volume(SIZE).await;
+    let device = cluster.attach(volume, 0).await;
+    for index in 0..64_u64 {
+        write(&device, index * 3 * 4096, pattern(index, 1, 8192)).await.unwrap();
+    }
+    cluster.kill(0);
+    cluster.kill(1);
+    cluster.start_node(0).await;
+    cluster.start_node(1).await;
+    let device = cluster.attach(volume, 0).await;
+    for index in 0..64_u64 {
+        let found = read(&device, index * 3 * 4096, 8192).await.unwrap();
+        assert_eq!(found, pattern(index, 1, 8192), "{index}");
+    }
+    cluster.wait_members(volume, 3, Duration::from_secs(20)).await;
+    cluster.assert_members_equal(volume).await;
 }

@@ -28,11 +28,7 @@ pub fn submit(
 }
 
 /// Starts an operation on meta, cookie, log or maps; durable when answered. They take effect in the order of the calls.
-pub fn submit_meta(
-    disk: &Replica,
-    op: DiskOp,
-    done: impl FnOnce(Result<(), DiskError>) + Send + 'static,
-) {
+pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), DiskError>) + Send + 'static) {
     let then: holdfast_store::Done = Box::new(|result| done(result.map_err(disk_error)));
     match op {
         DiskOp::PersistMeta(meta) => disk.persist_meta(&meta, then),

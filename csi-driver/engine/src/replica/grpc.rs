@@ -145,7 +145,9 @@ impl Replica for ReplicaService {
             ReplicaReply::Lease(Ok(cache_lost)) => {
                 Ok(Response::new(pb::LeaseReply { sequence: request.sequence, cache_lost }))
             }
-            ReplicaReply::Lease(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => Err(refusal_status(refusal)),
+            ReplicaReply::Lease(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => {
+                Err(refusal_status(refusal))
+            }
             ReplicaReply::Open(_) | ReplicaReply::Done(Ok(())) | ReplicaReply::Map(_) => Err(wrong_reply()),
         }
     }
@@ -198,7 +200,9 @@ impl Replica for ReplicaService {
         let op = ControlOp::ReadMap(wire::id(&request.absent_replica_id)?);
         match self.control(request.session, &names, op).await? {
             ReplicaReply::Map(Ok(map)) => Ok(Response::new(wire::map_reply_pb(&map))),
-            ReplicaReply::Map(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => Err(refusal_status(refusal)),
+            ReplicaReply::Map(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => {
+                Err(refusal_status(refusal))
+            }
             ReplicaReply::Open(_) | ReplicaReply::Done(Ok(())) | ReplicaReply::Lease(_) => Err(wrong_reply()),
         }
     }
@@ -228,7 +232,9 @@ fn wrong_reply() -> Status {
 
 fn refusal_status(refusal: RequestRefusal) -> Status {
     match refusal {
-        RequestRefusal::NoSession | RequestRefusal::OldEpoch => Status::failed_precondition(refusal.to_string()),
+        RequestRefusal::NoSession | RequestRefusal::OldEpoch => {
+            Status::failed_precondition(refusal.to_string())
+        }
         RequestRefusal::Disk(_) => Status::data_loss(refusal.to_string()),
         RequestRefusal::Invalid => Status::invalid_argument(refusal.to_string()),
     }

@@ -9,8 +9,8 @@ use holdfast_nbd::ConnectionSet;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken};
 use holdfast_storage_core::replica::{
-    ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRefusal, OpenReply, OpenRequest, Replica, ReplicaAction,
-    ReplicaCall, ReplicaEvent, ReplicaReply, RequestRefusal, SessionKey,
+    ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRefusal, OpenReply, OpenRequest, Replica,
+    ReplicaAction, ReplicaCall, ReplicaEvent, ReplicaReply, RequestRefusal, SessionKey,
 };
 
 use crate::actor::{Actor, Machine};
@@ -178,13 +178,7 @@ impl ReplicaMachine {
         self.core.handle_event(now_ms, ReplicaEvent::Data { call, token, op });
     }
 
-    fn on_data_done(
-        &mut self,
-        now_ms: u64,
-        id: DiskId,
-        call: ReplicaCall,
-        result: Result<Bytes, DiskError>,
-    ) {
+    fn on_data_done(&mut self, now_ms: u64, id: DiskId, call: ReplicaCall, result: Result<Bytes, DiskError>) {
         let result = result.map(|read| {
             if let Some(Pending::Data { data, .. }) = self.calls.get_mut(&call) {
                 *data = read;

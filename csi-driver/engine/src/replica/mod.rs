@@ -5,3 +5,4 @@ pub mod grpc;
 pub mod host;
 pub mod machine;
 pub mod provider;
+mod recover;

@@ -75,10 +75,11 @@ impl BlockStatus for SessionDevice {
             return done(Err(BlockError(errno::EINVAL)));
         }
         let range = BlockRange::covering(offset, end - offset);
-        let answer = move |result: Result<Vec<holdfast_store::Extent>, holdfast_store::StoreError>| match result {
-            Ok(extents) => done(Ok(extents.iter().take(extents_max.max(1)).map(extent).collect())),
-            Err(error) => done(Err(BlockError(error.errno()))),
-        };
+        let answer =
+            move |result: Result<Vec<holdfast_store::Extent>, holdfast_store::StoreError>| match result {
+                Ok(extents) => done(Ok(extents.iter().take(extents_max.max(1)).map(extent).collect())),
+                Err(error) => done(Err(BlockError(error.errno()))),
+            };
         self.actor.env.disk.allocation(range, Box::new(answer));
     }
 }

@@ -16,13 +16,25 @@ pub struct ClientRequest {
 
 enum Data {
     /// The blocks that were read, and which of their bytes the client wants.
-    Read { offset: u64, len: u64, blocks: Bytes },
+    Read {
+        offset: u64,
+        len: u64,
+        blocks: Bytes,
+    },
     /// Whole blocks as the client gave them.
     Write(Bytes),
     /// Whole blocks with the client's bytes in place; the edges are read in.
-    Unaligned { offset: u64, len: u64, blocks: AlignedBuf },
+    Unaligned {
+        offset: u64,
+        len: u64,
+        blocks: AlignedBuf,
+    },
     /// Edge blocks with the client's range zeroed.
-    Zero { offset: u64, len: u64, edges: Vec<(Block, Bytes)> },
+    Zero {
+        offset: u64,
+        len: u64,
+        edges: Vec<(Block, Bytes)>,
+    },
     Flush,
 }
 
@@ -92,9 +104,12 @@ impl ClientRequest {
     /// An edge block to write.
     pub fn edge(&self, block: Block) -> Bytes {
         match &self.data {
-            Data::Zero { edges, .. } => {
-                edges.iter().rev().find(|(at, _)| *at == block).map(|(_, data)| data.clone()).unwrap_or_default()
-            }
+            Data::Zero { edges, .. } => edges
+                .iter()
+                .rev()
+                .find(|(at, _)| *at == block)
+                .map(|(_, data)| data.clone())
+                .unwrap_or_default(),
             Data::Read { .. } | Data::Write(_) | Data::Unaligned { .. } | Data::Flush => Bytes::new(),
         }
     }

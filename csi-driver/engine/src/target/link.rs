@@ -212,7 +212,9 @@ fn link_error(status: tonic::Status) -> LinkError {
     let text = status.message().to_owned();
     match status.code() {
         // The server's own words about the session; everything else may be the way there.
-        Code::FailedPrecondition | Code::NotFound | Code::PermissionDenied | Code::DataLoss => LinkError::Over(text),
+        Code::FailedPrecondition | Code::NotFound | Code::PermissionDenied | Code::DataLoss => {
+            LinkError::Over(text)
+        }
         _ => LinkError::Silent(text),
     }
 }

@@ -212,11 +212,16 @@ impl TargetMachine {
         match op {
             DataOp::Read(range) => BlockOp::Read {
                 offset: range.offset_bytes(),
-                len: u32::try_from(range.len_bytes()).expect("reads are as long as a request, whose length has 32 bits"),
+                len: u32::try_from(range.len_bytes())
+                    .expect("reads are as long as a request, whose length has 32 bits"),
             },
             DataOp::Write { range, fua } => {
                 let data = self.written(payload);
-                assert_eq!(data.len() as u64, range.len_bytes(), "the buffer of {payload:?} does not fit {range:?}");
+                assert_eq!(
+                    data.len() as u64,
+                    range.len_bytes(),
+                    "the buffer of {payload:?} does not fit {range:?}"
+                );
                 let (offset, len) = (range.offset_bytes(), range.len_bytes());
                 if matches!(payload, Payload::Copy(_)) && is_zero(&data) {
                     BlockOp::Zero { offset, len, fua, trim: true }

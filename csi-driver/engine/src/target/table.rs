@@ -39,12 +39,19 @@ impl Volumes {
     /// # Errors
     /// The record says otherwise, the target does not come up, or the kernel gives no device. Nothing keeps running
     /// then.
-    pub async fn attach(&self, volume_id: VolumeId, attachment: Attachment) -> Result<Arc<Volume>, AttachError> {
+    pub async fn attach(
+        &self,
+        volume_id: VolumeId,
+        attachment: Attachment,
+    ) -> Result<Arc<Volume>, AttachError> {
         let slot = self.slot(volume_id);
         let _gate = slot.gate.lock().await;
         if let Some(volume) = slot.current() {
             if volume.attachment != attachment {
-                return Err(AttachError::OtherAttachment { volume: volume_id, attachment: volume.attachment });
+                return Err(AttachError::OtherAttachment {
+                    volume: volume_id,
+                    attachment: volume.attachment,
+                });
             }
             return volume.end().map_or(Ok(volume), Err);
         }

@@ -31,7 +31,9 @@ const FLUSH_PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// The record says otherwise.
-    #[error("volume {volume} is not published to node {node} as attachment {attachment}; the record says {found}")]
+    #[error(
+        "volume {volume} is not published to node {node} as attachment {attachment}; the record says {found}"
+    )]
     NotPublished {
         /// The volume.
         volume: VolumeId,
@@ -61,7 +63,9 @@ pub enum AttachError {
         reason: String,
     },
     /// The target did not come up in time.
-    #[error("volume {volume} did not come up within {seconds} s, its target is {state}; it is stopped, try again")]
+    #[error(
+        "volume {volume} did not come up within {seconds} s, its target is {state}; it is stopped, try again"
+    )]
     Timeout {
         /// The volume.
         volume: VolumeId,
@@ -109,7 +113,11 @@ impl Volume {
     ///
     /// # Errors
     /// The kernel gives no thread.
-    pub fn start(node: &NodeContext, volume_id: VolumeId, attachment: Attachment) -> std::io::Result<Arc<Self>> {
+    pub fn start(
+        node: &NodeContext,
+        volume_id: VolumeId,
+        attachment: Attachment,
+    ) -> std::io::Result<Arc<Self>> {
         let id = volume_id.to_string();
         let runtime = ThreadRuntime::start(&format!("hf-vol-{}", &id[..7]))?;
         let target_id = TargetId(rand::random());
@@ -158,7 +166,11 @@ impl Volume {
             Ok(Ok(state)) => state.clone(),
             Ok(Err(_)) | Err(_) => {
                 let state = self.state.borrow().word();
-                return Err(AttachError::Timeout { volume: self.volume_id, seconds: patience.as_secs(), state });
+                return Err(AttachError::Timeout {
+                    volume: self.volume_id,
+                    seconds: patience.as_secs(),
+                    state,
+                });
             }
         };
         if state == TargetState::Serving { Ok(()) } else { Err(self.ended(&state)) }
@@ -172,11 +184,7 @@ impl Volume {
     }
 
     fn ended(&self, state: &TargetState) -> AttachError {
-        AttachError::Ended {
-            volume: self.volume_id,
-            state: state.word(),
-            reason: state.reason().to_owned(),
-        }
+        AttachError::Ended { volume: self.volume_id, state: state.word(), reason: state.reason().to_owned() }
     }
 
     /// Makes the target a block device of this machine and of local NBD clients.
@@ -301,7 +309,9 @@ impl Volume {
         match tokio::time::timeout(FLUSH_PATIENCE, receiver).await {
             Ok(Ok(Ok(_))) => {}
             Ok(Ok(Err(error))) => tracing::warn!(volume = %self.volume_id, %error, "the last flush failed"),
-            Ok(Err(_)) | Err(_) => tracing::warn!(volume = %self.volume_id, "the last flush was not answered"),
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(volume = %self.volume_id, "the last flush was not answered")
+            }
         }
     }
 

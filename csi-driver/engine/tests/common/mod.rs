@@ -178,7 +178,11 @@ impl Cluster {
     pub async fn wait_members(&self, volume: VolumeId, count: usize, within: Duration) {
         let start = Instant::now();
         while self.store.get(volume).record.in_sync.len() != count {
-            assert!(start.elapsed() < within, "not {count} members after {within:?}: {:?}", self.store.get(volume));
+            assert!(
+                start.elapsed() < within,
+                "not {count} members after {within:?}: {:?}",
+                self.store.get(volume)
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
