@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial, config};
+use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial, config, host};
 use holdfast_service::node::NodeConfig;
 use holdfast_service::{ControllerConfig, Process, RegistryClient, TlsIdentity};
 use holdfast_storage_core::ids::NodeName;
@@ -76,6 +76,8 @@ async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
         },
         attach_timeout: config::ATTACH_TIMEOUT,
     };
+    // Threads that are started from here on inherit it.
+    host::protect_from_memory_pressure();
     let process = DataProcess::start(config, Arc::clone(&registry) as _, registry).await?;
     signals.wait().await;
     process.shutdown().await;

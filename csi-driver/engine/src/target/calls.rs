@@ -36,7 +36,7 @@ pub async fn read_record(actor: Arc<TargetActor>, call: CallId) {
     if let Err(error) = &result {
         tracing::warn!(volume = %actor.env.volume_id, %error, "the volume's record could not be read");
     }
-    actor.post(TargetInput::Core(TargetEvent::RecordRead { call, result }));
+    actor.post(TargetInput::core(TargetEvent::RecordRead { call, result }));
 }
 
 /// Swaps the record.
@@ -46,7 +46,7 @@ pub async fn swap(actor: Arc<TargetActor>, call: CallId, expected: RecordVersion
     if let Err(error) = &result {
         tracing::warn!(volume = %actor.env.volume_id, %error, "a swap of the volume's record has no clear outcome yet");
     }
-    actor.post(TargetInput::Core(TargetEvent::SwapAnswered { call, result }));
+    actor.post(TargetInput::core(TargetEvent::SwapAnswered { call, result }));
 }
 
 /// Sends a heartbeat.
@@ -60,7 +60,7 @@ pub async fn heartbeat(actor: Arc<TargetActor>, link: Arc<Link>, session: Sessio
         // Silence is counted by the core: one lost heartbeat is no lost session.
         Ok(Err(LinkError::Silent(_))) | Err(_) => return,
     };
-    actor.post(TargetInput::Core(event));
+    actor.post(TargetInput::core(event));
 }
 
 /// Sends a control request. The core sets its deadline.
@@ -80,7 +80,7 @@ pub async fn control(
             TargetEvent::SessionLost { session }
         }
     };
-    actor.post(TargetInput::Core(event));
+    actor.post(TargetInput::core(event));
 }
 
 /// Why a session did not come up.
@@ -121,11 +121,11 @@ pub async fn open(actor: Arc<TargetActor>, wanted: OpenSession) {
         Ok(Ok((link, reply))) => TargetInput::SessionUp(session, Arc::new(link), opened_of(reply)),
         Ok(Err(refusal)) => {
             tracing::info!(volume = %actor.env.volume_id, %replica, node = %wanted.node, %refusal, "a replica refused to open");
-            TargetInput::Core(TargetEvent::OpenRefused { session, refusal })
+            TargetInput::core(TargetEvent::OpenRefused { session, refusal })
         }
         Err(error) => {
             tracing::info!(volume = %actor.env.volume_id, %replica, node = %wanted.node, %error, "a replica could not be opened");
-            TargetInput::Core(TargetEvent::OpenFailed { session })
+            TargetInput::core(TargetEvent::OpenFailed { session })
         }
     };
     actor.post(input);
@@ -139,7 +139,7 @@ async fn open_local(actor: &Arc<TargetActor>, session: SessionId, request: OpenR
     let target = Arc::downgrade(actor);
     let ended = Box::new(move || {
         if let Some(target) = target.upgrade() {
-            target.post(TargetInput::Core(TargetEvent::SessionLost { session }));
+            target.post(TargetInput::core(TargetEvent::SessionLost { session }));
         }
     });
     let result = grpc::open(&replica, request, vec![actor.env.node.0.clone()], Some(ended)).await;
@@ -182,7 +182,7 @@ async fn open_remote(actor: &Arc<TargetActor>, wanted: &OpenSession, request: Op
     let connecting = AbortOnDrop(env.data.spawn(connect_nbd(info.nbd_address, options)));
     let client = connecting.join().await?;
     watch_client(actor, wanted.session, &client);
-    Ok(Ok((Link::Remote(RemoteLink { client, rpc, session }), reply)))
+    Ok(Ok((Link::Remote(Box::new(RemoteLink { client, rpc, session })), reply)))
 }
 
 async fn connect_nbd(address: String, options: ClientOptions) -> Result<Arc<Client>, OpenError> {
@@ -206,7 +206,7 @@ fn watch_client(actor: &Arc<TargetActor>, session: SessionId, client: &Arc<Clien
         // Ends with the link, which closes the client when it is dropped.
         client.closed().await;
         if let Some(target) = target.upgrade() {
-            target.post(TargetInput::Core(TargetEvent::SessionLost { session }));
+            target.post(TargetInput::core(TargetEvent::SessionLost { session }));
         }
     });
 }

@@ -32,7 +32,7 @@ pub enum Link {
         key: SessionKey,
     },
     /// The replica is on another node.
-    Remote(RemoteLink),
+    Remote(Box<RemoteLink>),
 }
 
 /// A session to another node.

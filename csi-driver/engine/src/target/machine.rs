@@ -53,14 +53,21 @@ pub struct TargetEnv {
 
 /// Inputs.
 pub enum TargetInput {
-    /// An input of the core's.
-    Core(TargetEvent),
+    /// An input of the core's; boxed, as the many inputs of the I/O path are small.
+    Core(Box<TargetEvent>),
     /// A client's request.
     Request(BlockOp, Completion),
     /// An I/O on a replica ended; a read gives its data.
     IoDone(IoTag, Result<Bytes, BlockError>),
     /// A session is open and its connection is up.
     SessionUp(SessionId, Arc<Link>, Opened),
+}
+
+impl TargetInput {
+    /// An input of the core's.
+    pub fn core(event: TargetEvent) -> Self {
+        Self::Core(Box::new(event))
+    }
 }
 
 /// Which I/O ended.
@@ -294,13 +301,13 @@ impl Machine for TargetMachine {
     fn handle(&mut self, now_ms: u64, event: TargetInput, work: &mut Vec<TargetWork>) {
         match event {
             TargetInput::Core(event) => {
-                match &event {
+                match &*event {
                     TargetEvent::OpenRefused { session, .. } | TargetEvent::OpenFailed { session } => {
                         self.sessions.remove(session);
                     }
                     _ => {}
                 }
-                self.core.handle_event(now_ms, event);
+                self.core.handle_event(now_ms, *event);
             }
             TargetInput::Request(op, done) => self.on_request(now_ms, op, done),
             TargetInput::IoDone(tag, result) => self.on_io_done(now_ms, tag, result),
@@ -320,7 +327,7 @@ impl Machine for TargetMachine {
     }
 
     fn tick() -> TargetInput {
-        TargetInput::Core(TargetEvent::Tick)
+        TargetInput::core(TargetEvent::Tick)
     }
 
     fn take_down(&mut self, work: &mut Vec<TargetWork>) {

@@ -293,7 +293,7 @@ impl Volume {
         {
             tracing::warn!(path = %socket.display(), %error, "a client socket could not be removed");
         }
-        self.actor.post(TargetInput::Core(TargetEvent::Stop));
+        self.actor.post(TargetInput::core(TargetEvent::Stop));
         let mut state = self.state.clone();
         if tokio::time::timeout(STOP_PATIENCE, state.wait_for(TargetState::is_final)).await.is_err() {
             tracing::warn!(volume = %self.volume_id, "the target did not stop in order; the next start reconciles");
