@@ -1,0 +1,233 @@
+//! Pools and stores that obey the real rules and can be cut off at any step.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use holdfast_proto::storage::pool_server::{Pool, PoolServer};
+use holdfast_proto::storage::{
+    CreateReplicaReply, CreateReplicaRequest, DeleteReplicaReply, DeleteReplicaRequest, GetPoolReply,
+    GetPoolRequest,
+};
+use holdfast_service::NodeBook;
+use holdfast_storage_core::ids::{NodeName, RecordVersion, VolumeId};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::record_store::{RecordStore, StoreError, StoreFuture, Versioned};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+
+/// After how many changes the world stands still for the controller, as it does for one that is killed.
+#[derive(Clone)]
+pub struct Cut {
+    left: Arc<AtomicI64>,
+    /// The change at the cut happens, and only its answer is lost.
+    happens: bool,
+}
+
+/// What becomes of one change.
+enum Fate {
+    Normal,
+    AnswerLost,
+    Nothing,
+}
+
+impl Cut {
+    pub fn never() -> Self {
+        Self { left: Arc::new(AtomicI64::new(i64::MAX)), happens: false }
+    }
+
+    pub fn after(changes: i64, happens: bool) -> Self {
+        Self { left: Arc::new(AtomicI64::new(changes)), happens }
+    }
+
+    pub fn was_reached(&self) -> bool {
+        self.left.load(Ordering::SeqCst) < 0
+    }
+
+    fn next(&self) -> Fate {
+        match self.left.fetch_sub(1, Ordering::SeqCst) {
+            1.. => Fate::Normal,
+            0 if self.happens => Fate::AnswerLost,
+            _ => Fate::Nothing,
+        }
+    }
+}
+
+/// A real store behind a cut.
+pub struct CutStore {
+    pub store: Arc<dyn RecordStore>,
+    pub cut: Cut,
+}
+
+impl CutStore {
+    fn change<'a, T: Send + 'a>(&'a self, work: impl FnOnce() -> StoreFuture<'a, T>) -> StoreFuture<'a, T> {
+        let lost = || Err(StoreError::Unknown("cut".to_owned()));
+        match self.cut.next() {
+            Fate::Normal => work(),
+            Fate::AnswerLost => {
+                let work = work();
+                Box::pin(async move {
+                    drop(work.await);
+                    lost()
+                })
+            }
+            Fate::Nothing => Box::pin(std::future::ready(lost())),
+        }
+    }
+}
+
+impl RecordStore for CutStore {
+    fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
+        self.store.read(volume)
+    }
+
+    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+        self.store.list()
+    }
+
+    fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.change(|| self.store.create(record))
+    }
+
+    fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.change(|| self.store.swap(expected, record))
+    }
+
+    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
+        self.change(|| self.store.remove(expected, volume))
+    }
+}
+
+/// What one pool holds: replica id to volume id and size.
+pub type Replicas = BTreeMap<String, (String, u64)>;
+
+/// One node's pool.
+#[derive(Clone)]
+pub struct FakePool {
+    pub node: &'static str,
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    capacity_bytes: u64,
+    replicas: Replicas,
+    cut: Cut,
+    /// Creating fails with this sentence, after it was done or instead of it.
+    create_fails: Option<(bool, &'static str)>,
+    /// Calls wait for this long first.
+    delay: std::time::Duration,
+}
+
+impl FakePool {
+    /// Listens on loopback and announces the node.
+    pub async fn start(node: &'static str, capacity_bytes: u64, book: &NodeBook) -> Self {
+        let state = State {
+            capacity_bytes,
+            replicas: Replicas::new(),
+            cut: Cut::never(),
+            create_fails: None,
+            delay: std::time::Duration::ZERO,
+        };
+        let pool = Self { node, state: Arc::new(Mutex::new(state)) };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let control_address = listener.local_addr().unwrap().to_string();
+        let router = Server::builder().add_service(PoolServer::new(pool.clone()));
+        tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+        announce(book, node, &control_address, capacity_bytes).await;
+        pool
+    }
+
+    pub fn replicas(&self) -> Replicas {
+        self.state.lock().unwrap().replicas.clone()
+    }
+
+    pub fn set_cut(&self, cut: Cut) {
+        self.state.lock().unwrap().cut = cut;
+    }
+
+    pub fn set_create_fails(&self, how: Option<(bool, &'static str)>) {
+        self.state.lock().unwrap().create_fails = how;
+    }
+
+    pub fn set_delay(&self, delay: std::time::Duration) {
+        self.state.lock().unwrap().delay = delay;
+    }
+
+    async fn pause(&self) {
+        let delay = self.state.lock().unwrap().delay;
+        tokio::time::sleep(delay).await;
+    }
+}
+
+/// Makes a node known at an address.
+pub async fn announce(book: &NodeBook, node: &str, control_address: &str, capacity_bytes: u64) {
+    let info = NodeInfo {
+        name: NodeName(node.to_owned()),
+        control_address: control_address.to_owned(),
+        nbd_address: "127.0.0.1:1".to_owned(),
+        capacity_bytes,
+        available_bytes: capacity_bytes,
+    };
+    book.announce(info).await.unwrap();
+}
+
+#[tonic::async_trait]
+impl Pool for FakePool {
+    async fn get_pool(&self, _: Request<GetPoolRequest>) -> Result<Response<GetPoolReply>, Status> {
+        self.pause().await;
+        let state = self.state.lock().unwrap();
+        if state.cut.was_reached() {
+            return Err(Status::unavailable("cut"));
+        }
+        let used: u64 = state.replicas.values().map(|(_, bytes)| bytes).sum();
+        Ok(Response::new(GetPoolReply {
+            node: self.node.to_owned(),
+            capacity_bytes: state.capacity_bytes,
+            available_bytes: state.capacity_bytes - used,
+            replica_ids: state.replicas.keys().cloned().collect(),
+        }))
+    }
+
+    async fn create_replica(
+        &self,
+        request: Request<CreateReplicaRequest>,
+    ) -> Result<Response<CreateReplicaReply>, Status> {
+        self.pause().await;
+        let request = request.into_inner();
+        let mut state = self.state.lock().unwrap();
+        let fate = state.cut.next();
+        if let (Fate::Nothing, _) | (_, Some((false, _))) = (&fate, state.create_fails) {
+            return Err(Status::unavailable("nothing was made"));
+        }
+        let shape = (request.volume_id, request.size_bytes);
+        match state.replicas.get(&request.replica_id) {
+            Some(other) if *other != shape => return Err(Status::already_exists("of another shape")),
+            _ => drop(state.replicas.insert(request.replica_id, shape)),
+        }
+        match (fate, state.create_fails) {
+            (Fate::AnswerLost, _) => Err(Status::unavailable("cut")),
+            (_, Some((_, sentence))) => Err(Status::internal(sentence)),
+            _ => Ok(Response::new(CreateReplicaReply {})),
+        }
+    }
+
+    async fn delete_replica(
+        &self,
+        request: Request<DeleteReplicaRequest>,
+    ) -> Result<Response<DeleteReplicaReply>, Status> {
+        self.pause().await;
+        let mut state = self.state.lock().unwrap();
+        let fate = state.cut.next();
+        if let Fate::Nothing = fate {
+            return Err(Status::unavailable("cut"));
+        }
+        state.replicas.remove(&request.into_inner().replica_id);
+        match fate {
+            Fate::AnswerLost => Err(Status::unavailable("cut")),
+            _ => Ok(Response::new(DeleteReplicaReply {})),
+        }
+    }
+}
