@@ -23,6 +23,8 @@
 mod bit_sectors;
 mod control;
 mod cookie;
+#[cfg(test)]
+mod crash_tests;
 mod data;
 mod disk;
 mod error;
@@ -36,6 +38,7 @@ mod meta_file;
 mod pool;
 mod replica;
 mod sealed;
+mod shadow;
 mod space;
 mod sums;
 mod tables;

@@ -30,6 +30,7 @@ use crate::manifest::{LayerEntry, Manifest, read_page_file, write_page_file};
 use crate::map_file::MapFiles;
 use crate::meta_file::MetaFile;
 use crate::replica::Replica;
+use crate::shadow::{self, Shadow};
 use crate::space::PoolSpace;
 use crate::sums::Summer;
 
@@ -168,7 +169,10 @@ impl Pool {
         let block_count = manifest.size_bytes / BLOCK_BYTES;
         let (map_files, maps) = MapFiles::open(disk, &dir, replica_id, block_count)
             .map_err(PoolError::io("reading maps in", &dir))?;
-        let cookie = BootCookie::new(self.inner.options.cookie_dir.as_deref(), replica_id);
+        let cookie_dir = self.inner.options.cookie_dir.as_deref();
+        let cookie = BootCookie::new(cookie_dir, replica_id);
+        let (shadow, unflushed) = Shadow::open(cookie_dir, replica_id)
+            .map_err(PoolError::io("reading unflushed checksums of", &dir))?;
         let start = ReplicaStart { meta, log: log.regions().clone(), maps, boot_cookie: cookie.read() };
         let data = DataPath::new(DataParts {
             replica: replica_id,
@@ -178,7 +182,9 @@ impl Pool {
             cookie,
             pool: Arc::clone(&self.inner.space),
             logged: log.regions().clone(),
+            shadow,
         });
+        data.replay(&unflushed).map_err(PoolError::io("reading tables in", &dir))?;
         open.insert(replica_id);
         let keep = Box::new(OpenMark { pool: Arc::clone(&self.inner), replica: replica_id });
         let files = ControlFiles { meta: meta_file, log, maps: map_files, data: Arc::clone(&data), keep };
@@ -203,7 +209,9 @@ impl Pool {
         disk.rename(&dir, &deleted).map_err(PoolError::io("renaming", &dir))?;
         disk.sync_dir(&replicas).map_err(PoolError::io("syncing", &replicas))?;
         disk.remove_dir_all(&deleted).map_err(PoolError::io("removing", &deleted))?;
-        let cookie = BootCookie::new(self.inner.options.cookie_dir.as_deref(), replica_id);
+        let cookie_dir = self.inner.options.cookie_dir.as_deref();
+        shadow::remove_files(cookie_dir, replica_id);
+        let cookie = BootCookie::new(cookie_dir, replica_id);
         if let Err(error) = cookie.remove() {
             tracing::warn!(%replica_id, %error, "the cookie's copy of a deleted replica stays");
         }

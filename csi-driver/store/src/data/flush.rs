@@ -67,6 +67,9 @@ impl DataPath {
                 ended: false,
             };
             let nothing_to_do = pages.to_write.is_empty() && state.unflushed.is_empty();
+            if !nothing_to_do {
+                state.shadow.switch();
+            }
             let flush = Flush {
                 path: Arc::clone(self),
                 covers_until: state.change_seq,
@@ -144,6 +147,7 @@ impl Flush {
             let mut state = self.path.lock();
             if outcome.is_ok() {
                 state.forget_flushed(self.covers_until);
+                state.shadow.drop_old();
             }
             state.flush.running = !state.flush.waiting.is_empty();
             state.flush.running

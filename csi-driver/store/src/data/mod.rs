@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use holdfast_io::{AlignedBuf, Errno};
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId};
+use holdfast_storage_core::ids::{BLOCK_BYTES, Block, Region, ReplicaId};
 
 use crate::cookie::BootCookie;
 use crate::disk::DiskFile;
@@ -24,9 +24,10 @@ use crate::error::StoreError;
 use crate::gather::Gather;
 use crate::layout::{PAGE_BYTES, TablePage};
 use crate::replica::Done;
+use crate::shadow::{Appended, Shadow};
 use crate::space::PoolSpace;
 use crate::sums::Summer;
-use crate::tables::Tables;
+use crate::tables::{Entry, Tables};
 
 mod flush;
 mod read;
@@ -64,6 +65,7 @@ struct DataState {
     change_seq: u64,
     flush: FlushState,
     backed: BackedChunks,
+    shadow: Shadow,
     in_flight: usize,
 }
 
@@ -89,12 +91,14 @@ pub struct DataParts {
     pub pool: Arc<PoolSpace>,
     /// The intent log found on disk.
     pub logged: BTreeSet<Region>,
+    /// Keeps unflushed entries beyond this process.
+    pub shadow: Shadow,
 }
 
 impl DataPath {
     /// Starts with empty tables.
     pub fn new(parts: DataParts) -> Arc<Self> {
-        let DataParts { replica, size_bytes, summer, file, cookie, pool, logged } = parts;
+        let DataParts { replica, size_bytes, summer, file, cookie, pool, logged, shadow } = parts;
         let state = DataState {
             tables: Tables::default(),
             loading: HashMap::new(),
@@ -103,6 +107,7 @@ impl DataPath {
             change_seq: 0,
             flush: FlushState::default(),
             backed: BackedChunks::default(),
+            shadow,
             in_flight: 0,
         };
         Arc::new(Self {
@@ -150,6 +155,7 @@ impl DataPath {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
             tracing::error!(replica = %self.replica, "a write or flush failed: the replica's handle is poisoned");
         }
+        self.lock().shadow.remove();
         if let Err(error) = self.cookie.remove() {
             tracing::error!(replica = %self.replica, %error, "the cookie's copy could not be removed");
         }
@@ -195,6 +201,47 @@ impl DataPath {
     /// A page of the tables, if it is in memory.
     pub fn cached_page(&self, page: TablePage) -> Option<Vec<u8>> {
         self.lock().tables.page(page).map(<[u8]>::to_vec)
+    }
+
+    /// Takes in what a killed predecessor had not flushed. Blocks; called before the first request.
+    pub fn replay(&self, entries: &[(u64, Entry)]) -> std::io::Result<()> {
+        let mut state = self.lock();
+        for (block, entry) in entries {
+            let region = Block(*block).region();
+            if *block >= self.size_bytes / BLOCK_BYTES || !state.logged.contains(&region) {
+                tracing::warn!(replica = %self.replica, block, "an unflushed checksum names a block that is not logged");
+                continue;
+            }
+            for page in state.tables.missing(*block, 1) {
+                let bytes = self.file.read_now(page.file_offset(), PAGE_BYTES)?;
+                state.tables.insert(page, bytes);
+            }
+            state.tables.set(*block, *entry);
+            state.unflushed.entry(region).or_default();
+        }
+        Ok(())
+    }
+
+    /// Changes entries whose pages are in memory, so that they outlive this process; the caller answers afterwards.
+    fn change_entries(self: &Arc<Self>, entries: impl Iterator<Item = (u64, Entry)> + Clone) {
+        let appended = {
+            let mut state = self.lock();
+            for (block, entry) in entries.clone() {
+                state.tables.set(block, entry);
+            }
+            state.shadow.append(entries)
+        };
+        match appended {
+            Appended::Fine => {}
+            Appended::FlushSoon => self.flush(Box::new(|_| {})),
+            Appended::Lost => {
+                if let Err(error) = self.cookie.remove() {
+                    // Without the shadow the cookie's copy would promise what cannot be kept.
+                    tracing::error!(replica = %self.replica, %error, "the cookie's copy could not be removed");
+                    self.poison();
+                }
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, DataState> {

@@ -78,12 +78,7 @@ impl DataPath {
             let error = self.write_failed("writing data", errno);
             return request.answer(Err(error), done);
         }
-        {
-            let mut state = self.lock();
-            for (block, sum) in (range.start.0..).zip(sums) {
-                state.tables.set(block, Entry::data(sum));
-            }
-        }
+        self.change_entries((range.start.0..).zip(sums.iter().map(|sum| Entry::data(*sum))));
         drop(request);
         if fua { self.flush(done) } else { done(Ok(())) }
     }

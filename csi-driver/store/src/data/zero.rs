@@ -85,18 +85,19 @@ impl DataPath {
     }
 
     fn mark_zero(self: &Arc<Self>, zero: Zero) {
-        {
-            let mut state = self.lock();
-            for block in zero.range.start.0..zero.range.end() {
-                let keep = match state.tables.entry(block).state {
+        let blocks = zero.range.start.0..zero.range.end();
+        let entries: Vec<(u64, Entry)> = {
+            let state = self.lock();
+            blocks
+                .filter_map(|block| match state.tables.entry(block).state {
                     // Nothing lies below: absent reads as zeroes already.
-                    State::Absent => continue,
-                    State::Zero => false,
-                    State::Data | State::ZeroKept => !zero.trim,
-                };
-                state.tables.set(block, Entry::zero(keep));
-            }
-        }
+                    State::Absent => None,
+                    State::Zero => Some((block, Entry::zero(false))),
+                    State::Data | State::ZeroKept => Some((block, Entry::zero(!zero.trim))),
+                })
+                .collect()
+        };
+        self.change_entries(entries.into_iter());
         drop(zero.request);
         if zero.fua { self.flush(zero.done) } else { (zero.done)(Ok(())) }
     }

@@ -36,6 +36,8 @@ struct State {
     /// Changing operations until the power goes; `None` for never.
     changes_left: Option<u64>,
     changes: u64,
+    /// At the cut the first folder's files are copied to the second: tmpfs as a kill leaves it.
+    copy_at_cut: Option<(PathBuf, PathBuf)>,
     fail_syncs: bool,
     full: bool,
 }
@@ -105,6 +107,13 @@ fn apply_name(names: &mut BTreeMap<PathBuf, Node>, change: &NameChange) {
     }
 }
 
+fn copy_files(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
 fn off() -> io::Error {
     io::Error::from_raw_os_error(nix::libc::EIO)
 }
@@ -114,9 +123,12 @@ impl SimDisk {
         self.0.lock().unwrap()
     }
 
-    /// The power goes after so many further changing operations: that one and all later ones fail.
-    pub fn cut_after(&self, changes: u64) {
-        self.lock().changes_left = Some(changes);
+    /// The power goes after so many further changing operations: that one and all later ones fail. At that moment the
+    /// files of `tmpfs` are copied to `copy`, because a process that sees its disk fail removes them.
+    pub fn cut_after(&self, changes: u64, tmpfs: &Path, copy: &Path) {
+        let mut state = self.lock();
+        state.changes_left = Some(changes);
+        state.copy_at_cut = Some((tmpfs.to_owned(), copy.to_owned()));
     }
 
     /// Changing operations so far.
@@ -165,6 +177,24 @@ impl SimDisk {
         })))
     }
 
+    /// What is found after all processes were killed: everything that was answered, the power stayed on.
+    pub fn after_kill(&self) -> SimDisk {
+        let state = self.lock();
+        let copy = |inode: &Inode| Inode {
+            seen: inode.seen.clone(),
+            durable: inode.durable.clone(),
+            pending: inode.pending.clone(),
+        };
+        SimDisk(Arc::new(Mutex::new(State {
+            names: state.names.clone(),
+            durable_names: state.durable_names.clone(),
+            name_changes: state.name_changes.clone(),
+            inodes: state.inodes.iter().map(|(number, inode)| (*number, copy(inode))).collect(),
+            next_inode: state.next_inode,
+            ..State::default()
+        })))
+    }
+
     /// Flips one bit of a file, as a disk that rots does.
     pub fn flip_bit(&self, path: &Path, byte: u64) {
         let mut state = self.lock();
@@ -176,12 +206,22 @@ impl SimDisk {
         }
     }
 
-    fn change(&self) -> io::Result<MutexGuard<'_, State>> {
+    /// The state, unless the power is off.
+    fn powered(&self) -> io::Result<MutexGuard<'_, State>> {
         let mut state = self.lock();
-        match &mut state.changes_left {
-            Some(0) => return Err(off()),
-            Some(left) => *left -= 1,
-            None => {}
+        if state.changes_left != Some(0) {
+            return Ok(state);
+        }
+        if let Some((from, to)) = state.copy_at_cut.take() {
+            copy_files(&from, &to);
+        }
+        Err(off())
+    }
+
+    fn change(&self) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.powered()?;
+        if let Some(left) = &mut state.changes_left {
+            *left -= 1;
         }
         state.changes += 1;
         Ok(state)
@@ -316,10 +356,7 @@ impl SimFile {
     }
 
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let state = self.disk.lock();
-        if state.changes_left == Some(0) {
-            return Err(off());
-        }
+        let state = self.disk.powered()?;
         let image = &state.inodes[&self.inode].seen;
         if offset + buf.len() as u64 > image.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -361,10 +398,7 @@ impl SimFile {
     }
 
     pub fn allocate(&self) -> io::Result<()> {
-        let state = self.disk.lock();
-        if state.changes_left == Some(0) {
-            return Err(off());
-        }
+        let state = self.disk.powered()?;
         if state.full { Err(io::Error::from_raw_os_error(nix::libc::ENOSPC)) } else { Ok(()) }
     }
 }
