@@ -17,6 +17,8 @@ const MIB: i64 = 1 << 20;
 /// Pod addresses of a /29 without network, broadcast and the node's own are at most this many.
 const SMALL_RANGE_MAX: usize = 8;
 
+type Check = fn(&Cluster) -> Result<()>;
+
 /// Trials of this file; all on one cluster, so they are one trial with one cluster and several checks.
 pub fn trials() -> Vec<Trial> {
     vec![trial("bad_input_is_refused_with_its_cause_and_changes_nothing", bad_input)]
@@ -36,7 +38,7 @@ fn bad_input() -> Result<()> {
 }
 
 fn check_all(cluster: &Cluster) -> Result<()> {
-    let checks: [(&str, fn(&Cluster) -> Result<()>); 7] = [
+    let checks: [(&str, Check); 7] = [
         ("malformed CNI JSON", malformed_cni_json),
         ("unknown cniVersion", unknown_cni_version),
         ("missing network namespace", missing_namespace),

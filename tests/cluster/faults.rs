@@ -7,6 +7,8 @@ use libtest_mimic::Trial;
 
 use crate::trial;
 
+type Kill = fn(&mut Story) -> Result<()>;
+
 /// Trials of this file: one cluster, so one trial that kills each process in turn.
 pub fn trials() -> Vec<Trial> {
     vec![trial("kill_9_of_each_process_in_turn_loses_nothing", kill_each_in_turn)]
@@ -28,7 +30,7 @@ fn kill_all(story: &mut Story) -> Result<()> {
     story.provision()?;
     story.run_pods()?;
     story.start_client()?;
-    let kills: [(&str, fn(&mut Story) -> Result<()>); 5] = [
+    let kills: [(&str, Kill); 5] = [
         ("controller", kill_controller),
         ("CSI node process", kill_csi_node),
         ("network agent", kill_netd),

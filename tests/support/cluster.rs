@@ -20,6 +20,8 @@ use crate::work::{Work, binaries_dir};
 
 /// How long the processes of a new cluster may take until they answer.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Name in the controller's certificate.
+const CONTROLLER_NAME: &str = "holdfast-controller";
 /// Port of the registry on the controller.
 const REGISTRY_PORT: u16 = 9470;
 /// Port of the control services on each node.
@@ -287,7 +289,7 @@ fn start_controller(
     let spaces = Namespaces::create("controller", work)?;
     plug_in(underlay, &spaces, controller_address())?;
     let tls = work.dir().join("tls/controller");
-    authority.issue("controller", &tls)?;
+    authority.issue(CONTROLLER_NAME, &tls)?;
     let store = work.folder("controller")?.join("records");
     let arguments = controller_arguments(CSI_SOCKET, REGISTRY_PORT, &store, &tls);
     let program = start_program(work, &spaces, "controller", "holdfast-csi", arguments)?;
@@ -382,14 +384,13 @@ fn data_arguments(
         "data".to_owned(),
         format!("--node={name}"),
         format!("--pool-dir={}", dir.join("pool").display()),
-        format!("--pool-capacity-bytes={}", options.pool_bytes),
+        format!("--pool-capacity={}", options.pool_bytes),
         "--cookie-dir=/run/holdfast/cookies".to_owned(),
         format!("--control-listen={address}:{CONTROL_PORT}"),
         format!("--nbd-listen={address}:{NBD_PORT}"),
         format!("--data-socket={DATA_SOCKET}"),
-        "--run-dir=/run/holdfast/front-end".to_owned(),
+        "--run-dir=/run/holdfast/front-ends".to_owned(),
         format!("--registry={}:{REGISTRY_PORT}", controller_address()),
-        "--registry-name=controller".to_owned(),
         format!("--tls-dir={}", tls.display()),
     ]
 }
@@ -402,7 +403,6 @@ fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
         format!("--data-socket={DATA_SOCKET}"),
         format!("--kubelet-dir={KUBELET_DIR}"),
         format!("--registry={}:{REGISTRY_PORT}", controller_address()),
-        "--registry-name=controller".to_owned(),
         format!("--tls-dir={}", tls.display()),
     ]
 }

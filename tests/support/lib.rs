@@ -30,10 +30,10 @@ mod objects;
 pub mod pod;
 pub mod postgres;
 mod probe;
-mod process;
+pub mod process;
 pub mod report;
 pub mod story;
-mod work;
+pub mod work;
 
 pub use certs::Authority;
 pub use cluster::{Cluster, ClusterOptions, Node};

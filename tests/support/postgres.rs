@@ -48,9 +48,10 @@ pub fn initialise(cluster: &Cluster, pod: &Pod, mount: &Path) -> Result<()> {
     let mut initdb = as_postgres(pod.command(cluster, Path::new("setpriv")), &bin.join("initdb"));
     initdb.args(["--pgdata", &data, "--auth=trust", "--username=postgres", "--locale=C", "--encoding=UTF8"]);
     run_within(INIT_TIMEOUT, &mut initdb)?;
-    // The client comes over the pod network; who may reach the port is the policy's matter.
+    // The client comes over the pod network; who may reach the port is the policy's matter. Flushed: the volume may move
+    // away from a node that is cut off, and only what was flushed is promised to move with it.
     let line = "host all all 10.244.0.0/16 trust";
-    let script = format!("echo '{line}' >> '{data}/pg_hba.conf'");
+    let script = format!("echo '{line}' >> '{data}/pg_hba.conf' && sync '{data}/pg_hba.conf'");
     run(pod.command(cluster, Path::new("sh")).args(["-c", &script])).map(drop)
 }
 

@@ -216,10 +216,12 @@ impl Story {
     /// Something refuses to end or is left behind.
     pub fn end(mut self) -> Result<()> {
         self.report.step("6. The end: everything is taken down through the same interfaces");
-        self.tear_down()?;
-        self.report.note("pods deleted, volume unpublished, unstaged, deleted");
+        let torn_down = self.tear_down();
         let Self { cluster, report, .. } = self;
-        cluster.end(Logs::Remove)?;
+        // Whatever refused, the rest goes.
+        cluster.end(if torn_down.is_ok() { Logs::Remove } else { Logs::Keep })?;
+        torn_down?;
+        report.note("pods deleted, volume unpublished, unstaged, deleted, cluster ended");
         report.note("no process, namespace, device, mount or file is left");
         report.finish();
         Ok(())
