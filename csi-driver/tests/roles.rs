@@ -1,6 +1,9 @@
 //! The real binary in its three roles on one machine: a volume is made, published, staged, mounted, used and deleted
 //! through CSI. Needs root, /dev/fuse and loop devices.
 
+// Tests and their helpers may panic.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,8 @@
 //! The controller through real gRPC on a Unix socket, with pools that obey the real rules.
 
+// Tests and their helpers may panic.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::collections::HashMap;

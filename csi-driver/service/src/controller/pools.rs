@@ -91,10 +91,10 @@ impl Pools {
 
     fn client(&self, info: &NodeInfo) -> Result<PoolClient<Channel>, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((address, channel)) = channels.get(&info.name) {
-            if *address == info.control_address {
-                return Ok(PoolClient::new(channel.clone()));
-            }
+        if let Some((address, channel)) = channels.get(&info.name)
+            && *address == info.control_address
+        {
+            return Ok(PoolClient::new(channel.clone()));
         }
         let channel = self.connect(info).map_err(|e| {
             Status::unavailable(format!(

@@ -59,10 +59,10 @@ pub(super) fn unmount_all(target: &Path) -> Result<(), Status> {
             return Ok(());
         }
         // Another namespace may keep the file system busy after it left our tree: its dirty pages must go now.
-        if let Ok(root) = File::open(target) {
-            if let Err(errno) = nix::unistd::syncfs(&root) {
-                tracing::warn!(target_path = %target.display(), %errno, "the file system could not be written out");
-            }
+        if let Ok(root) = File::open(target)
+            && let Err(errno) = nix::unistd::syncfs(&root)
+        {
+            tracing::warn!(target_path = %target.display(), %errno, "the file system could not be written out");
         }
         match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}

@@ -26,10 +26,8 @@ pub(super) fn resolve(field: &str, text: &str, below: &Path, make: bool) -> Resu
     if !existing.starts_with(below) {
         return bad(&format!("is not below the kubelet folder {}", below.display()));
     }
-    if make {
-        if let Err(e) = std::fs::create_dir_all(parent) {
-            return failed(e);
-        }
+    if make && let Err(e) = std::fs::create_dir_all(parent) {
+        return failed(e);
     }
     let parent = match parent.canonicalize() {
         Ok(parent) => parent,

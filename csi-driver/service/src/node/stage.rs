@@ -1,7 +1,7 @@
 //! NodeStageVolume and NodeUnstageVolume.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use holdfast_proto::csi::volume_capability::AccessType;
 use holdfast_proto::csi::{
@@ -156,7 +156,7 @@ pub(super) fn unreadable(error: &io::Error) -> Status {
 }
 
 /// A device's node, for callers that only need it to be one.
-pub(super) fn device_number(device: &PathBuf) -> Result<Device, Status> {
+pub(super) fn device_number(device: &Path) -> Result<Device, Status> {
     Device::of_node(device)
         .map_err(|e| Status::internal(format!("{} is no usable device: {e}", device.display())))
 }
