@@ -38,6 +38,7 @@ struct State {
     changes: u64,
     /// At the cut the first folder's files are copied to the second: tmpfs as a kill leaves it.
     copy_at_cut: Option<(PathBuf, PathBuf)>,
+    cut_met: bool,
     fail_syncs: bool,
     full: bool,
 }
@@ -227,8 +228,18 @@ impl SimDisk {
         Ok(state)
     }
 
+    /// The first change that meets the cut was under way: the power loss may leave any part of it.
+    fn interrupted(&self) -> Option<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        (!std::mem::replace(&mut state.cut_met, true)).then_some(state)
+    }
+
     fn change_names(&self, change: &NameChange) -> io::Result<()> {
-        let mut state = self.change()?;
+        let mut state = self.change().inspect_err(|_| {
+            if let Some(mut state) = self.interrupted() {
+                state.name_changes.push(change.clone());
+            }
+        })?;
         apply_name(&mut state.names, change);
         state.name_changes.push(change.clone());
         Ok(())
@@ -319,7 +330,12 @@ impl SimDisk {
 
 impl SimFile {
     fn change(&self, changes: Vec<Change>, durable: bool) -> io::Result<()> {
-        let mut state = self.disk.change()?;
+        let mut state = self.disk.change().inspect_err(|_| {
+            if let Some(mut state) = self.disk.interrupted() {
+                let inode = state.inodes.get_mut(&self.inode).expect("an open file stays");
+                inode.pending.extend(changes.iter().cloned());
+            }
+        })?;
         if durable && state.fail_syncs {
             return Err(off());
         }
