@@ -204,6 +204,36 @@ mod tests {
         Options::command().debug_assert();
     }
 
+    /// A flag that is renamed here and not there would be found on a cluster only.
+    #[test]
+    fn the_manifests_use_flags_that_exist() {
+        let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/base");
+        let mut roles = Vec::new();
+        for entry in std::fs::read_dir(manifests).unwrap() {
+            let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+            for document in serde_norway::Deserializer::from_str(&text) {
+                let document: serde_json::Value = serde::Deserialize::deserialize(document).unwrap();
+                let containers = document["spec"]["template"]["spec"]["containers"].as_array();
+                for container in containers.into_iter().flatten() {
+                    if container["command"][0] != "holdfast-csi" {
+                        continue;
+                    }
+                    let texts =
+                        container["args"].as_array().unwrap().iter().filter_map(serde_json::Value::as_str);
+                    let filled = texts.map(|text| {
+                        text.replace("$(NODE_NAME)", "node-a").replace("$(NODE_IP)", "192.0.2.1")
+                    });
+                    let line = std::iter::once("holdfast-csi".to_owned()).chain(filled);
+                    let options = Options::try_parse_from(line)
+                        .unwrap_or_else(|e| panic!("{}: {e}", container["name"]));
+                    roles.push(options.role.name());
+                }
+            }
+        }
+        roles.sort_unstable();
+        assert_eq!(roles, ["controller", "data", "node"]);
+    }
+
     #[test]
     fn sizes_are_bytes_or_binary_multiples() {
         for (text, bytes) in [("4096", 4096), ("1Ki", 1024), ("100Gi", 100 << 30), ("2Ti", 2 << 40)] {
