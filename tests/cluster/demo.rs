@@ -55,7 +55,10 @@ fn end_demo(signal: Signal, at_line: &str, code: Option<i32>) -> Result<()> {
         // It cleans up itself before it ends; only the last words of its guard may still be under way.
         wait_until(Duration::from_secs(2), || Ok(is_clean())).with_context(|| what_is_left(&state, &run))?;
     }
-    wait_until(CLEAN_UP_TIMEOUT, || Ok(is_clean())).with_context(|| what_is_left(&state, &run))
+    wait_until(CLEAN_UP_TIMEOUT, || Ok(is_clean())).with_context(|| what_is_left(&state, &run))?;
+    let files: Vec<_> = std::fs::read_dir(root.path())?.flatten().map(|entry| entry.path()).collect();
+    ensure!(files.is_empty(), "files are left: {files:?}");
+    Ok(())
 }
 
 /// Reads the demo's output up to a line; the rest is read by a thread, so that the demo never waits for a reader.

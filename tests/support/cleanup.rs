@@ -8,6 +8,7 @@ use std::io::{BufRead, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ const VANISH_TIMEOUT: Duration = Duration::from_secs(20);
 const FAILED_LOGS: &str = "failed-logs";
 
 static ACTIVE: Mutex<Option<PathBuf>> = Mutex::new(None);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// What becomes of a run's logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +148,7 @@ pub fn end_when_interrupted() -> Result<()> {
                 _ = hangup.recv() => 129,
             }
         });
+        INTERRUPTED.store(true, Ordering::SeqCst);
         eprintln!("\nInterrupted: ending the cluster.");
         let active = ACTIVE.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(dir) = active {
@@ -157,6 +160,13 @@ pub fn end_when_interrupted() -> Result<()> {
         std::process::exit(code);
     });
     Ok(())
+}
+
+/// Once interrupted, the handler ends the run and the process: whoever sees its cluster fall apart waits here for that.
+pub(crate) fn leave_it_to_the_interrupt_handler() {
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
 }
 
 /// A process that ends the run if its driver is killed.

@@ -272,6 +272,7 @@ impl Cluster {
 }
 
 fn end_run(work: &Work, guard: Option<Guard>, logs: Logs) -> Result<()> {
+    cleanup::leave_it_to_the_interrupt_handler();
     let swept = cleanup::sweep(work.dir(), logs);
     cleanup::set_active(None);
     if let Some(guard) = guard {

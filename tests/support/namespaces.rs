@@ -55,7 +55,13 @@ impl Namespaces {
                 .with_context(|| format!("the holder of {name} ended early; is this root?"))?
                 .map_err(Into::into)
         };
-        let pid: i32 = next()?.parse().context("the holder names no process")?;
+        // One line is from the starter, the other from the first process: they come in any order.
+        let said = [next()?, next()?];
+        if !said.iter().any(|line| line == "ready") {
+            bail!("the holder of {name} is not ready");
+        }
+        let pid: i32 =
+            said.iter().find_map(|line| line.parse().ok()).context("the holder names no process")?;
         let holder = HolderState {
             name: name.to_owned(),
             pid,
@@ -64,9 +70,6 @@ impl Namespaces {
             net_namespace: namespace_inode(pid, "net")?,
         };
         work.change_state(|state| state.holders.push(holder))?;
-        if next()? != "ready" {
-            bail!("the holder of {name} is not ready");
-        }
         Ok(Self { name: name.to_owned(), pid, starter, pipe })
     }
 

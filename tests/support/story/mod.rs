@@ -54,6 +54,8 @@ pub struct Story {
     volume: Option<Volume>,
     pods: Option<Pods>,
     client: Option<Client>,
+    /// The database on the node that was cut off: it runs on until the node can be told to end it.
+    stranded: Option<(Pod, Postgres)>,
 }
 
 struct Volume {
@@ -90,7 +92,7 @@ impl Story {
         for node in &cluster.nodes {
             report.block(&format!("{}  {}  pods {}", node.name, node.address, node.pod_cidr));
         }
-        Ok(Self { cluster, report, volume: None, pods: None, client: None })
+        Ok(Self { cluster, report, volume: None, pods: None, client: None, stranded: None })
     }
 
     /// Step 2: a volume with three replicas, published to node a and mounted there.
@@ -273,9 +275,9 @@ impl Story {
             format!("no commit after the failover; the client says:\n{}", client.program.log_tail())
         })?;
         let pods = self.pods.as_mut().context("no pods run")?;
-        // The old pod's processes run on, on the node that is cut off: nobody can end them now.
-        std::mem::forget(std::mem::replace(&mut pods.database, database));
-        std::mem::forget(std::mem::replace(&mut pods.postgres, postgres));
+        let old_database = std::mem::replace(&mut pods.database, database);
+        let old_postgres = std::mem::replace(&mut pods.postgres, postgres);
+        self.stranded = Some((old_database, old_postgres));
         first.context("no commit after the failover")
     }
 
@@ -315,6 +317,14 @@ impl Story {
     fn tear_down(&mut self) -> Result<()> {
         if let Some(mut client) = self.client.take() {
             client.program.kill()?;
+        }
+        if let Some((database, mut postgres)) = self.stranded.take() {
+            // What kubelet does on a node that is back: it ends what no longer belongs there.
+            postgres.program.kill()?;
+            let node = database.node.clone();
+            database.delete(&self.cluster)?;
+            self.detach(&node).with_context(|| format!("taking the fenced volume down on {node}"))?;
+            self.report.note(&format!("{node}: the stranded pod, mounts and target are taken down"));
         }
         let Some(pods) = self.pods.take() else { return Ok(()) };
         let mut postgres = pods.postgres;
