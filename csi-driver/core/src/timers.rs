@@ -6,6 +6,8 @@ pub const HEARTBEAT_MS: u64 = 250;
 pub const SILENT_MS: u64 = 800;
 /// A replica that still talks, but does not answer an I/O or a control request for so long, is swapped out.
 pub const IO_DEADLINE_MS: u64 = 5_000;
+/// The same for a replica that nobody can replace: its session is opened anew, and what it had not answered sent again.
+pub const SOLE_IO_DEADLINE_MS: u64 = 15_000;
 /// Term of a read lease, counted by the replica from processing the heartbeat (R4).
 pub const LEASE_MS: u64 = 2_000;
 /// The target's own margin on a lease, on top of the clock drift (R4).

@@ -28,7 +28,7 @@ pub use api::*;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::guards::Guards;
-use crate::ids::{Epoch, Generation, Region, ReplicaId};
+use crate::ids::{Epoch, Generation, Region, ReplicaId, TargetId};
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::Versioned;
 use crate::timers;
@@ -249,6 +249,18 @@ impl Target {
     #[must_use]
     pub fn size_bytes(&self) -> Option<u64> {
         self.record.as_ref().map(|r| r.record.size_bytes)
+    }
+
+    /// The generation, once taken.
+    #[must_use]
+    pub fn generation(&self) -> Option<Generation> {
+        self.generation
+    }
+
+    /// The id this start was given.
+    #[must_use]
+    pub fn target_id(&self) -> TargetId {
+        self.config.target_id
     }
 
     /// For GetStatus.

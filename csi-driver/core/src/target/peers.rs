@@ -146,10 +146,8 @@ impl Target {
             }
             Link::Open(session) => {
                 let silent = (session.last_heard_ms + timers::SILENT_MS).max(self.patient_until_ms);
-                let slow = session.pending.first_key_value().map_or(u64::MAX, |(_, since)| {
-                    (since + timers::IO_DEADLINE_MS).max(self.patient_until_ms).max(self.now_ms + 1)
-                });
-                session.next_heartbeat_ms.min(silent).min(slow)
+                // Slow I/O is looked for at each heartbeat.
+                session.next_heartbeat_ms.min(silent)
             }
         }
     }
@@ -367,14 +365,17 @@ impl Target {
             }
             Link::Open(session) => {
                 let silent = now >= session.last_heard_ms + timers::SILENT_MS;
-                let slow = session
-                    .pending
-                    .first_key_value()
-                    .is_some_and(|(_, since)| now >= since + timers::IO_DEADLINE_MS);
+                let slow =
+                    session.pending.first_key_value().map_or(0, |(_, since)| now.saturating_sub(*since));
+                let hung = slow >= timers::SOLE_IO_DEADLINE_MS;
+                let slow = slow >= timers::IO_DEADLINE_MS;
                 if silent && !patient {
                     self.lose(replica);
                 } else if slow && !patient && may_leave {
                     self.expel(replica);
+                } else if hung && !patient {
+                    // Nobody else could go on; asking again over a new session cures an answer that got lost (R14).
+                    self.lose(replica);
                 } else if now >= session.next_heartbeat_ms {
                     self.heartbeat(replica);
                 }

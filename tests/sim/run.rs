@@ -1,0 +1,170 @@
+//! One run: trouble, healing, quiet, comparison, a power loss of everything, and the data once more.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use holdfast_storage_core::guards::Guards;
+use holdfast_storage_core::ids::BLOCK_BYTES;
+use holdfast_storage_core::target::{ClientOp, TargetEvent, TargetState};
+
+use crate::world::{Event, NODES, World};
+
+/// Longest time the volume may take to be whole again once everything works.
+const QUIET_WITHIN_US: u64 = 240_000_000;
+
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub violations: Vec<String>,
+    pub writes: u64,
+    pub reads: u64,
+    pub targets: u64,
+    pub epochs: u64,
+    pub losses: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct Total {
+    pub failed: Vec<u64>,
+    pub writes: u64,
+    pub reads: u64,
+    pub targets: u64,
+    pub epochs: u64,
+    pub losses: u64,
+}
+
+pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
+    let mut world = World::new(seed, guards, trace);
+    world.schedule(300_000, Event::Chaos);
+    let until = world.chaos.until_us;
+    world.run_until(until);
+    world.heal();
+    let more = world.now + 1_000_000;
+    world.run_until(more);
+    world.client_load = false;
+    if world.wait_until_quiet() {
+        world.read_everything();
+        world.compare_members("after the resync");
+        world.restart_everything();
+    }
+    world.history.trace = trace;
+    world.history.check();
+    Outcome {
+        violations: std::mem::take(&mut world.history.violations),
+        writes: world.history.writes_acknowledged,
+        reads: world.history.reads_answered,
+        targets: world.next_target,
+        epochs: world.store.record.epoch.number,
+        losses: world.history.losses(),
+    }
+}
+
+/// Runs seeds on all processors; `each` sees every outcome.
+pub fn in_parallel(seeds: &[u64], guards: Guards, each: impl Fn(u64, &Outcome) + Sync) -> Total {
+    let next = AtomicUsize::new(0);
+    let total = Mutex::new(Total::default());
+    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let outcome = run(*seed, guards, false);
+                    each(*seed, &outcome);
+                    let mut total = total.lock().expect("no panic while held");
+                    if !outcome.violations.is_empty() {
+                        total.failed.push(*seed);
+                    }
+                    total.writes += outcome.writes;
+                    total.reads += outcome.reads;
+                    total.targets += outcome.targets;
+                    total.epochs += outcome.epochs;
+                    total.losses += outcome.losses;
+                }
+            });
+        }
+    });
+    total.into_inner().expect("no panic while held")
+}
+
+impl World {
+    fn is_quiet(&self) -> bool {
+        let Some(host) = self.current.and_then(|number| self.targets.get(&number)) else { return false };
+        let status = host.target.status();
+        *host.target.state() == TargetState::Serving
+            && host.is_idle()
+            && self.store.record.in_sync.len() == NODES
+            && status.epoch == self.store.record.epoch
+            && status.logged_regions == 0
+            && status.unreconciled_regions == 0
+    }
+
+    fn wait_until_quiet(&mut self) -> bool {
+        let deadline = self.now + QUIET_WITHIN_US;
+        while !self.is_quiet() {
+            if self.now > deadline {
+                let host = self.current.and_then(|number| self.targets.get(&number));
+                let status = host.map(|host| host.target.status());
+                self.log(|| format!("{:#?}", host.map(|host| &host.target)));
+                self.history.violations.push(format!(
+                    "stuck: idle {:?}, record in sync {:?}, target {status:#?}",
+                    host.map(crate::target_host::TargetHost::is_idle),
+                    self.store.record.in_sync,
+                ));
+                return false;
+            }
+            let step = self.now + 100_000;
+            self.run_until(step);
+        }
+        true
+    }
+
+    fn read_everything(&mut self) {
+        let Some(target) = self.current else { return };
+        for region in [0, 1, 2, 3] {
+            for block in [0, 128] {
+                let offset = (region * 256 + block) * BLOCK_BYTES;
+                self.request(target, ClientOp::Read { offset, len: 128 * BLOCK_BYTES });
+            }
+        }
+        let until = self.now + 3_000_000;
+        self.run_until(until);
+    }
+
+    /// P5.
+    fn compare_members(&mut self, when: &str) {
+        let first = self.nodes[0].disk.contents();
+        for node in 1..NODES {
+            let other = self.nodes[node].disk.contents();
+            let differing: Vec<_> = first
+                .keys()
+                .chain(other.keys())
+                .filter(|block| first.get(block) != other.get(block))
+                .collect();
+            if let Some(block) = differing.first() {
+                let values = (first.get(block), other.get(block));
+                self.history
+                    .violations
+                    .push(format!("P5: {when} n0 and n{node} differ in block {block}: {values:?}"));
+            }
+        }
+    }
+
+    /// A graceful stop leaves nothing in a cache: all nodes may lose power, and a new client finds everything.
+    fn restart_everything(&mut self) {
+        let Some(target) = self.current else { return };
+        self.target_event(target, TargetEvent::Stop);
+        let until = self.now + 200_000;
+        self.starting = true;
+        self.run_until(until);
+        for node in 0..NODES {
+            self.power_off(node, 100_000);
+        }
+        self.compare_members("after a stop and a power loss");
+        self.current = None;
+        let until = self.now + 1_000_000;
+        self.run_until(until);
+        self.publish(1);
+        if self.wait_until_quiet() {
+            self.read_everything();
+        }
+    }
+}

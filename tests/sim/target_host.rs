@@ -1,0 +1,483 @@
+//! The engine's target side, simulated: buffers, sessions and a client around a `Target`.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use holdfast_storage_core::block_range::BlockRange;
+use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken, TargetId};
+use holdfast_storage_core::replica::{ControlOp, DataOp, OpenRequest, SessionKey};
+use holdfast_storage_core::target::{
+    ClientOp, Control, CopyId, Edge, IoError, IoId, OpenSession, Opened, Payload, RequestId, SessionId,
+    Target, TargetAction, TargetConfig, TargetEvent, TargetState,
+};
+use rand::Rng;
+
+use crate::disk::{BlockData, Blocks};
+use crate::history::{Moment, Register};
+use crate::replica_host::{Caller, ToReplica};
+use crate::world::{Event, TargetNumber, VOLUME_BYTES, World, node_name, node_of};
+
+/// Blocks that clients use: few, so that requests meet; on both sides of region boundaries.
+const HOT_BLOCKS: [u64; 10] = [0, 1, 2, 3, 254, 255, 256, 511, 512, 900];
+const HALF: u64 = BLOCK_BYTES / 2;
+const OUTSTANDING_MAX: usize = 6;
+
+#[derive(Debug)]
+pub enum ToTarget {
+    Event { session: Option<SessionId>, event: TargetEvent },
+    Opened { session: SessionId, token: SessionToken, opened: Opened },
+    IoDone { session: SessionId, io: IoId, result: Result<(), IoError>, data: Blocks },
+}
+
+impl ToTarget {
+    pub fn event(event: TargetEvent) -> Self {
+        Self::Event { session: None, event }
+    }
+
+    pub fn of_session(session: SessionId, event: TargetEvent) -> Self {
+        Self::Event { session: Some(session), event }
+    }
+}
+
+#[derive(Debug)]
+struct Session {
+    node: usize,
+    token: Option<SessionToken>,
+}
+
+#[derive(Debug)]
+struct Request {
+    op: ClientOp,
+    start: Moment,
+    generation: u64,
+    written: Vec<(Register, u64)>,
+    data: Blocks,
+}
+
+/// One start of a target.
+#[derive(Debug)]
+pub struct TargetHost {
+    pub node: usize,
+    pub target: Target,
+    generation: u64,
+    sessions: BTreeMap<SessionId, Session>,
+    ios: BTreeMap<IoId, (Payload, BlockRange)>,
+    requests: BTreeMap<RequestId, Request>,
+    next_request: u64,
+    copies: BTreeMap<CopyId, Blocks>,
+    tick_at: u64,
+    pub paused_until: u64,
+    deferred: VecDeque<Event>,
+}
+
+impl TargetHost {
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+    }
+}
+
+impl World {
+    pub fn start_target(&mut self, node: usize) {
+        self.starting = false;
+        if !self.nodes[node].powered || self.store.record.attached_to != Some(node_name(node)) {
+            return;
+        }
+        // One process per attachment: the one before is dead or told so.
+        self.next_target += 1;
+        let number = self.next_target;
+        let config = TargetConfig {
+            volume_id: self.store.record.volume_id,
+            node: node_name(node),
+            attachment: self.attachment(),
+            target_id: TargetId(u128::from(number) << 64 | u128::from(self.rng.random::<u64>())),
+            seed: self.rng.random(),
+        };
+        self.log(|| format!("t{number} starts on n{node} for attachment {}", config.attachment));
+        let target = Target::with_guards(self.clock_ms(node), config, self.guards);
+        let host = TargetHost {
+            node,
+            target,
+            generation: 0,
+            sessions: BTreeMap::new(),
+            ios: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            next_request: 0,
+            copies: BTreeMap::new(),
+            tick_at: u64::MAX,
+            paused_until: 0,
+            deferred: VecDeque::new(),
+        };
+        self.targets.insert(number, host);
+        self.current = Some(number);
+        self.drain_target(number);
+        self.schedule(1_000, Event::Client { target: number });
+    }
+
+    /// `kill -9`; `tell` if the kernel still closes its sockets.
+    pub fn kill_target(&mut self, number: TargetNumber, tell: bool) {
+        let Some(host) = self.targets.remove(&number) else { return };
+        self.log(|| format!("t{number} dies"));
+        if tell {
+            for (session, entry) in host.sessions {
+                let caller = Caller { target: number, session };
+                self.to_replica(host.node, entry.node, ToReplica::Close { caller, token: entry.token });
+            }
+        }
+        if self.current == Some(number) {
+            self.current = None;
+        }
+    }
+
+    pub fn at_target(&mut self, number: TargetNumber, message: ToTarget) {
+        let now = self.now;
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if host.paused_until > now {
+            return host.deferred.push_back(Event::AtTarget { target: number, message });
+        }
+        let event = match message {
+            ToTarget::Event { session, event } => {
+                if session.is_some_and(|session| !host.sessions.contains_key(&session)) {
+                    return;
+                }
+                event
+            }
+            ToTarget::Opened { session, token, opened } => {
+                let Some(entry) = host.sessions.get_mut(&session) else { return };
+                entry.token = Some(token);
+                TargetEvent::Opened { session, opened }
+            }
+            ToTarget::IoDone { session, io, result, data } => {
+                if !host.sessions.contains_key(&session) {
+                    return;
+                }
+                if let (Ok(()), Some((payload, range))) = (result, host.ios.remove(&io)) {
+                    host.keep(payload, range, &data);
+                }
+                TargetEvent::IoDone { io, result }
+            }
+        };
+        self.target_event(number, event);
+    }
+
+    pub fn target_event(&mut self, number: TargetNumber, event: TargetEvent) {
+        let Some(node) = self.targets.get(&number).map(|host| host.node) else { return };
+        let now_ms = self.clock_ms(node);
+        if let Some(host) = self.targets.get_mut(&number) {
+            host.target.handle_event(now_ms, event);
+        }
+        self.drain_target(number);
+    }
+
+    fn drain_target(&mut self, number: TargetNumber) {
+        while let Some(action) = self.targets.get_mut(&number).and_then(|host| host.target.poll_action()) {
+            self.target_action(number, action);
+        }
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let node = host.node;
+        if let Some(at_ms) = host.target.next_timeout()
+            && at_ms != host.tick_at
+        {
+            host.tick_at = at_ms;
+            let delay = self.until_ms(node, at_ms);
+            self.schedule(delay, Event::TargetTick { target: number });
+        }
+    }
+
+    pub fn target_tick(&mut self, number: TargetNumber) {
+        let now = self.now;
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if host.paused_until > now {
+            return host.deferred.push_back(Event::TargetTick { target: number });
+        }
+        let (node, at) = (host.node, host.tick_at);
+        // Timers that were overtaken by an earlier one are skipped.
+        if self.clock_ms(node) >= at {
+            if let Some(host) = self.targets.get_mut(&number) {
+                host.tick_at = u64::MAX;
+            }
+            self.target_event(number, TargetEvent::Tick);
+        }
+    }
+
+    pub fn resume_target(&mut self, number: TargetNumber) {
+        let now = self.now;
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if host.paused_until > now {
+            return;
+        }
+        // R6: the queued input first, timers last.
+        let (ticks, input): (Vec<Event>, Vec<Event>) = std::mem::take(&mut host.deferred)
+            .into_iter()
+            .partition(|e| matches!(e, Event::TargetTick { .. }));
+        for event in input {
+            self.dispatch(event);
+        }
+        if !ticks.is_empty() {
+            self.target_event(number, TargetEvent::Tick);
+        }
+    }
+
+    fn target_action(&mut self, number: TargetNumber, action: TargetAction) {
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let node = host.node;
+        match action {
+            TargetAction::ReadRecord { call } => self.to_store(number, node, call, None),
+            TargetAction::Swap { call, expected, record } => {
+                self.to_store(number, node, call, Some((expected, record)));
+            }
+            TargetAction::Open(open) => self.open_session(number, open),
+            TargetAction::CloseSession { session, .. } => {
+                if let Some(entry) = host.sessions.remove(&session) {
+                    let caller = Caller { target: number, session };
+                    self.to_replica(node, entry.node, ToReplica::Close { caller, token: entry.token });
+                }
+            }
+            TargetAction::Heartbeat { session, sequence, .. } => {
+                if let Some((to, key)) = self.session_key(number, session) {
+                    let caller = Caller { target: number, session };
+                    self.to_replica(node, to, ToReplica::Heartbeat { caller, key, sequence });
+                }
+            }
+            TargetAction::Control { call, session, op, .. } => {
+                if let Some((to, key)) = self.session_key(number, session) {
+                    let caller = Caller { target: number, session };
+                    let op = control_op(op);
+                    self.to_replica(node, to, ToReplica::Control { caller, call, key, op });
+                }
+            }
+            TargetAction::Io { io, session, op, payload, .. } => {
+                self.send_io(number, io, session, op, payload)
+            }
+            TargetAction::Complete { request, result } => {
+                if let Some(request) = host.requests.remove(&request)
+                    && result.is_ok()
+                {
+                    self.completed(request);
+                }
+            }
+            TargetAction::CopyDone { copy } => {
+                host.copies.remove(&copy);
+            }
+            TargetAction::State(state) => self.target_state(number, &state),
+        }
+    }
+
+    fn target_state(&mut self, number: TargetNumber, state: &TargetState) {
+        self.log(|| format!("t{number}: {} {}", state.word(), state.reason()));
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let status = host.target.status();
+        host.generation = status.generation.0;
+        if *state == TargetState::Serving && status.possible_loss {
+            self.log(|| format!("t{number}: goes on from lost caches"));
+            self.history.loss(status.generation.0);
+        }
+    }
+
+    fn open_session(&mut self, number: TargetNumber, open: OpenSession) {
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let (from, to) = (host.node, node_of(open.replica));
+        host.sessions.insert(open.session, Session { node: to, token: None });
+        let request = OpenRequest {
+            volume_id: open.volume_id,
+            replica_id: open.replica,
+            generation: open.generation,
+            target_id: open.target_id,
+            lineage: open.lineage,
+            epoch: open.epoch,
+            in_sync: open.in_sync,
+            size_bytes: open.size_bytes,
+        };
+        let caller = Caller { target: number, session: open.session };
+        self.to_replica(from, to, ToReplica::Open { caller, request });
+    }
+
+    fn session_key(&self, number: TargetNumber, session: SessionId) -> Option<(usize, SessionKey)> {
+        let host = self.targets.get(&number)?;
+        let entry = host.sessions.get(&session)?;
+        let target_id = host.target.target_id();
+        let generation = host.target.generation()?;
+        Some((entry.node, SessionKey { generation, target_id, token: entry.token? }))
+    }
+
+    fn send_io(&mut self, number: TargetNumber, io: IoId, session: SessionId, op: DataOp, payload: Payload) {
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let from = host.node;
+        let Some((to, token)) = host.sessions.get(&session).map(|entry| (entry.node, entry.token)) else {
+            return;
+        };
+        let Some(token) = token else { return };
+        let mut data = Blocks::new();
+        if let Some(range) = op.range() {
+            match op {
+                DataOp::Read(_) => {
+                    host.ios.insert(io, (payload, range));
+                }
+                DataOp::Write { .. } => data = host.payload(payload, range),
+                DataOp::Zero { .. } => data = host.zeroing(range),
+                DataOp::Flush => {}
+            }
+        }
+        let caller = Caller { target: number, session };
+        self.to_replica(from, to, ToReplica::Data { caller, io, token, op, data });
+    }
+
+    /// The client of a target: a few requests at a time.
+    pub fn client(&mut self, number: TargetNumber) {
+        let now = self.now;
+        let load = self.client_load;
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if host.target.state().is_final() {
+            return;
+        }
+        let mean = self.chaos.client_gap_us;
+        let delay = self.rng.random_range(0..2 * mean);
+        self.schedule(delay, Event::Client { target: number });
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if !load || host.paused_until > now || host.requests.len() >= OUTSTANDING_MAX || host.generation == 0
+        {
+            return;
+        }
+        let block = HOT_BLOCKS[self.rng.random_range(0..HOT_BLOCKS.len())];
+        let mut offset = block * BLOCK_BYTES;
+        let mut len = self.rng.random_range(1..=3) * BLOCK_BYTES;
+        if self.rng.random_bool(0.2) {
+            offset += HALF * self.rng.random_range(0..2);
+            len = self.rng.random_range(1..=4) * HALF;
+        }
+        len = len.min(VOLUME_BYTES - offset);
+        let fua = self.rng.random_bool(0.1);
+        let op = match self.rng.random_range(0..100) {
+            0..48 => ClientOp::Write { offset, len, fua },
+            48..53 if !host.zeroes_overlap(offset, len) => {
+                ClientOp::Zero { offset, len, fua, trim: self.rng.random_bool(0.5) }
+            }
+            53..62 => ClientOp::Flush,
+            _ => ClientOp::Read { offset, len },
+        };
+        self.request(number, op);
+    }
+
+    pub fn request(&mut self, number: TargetNumber, op: ClientOp) {
+        let start = self.history.begin();
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let generation = host.generation;
+        host.next_request += 1;
+        let id = RequestId(host.next_request);
+        let mut request = Request { op, start, generation, written: Vec::new(), data: Blocks::new() };
+        // The checker needs unique values, so a zeroing stores some too; the core cannot tell.
+        if let ClientOp::Write { offset, len, .. } | ClientOp::Zero { offset, len, .. } = op {
+            for register in offset / HALF..(offset + len) / HALF {
+                let value = self.history.fresh_value();
+                request.written.push((register, value));
+                request.data.entry(register / 2).or_default()[half(register)] = value;
+                self.history.write_begun(register, value, start, generation);
+            }
+        }
+        if let Some(host) = self.targets.get_mut(&number) {
+            host.requests.insert(id, request);
+        }
+        self.target_event(number, TargetEvent::Request { request: id, op });
+    }
+
+    fn completed(&mut self, request: Request) {
+        match request.op {
+            ClientOp::Read { offset, len } => {
+                let values: Vec<(Register, u64)> = (offset / HALF..(offset + len) / HALF)
+                    .map(|r| (r, request.data.get(&(r / 2)).copied().unwrap_or_default()[half(r)]))
+                    .collect();
+                self.history.read_answered(&values, request.start, request.generation);
+            }
+            ClientOp::Write { fua, .. } | ClientOp::Zero { fua, .. } => {
+                self.history.write_acknowledged(&request.written, request.start, request.generation, fua);
+            }
+            ClientOp::Flush => self.history.flush_acknowledged(request.start, request.generation),
+        }
+    }
+}
+
+impl TargetHost {
+    /// What was read goes where the payload says.
+    fn keep(&mut self, payload: Payload, range: BlockRange, data: &Blocks) {
+        let block_of = |block: u64| data.get(&block).copied().unwrap_or_default();
+        match payload {
+            Payload::None => {}
+            Payload::Request(id) => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    for block in range.start.0..range.end() {
+                        request.data.insert(block, block_of(block));
+                    }
+                }
+            }
+            Payload::Edge { request: id, edge: Edge::Head | Edge::Tail, block } => {
+                let Some(request) = self.requests.get_mut(&id) else { return };
+                let (offset, len) = match request.op {
+                    ClientOp::Write { offset, len, .. }
+                    | ClientOp::Zero { offset, len, .. }
+                    | ClientOp::Read { offset, len } => (offset, len),
+                    ClientOp::Flush => return,
+                };
+                let inside = |register: u64| (offset / HALF..(offset + len) / HALF).contains(&register);
+                let read = block_of(block.0);
+                let own: &mut BlockData = request.data.entry(block.0).or_default();
+                for part in 0..2 {
+                    if !inside(block.0 * 2 + part as u64) {
+                        own[part] = read[part];
+                    }
+                }
+            }
+            Payload::Copy(copy) => {
+                let buffer = self.copies.entry(copy).or_default();
+                for block in range.start.0..range.end() {
+                    buffer.insert(block, block_of(block));
+                }
+            }
+        }
+    }
+
+    /// The values of the one zeroing that covers the range.
+    fn zeroing(&self, range: BlockRange) -> Blocks {
+        let covers = |request: &&Request| match request.op {
+            ClientOp::Zero { offset, len, .. } => BlockRange::covering(offset, len).overlaps(range),
+            ClientOp::Read { .. } | ClientOp::Write { .. } | ClientOp::Flush => false,
+        };
+        let request = self.requests.values().find(covers).expect("zeroings are sent for a live request");
+        request.data.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect()
+    }
+
+    fn zeroes_overlap(&self, offset: u64, len: u64) -> bool {
+        self.requests.values().any(|request| match request.op {
+            ClientOp::Zero { offset: o, len: l, .. } => overlaps((offset, len), (o, l)),
+            ClientOp::Read { .. } | ClientOp::Write { .. } | ClientOp::Flush => false,
+        })
+    }
+
+    fn payload(&self, payload: Payload, range: BlockRange) -> Blocks {
+        let from = match payload {
+            Payload::None => None,
+            Payload::Request(id) | Payload::Edge { request: id, .. } => {
+                self.requests.get(&id).map(|r| &r.data)
+            }
+            Payload::Copy(copy) => self.copies.get(&copy),
+        };
+        let from = from.expect("an I/O names a live buffer");
+        from.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect()
+    }
+}
+
+fn overlaps(a: (u64, u64), b: (u64, u64)) -> bool {
+    let blocks = |(offset, len): (u64, u64)| BlockRange::covering(offset, len);
+    blocks(a).overlaps(blocks(b))
+}
+
+fn half(register: Register) -> usize {
+    usize::try_from(register % 2).expect("0 or 1")
+}
+
+fn control_op(op: Control) -> ControlOp {
+    match op {
+        Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
+        Control::ClearLog(regions) => ControlOp::ClearLog(regions),
+        Control::ReadMap(replica) => ControlOp::ReadMap(replica),
+        Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
+        Control::Release => ControlOp::Release,
+    }
+}
