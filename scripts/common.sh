@@ -58,6 +58,12 @@ need_cluster_packages() {
         '/usr/lib/postgresql/*/bin/postgres=postgresql'
 }
 
+# What the tests use beside that: real clients of the protocols we speak.
+need_test_packages() {
+    need_debian nbdinfo=libnbd-bin nbdcopy=libnbd-bin qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils fio=fio \
+        ping=iputils-ping pgrep=procps xfs_repair=xfsprogs
+}
+
 # Where release binaries land.
 release_dir() {
     echo "${CARGO_TARGET_DIR:-target}/release"

@@ -8,19 +8,36 @@ pub struct Summary {
     skipped: u64,
     failures: Vec<String>,
     skips: Vec<String>,
+    /// Test whose output is being read.
+    speaker: String,
+    /// Test that said last that it is skipped.
+    skipping: String,
+    moved_to_skipped: u64,
 }
 
 impl Summary {
     /// Takes one line of a test program's output; true if it was a result line.
     ///
     /// Understood are libtest's and libtest-mimic's `test NAME ... FAILED`, `test NAME ... ignored, WHY` and
-    /// `test result: ...`.
+    /// `test result: ...`; and `SKIP: WHY` in the output of a test that passed.
     pub fn count_line(&mut self, program: &str, line: &str) -> bool {
         if let Some(counts) = line.strip_prefix("test result: ") {
-            self.passed += number_before(counts, " passed");
+            let moved = std::mem::take(&mut self.moved_to_skipped);
+            self.passed += number_before(counts, " passed").saturating_sub(moved);
             self.failed += number_before(counts, " failed");
-            self.skipped += number_before(counts, " ignored");
+            self.skipped += number_before(counts, " ignored") + moved;
+            self.skipping.clear();
             return true;
+        }
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.speaker = name.to_owned();
+        }
+        if let Some(reason) = line.strip_prefix("SKIP").and_then(|rest| rest.split_once(": ")) {
+            // A test that could not run says so itself; libtest counts it as passed.
+            let skip = format!("{program}: {} ({})", self.speaker, reason.1);
+            self.moved_to_skipped += u64::from(self.skipping != self.speaker);
+            self.skipping.clone_from(&self.speaker);
+            self.skips.push(skip);
         }
         if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... ")) {
             if outcome.starts_with("FAILED") {
@@ -86,6 +103,24 @@ mod tests {
 
         assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
         assert!(!summary.is_success());
+    }
+
+    #[test]
+    fn a_test_that_says_it_is_skipped_is_not_passed() {
+        let mut summary = Summary::default();
+
+        for line in [
+            "---- nbd::one stdout ----",
+            "SKIP: qemu-io is not installed",
+            "---- nbd::two stdout ----",
+            "hello",
+        ] {
+            summary.count_line("nbd", line);
+        }
+        summary.count_line("nbd", "test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured");
+
+        assert_eq!((summary.passed, summary.skipped), (1, 1));
+        assert_eq!(summary.skips, ["nbd: nbd::one (qemu-io is not installed)"]);
     }
 
     #[test]
