@@ -233,10 +233,9 @@ async fn open_pool(
         lock_wait: POOL_LOCK_WAIT,
     };
     let path = config.pool_dir.clone();
-    let cookie_dir = config.cookie_dir.clone();
     let open = move |path: &Path| {
         let pool = Pool::open(path, options).map_err(|error| error.to_string())?;
-        ReplicaHost::open(pool, cookie_dir, pulse, control).map_err(|error| error.to_string())
+        ReplicaHost::open(pool, pulse, control).map_err(|error| error.to_string())
     };
     let dir = path.clone();
     let opened = tokio::task::spawn_blocking(move || open(&dir)).await;

@@ -1,8 +1,6 @@
 //! The replicas of this node's pool, each opened, driven, and opened anew when its disk failed.
 
 use std::collections::HashMap;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -51,8 +49,6 @@ pub enum HostError {
 pub struct ReplicaHost {
     // None once stopped: the lock goes with the last I/O, not with the last one who holds this struct.
     pool: Mutex<Option<Pool>>,
-    // On tmpfs: a mark of an orderly stop must not outlive the machine's memory.
-    cookie_dir: PathBuf,
     pulse: Pulse,
     runtime: Handle,
     me: Weak<Self>,
@@ -78,15 +74,9 @@ impl ReplicaHost {
     ///
     /// # Errors
     /// The pool cannot be listed.
-    pub fn open(
-        pool: Pool,
-        cookie_dir: PathBuf,
-        pulse: Pulse,
-        runtime: Handle,
-    ) -> Result<Arc<Self>, HostError> {
+    pub fn open(pool: Pool, pulse: Pulse, runtime: Handle) -> Result<Arc<Self>, HostError> {
         let host = Arc::new_cyclic(|me| Self {
             pool: Mutex::new(Some(pool)),
-            cookie_dir,
             pulse,
             runtime,
             me: me.clone(),
@@ -156,17 +146,13 @@ impl ReplicaHost {
         Ok(self.pool()?.delete_replica(replica)?)
     }
 
-    /// Stops serving, flushes every replica and remembers in tmpfs that nothing of it is missing on disk.
+    /// Stops serving and flushes every replica, so that the next start has nothing to take from tmpfs.
     pub async fn stop_in_order(&self) {
         let hosted: Vec<Hosted> = self.lock().replicas.values().cloned().collect();
         for Hosted { disk, actor, .. } in hosted {
             actor.kill();
-            let flushed = holdfast_store::wait(&disk, |done| disk.flush(done)).await;
-            let marked = flushed.map_err(|error| error.to_string()).and_then(|()| {
-                std::fs::write(self.clean_mark(disk.replica_id()), b"").map_err(|error| error.to_string())
-            });
-            if let Err(error) = marked {
-                tracing::warn!(%error, "a replica was not closed in order; it counts as one that lost its cache");
+            if let Err(error) = holdfast_store::wait(&disk, |done| disk.flush(done)).await {
+                tracing::warn!(%error, "a replica could not be flushed at the stop");
             }
         }
         self.stop();
@@ -188,22 +174,10 @@ impl ReplicaHost {
 
     fn open_replica(&self, replica: ReplicaId) -> Result<(), HostError> {
         let disk = self.pool()?.open_replica(replica)?;
-        let mut start = disk.start();
-        // A process that was killed took the checksums and allocation states of unflushed blocks with it: to the
-        // protocol that is a lost cache, though the disk itself kept power (R19).
-        match remove_mark(&self.clean_mark(replica)) {
-            Ok(true) => {}
-            Ok(false) => start.boot_cookie = None,
-            Err(error) => {
-                tracing::warn!(%replica, %error, "the mark of an orderly stop cannot be removed");
-                start.boot_cookie = None;
-            }
-        }
-        if start.boot_cookie.is_none() {
-            let recomputed = recover::recompute(&disk, &start.log)?;
-            if recomputed > 0 {
-                tracing::warn!(%replica, recomputed, "blocks in flight at a crash were given new checksums (R32)");
-            }
+        let start = disk.start();
+        let recomputed = recover::recompute(&disk, &start.log)?;
+        if recomputed > 0 {
+            tracing::warn!(%replica, recomputed, "blocks in flight at a crash were given new checksums (R32)");
         }
         let core = Replica::new(now_ms(), start);
         let me = self.me.clone();
@@ -253,25 +227,12 @@ impl ReplicaHost {
         });
     }
 
-    fn clean_mark(&self, replica: ReplicaId) -> PathBuf {
-        self.cookie_dir.join(format!("{replica}.clean"))
-    }
-
     fn pool(&self) -> Result<Pool, HostError> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(HostError::Stopping)
     }
 
     fn lock(&self) -> MutexGuard<'_, HostState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Takes a mark away; tells whether there was one.
-fn remove_mark(path: &Path) -> io::Result<bool> {
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
     }
 }
 

@@ -1,11 +1,11 @@
-//! After a crash: blocks of logged regions whose checksum was lost with the process or the machine (R32).
+//! After a crash: blocks of logged regions that a write in flight left without a checksum that fits (R32).
 //!
-//! An overwritten block whose new checksum did not reach the disk fits neither its old nor its new checksum. Left so, it
-//! would be unreadable for ever. What the disk holds is taken for its data, as any disk would after a power cut.
+//! Data lands before its checksum is kept, so a block that was being overwritten fits neither its old nor its new
+//! checksum. Left so, it would be unreadable for ever. What the disk holds is taken for its data, as any disk would; the
+//! write was never acknowledged, or the cache was lost with it.
 //!
-//! Such a replica says `cache_lost`: it is a source only where every opened member lost its cache (R12), else all of its
-//! logged regions are copied over from one that kept it (R23). Not done: among members that all lost their caches, to
-//! prefer for each block one whose checksum still fits.
+//! Not done: to prefer, for each such block, a member on which it verifies. Damage of another kind in a region that was
+//! logged at the crash is taken for such a block too.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;

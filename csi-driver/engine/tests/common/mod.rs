@@ -28,6 +28,7 @@ pub struct Cluster {
     pub store: Arc<MemStore>,
     pub nodes: Vec<Node>,
     pub tls: bool,
+    pub client_dir: Option<PathBuf>,
 }
 
 pub struct Node {
@@ -43,13 +44,22 @@ impl Cluster {
     }
 
     pub async fn start_with(count: usize, tls: bool) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), count, tls, None).await
+    }
+
+    pub async fn start_in(
+        dir: tempfile::TempDir,
+        count: usize,
+        tls: bool,
+        client_dir: Option<PathBuf>,
+    ) -> Self {
         let _ = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
             .with_test_writer()
             .try_init();
-        let dir = tempfile::tempdir().unwrap();
         let cookies = tempfile::tempdir_in("/dev/shm").unwrap();
-        let mut cluster = Self { dir, cookies, store: Arc::new(MemStore::default()), nodes: Vec::new(), tls };
+        let mut cluster =
+            Self { dir, cookies, store: Arc::new(MemStore::default()), nodes: Vec::new(), tls, client_dir };
         let authority = tls.then(Authority::new);
         for index in 0..count {
             let name = NodeName(format!("node-{}", char::from(b'a' + u8::try_from(index).unwrap())));
@@ -91,14 +101,14 @@ impl Cluster {
         DataConfig {
             node: node.name.clone(),
             pool_dir: dir.join("pool"),
-            pool_capacity_bytes: 1 << 30,
+            pool_capacity_bytes: 4 << 30,
             cookie_dir: self.cookies.path().join(&node.name.0),
             control_listen: format!("127.0.0.1:{}", node.ports.0).parse().unwrap(),
             nbd_listen: format!("127.0.0.1:{}", node.ports.1).parse().unwrap(),
             control_advertise: None,
             nbd_advertise: None,
             data_socket: dir.join("run/data.sock"),
-            nbd_client_dir: None,
+            nbd_client_dir: self.client_dir.clone(),
             run_dir: dir.join("run/mounts"),
             tls: node.tls_dir.as_deref().map(|dir| TlsMaterial::load(dir).unwrap()),
             front_end: FrontEndKind::None,
@@ -219,7 +229,7 @@ impl Cluster {
     async fn read_replica(&self, node: &NodeName, replica: ReplicaId, size_bytes: u64) -> Bytes {
         let dir = self.dir.path().join(&node.0);
         let options = holdfast_store::PoolOptions {
-            capacity_bytes: 1 << 30,
+            capacity_bytes: 4 << 30,
             reserve_bytes: 0,
             cookie_dir: Some(self.cookies.path().join(&node.0)),
             lock_wait: Duration::from_secs(5),
