@@ -44,10 +44,8 @@ pub fn run(options: &Options) -> Result<()> {
     let measured = measure_all(&place, options);
     let logs = if measured.is_ok() { Logs::Remove } else { Logs::Keep };
     let ended = place.end(logs);
-    let figures = measured?;
-    ended?;
-    figures::print(&figures, options.json);
-    Ok(())
+    figures::print(&measured?, options.json);
+    ended
 }
 
 fn measure_all(place: &Place, options: &Options) -> Result<Vec<Figure>> {
