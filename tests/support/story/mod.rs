@@ -170,12 +170,16 @@ impl Story {
             seconds(STALL_MAX)
         );
         self.report.figure("longest stall of commits, a replica killed", seconds(stall));
+        let returned_us = now_us();
         let node = self.cluster.node_mut("node-c");
         node.data.start_again()?;
         node.wait_for_data()?;
         self.report.note("node-c's data process runs again");
         self.wait_for_resync()?;
         self.wait_for_commits(Duration::from_millis(500), 5)?;
+        let stall = longest_gap(&self.client()?.ledger.entries()?, returned_us);
+        ensure!(stall <= STALL_MAX, "commits stalled for {} during the resync", seconds(stall));
+        self.report.figure("longest stall of commits, the replica back", seconds(stall));
         self.compare("after the resync")?;
         Ok(())
     }
@@ -235,7 +239,16 @@ impl Story {
     /// A holder is gone.
     pub fn keep(self) -> Result<String> {
         self.report.finish();
-        self.cluster.keep()
+        let (pods, client) = (self.pods()?, self.client()?);
+        let node = self.cluster.node(&pods.database.node).spaces.pid();
+        let psql = format!(
+            "database    nsenter -t {node} -m -u -i -p --net={} psql -h {} -U postgres -c 'SELECT max(number) FROM ledger'\n\
+             ledger      tail -f {}\n",
+            self.cluster.node(&pods.database.node).spaces.host_path(&pods.database.netns).display(),
+            pods.database.address,
+            client.ledger.path().display(),
+        );
+        Ok(psql + &self.cluster.keep()?)
     }
 
     fn wait_for_resync(&mut self) -> Result<()> {
