@@ -57,28 +57,28 @@ impl Target {
         self.catch_up.as_ref().map(|c| c.replica)
     }
 
-    fn from_stage(&self, stage: Stage) -> Option<ReplicaId> {
+    fn at_least(&self, stage: Stage) -> Option<ReplicaId> {
         self.catch_up.as_ref().filter(|c| c.stage >= stage).map(|c| c.replica)
     }
 
     /// Receives new writes.
     pub(super) fn receiving(&self) -> impl Iterator<Item = ReplicaId> + use<> {
-        self.from_stage(Stage::Maps).into_iter()
+        self.at_least(Stage::Maps).into_iter()
     }
 
     /// Is in the ack set ahead of its swap.
     pub(super) fn joining(&self) -> impl Iterator<Item = ReplicaId> + use<> {
-        self.from_stage(Stage::Draining).into_iter()
+        self.at_least(Stage::Draining).into_iter()
     }
 
     pub(super) fn is_joining(&self) -> bool {
         // While maps move, logs stay: a joining replica completes its maps from its log.
-        self.from_stage(Stage::Draining).is_some()
+        self.at_least(Stage::Draining).is_some()
     }
 
     /// Takes part in clearing the log: what it has to copy is known, and kept.
     pub(super) fn clears_too(&self) -> impl Iterator<Item = ReplicaId> + use<> {
-        self.from_stage(Stage::Copying).into_iter()
+        self.at_least(Stage::Copying).into_iter()
     }
 
     /// The try that takes part in clearing the log.
@@ -87,7 +87,7 @@ impl Target {
     }
 
     pub(super) fn ready_to_join(&self) -> Option<ReplicaId> {
-        self.from_stage(Stage::Ready)
+        self.at_least(Stage::Ready)
     }
 
     /// Whether the returning replica's log must keep the region: it is not copied yet.
@@ -132,6 +132,7 @@ impl Target {
 
     /// From here on it receives new writes; those begun before are copied.
     pub(super) fn catch_up_opened(&mut self, replica: ReplicaId) {
+        self.forget_answers(replica);
         let begun: Vec<BlockRange> = self.begun_tasks().map(|(_, range)| range).collect();
         let logged =
             self.peers.get(&replica).and_then(Peer::session).map(|s| s.logged.clone()).unwrap_or_default();

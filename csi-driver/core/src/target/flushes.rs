@@ -90,6 +90,12 @@ impl Target {
         }
     }
 
+    pub(super) fn forget_flush_answers(&mut self, replica: ReplicaId) {
+        for flush in self.flushes.values_mut() {
+            flush.answers.retain(|(r, _)| *r != replica);
+        }
+    }
+
     pub(super) fn recheck_flushes(&mut self) {
         let all: Vec<u64> = self.flushes.keys().copied().collect();
         for id in all {

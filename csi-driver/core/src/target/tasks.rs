@@ -424,6 +424,14 @@ impl Target {
         self.resend_flushes(replica);
     }
 
+    /// A replica starts anew as one that catches up: what it had not answered in an earlier session concerns nobody.
+    pub(super) fn forget_answers(&mut self, replica: ReplicaId) {
+        for task in self.tasks.values_mut().filter(|t| t.stage == Stage::Write) {
+            task.answers.retain(|(r, _)| *r != replica);
+        }
+        self.forget_flush_answers(replica);
+    }
+
     /// Ends a task that answers its client only now.
     pub(super) fn finish_task(&mut self, id: u64, result: Result<(), RequestError>) {
         let request = self.tasks.get(&id).and_then(Task::request);
