@@ -135,24 +135,31 @@ pub(crate) fn client_main(arguments: &[String]) -> Result<ExitCode> {
 async fn commit_until_failure(address_file: &Path, ledger: &mut File, number: &mut u64) -> Result<()> {
     let address = std::fs::read_to_string(address_file)?;
     let client = connect(&address).await?;
-    let statement = client.prepare("INSERT INTO ledger (number, payload) VALUES ($1, $2)").await?;
+    let preparing = client.prepare("INSERT INTO ledger (number, payload) VALUES ($1, $2)");
+    let statement =
+        tokio::time::timeout(CONNECT_TIMEOUT, preparing).await.context("no answer to a statement")??;
     let payload = "x".repeat(PAYLOAD_BYTES);
-    let mut checked = std::time::Instant::now();
     loop {
         // A number is never used twice: one whose answer was lost may be in the database.
         *number += 1;
         let key = i64::try_from(*number)?;
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&key, &payload];
-        let commit = client.execute(&statement, &parameters);
-        tokio::time::timeout(COMMIT_TIMEOUT, commit).await.context("no answer to a commit")??;
+        let commit = tokio::time::timeout(COMMIT_TIMEOUT, client.execute(&statement, &parameters));
+        tokio::select! {
+            biased;
+            outcome = commit => outcome.context("no answer to a commit")??,
+            // As a name's new address would tell it; the commit under way has an unknown outcome and is not entered.
+            () = moved(address_file, &address) => return Ok(()),
+        };
         ledger.write_all(format!("{} {}\n", *number, now_us()).as_bytes())?;
         ledger.sync_data()?;
-        if checked.elapsed() > ADDRESS_CHECK_INTERVAL {
-            checked = std::time::Instant::now();
-            if std::fs::read_to_string(address_file)? != address {
-                return Ok(());
-            }
-        }
+    }
+}
+
+/// Returns once the file names another address.
+async fn moved(address_file: &Path, address: &str) {
+    while std::fs::read_to_string(address_file).is_ok_and(|now| now == address) {
+        tokio::time::sleep(ADDRESS_CHECK_INTERVAL).await;
     }
 }
 
