@@ -126,6 +126,13 @@ async fn a_second_controller_on_one_store_is_refused_with_the_cause() {
     let dir = tempfile::tempdir().unwrap();
     let first = Process::controller(dir.path(), free_port());
     wait_until("the controller listens", || dir.path().join("csi.sock").exists());
+    let status = fs::read_to_string(format!("/proc/{}/status", first.child.id())).unwrap();
+    for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+        assert!(
+            status.contains(&format!("{set}:\t0000000000000000")),
+            "the controller needs no powers: {status}"
+        );
+    }
     let second = Command::new(env!("CARGO_BIN_EXE_holdfast-csi"))
         .args(["controller", "--insecure", "--registry-listen=127.0.0.1:0"])
         .arg(format!("--store-dir={}", dir.path().join("store").display()))

@@ -150,3 +150,26 @@ async fn accept_tls(
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_for_its_owner_and_replaces_only_what_a_dead_process_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/csi.sock");
+        let listener = bind_unix(&path).await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let refusal = bind_unix(&path).await.unwrap_err();
+        assert!(matches!(refusal, SocketError::InUse(_)), "{refusal}");
+        drop(listener);
+        bind_unix(&path).await.expect("nobody listens any more");
+
+        let file = dir.path().join("file");
+        std::fs::write(&file, b"precious").unwrap();
+        let refusal = bind_unix(&file).await.unwrap_err();
+        assert!(matches!(refusal, SocketError::NotASocket(_)), "{refusal}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    }
+}

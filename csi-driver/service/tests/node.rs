@@ -105,6 +105,19 @@ async fn r36_a_swap_without_an_answer_leads_to_no_mount_and_is_found_out_by_the_
     }
 }
 
+/// What a mkfs does that outlived its service.
+#[tokio::test(flavor = "multi_thread")]
+async fn r36_no_mkfs_runs_beside_an_earlier_one_that_was_left_behind() {
+    let Some(world) = World::start(Formatted::Formatting).await else { return };
+    let mut earlier = Command::new("flock").args([&world.device(), "sleep", "1"]).spawn().unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let node = world.node().await;
+    node.stage(&world).await.unwrap();
+    let ended = earlier.try_wait().unwrap();
+    assert!(ended.is_some_and(|status| status.success()), "mkfs waited for the lock");
+    node.unstage(&world).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn r36_a_read_only_volume_is_not_formatted() {
     let Some(world) = World::start(Formatted::Never).await else { return };

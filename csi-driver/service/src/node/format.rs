@@ -10,13 +10,17 @@
 //! What the device shows is never asked: a device that cannot be read looks blank too. In `yes` no failure of a mount
 //! leads back here.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::record::Formatted;
 use holdfast_storage_core::record_store::{RecordStore, StoreError, Versioned};
 use holdfast_storage_core::transitions::set_formatted;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use tokio::process::Command;
 use tonic::Status;
 
@@ -27,6 +31,11 @@ use crate::status::{from_store, from_transition};
 const SWAP_ATTEMPTS_MAX: u32 = 16;
 /// Bytes of mkfs's own words that a sentence quotes.
 const QUOTED_BYTES_MAX: usize = 512;
+
+/// How long mkfs waits for the lock that an earlier mkfs, or a prober of devices, holds; then the caller is told to
+/// repeat.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(10);
+const LOCK_POLL: Duration = Duration::from_millis(50);
 
 /// Whether the device may hold anything from an earlier try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,8 +147,36 @@ impl Inner {
     }
 }
 
+/// Locks the device against another mkfs of ours.
+///
+/// The child inherits the lock as its standard input, so that it outlives this process: a mkfs that goes on after its
+/// service was killed would otherwise write into the file system that the next one made and mounted.
+async fn lock(device: &Path) -> Result<Flock<File>, Status> {
+    let begun = Instant::now();
+    loop {
+        let file = File::open(device)
+            .map_err(|e| Status::internal(format!("{} cannot be opened for mkfs: {e}", device.display())))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((_, Errno::EWOULDBLOCK)) if begun.elapsed() < LOCK_WAIT_MAX => {
+                tokio::time::sleep(LOCK_POLL).await
+            }
+            Err((_, errno)) => {
+                return Err(Status::aborted(format!(
+                    "{} is locked, by an earlier mkfs perhaps ({errno}); repeat the call",
+                    device.display()
+                )));
+            }
+        }
+    }
+}
+
 /// Runs mkfs to its end: killing it would not undo anything.
 async fn mkfs(fs_type: &str, device: &Path, state: Device) -> Result<(), Status> {
+    let locked = lock(device).await?;
+    let inherited = locked
+        .try_clone()
+        .map_err(|e| Status::internal(format!("{} cannot be locked for mkfs: {e}", device.display())))?;
     let program = format!("mkfs.{fs_type}");
     let arguments = mkfs_arguments(fs_type, state).ok_or_else(|| {
         Status::internal(format!("the record names the file system \"{fs_type}\", which is unknown"))
@@ -149,7 +186,7 @@ async fn mkfs(fs_type: &str, device: &Path, state: Device) -> Result<(), Status>
         .arg(device)
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("LC_ALL", "C")
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(inherited))
         .output()
         .await
         .map_err(|e| {
