@@ -30,6 +30,9 @@ const FLUSH_AT_BYTES: u64 = 4 << 20;
 /// At this length the flush does not keep up: the shadow is given up, and with it the cookie, until the next flush ends.
 const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 
+/// Blocks with their entries, oldest first.
+type Records = Vec<(u64, Entry)>;
+
 /// The shadow of one open replica.
 #[derive(Debug)]
 pub struct Shadow {
@@ -60,7 +63,7 @@ pub enum Appended {
 
 impl Shadow {
     /// Opens the shadow and gives what it holds, oldest first. Leftovers of two segments are merged into one.
-    pub fn open(dir: Option<&Path>, replica: ReplicaId) -> io::Result<(Self, Vec<(u64, Entry)>)> {
+    pub fn open(dir: Option<&Path>, replica: ReplicaId) -> io::Result<(Self, Records)> {
         let Some(dir) = dir else { return Ok((Self { segments: None }, Vec::new())) };
         let paths = segment_paths(dir, replica);
         let mut found = Vec::new();
@@ -68,8 +71,9 @@ impl Shadow {
             found.extend(read_segment(path)?);
         }
         found.sort_by_key(|(sequence, _)| *sequence);
-        let records: Vec<(u64, Entry)> = found.into_iter().flat_map(|(_, records)| records).collect();
-        let sequence = 1;
+        // Higher than both: should the second segment outlive a kill here, it is replayed before what contains it.
+        let sequence = found.last().map_or(0, |(sequence, _)| *sequence) + 1;
+        let records: Records = found.into_iter().flat_map(|(_, records)| records).collect();
         let mut buffer = header(sequence);
         for (block, entry) in &records {
             push_record(&mut buffer, *block, *entry);
@@ -181,7 +185,7 @@ fn push_record(bytes: &mut Vec<u8>, block: u64, entry: Entry) {
 
 /// A segment's sequence and records, up to the first one that is not whole: a kill may cut an append short, before its
 /// write was answered.
-fn read_segment(path: &Path) -> io::Result<Option<(u64, Vec<(u64, Entry)>)>> {
+fn read_segment(path: &Path) -> io::Result<Option<(u64, Records)>> {
     let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other?,
@@ -224,6 +228,24 @@ mod tests {
         assert_eq!(found, [(3, Entry::data(30))]);
         last.remove();
         assert_eq!(Shadow::open(Some(dir.path()), replica).unwrap().1, []);
+    }
+
+    #[test]
+    fn a_kill_during_the_merge_leaves_the_newest_record_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let replica = ReplicaId(1);
+        let (mut shadow, _) = Shadow::open(Some(dir.path()), replica).unwrap();
+        shadow.switch();
+        shadow.append([(1, Entry::data(10))].into_iter());
+        // The flush of segment 1's records is under way while segment 0 takes new ones.
+        shadow.switch();
+        shadow.append([(1, Entry::data(11))].into_iter());
+        let second = dir.path().join(format!("{replica}.sums-1"));
+        let left_by_the_kill = std::fs::read(&second).unwrap();
+        drop(Shadow::open(Some(dir.path()), replica).unwrap());
+        std::fs::write(&second, left_by_the_kill).unwrap();
+        let (_, found) = Shadow::open(Some(dir.path()), replica).unwrap();
+        assert_eq!(found.last(), Some(&(1, Entry::data(11))));
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! A replica on a real file system: what is written is read back, what is damaged is noticed, what is full says so.
+#![expect(clippy::unwrap_used, reason = "a test ends at the first failure")]
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -340,6 +341,32 @@ fn a_cookie_folder_that_outlives_the_power_is_refused() {
     }
     let opened = Pool::open(dir.path(), PoolOptions { cookie_dir: Some(cookies), ..options(1 << 30) });
     assert!(matches!(opened, Err(PoolError::NotTmpfs(_))), "{opened:?}");
+}
+
+#[test]
+fn a_killed_process_loses_no_answered_write() {
+    let fixture = Fixture::new(16 * MIB);
+    let replica = fixture.open();
+    log(&replica, &[0, 1]);
+    ask(|done| replica.set_boot_cookie(3, done)).unwrap();
+    write(&replica, 0, &pattern(1, 16384)).unwrap();
+    ask(|done| replica.flush(done)).unwrap();
+    write(&replica, 4096, &pattern(2, 4096)).unwrap();
+    write(&replica, MIB, &pattern(3, 4096)).unwrap();
+    ask(|done| replica.zero(8192, 4096, false, false, done)).unwrap();
+    ask(|done| replica.zero(12288, 4096, true, false, done)).unwrap();
+    // Closing flushes nothing: the tables in memory are lost, as when the process is killed.
+    close(replica);
+
+    for life in 0..3 {
+        let replica = fixture.open();
+        assert_eq!(replica.start().boot_cookie, Some(3), "life {life}");
+        assert_eq!(read(&replica, 0, 4096).unwrap(), pattern(1, 4096), "life {life}");
+        assert_eq!(read(&replica, 4096, 4096).unwrap(), pattern(2, 4096), "life {life}");
+        assert_eq!(read(&replica, 8192, 8192).unwrap(), vec![0; 8192], "life {life}");
+        assert_eq!(read(&replica, MIB, 4096).unwrap(), pattern(3, 4096), "life {life}");
+        close(replica);
+    }
 }
 
 #[test]
