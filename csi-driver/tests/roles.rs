@@ -122,6 +122,39 @@ async fn staging_again_repairs_what_a_killed_data_process_left_dead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn killing_controller_and_node_service_touches_no_io_and_loses_nothing() {
+    if !is_root() {
+        return;
+    }
+    let mut cluster = Cluster::start().await;
+    let capability = mk_mount("ext4");
+    let volume_id = cluster.create("steady", &capability).await;
+    let context = cluster.publish(&volume_id, "node-a", &capability).await;
+    cluster.stage(&volume_id, &context, &capability).await.unwrap();
+    let target = cluster.publish_at(&volume_id, "one", &capability, false).await.unwrap();
+    let file = fs::File::create(target.join("file")).unwrap();
+
+    for process in cluster.others.drain(..) {
+        process.kill();
+    }
+    for number in 0..20_u8 {
+        std::io::Write::write_all(&mut &file, &[number; 4096]).unwrap();
+        file.sync_all().expect("I/O needs neither of the two");
+    }
+    cluster.start_others().await;
+    cluster.stage(&volume_id, &context, &capability).await.expect("it is staged");
+    cluster.publish_at(&volume_id, "one", &capability, false).await.expect("it is published");
+    assert_eq!(fs::read(target.join("file")).unwrap().len(), 20 * 4096);
+    drop(file);
+    cluster.unpublish_at(&volume_id, &target).await;
+    cluster.unstage(&volume_id).await.unwrap();
+    cluster.unpublish(&volume_id).await;
+    cluster.delete(&volume_id).await;
+    cluster.assert_pools_are_empty().await;
+    cluster.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_controller_on_one_store_is_refused_with_the_cause() {
     let dir = tempfile::tempdir().unwrap();
     let first = Process::controller(dir.path(), free_port());
@@ -169,23 +202,24 @@ impl Cluster {
             .iter()
             .map(|node| (*node, Process::data(dir.path(), memory.path(), node, registry_port)))
             .collect();
-        others.push(Process::spawn(
-            "node",
-            [
-                format!("--node={}", NODES[0]),
-                format!("--csi-socket={}", dir.path().join("node.sock").display()),
-                format!("--data-socket={}", dir.path().join("node-a/data.sock").display()),
-                format!("--registry=127.0.0.1:{registry_port}"),
-                format!("--kubelet-dir={}", dir.path().join("kubelet").display()),
-                "--insecure".to_owned(),
-            ],
-        ));
+        others.push(Process::node(dir.path(), registry_port));
         let controller = ControllerClient::new(connect(&dir.path().join("csi.sock")).await);
         let node_channel = connect(&dir.path().join("node.sock")).await;
         let info =
             IdentityClient::new(node_channel.clone()).get_plugin_info(GetPluginInfoRequest {}).await.unwrap();
         assert_eq!(info.get_ref().name, "csi.holdfast.dev");
         Self { dir, memory, registry_port, data, others, controller, node: NodeClient::new(node_channel) }
+    }
+
+    /// Controller and node service anew, after they were killed.
+    async fn start_others(&mut self) {
+        let dir = self.dir.path();
+        self.others =
+            vec![Process::controller(dir, self.registry_port), Process::node(dir, self.registry_port)];
+        self.controller = ControllerClient::new(connect(&dir.join("csi.sock")).await);
+        self.node = NodeClient::new(connect(&dir.join("node.sock")).await);
+        // The nodes announce themselves to the new one.
+        tokio::time::sleep(Duration::from_secs(3)).await;
     }
 
     fn stop(mut self) {
@@ -331,6 +365,19 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    /// Nothing stays mounted after a failed test.
+    fn drop(&mut self) {
+        let below = self.dir.path().display().to_string();
+        let table = fs::read_to_string("/proc/mounts").unwrap_or_default();
+        for target in table.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
+            if target.starts_with(&below) {
+                drop(Command::new("umount").args(["-l", target]).status());
+            }
+        }
+    }
+}
+
 /// A running role. Killed when dropped.
 struct Process {
     child: Child,
@@ -354,6 +401,20 @@ impl Process {
                 format!("--csi-socket={}", dir.join("csi.sock").display()),
                 format!("--store-dir={}", dir.join("store").display()),
                 format!("--registry-listen=127.0.0.1:{registry_port}"),
+                "--insecure".to_owned(),
+            ],
+        )
+    }
+
+    fn node(dir: &Path, registry_port: u16) -> Self {
+        Self::spawn(
+            "node",
+            [
+                format!("--node={}", NODES[0]),
+                format!("--csi-socket={}", dir.join("node.sock").display()),
+                format!("--data-socket={}", dir.join("node-a/data.sock").display()),
+                format!("--registry=127.0.0.1:{registry_port}"),
+                format!("--kubelet-dir={}", dir.join("kubelet").display()),
                 "--insecure".to_owned(),
             ],
         )

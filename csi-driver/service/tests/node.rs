@@ -210,7 +210,7 @@ async fn unpublishing_never_deletes_what_it_did_not_make() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bad_input_is_refused_by_field() {
+async fn staging_refuses_bad_input_by_field_and_attaches_nothing() {
     let Some(world) = World::start(Formatted::Never).await else { return };
     let node = world.node().await;
     let stage = world.stage_request();
@@ -261,6 +261,14 @@ async fn bad_input_is_refused_by_field() {
         assert_eq!(status.code(), code, "{status}");
         assert!(status.message().contains(named), "{named}: {status}");
     }
+    assert!(world.data.lock().unwrap().attached.is_empty(), "nothing was attached");
+    assert_eq!(world.formatted().await, Formatted::Never);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publishing_refuses_bad_input_by_field() {
+    let Some(world) = World::start(Formatted::Never).await else { return };
+    let node = world.node().await;
     let publish = world.publish_request("pod", mk_mount(Mode::SingleNodeWriter), false);
     for (request, code) in [
         (NodePublishVolumeRequest { volume_id: String::new(), ..publish.clone() }, Code::InvalidArgument),
@@ -278,6 +286,12 @@ async fn bad_input_is_refused_by_field() {
         let status = node.0.clone().node_publish_volume(request).await.unwrap_err();
         assert_eq!(status.code(), code, "{status}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stats_are_of_volumes_that_are_where_the_caller_says() {
+    let Some(world) = World::start(Formatted::Never).await else { return };
+    let node = world.node().await;
     for (volume_id, path, code) in [
         ("", "/x", Code::InvalidArgument),
         ("x", "", Code::InvalidArgument),
@@ -292,8 +306,6 @@ async fn bad_input_is_refused_by_field() {
         };
         assert_eq!(node.0.clone().node_get_volume_stats(request).await.unwrap_err().code(), code);
     }
-    assert!(world.data.lock().unwrap().attached.is_empty(), "nothing was attached");
-    assert_eq!(world.formatted().await, Formatted::Never);
 }
 
 #[tokio::test(flavor = "multi_thread")]
