@@ -14,16 +14,16 @@ use holdfast_proto::csi::controller_server::ControllerServer;
 use holdfast_proto::csi::identity_client::IdentityClient;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
-use holdfast_proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use holdfast_proto::csi::*;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
 use holdfast_service::{ControllerService, IdentityService, NodeBook, SledStore};
 use holdfast_storage_core::record::ReplicaState;
 use holdfast_storage_core::record_store::RecordStore;
 use support::fakes::{Cut, CutStore, FakePool, announce};
+use support::requests::{Controller, mk_block, mk_create, mk_mode, mk_mount, mk_publish, mk_sized, mk_with};
 use tempfile::TempDir;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::Code;
+use tonic::transport::Endpoint;
 
 const GIB: u64 = 1 << 30;
 
@@ -531,89 +531,4 @@ impl World {
             assert!(pool.replicas().is_empty(), "{} keeps a replica", pool.node);
         }
     }
-}
-
-#[derive(Clone)]
-struct Controller(ControllerClient<Channel>, Channel);
-
-impl Controller {
-    async fn create(&self, request: &CreateVolumeRequest) -> Result<Volume, Status> {
-        Ok(self.0.clone().create_volume(request.clone()).await?.into_inner().volume.unwrap())
-    }
-
-    async fn delete(&self, volume_id: &str) -> Result<(), Status> {
-        let request =
-            DeleteVolumeRequest { volume_id: volume_id.to_owned(), ..DeleteVolumeRequest::default() };
-        self.0.clone().delete_volume(request).await.map(drop)
-    }
-
-    async fn publish(&self, volume_id: &str, node: &str) -> Result<HashMap<String, String>, Status> {
-        self.publish_as(mk_publish(volume_id, node)).await
-    }
-
-    async fn publish_as(
-        &self,
-        request: ControllerPublishVolumeRequest,
-    ) -> Result<HashMap<String, String>, Status> {
-        Ok(self.0.clone().controller_publish_volume(request).await?.into_inner().publish_context)
-    }
-
-    async fn unpublish(&self, volume_id: &str, node: &str) -> Result<(), Status> {
-        let request = ControllerUnpublishVolumeRequest {
-            volume_id: volume_id.to_owned(),
-            node_id: node.to_owned(),
-            ..ControllerUnpublishVolumeRequest::default()
-        };
-        self.0.clone().controller_unpublish_volume(request).await.map(drop)
-    }
-
-    async fn list(&self, max_entries: i32, token: &str) -> Result<ListVolumesResponse, Status> {
-        let request = ListVolumesRequest { max_entries, starting_token: token.to_owned() };
-        self.0.clone().list_volumes(request).await.map(tonic::Response::into_inner)
-    }
-}
-
-fn mk_create(name: &str) -> CreateVolumeRequest {
-    mk_sized(name, 1 << 30, 0)
-}
-
-fn mk_sized(name: &str, required_bytes: i64, limit_bytes: i64) -> CreateVolumeRequest {
-    CreateVolumeRequest {
-        name: name.to_owned(),
-        capacity_range: Some(CapacityRange { required_bytes, limit_bytes }),
-        volume_capabilities: vec![mk_mount("")],
-        ..CreateVolumeRequest::default()
-    }
-}
-
-fn mk_with(mut request: CreateVolumeRequest, key: &str, value: &str) -> CreateVolumeRequest {
-    request.parameters.insert(key.to_owned(), value.to_owned());
-    request
-}
-
-fn mk_publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {
-    ControllerPublishVolumeRequest {
-        volume_id: volume_id.to_owned(),
-        node_id: node.to_owned(),
-        volume_capability: Some(mk_mount("")),
-        ..ControllerPublishVolumeRequest::default()
-    }
-}
-
-fn mk_mount(fs_type: &str) -> VolumeCapability {
-    VolumeCapability {
-        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
-        access_type: Some(AccessType::Mount(MountVolume {
-            fs_type: fs_type.to_owned(),
-            ..MountVolume::default()
-        })),
-    }
-}
-
-fn mk_block() -> VolumeCapability {
-    VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mk_mount("") }
-}
-
-fn mk_mode(mode: Mode) -> VolumeCapability {
-    VolumeCapability { access_mode: Some(AccessMode { mode: mode.into() }), ..mk_mount("") }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -11,6 +12,9 @@ use super::mount_table;
 
 /// Mounts stacked on one path that are taken away in one call.
 const STACKED_MAX: usize = 32;
+/// How long a mount may stay busy; then the caller is told to repeat.
+const BUSY_WAIT_MAX: Duration = Duration::from_secs(2);
+const BUSY_POLL: Duration = Duration::from_millis(20);
 
 /// Mounts `device` at `target` with the caller's flags.
 pub(super) fn mount_device(
@@ -52,7 +56,9 @@ pub(super) fn make_read_only(target: &Path) -> Result<(), Status> {
 ///
 /// A file system whose device fails cannot be written out; it is taken out of the tree lazily.
 pub(super) fn unmount_all(target: &Path) -> Result<(), Status> {
-    for _ in 0..STACKED_MAX {
+    let begun = Instant::now();
+    let mut taken = 0;
+    while taken < STACKED_MAX {
         let mounted = mount_table::find(target)
             .map_err(|e| Status::internal(format!("the mount table cannot be read: {e}")))?;
         if mounted.is_none() {
@@ -65,7 +71,9 @@ pub(super) fn unmount_all(target: &Path) -> Result<(), Status> {
             tracing::warn!(target_path = %target.display(), %errno, "the file system could not be written out");
         }
         match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => taken += 1,
+            // A child of ours between fork and exec holds what we just closed; a pod's last process may be ending.
+            Err(Errno::EBUSY) if begun.elapsed() < BUSY_WAIT_MAX => std::thread::sleep(BUSY_POLL),
             Err(Errno::EBUSY) => {
                 let sentence =
                     format!("{} is in use and cannot be unmounted yet; repeat the call", target.display());
@@ -74,6 +82,7 @@ pub(super) fn unmount_all(target: &Path) -> Result<(), Status> {
             Err(errno) => {
                 tracing::warn!(target_path = %target.display(), %errno, "unmounting lazily");
                 detach_lazily(target)?;
+                taken += 1;
             }
         }
     }

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod fakes;
+pub mod requests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
