@@ -1,7 +1,7 @@
 //! The real binary in its three roles on one machine: a volume is made, published, staged, mounted, used and deleted
 //! through CSI. Needs root, /dev/fuse and loop devices.
 
-// Tests and their helpers may panic.
+// Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;

@@ -1,6 +1,6 @@
 //! The controller through real gRPC on a Unix socket, with pools that obey the real rules.
 
-// Tests and their helpers may panic.
+// Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
 
 mod support;

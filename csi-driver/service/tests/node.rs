@@ -1,7 +1,7 @@
 //! The node service with a real loop device, real mkfs and real mounts; only the data process is a stand-in that
 //! hands out the loop device. What a real data process adds is tested with the binary's roles.
 
-// Tests and their helpers may panic.
+// Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
 
 mod support;

@@ -1,7 +1,7 @@
 //! Every record store obeys the same rules: one suite, run on sled itself and on sled behind the registry, plain and
 //! with TLS; and what is special to each.
 
-// Tests and their helpers may panic.
+// Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
 
 mod support;
