@@ -1,22 +1,33 @@
 //! `kill -9` of each process in turn: nothing acknowledged is lost, and a restart cleans up what the dead one left.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::story::Story;
 use libtest_mimic::Trial;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::trial;
 
 type Kill = fn(&mut Story) -> Result<()>;
 
-/// Trials of this file: one cluster, so one trial that kills each process in turn.
+/// How often replicas are killed at random.
+const RANDOM_ROUNDS: u32 = 4;
+
+/// Trials of this file, each on a cluster of its own.
 pub fn trials() -> Vec<Trial> {
-    vec![trial("kill_9_of_each_process_in_turn_loses_nothing", kill_each_in_turn)]
+    vec![
+        trial("kill_9_of_each_process_in_turn_loses_nothing", || with_story(kill_all)),
+        trial("a_power_cut_of_the_databases_node_loses_nothing", || with_story(power_cut)),
+        trial("replicas_killed_at_random_moments_lose_nothing", || with_story(kill_at_random)),
+    ]
 }
 
-fn kill_each_in_turn() -> Result<()> {
+fn with_story(body: fn(&mut Story) -> Result<()>) -> Result<()> {
     let mut story = Story::begin("faults")?;
-    let outcome = kill_all(&mut story);
+    let outcome = body(&mut story);
     match outcome {
         Ok(()) => story.end(),
         Err(error) => {
@@ -44,6 +55,46 @@ fn kill_all(story: &mut Story) -> Result<()> {
         story.compare(&format!("after the {name} was killed"))?;
     }
     Ok(())
+}
+
+fn power_cut(story: &mut Story) -> Result<()> {
+    story.provision()?;
+    story.run_pods()?;
+    story.start_client()?;
+    story.commit_for_a_moment()?;
+    story.survive_a_power_cut()?;
+    story.commit_for_a_moment()?;
+    story.compare("at the end").map(drop)
+}
+
+/// Replicas away from the target die one at a time, at moments drawn from the seed, also in the middle of their resync.
+fn kill_at_random(story: &mut Story) -> Result<()> {
+    let seed = match std::env::var("HOLDFAST_SEED") {
+        Ok(text) => text.parse().context("HOLDFAST_SEED is no number")?,
+        Err(_) => rand::random::<u64>(),
+    };
+    println!("seed {seed}; to replay: HOLDFAST_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    story.provision()?;
+    story.run_pods()?;
+    story.start_client()?;
+    for round in 1..=RANDOM_ROUNDS {
+        let name = if random.random_bool(0.5) { "node-b" } else { "node-c" };
+        // Only one replica is away at a time; the same one may die again before it is back in sync.
+        for _ in 0..random.random_range(1..=3) {
+            std::thread::sleep(Duration::from_millis(random.random_range(0..700)));
+            let node = story.cluster.node_mut(name);
+            node.data.kill()?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..400)));
+            node.data.start_again()?;
+            node.wait_for_data()?;
+        }
+        story.wait_for_all_in_sync().with_context(|| format!("round {round} with {name}, seed {seed}"))?;
+        story.compare(&format!("round {round}")).with_context(|| format!("seed {seed}"))?;
+    }
+    // The last word is the disk's: the replicas that were killed must carry the volume without the one that was not.
+    story.survive_a_power_cut().with_context(|| format!("seed {seed}"))?;
+    story.compare("at the end").with_context(|| format!("seed {seed}")).map(drop)
 }
 
 fn kill_controller(story: &mut Story) -> Result<()> {

@@ -14,6 +14,7 @@ use crate::certs::Authority;
 use crate::cleanup::{self, Guard, Logs};
 use crate::csi::{self, Socket};
 use crate::namespaces::Namespaces;
+use crate::node::{Node, NodeBuilder};
 use crate::objects::Objects;
 use crate::process::{Program, ProgramSpec, run, wait_until};
 use crate::work::{Work, binaries_dir};
@@ -23,11 +24,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// Name in the controller's certificate.
 const CONTROLLER_NAME: &str = "holdfast-controller";
 /// Port of the registry on the controller.
-const REGISTRY_PORT: u16 = 9470;
-/// Port of the control services on each node.
-const CONTROL_PORT: u16 = 9471;
-/// Port of NBD on each node.
-const NBD_PORT: u16 = 9472;
+pub(crate) const REGISTRY_PORT: u16 = 9470;
 /// Socket of the data process, inside a node.
 pub const DATA_SOCKET: &str = "/run/holdfast/data.sock";
 /// Socket of the CSI process, inside a node or the controller.
@@ -68,6 +65,8 @@ pub struct Cluster {
     pub objects: Objects,
     work: Work,
     underlay: Namespaces,
+    authority: Authority,
+    options: ClusterOptions,
     runtime: tokio::runtime::Runtime,
     guard: Option<Guard>,
 }
@@ -82,28 +81,6 @@ pub struct Controller {
     pub csi: Socket,
     store: PathBuf,
     tls: PathBuf,
-}
-
-/// One node.
-pub struct Node {
-    /// Its name.
-    pub name: String,
-    /// Its address on the underlay.
-    pub address: Ipv4Addr,
-    /// Its range of pod addresses.
-    pub pod_cidr: String,
-    /// Its namespaces.
-    pub spaces: Namespaces,
-    /// `holdfast-csi data`.
-    pub data: Program,
-    /// `holdfast-csi node`.
-    pub csi: Program,
-    /// `holdfast-netd`.
-    pub netd: Program,
-    /// Socket of the data process.
-    pub data_socket: Socket,
-    /// Socket of the CSI node service.
-    pub csi_socket: Socket,
 }
 
 impl Cluster {
@@ -181,6 +158,40 @@ impl Cluster {
         run(self.underlay.network_command("ip").args(["link", "set", &port_name(node), state])).map(drop)
     }
 
+    /// Takes a node's power away: everything in its memory is gone at once, what it wrote to its disk stays.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn power_off(&mut self, node: &str) -> Result<()> {
+        let index =
+            self.nodes.iter().position(|other| other.name == node).context("there is no such node")?;
+        drop(self.nodes.remove(index));
+        // The kernel takes dead namespaces apart in its own time; the cable goes now.
+        let _ = run(self.underlay.network_command("ip").args(["link", "delete", &port_name(node)]));
+        Ok(())
+    }
+
+    /// Starts a node that was powered off, with the disk it had.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn power_on(&mut self, name: &str) -> Result<()> {
+        let mut numbered = (1u8..=9).zip(&self.options.nodes);
+        let (index, _) = numbered.find(|(_, other)| *other == name).context("there is no such node")?;
+        let builder = NodeBuilder {
+            work: &self.work,
+            underlay: &self.underlay,
+            objects: &self.objects,
+            options: &self.options,
+        };
+        let mut node = builder.start(index, name, &self.authority, &self.runtime)?;
+        node.wait_for_data()?;
+        node.wait_for_csi()?;
+        node.wait_for_netd()?;
+        self.nodes.push(node);
+        Ok(())
+    }
+
     /// Ends everything and checks that nothing is left.
     ///
     /// # Errors
@@ -235,7 +246,9 @@ impl Cluster {
             let builder = NodeBuilder { work: &work, underlay: &underlay, objects: &objects, options };
             nodes.push(builder.start(index, name, &authority, &runtime)?);
         }
-        let mut cluster = Self { controller, nodes, objects, work, underlay, runtime, guard: None };
+        let options = options.clone();
+        let mut cluster =
+            Self { controller, nodes, objects, work, underlay, authority, options, runtime, guard: None };
         cluster.wait_until_ready()?;
         Ok(cluster)
     }
@@ -308,117 +321,7 @@ fn controller_arguments(socket: &str, port: u16, store: &Path, tls: &Path) -> Ve
     ]
 }
 
-struct NodeBuilder<'a> {
-    work: &'a Work,
-    underlay: &'a Namespaces,
-    objects: &'a Objects,
-    options: &'a ClusterOptions,
-}
-
-impl NodeBuilder<'_> {
-    fn start(
-        &self,
-        index: u8,
-        name: &str,
-        authority: &Authority,
-        runtime: &tokio::runtime::Runtime,
-    ) -> Result<Node> {
-        let address = Ipv4Addr::new(192, 168, 77, 10 + index);
-        let pod_cidr = format!("10.244.{index}.0/{}", self.options.pod_prefix);
-        let spaces = Namespaces::create(name, self.work)?;
-        plug_in(self.underlay, &spaces, address)?;
-        spaces.run("mkdir", &["-p", KUBELET_DIR])?;
-        self.objects.put_node(name, address, &pod_cidr)?;
-        let tls = self.work.dir().join("tls").join(name);
-        authority.issue(name, &tls)?;
-        let dir = self.work.folder(name)?;
-        let data = self.start_role(
-            &spaces,
-            name,
-            "data",
-            "holdfast-csi",
-            data_arguments(name, address, &dir, &tls, self.options),
-        )?;
-        let csi = self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls))?;
-        let netd = self.start_role(
-            &spaces,
-            name,
-            "netd",
-            "holdfast-netd",
-            netd_arguments(name, &dir, self.objects),
-        )?;
-        let socket = |path: &str| Socket::new(runtime.handle().clone(), spaces.host_path(path));
-        let (data_socket, csi_socket) = (socket(DATA_SOCKET), socket(CSI_SOCKET));
-        Ok(Node {
-            name: name.to_owned(),
-            address,
-            pod_cidr,
-            spaces,
-            data,
-            csi,
-            netd,
-            data_socket,
-            csi_socket,
-        })
-    }
-
-    fn start_role(
-        &self,
-        spaces: &Namespaces,
-        node: &str,
-        role: &str,
-        binary: &str,
-        arguments: Vec<String>,
-    ) -> Result<Program> {
-        start_program(self.work, spaces, &format!("{node}-{role}"), binary, arguments)
-    }
-}
-
-fn data_arguments(
-    name: &str,
-    address: Ipv4Addr,
-    dir: &Path,
-    tls: &Path,
-    options: &ClusterOptions,
-) -> Vec<String> {
-    vec![
-        "data".to_owned(),
-        format!("--node={name}"),
-        format!("--pool-dir={}", dir.join("pool").display()),
-        format!("--pool-capacity={}", options.pool_bytes),
-        "--cookie-dir=/run/holdfast/cookies".to_owned(),
-        format!("--control-listen={address}:{CONTROL_PORT}"),
-        format!("--nbd-listen={address}:{NBD_PORT}"),
-        format!("--data-socket={DATA_SOCKET}"),
-        "--run-dir=/run/holdfast/front-ends".to_owned(),
-        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
-        format!("--tls-dir={}", tls.display()),
-    ]
-}
-
-fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
-    vec![
-        "node".to_owned(),
-        format!("--node={name}"),
-        format!("--csi-socket={CSI_SOCKET}"),
-        format!("--data-socket={DATA_SOCKET}"),
-        format!("--kubelet-dir={KUBELET_DIR}"),
-        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
-        format!("--tls-dir={}", tls.display()),
-    ]
-}
-
-fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
-    vec![
-        format!("--node={name}"),
-        format!("--objects={}", objects.dir().display()),
-        format!("--state-dir={}", dir.join("netd").display()),
-        format!("--pending-dir={}", dir.join("netd/pending").display()),
-        format!("--socket={NETD_SOCKET}"),
-    ]
-}
-
-fn start_program(
+pub(crate) fn start_program(
     work: &Work,
     spaces: &Namespaces,
     name: &str,
@@ -438,7 +341,7 @@ fn start_program(
     Program::start(ProgramSpec { name: name.to_owned(), log, command })
 }
 
-fn controller_address() -> Ipv4Addr {
+pub(crate) fn controller_address() -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, 10)
 }
 
@@ -447,7 +350,7 @@ fn port_name(node: &str) -> String {
     format!("p-{node}")
 }
 
-fn plug_in(underlay: &Namespaces, spaces: &Namespaces, address: Ipv4Addr) -> Result<()> {
+pub(crate) fn plug_in(underlay: &Namespaces, spaces: &Namespaces, address: Ipv4Addr) -> Result<()> {
     let port = port_name(spaces.name());
     let pid = spaces.pid().to_string();
     let ours = [
@@ -463,7 +366,7 @@ fn plug_in(underlay: &Namespaces, spaces: &Namespaces, address: Ipv4Addr) -> Res
     Ok(())
 }
 
-fn wait_for_probe(program: &mut Program, socket: &Socket) -> Result<()> {
+pub(crate) fn wait_for_probe(program: &mut Program, socket: &Socket) -> Result<()> {
     wait_for_answer(program, || {
         let request = csi_proto::ProbeRequest {};
         let reply = socket.identity(|mut client| async move { client.probe(request).await });
@@ -471,7 +374,7 @@ fn wait_for_probe(program: &mut Program, socket: &Socket) -> Result<()> {
     })
 }
 
-fn wait_for_socket(program: &mut Program, path: &PathBuf) -> Result<()> {
+pub(crate) fn wait_for_socket(program: &mut Program, path: &PathBuf) -> Result<()> {
     wait_for_answer(program, || Ok(std::os::unix::net::UnixStream::connect(path).is_ok()))
 }
 
@@ -485,34 +388,6 @@ fn wait_for_answer(program: &mut Program, mut ask: impl FnMut() -> Result<bool>)
         anyhow::bail!("{} ended:\n{}", program.name(), program.log_tail());
     }
     waited.with_context(|| format!("{} does not answer:\n{}", program.name(), program.log_tail()))
-}
-
-impl Node {
-    /// Waits until the data process answers again, after a restart.
-    ///
-    /// # Errors
-    /// It ended, or does not answer.
-    pub fn wait_for_data(&mut self) -> Result<()> {
-        let path = self.spaces.host_path(DATA_SOCKET);
-        wait_for_socket(&mut self.data, &path)
-    }
-
-    /// Waits until the CSI node process answers again.
-    ///
-    /// # Errors
-    /// It ended, or does not answer.
-    pub fn wait_for_csi(&mut self) -> Result<()> {
-        wait_for_probe(&mut self.csi, &self.csi_socket)
-    }
-
-    /// Waits until the network agent answers again.
-    ///
-    /// # Errors
-    /// It ended, or does not answer.
-    pub fn wait_for_netd(&mut self) -> Result<()> {
-        let path = self.spaces.host_path(NETD_SOCKET);
-        wait_for_socket(&mut self.netd, &path)
-    }
 }
 
 impl Controller {

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::cluster::{Cluster, NETD_SOCKET, Node};
+use crate::cluster::{Cluster, NETD_SOCKET};
 use crate::cni::{self, Answer, Call};
 use crate::helper;
+use crate::node::Node;
 use crate::objects::PodObject;
 use crate::process::{Program, ProgramSpec};
 

@@ -11,6 +11,7 @@ use super::volume::in_sync;
 use super::{PUBLISHED, RESYNC_TIMEOUT, Story};
 use crate::cluster::Cluster;
 use crate::csi::named;
+use crate::ledger::now_us;
 use crate::pod::{NAMESPACE, Pod, PodSpec};
 use crate::postgres::Postgres;
 use crate::process::wait_until;
@@ -81,8 +82,32 @@ impl Story {
     /// # Errors
     /// They are not, in time.
     pub fn wait_for_all_in_sync(&self) -> Result<()> {
-        wait_until(RESYNC_TIMEOUT, || Ok(in_sync(&self.status("node-a")?) == 3))
-            .with_context(|| format!("replicas: {:?}", self.status("node-a").map(|status| status.replicas)))
+        let home = &self.pods()?.database.node;
+        wait_until(RESYNC_TIMEOUT, || Ok(in_sync(&self.status(home)?) == 3))
+            .with_context(|| format!("replicas: {:?}", self.status(home).map(|status| status.replicas)))
+    }
+
+    /// The database's node loses its power; volume and database move to node b, then the node comes back.
+    ///
+    /// # Errors
+    /// A call fails, or the returned node's replica does not come in sync.
+    pub fn survive_a_power_cut(&mut self) -> Result<()> {
+        let cut_us = now_us();
+        self.cluster.power_off("node-a")?;
+        self.report.note("node-a has lost its power");
+        self.unpublish("node-a")?;
+        self.attach("node-b")?;
+        let first = self.move_database(cut_us)?;
+        self.report.note(&format!("transaction {} is committed on node-b", first.number));
+        self.compare("after the power cut")?;
+        self.cluster.power_on("node-a")?;
+        self.report.note("node-a is back, with its disk and without its memory");
+        self.wait_for_all_in_sync()?;
+        // Its pods are gone; the runtime detaches what it finds in its own books, without a namespace.
+        let (stranded, _) = self.stranded.take().context("no pod was stranded")?;
+        let answer = stranded.call(&self.cluster, "DEL")?;
+        answer.result().context("DEL of a pod that the power cut ended")?;
+        Ok(())
     }
 
     /// Does something that ends the volume's I/O on node a, then brings volume and database up again there, as kubelet

@@ -1,0 +1,186 @@
+//! One node: its namespaces and its three processes.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::certs::Authority;
+use crate::cluster::{
+    CSI_SOCKET, ClusterOptions, DATA_SOCKET, KUBELET_DIR, NETD_SOCKET, REGISTRY_PORT, controller_address,
+    plug_in, start_program, wait_for_probe, wait_for_socket,
+};
+use crate::csi::Socket;
+use crate::namespaces::Namespaces;
+use crate::objects::Objects;
+use crate::process::Program;
+use crate::work::Work;
+
+/// Port of the control services on each node.
+const CONTROL_PORT: u16 = 9471;
+/// Port of NBD on each node.
+const NBD_PORT: u16 = 9472;
+
+/// One node.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its address on the underlay.
+    pub address: Ipv4Addr,
+    /// Its range of pod addresses.
+    pub pod_cidr: String,
+    /// Its namespaces.
+    pub spaces: Namespaces,
+    /// `holdfast-csi data`.
+    pub data: Program,
+    /// `holdfast-csi node`.
+    pub csi: Program,
+    /// `holdfast-netd`.
+    pub netd: Program,
+    /// Socket of the data process.
+    pub data_socket: Socket,
+    /// Socket of the CSI node service.
+    pub csi_socket: Socket,
+}
+
+impl Node {
+    /// Waits until the data process answers again, after a restart.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_data(&mut self) -> Result<()> {
+        let path = self.spaces.host_path(DATA_SOCKET);
+        wait_for_socket(&mut self.data, &path)
+    }
+
+    /// Waits until the CSI node process answers again.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_csi(&mut self) -> Result<()> {
+        wait_for_probe(&mut self.csi, &self.csi_socket)
+    }
+
+    /// Waits until the network agent answers again.
+    ///
+    /// # Errors
+    /// It ended, or does not answer.
+    pub fn wait_for_netd(&mut self) -> Result<()> {
+        let path = self.spaces.host_path(NETD_SOCKET);
+        wait_for_socket(&mut self.netd, &path)
+    }
+}
+
+/// Makes nodes and brings dead ones back.
+pub(crate) struct NodeBuilder<'a> {
+    pub(crate) work: &'a Work,
+    pub(crate) underlay: &'a Namespaces,
+    pub(crate) objects: &'a Objects,
+    pub(crate) options: &'a ClusterOptions,
+}
+
+impl NodeBuilder<'_> {
+    /// Starts a node; one that was started before in this run finds its disk, not its memory.
+    pub(crate) fn start(
+        &self,
+        index: u8,
+        name: &str,
+        authority: &Authority,
+        runtime: &tokio::runtime::Runtime,
+    ) -> Result<Node> {
+        let address = Ipv4Addr::new(192, 168, 77, 10 + index);
+        let pod_cidr = format!("10.244.{index}.0/{}", self.options.pod_prefix);
+        let spaces = Namespaces::create(name, self.work)?;
+        plug_in(self.underlay, &spaces, address)?;
+        spaces.run("mkdir", &["-p", KUBELET_DIR])?;
+        self.objects.put_node(name, address, &pod_cidr)?;
+        let tls = self.work.dir().join("tls").join(name);
+        if !tls.exists() {
+            authority.issue(name, &tls)?;
+        }
+        let dir = self.work.folder(name)?;
+        let data = self.start_role(
+            &spaces,
+            name,
+            "data",
+            "holdfast-csi",
+            data_arguments(name, address, &dir, &tls, self.options),
+        )?;
+        let csi = self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls))?;
+        let netd = self.start_role(
+            &spaces,
+            name,
+            "netd",
+            "holdfast-netd",
+            netd_arguments(name, &dir, self.objects),
+        )?;
+        let socket = |path: &str| Socket::new(runtime.handle().clone(), spaces.host_path(path));
+        let (data_socket, csi_socket) = (socket(DATA_SOCKET), socket(CSI_SOCKET));
+        Ok(Node {
+            name: name.to_owned(),
+            address,
+            pod_cidr,
+            spaces,
+            data,
+            csi,
+            netd,
+            data_socket,
+            csi_socket,
+        })
+    }
+
+    fn start_role(
+        &self,
+        spaces: &Namespaces,
+        node: &str,
+        role: &str,
+        binary: &str,
+        arguments: Vec<String>,
+    ) -> Result<Program> {
+        start_program(self.work, spaces, &format!("{node}-{role}"), binary, arguments)
+    }
+}
+
+fn data_arguments(
+    name: &str,
+    address: Ipv4Addr,
+    dir: &Path,
+    tls: &Path,
+    options: &ClusterOptions,
+) -> Vec<String> {
+    vec![
+        "data".to_owned(),
+        format!("--node={name}"),
+        format!("--pool-dir={}", dir.join("pool").display()),
+        format!("--pool-capacity={}", options.pool_bytes),
+        "--cookie-dir=/run/holdfast/cookies".to_owned(),
+        format!("--control-listen={address}:{CONTROL_PORT}"),
+        format!("--nbd-listen={address}:{NBD_PORT}"),
+        format!("--data-socket={DATA_SOCKET}"),
+        "--run-dir=/run/holdfast/front-ends".to_owned(),
+        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
+        format!("--tls-dir={}", tls.display()),
+    ]
+}
+
+fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
+    vec![
+        "node".to_owned(),
+        format!("--node={name}"),
+        format!("--csi-socket={CSI_SOCKET}"),
+        format!("--data-socket={DATA_SOCKET}"),
+        format!("--kubelet-dir={KUBELET_DIR}"),
+        format!("--registry={}:{REGISTRY_PORT}", controller_address()),
+        format!("--tls-dir={}", tls.display()),
+    ]
+}
+
+fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
+    vec![
+        format!("--node={name}"),
+        format!("--objects={}", objects.dir().display()),
+        format!("--state-dir={}", dir.join("netd").display()),
+        format!("--pending-dir={}", dir.join("netd/pending").display()),
+        format!("--socket={NETD_SOCKET}"),
+    ]
+}
