@@ -46,7 +46,15 @@ pub fn initialise(cluster: &Cluster, pod: &Pod, mount: &Path) -> Result<()> {
     let data = mount.join(DATA_FOLDER).display().to_string();
     run(pod.command(cluster, Path::new("install")).args(["-d", "-o", "postgres", "-m", "0700", &data]))?;
     let mut initdb = as_postgres(pod.command(cluster, Path::new("setpriv")), &bin.join("initdb"));
-    initdb.args(["--pgdata", &data, "--auth=trust", "--username=postgres", "--locale=C", "--encoding=UTF8"]);
+    initdb.args([
+        "--pgdata",
+        &data,
+        "--auth=trust",
+        "--username=postgres",
+        "--locale=C",
+        "--encoding=UTF8",
+        "--data-checksums",
+    ]);
     run_within(INIT_TIMEOUT, &mut initdb)?;
     // The client comes over the pod network; who may reach the port is the policy's matter. Flushed: the volume may move
     // away from a node that is cut off, and only what was flushed is promised to move with it.
@@ -93,6 +101,18 @@ impl Postgres {
         psql.env("PGCONNECT_TIMEOUT", "2").args(["-X", "-A", "-t", "-q", "-U", "postgres", "-d", "postgres"]);
         psql.args(["-h", &pod.address.to_string(), "-c", statement]);
         run_within(STATEMENT_TIMEOUT, &mut psql)
+    }
+
+    /// Stops the server in order and verifies the checksum of every page it has.
+    ///
+    /// # Errors
+    /// It does not stop, or a page is damaged.
+    pub fn stop_and_verify(mut self, cluster: &Cluster, pod: &Pod, mount: &Path) -> Result<()> {
+        self.program.terminate()?;
+        let data = mount.join(DATA_FOLDER).display().to_string();
+        let mut verify =
+            as_postgres(pod.command(cluster, Path::new("setpriv")), &self.bin.join("pg_checksums"));
+        run_within(INIT_TIMEOUT, verify.args(["--check", "--pgdata", &data])).map(drop)
     }
 
     /// Makes the client's table.

@@ -340,8 +340,8 @@ impl Story {
             self.report.note(&format!("{node}: the stranded pod, mounts and target are taken down"));
         }
         let Some(pods) = self.pods.take() else { return Ok(()) };
-        let mut postgres = pods.postgres;
-        postgres.program.terminate()?;
+        pods.postgres.stop_and_verify(&self.cluster, &pods.database, Path::new(PUBLISHED))?;
+        self.report.note("PostgreSQL stopped; the checksum of every page is right");
         let home = pods.database.node.clone();
         for pod in [pods.database, pods.api, pods.web] {
             pod.delete(&self.cluster)?;
