@@ -272,3 +272,67 @@ async fn unflushed_acknowledged_writes_survive_the_kill_of_all_but_one_process()
     cluster.wait_members(volume, 3, Duration::from_secs(20)).await;
     cluster.assert_members_equal(volume).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_off_target_serves_nothing_and_is_fenced_when_it_comes_back() {
+    let cluster = Cluster::start(3).await;
+    let volume = cluster.create_volume(SIZE).await;
+    let old = cluster.attach(volume, 0).await;
+    write(&old, 0, pattern(0, 1, 8192)).await.unwrap();
+    assert_eq!(read(&old, 0, 8192).await.unwrap(), pattern(0, 1, 8192));
+
+    // Nothing that node a connects reaches anybody; the new target does not reach node a's replica either.
+    cluster.nodes[0].view.set_cut(true);
+    cluster.nodes[1].view.deny(cluster.process(0));
+    let start = Instant::now();
+    let new = cluster.attach(volume, 1).await;
+    eprintln!("the volume moved in {:?}", start.elapsed());
+    write(&new, 0, pattern(0, 2, 8192)).await.unwrap();
+
+    // R4, P4: the old target has a replica of its own at hand and must not read from it.
+    let late_read = tokio::spawn({
+        let old = old.clone();
+        async move { read(&old, 0, 8192).await }
+    });
+    let late_write = tokio::spawn({
+        let old = old.clone();
+        async move { write(&old, 0, pattern(0, 3, 8192)).await }
+    });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(
+        !late_read.is_finished() || late_read.await.unwrap().is_err(),
+        "a read was served past the lease"
+    );
+    assert!(!late_write.is_finished(), "a write ended without anybody to decide on it");
+
+    cluster.nodes[0].view.set_cut(false);
+    let start = Instant::now();
+    assert!(late_write.await.unwrap().is_err(), "the old target wrote");
+    assert!(read(&old, 0, 8192).await.is_err(), "the fenced target served a read");
+    assert!(start.elapsed() < Duration::from_secs(15), "fenced only after {:?}", start.elapsed());
+    assert_eq!(cluster.process(0).status(volume).unwrap().state.word(), "fenced");
+    assert_eq!(read(&new, 0, 8192).await.unwrap(), pattern(0, 2, 8192));
+
+    cluster.nodes[1].view.allow();
+    cluster.wait_members(volume, 3, Duration::from_secs(20)).await;
+    cluster.assert_members_equal(volume).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_replica_is_swapped_out_and_comes_back_when_its_link_does() {
+    let cluster = Cluster::start(3).await;
+    let volume = cluster.create_volume(SIZE).await;
+    let device = cluster.attach(volume, 0).await;
+    write(&device, 0, pattern(0, 1, 4096)).await.unwrap();
+    cluster.nodes[0].view.deny(cluster.process(2));
+    let start = Instant::now();
+    write(&device, 0, pattern(0, 2, 4096)).await.unwrap();
+    let stall = start.elapsed();
+    assert!(stall < Duration::from_millis(2_500), "the write waited {stall:?}");
+    assert_eq!(cluster.store.get(volume).record.in_sync.len(), 2);
+    write(&device, 8 * MIB, pattern(0, 2, 4096)).await.unwrap();
+    cluster.nodes[0].view.allow();
+    cluster.wait_members(volume, 3, Duration::from_secs(20)).await;
+    assert_eq!(read(&device, 8 * MIB, 4096).await.unwrap(), pattern(0, 2, 4096));
+    cluster.assert_members_equal(volume).await;
+}

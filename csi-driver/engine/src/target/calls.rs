@@ -1,6 +1,6 @@
 //! A target's calls to replicas and to the record store. Each is a task that ends by posting its outcome.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use holdfast_nbd::{Client, ClientOptions};
@@ -11,13 +11,14 @@ use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::replica::{OpenReply, OpenRequest, SessionKey};
 use holdfast_storage_core::target::{CallId, Control, OpenSession, Opened, SessionId, TargetEvent};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
 
 use crate::peers::PeerError;
 use crate::replica::grpc;
 use crate::wire;
 
-use super::link::{ControlAnswer, Link, LinkError, RemoteLink};
+use super::link::{ControlAnswer, Link, LinkError, Path, RemoteLink};
 use super::machine::{TargetActor, TargetInput};
 
 /// A record store call without an answer for so long counts as unknown (R8).
@@ -26,8 +27,10 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(3);
 const NBD_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A heartbeat without an answer for so long is forgotten; the core counts the silence itself.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Connecting a control channel.
-const CONTROL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The core gives a session up long before; this only ends the task of one that hangs.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Connecting a control channel; the core tries again.
+const CONTROL_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Reads the record.
 pub async fn read_record(actor: Arc<TargetActor>, call: CallId) {
@@ -63,24 +66,29 @@ pub async fn heartbeat(actor: Arc<TargetActor>, link: Arc<Link>, session: Sessio
     actor.post(TargetInput::core(event));
 }
 
-/// Sends a control request. The core sets its deadline.
+/// Sends a session's control requests in their order, each after the answer to the one before. The core sets deadlines.
 pub async fn control(
-    actor: Arc<TargetActor>,
-    link: Arc<Link>,
-    call: CallId,
+    actor: Weak<TargetActor>,
+    link: Weak<Link>,
     session: SessionId,
     replica: ReplicaId,
-    op: Control,
+    mut queued: UnboundedReceiver<(CallId, Control)>,
 ) {
-    let event = match link.control(op).await {
-        Ok(ControlAnswer::Done) => TargetEvent::ControlDone { call },
-        Ok(ControlAnswer::Map(map)) => TargetEvent::MapRead { call, map },
-        Err(error) => {
-            tracing::info!(volume = %actor.env.volume_id, %replica, %error, "a control request failed");
-            TargetEvent::SessionLost { session }
-        }
-    };
-    actor.post(TargetInput::core(event));
+    while let Some((call, op)) = queued.recv().await {
+        let Some(link) = link.upgrade() else { return };
+        let answer = tokio::time::timeout(CONTROL_TIMEOUT, link.control(op)).await;
+        let answer = answer.unwrap_or_else(|_| Err(LinkError::Silent("no answer in time".to_owned())));
+        let Some(actor) = actor.upgrade() else { return };
+        let event = match answer {
+            Ok(ControlAnswer::Done) => TargetEvent::ControlDone { call },
+            Ok(ControlAnswer::Map(map)) => TargetEvent::MapRead { call, map },
+            Err(error) => {
+                tracing::info!(volume = %actor.env.volume_id, %replica, %error, "a control request failed");
+                TargetEvent::SessionLost { session }
+            }
+        };
+        actor.post(TargetInput::core(event));
+    }
 }
 
 /// Why a session did not come up.
@@ -145,7 +153,7 @@ async fn open_local(actor: &Arc<TargetActor>, session: SessionId, request: OpenR
     let result = grpc::open(&replica, request, vec![actor.env.node.0.clone()], Some(ended)).await;
     Ok(result.ok_or(OpenError::Failed)?.map(|reply| {
         let key = SessionKey { generation, target_id, token: reply.token };
-        (Link::Local { actor: replica, key }, reply)
+        (Link::new(Path::Local { actor: replica, key }), reply)
     }))
 }
 
@@ -182,7 +190,7 @@ async fn open_remote(actor: &Arc<TargetActor>, wanted: &OpenSession, request: Op
     let connecting = AbortOnDrop(env.data.spawn(connect_nbd(info.nbd_address, options)));
     let client = connecting.join().await?;
     watch_client(actor, wanted.session, &client);
-    Ok(Ok((Link::Remote(Box::new(RemoteLink { client, rpc, session })), reply)))
+    Ok(Ok((Link::new(Path::Remote(Box::new(RemoteLink { client, rpc, session }))), reply)))
 }
 
 async fn connect_nbd(address: String, options: ClientOptions) -> Result<Arc<Client>, OpenError> {

@@ -1,7 +1,7 @@
 //! A target's way to one replica: in this process, or over gRPC and NBD to another node. Both are fenced alike, by the
 //! replica's own state machine.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
@@ -10,7 +10,8 @@ use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::dirty_map::DirtyMap;
 use holdfast_storage_core::replica::{ControlOp, ReplicaReply, SessionKey};
-use holdfast_storage_core::target::Control;
+use holdfast_storage_core::target::{CallId, Control};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -22,8 +23,16 @@ use crate::{errno, wire};
 /// Bytes asked about in one NBD block status request.
 const STATUS_BYTES_MAX: u64 = 1 << 30;
 
-/// One open session.
-pub enum Link {
+/// One open session. Closed when it is dropped.
+pub struct Link {
+    path: Path,
+    /// Control requests go one after the other: two epochs must not overtake each other on their way. Bounded by the
+    /// few calls that the core has under way.
+    controls: OnceLock<UnboundedSender<(CallId, Control)>>,
+}
+
+/// How the replica is reached.
+pub enum Path {
     /// The replica is served by this process.
     Local {
         /// The replica.
@@ -65,30 +74,52 @@ pub enum LinkError {
 }
 
 impl Link {
+    /// A session over this path.
+    #[must_use]
+    pub fn new(path: Path) -> Self {
+        Self { path, controls: OnceLock::new() }
+    }
+
+    /// Queues a control request; `start` starts what takes the queue's requests, once.
+    pub fn queue_control(
+        &self,
+        call: CallId,
+        op: Control,
+        start: impl FnOnce(UnboundedReceiver<(CallId, Control)>),
+    ) {
+        let queue = self.controls.get_or_init(|| {
+            let (queue, queued) = unbounded_channel();
+            start(queued);
+            queue
+        });
+        // Refused only when the taker ended with its runtime: nobody waits for the answer then.
+        let _ = queue.send((call, op));
+    }
+
     /// Sends a data request.
     pub fn submit(&self, op: BlockOp, done: Completion) {
-        match self {
-            Self::Local { actor, key } => actor.post(ReplicaInput::Data { token: key.token, op, done }),
-            Self::Remote(remote) => remote.client.submit(op, done),
+        match &self.path {
+            Path::Local { actor, key } => actor.post(ReplicaInput::Data { token: key.token, op, done }),
+            Path::Remote(remote) => remote.client.submit(op, done),
         }
     }
 
     /// Ends the session from this side, without an answer.
     pub fn close(&self) {
-        match self {
-            Self::Local { actor, key } => actor.post(ReplicaInput::ConnectionLost(key.token)),
-            Self::Remote(remote) => remote.client.close(),
+        match &self.path {
+            Path::Local { actor, key } => actor.post(ReplicaInput::ConnectionLost(key.token)),
+            Path::Remote(remote) => remote.client.close(),
         }
     }
 
     /// Renews the lease; tells whether the replica's cache was lost.
     pub async fn lease(&self, sequence: u64) -> Result<bool, LinkError> {
-        match self {
-            Self::Local { actor, key } => match grpc::control(actor, *key, ControlOp::Lease).await {
+        match &self.path {
+            Path::Local { actor, key } => match grpc::control(actor, *key, ControlOp::Lease).await {
                 Some(ReplicaReply::Lease(Ok(cache_lost))) => Ok(cache_lost),
                 reply => Err(LinkError::Over(format!("{reply:?}"))),
             },
-            Self::Remote(remote) => {
+            Path::Remote(remote) => {
                 let request = pb::LeaseRequest { session: Some(remote.session.clone()), sequence };
                 let reply = remote.rpc.clone().lease(request).await.map_err(link_error)?;
                 Ok(reply.into_inner().cache_lost)
@@ -98,25 +129,25 @@ impl Link {
 
     /// Sends a control request.
     pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
-        match self {
-            Self::Local { actor, key } => match grpc::control(actor, *key, local_op(op)).await {
+        match &self.path {
+            Path::Local { actor, key } => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
                 reply => Err(LinkError::Over(format!("{reply:?}"))),
             },
-            Self::Remote(remote) => remote.control(op).await,
+            Path::Remote(remote) => remote.control(op).await,
         }
     }
 
     /// Counts blocks that are zero or data, of `size_bytes` (R36).
     pub async fn allocated_blocks(&self, size_bytes: u64) -> Result<u64, BlockError> {
-        match self {
-            Self::Local { actor, .. } => holdfast_store::wait(&actor.env.disk, |done| {
+        match &self.path {
+            Path::Local { actor, .. } => holdfast_store::wait(&actor.env.disk, |done| {
                 actor.env.disk.allocated_blocks(done);
             })
             .await
             .map_err(|error| BlockError(error.errno())),
-            Self::Remote(remote) => remote.allocated_blocks(size_bytes).await,
+            Path::Remote(remote) => remote.allocated_blocks(size_bytes).await,
         }
     }
 }

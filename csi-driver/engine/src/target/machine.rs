@@ -361,7 +361,10 @@ impl Machine for TargetMachine {
                 env.control.spawn(calls::heartbeat(me(), link, session, sequence));
             }
             TargetWork::Control(call, session, replica, link, op) => {
-                env.control.spawn(calls::control(me(), link, call, session, replica, op));
+                link.queue_control(call, op, |queued| {
+                    let (target, weak) = (Arc::downgrade(actor), Arc::downgrade(&link));
+                    env.control.spawn(calls::control(target, weak, session, replica, queued));
+                });
             }
             TargetWork::ReadRecord(call) => {
                 env.control.spawn(calls::read_record(me(), call));

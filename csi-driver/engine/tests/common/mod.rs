@@ -1,6 +1,7 @@
 //! Three data processes in one test process, on loopback ports, with temporary pools and a record store in memory.
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
+pub mod cut;
 pub mod store;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ pub struct Node {
     pub name: NodeName,
     pub process: Option<DataProcess>,
     pub tls_dir: Option<PathBuf>,
+    /// How the node sees the others; cutting it cuts what the node connects, not what others connect to it.
+    pub view: Arc<cut::View>,
     ports: (u16, u16),
 }
 
@@ -68,7 +71,8 @@ impl Cluster {
                 authority.issue(&name.0, &tls_dir);
                 tls_dir
             });
-            cluster.nodes.push(Node { name, process: None, tls_dir, ports: (0, 0) });
+            let view = cut::View::new(name.clone(), cluster.store.clone());
+            cluster.nodes.push(Node { name, process: None, tls_dir, view, ports: (0, 0) });
             cluster.start_node(index).await;
         }
         cluster
@@ -76,7 +80,8 @@ impl Cluster {
 
     pub async fn start_node(&mut self, index: usize) {
         let config = self.config(index);
-        let process = DataProcess::start(config, self.store.clone(), self.store.clone()).await.unwrap();
+        let view = self.nodes[index].view.clone();
+        let process = DataProcess::start(config, view.clone(), view).await.unwrap();
         let node = &mut self.nodes[index];
         // The same ports after a restart, as a real node has.
         node.ports = (process.control_address().port(), process.nbd_address().port());
