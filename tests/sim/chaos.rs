@@ -3,7 +3,7 @@
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::world::{Event, NODES, STORE, TargetNumber, World};
+use crate::world::{Event, NODES, REPLICAS, STORE, TargetNumber, World};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
@@ -54,6 +54,8 @@ pub struct Chaos {
     lasts_us: u64,
     pub store_flaky: f64,
     pub client_gap_us: u64,
+    pub log_cold_ms: u64,
+    pub log_clear_every_ms: u64,
     pub until_us: u64,
 }
 
@@ -74,6 +76,8 @@ impl Chaos {
             lasts_us: [300_000, 1_500_000, 5_000_000][rng.random_range(0..3)],
             store_flaky: [0.0, 0.02, 0.2][rng.random_range(0..3)],
             client_gap_us: [600, 2_000, 10_000][rng.random_range(0..3)],
+            log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
+            log_clear_every_ms: [5, 20, 100, 1_000][rng.random_range(0..4)],
             until_us: 1_000_000 + rng.random_range(5_000_000..25_000_000),
         }
     }
@@ -103,6 +107,7 @@ impl World {
     fn strike(&mut self, trouble: Trouble, node: usize, lasts: u64) {
         match trouble {
             Trouble::KillReplica => {
+                let node = node % REPLICAS;
                 self.kill_process(node, true);
                 self.schedule(lasts, Event::StartProcess { node });
             }
@@ -204,8 +209,10 @@ impl World {
 
     pub fn power_on(&mut self, node: usize) {
         self.nodes[node].powered = true;
-        let delay = self.rng.random_range(1_000..300_000);
-        self.schedule(delay, Event::StartProcess { node });
+        if node < REPLICAS {
+            let delay = self.rng.random_range(1_000..300_000);
+            self.schedule(delay, Event::StartProcess { node });
+        }
     }
 
     /// Ends all troubles; what is broken gets repaired.
@@ -223,7 +230,9 @@ impl World {
             if !self.nodes[node].powered {
                 self.schedule(0, Event::PowerOn { node });
             }
-            self.schedule(1_000_000, Event::StartProcess { node });
+            if node < REPLICAS {
+                self.schedule(1_000_000, Event::StartProcess { node });
+            }
         }
         let targets: Vec<TargetNumber> = self.targets.keys().copied().collect();
         for target in targets {

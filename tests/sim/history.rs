@@ -182,6 +182,11 @@ impl History {
     /// What a register may hold after all caches were lost: nothing older than what a flush covered.
     fn survivors(&self, segment: &[Op], loss: u64) -> Vec<Op> {
         let flushed = |op: &Op| {
+            // P3: a value of an earlier generation once read counts as flushed.
+            let reread = |r: &Op| r.kind == Kind::Read && r.value == op.value && r.generation > op.generation;
+            if op.kind == Kind::Write && op.generation > 0 && segment.iter().any(reread) {
+                return true;
+            }
             op.acknowledged
                 && (op.flushed_at != NEVER
                     || self.flushes.iter().any(|(start, by)| *start > op.end && *by < loss))

@@ -7,7 +7,7 @@ use holdfast_storage_core::guards::Guards;
 use holdfast_storage_core::ids::BLOCK_BYTES;
 use holdfast_storage_core::target::{ClientOp, TargetEvent, TargetState};
 
-use crate::world::{Event, NODES, World};
+use crate::world::{Event, NODES, REPLICAS, World};
 
 /// Longest time the volume may take to be whole again once everything works.
 const QUIET_WITHIN_US: u64 = 240_000_000;
@@ -91,7 +91,7 @@ impl World {
         let status = host.target.status();
         *host.target.state() == TargetState::Serving
             && host.is_idle()
-            && self.store.record.in_sync.len() == NODES
+            && self.store.record.in_sync.len() == REPLICAS
             && status.epoch == self.store.record.epoch
             && status.logged_regions == 0
             && status.unreconciled_regions == 0
@@ -132,7 +132,7 @@ impl World {
     /// P5.
     fn compare_members(&mut self, when: &str) {
         let first = self.nodes[0].disk.contents();
-        for node in 1..NODES {
+        for node in 1..REPLICAS {
             let other = self.nodes[node].disk.contents();
             let differing: Vec<_> = first
                 .keys()

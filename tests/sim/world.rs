@@ -19,7 +19,9 @@ use crate::history::History;
 use crate::replica_host::{Process, ToReplica};
 use crate::target_host::{TargetHost, ToTarget};
 
-pub const NODES: usize = 3;
+pub const REPLICAS: usize = 3;
+/// The last one holds no replica: a target there reads from all of them.
+pub const NODES: usize = 4;
 /// Where the record store is, as far as cuts are concerned.
 pub const STORE: usize = NODES;
 pub const REGIONS: u64 = 4;
@@ -151,11 +153,13 @@ impl World {
             lineage: Lineage(5),
             size_bytes: VOLUME_BYTES,
             epoch_nonce: rng.random(),
-            replicas: (0..NODES).map(|node| (replica_id(node), node_name(node))).collect(),
+            replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
             params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
         });
         let nodes = (0..NODES).map(|node| mk_node(node, &record, &mut rng)).collect();
         let chaos = Chaos::draw(&mut rng);
+        let guards =
+            Guards { log_cold_ms: chaos.log_cold_ms, log_clear_every_ms: chaos.log_clear_every_ms, ..guards };
         let store = Store { version: RecordVersion(1), record, down_until: 0, flaky: chaos.store_flaky };
         let mut world = Self {
             now: 1_000_000,
@@ -179,7 +183,7 @@ impl World {
                 .and_then(|block| block.parse().ok())
                 .unwrap_or(u64::MAX),
         };
-        for node in 0..NODES {
+        for node in 0..REPLICAS {
             world.schedule(0, Event::StartProcess { node });
         }
         world.schedule(0, Event::Controller);

@@ -48,8 +48,18 @@ pub struct Guards {
     pub joinflush: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
-    /// R11: nothing is served before all members are open or out.
-    pub serveall: bool,
+    /// R8: a swap without an answer is not taken for refused.
+    pub unknown: bool,
+    /// R12: under a live client nothing is served from lost caches.
+    pub sameatt: bool,
+    /// R16: replicas that failed a write leave the set.
+    pub errwrite: bool,
+    /// R6: a target that slept drains its input first. Off, it drops healthy replicas: a stall, no violation.
+    pub tickgap: bool,
+    /// Not a guard: [`crate::timers::LOG_COLD_MS`], shorter in simulations, where otherwise every region stays logged.
+    pub log_cold_ms: u64,
+    /// Not a guard: [`crate::timers::LOG_CLEAR_EVERY_MS`].
+    pub log_clear_every_ms: u64,
     /// R13: copies take the range lock.
     pub reglock: bool,
 }
@@ -79,7 +89,12 @@ impl Default for Guards {
             joint: true,
             joinflush: true,
             mapcopy: true,
-            serveall: true,
+            unknown: true,
+            sameatt: true,
+            errwrite: true,
+            tickgap: true,
+            log_cold_ms: crate::timers::LOG_COLD_MS,
+            log_clear_every_ms: crate::timers::LOG_CLEAR_EVERY_MS,
             reglock: true,
         }
     }

@@ -145,7 +145,7 @@ impl Target {
         if lost.is_empty() {
             return None;
         }
-        if !self.new_attachment {
+        if !self.new_attachment && self.guards.sameatt {
             if unopened.iter().all(|r| cache_lost(self, r)) {
                 self.fail(
                     "every in-sync replica lost its write cache under a client that is still running: writes it was \
@@ -182,10 +182,16 @@ impl Target {
         if !good.is_empty() {
             return bad;
         }
-        if bad.iter().all(|r| self.peers.get(r).is_some_and(|p| p.cache_lost)) {
+        if bad.iter().all(|r| self.peers.get(r).is_some_and(|p| p.cache_lost)) && self.guards.sameatt {
             self.fail("every in-sync replica lost its write cache: publish the volume anew".to_owned());
         }
         Vec::new()
+    }
+
+    /// Members before and after the pending swap, if there is one: the intersection of R8.
+    pub(super) fn deciding(&self) -> Vec<ReplicaId> {
+        let stays = |r: &ReplicaId| self.pending.as_ref().is_none_or(|p| p.proposed.in_sync.contains(r));
+        self.members().into_iter().filter(stays).collect()
     }
 
     pub(super) fn can_go_on_without(&self, replica: ReplicaId) -> bool {
@@ -287,6 +293,9 @@ impl Target {
         self.store.failures += 1;
         self.store.need_read = true;
         self.store.retry_at_ms = Some(self.now_ms + pause.min(timers::STORE_RETRY_MAX_MS));
+        if !self.guards.unknown {
+            self.pending = self.pending.take().filter(|p| p.kind == SwapKind::Take);
+        }
     }
 
     pub(super) fn tick_store(&mut self) {

@@ -91,13 +91,13 @@ impl Target {
 
     /// `all`: of a target that stops; nothing is in flight.
     pub(super) fn start_clear_round(&mut self, all: bool) {
-        self.next_clear_ms = self.now_ms + timers::LOG_CLEAR_EVERY_MS;
+        self.next_clear_ms = self.now_ms + self.guards.log_clear_every_ms;
         let pressed = self.logged.len() > timers::INTENT_LOG_PRESSURE;
         let mut regions: Vec<(u64, Region)> = self
             .logged
             .iter()
             .filter(|(_, e)| {
-                e.in_flight == 0 && (all || pressed || e.last_ms + timers::LOG_COLD_MS <= self.now_ms)
+                e.in_flight == 0 && (all || pressed || e.last_ms + self.guards.log_cold_ms <= self.now_ms)
             })
             .filter(|(region, _)| !self.reconcile.contains(**region) && !self.is_to_copy(**region))
             .map(|(region, entry)| (entry.last_ms, *region))

@@ -185,7 +185,7 @@ impl Target {
 
     /// Takes an input. `now_ms` never goes back.
     pub fn handle_event(&mut self, now_ms: u64, event: TargetEvent) {
-        if now_ms > self.now_ms + timers::TICK_GAP_MS {
+        if now_ms > self.now_ms + timers::TICK_GAP_MS && self.guards.tickgap {
             // R6: whatever arrived while this process slept is handled before anybody is called silent.
             self.patient_until_ms = now_ms + timers::TICK_GAP_MS;
         }
@@ -225,7 +225,7 @@ impl Target {
         if self.state.is_final() {
             return None;
         }
-        let mut next = self.now_ms + timers::HEARTBEAT_MS;
+        let mut next = self.now_ms + timers::HEARTBEAT_MS.min(self.guards.log_clear_every_ms);
         let mut take = |at: u64| next = next.min(at);
         if let Some(at) = self.store.retry_at_ms {
             take(at);

@@ -502,13 +502,8 @@ impl Target {
 
     /// The replica to read from: the local one if it is in the set, else one after the other. `tried` are left out.
     pub(super) fn choose_reader(&mut self, tried: &BTreeSet<ReplicaId>) -> Option<ReplicaId> {
-        let candidates: Vec<ReplicaId> = self
-            .members()
-            .into_iter()
-            // R8: the intersection.
-            .filter(|r| self.pending.as_ref().is_none_or(|p| p.proposed.in_sync.contains(r)))
-            .filter(|r| self.is_good(*r) && !tried.contains(r))
-            .collect();
+        let candidates: Vec<ReplicaId> =
+            self.deciding().into_iter().filter(|r| self.is_good(*r) && !tried.contains(r)).collect();
         let local = candidates.iter().find(|r| self.peers.get(r).is_some_and(|p| p.node == self.config.node));
         if let Some(local) = local {
             return Some(*local);

@@ -373,30 +373,41 @@ impl Target {
     /// R16: those that failed leave the set if another has the write; if all failed, one stays as it is, the others
     /// leave, and the client is told.
     fn handle_failed_write(&mut self, id: u64) {
+        let errwrite = self.guards.errwrite;
+        let deciding = self.deciding();
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let in_set: Vec<(ReplicaId, Answer)> =
-            task.answers.iter().filter(|(r, _)| self.ack_set.contains(r)).copied().collect();
-        let done = in_set.iter().any(|(_, a)| *a == Answer::Done);
-        let missing = in_set.iter().any(|(_, a)| *a == Answer::Missing);
-        if !done && !missing && !in_set.is_empty() {
-            let full = in_set.iter().all(|(_, a)| *a == Answer::Failed(IoError::NoSpace));
-            task.error = Some(if full { RequestError::NoSpace } else { RequestError::Failed });
-            set_answer(&mut task.answers, in_set[0].0, Answer::Done);
-        } else if !done && missing {
-            // Whoever is missing is resent to or leaves first.
-            if !task.answers.iter().any(|(r, a)| matches!(a, Answer::Failed(_)) && !self.ack_set.contains(r))
-            {
-                return;
+        if !errwrite {
+            task.error = Some(RequestError::Failed);
+            for (_, answer) in task.answers.iter_mut().filter(|(_, a)| matches!(a, Answer::Failed(_))) {
+                *answer = Answer::Done;
             }
+            self.dirty = true;
+            return;
         }
-        let keep_failed = !done && missing;
-        let failed: Vec<ReplicaId> = task
+        // Who is joining or leaving has no say: only a replica that is a member whatever becomes of the pending swap
+        // can make the write count, or the failure.
+        let say: Vec<(ReplicaId, Answer)> = task.answers.iter().filter(|(r, _)| deciding.contains(r)).copied().collect();
+        let done = say.iter().any(|(_, a)| *a == Answer::Done);
+        let missing = say.iter().any(|(_, a)| *a == Answer::Missing);
+        if !done && !missing && !say.is_empty() {
+            let full = say.iter().all(|(_, a)| *a == Answer::Failed(IoError::NoSpace));
+            task.error = Some(if full { RequestError::NoSpace } else { RequestError::Failed });
+            set_answer(&mut task.answers, say[0].0, Answer::Done);
+        }
+        let keeper = (!done && !missing).then(|| say.first().map(|(r, _)| *r)).flatten();
+        let leaving: Vec<ReplicaId> = task
             .answers
             .iter()
-            .filter(|(r, a)| matches!(a, Answer::Failed(_)) && !(keep_failed && self.ack_set.contains(r)))
+            .filter(|(r, a)| match a {
+                Answer::Failed(_) if done || keeper.is_some() => true,
+                // Some member is missing: it is resent to or leaves first. Who has no say leaves now.
+                Answer::Failed(_) => !deciding.contains(r),
+                // All failed: who did it although differs from the one that stays as it is.
+                Answer::Done | Answer::Pending | Answer::Missing => keeper.is_some() && Some(*r) != keeper,
+            })
             .map(|(r, _)| *r)
             .collect();
-        for replica in failed {
+        for replica in leaving {
             if let Some(task) = self.tasks.get_mut(&id) {
                 set_answer(&mut task.answers, replica, Answer::Missing);
             }
