@@ -1,4 +1,4 @@
-//! Where other nodes are reached: the registry's node list, cached, and one gRPC channel per node.
+//! Where other nodes are reached: the registry's node list, cached.
 //!
 //! The cache keeps answering while the registry is away: a target must be able to reconnect without it.
 
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 use crate::tls::TlsMaterial;
 
 /// How long connecting to a peer may take before the attempt counts as failed.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the registry may take to list the nodes before the cached list is used.
 const LIST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -36,18 +36,12 @@ pub enum PeerError {
     },
 }
 
-/// The nodes' addresses and channels to them.
+/// The nodes' addresses.
 pub struct Peers {
     directory: Arc<dyn NodeDirectory>,
     tls: Option<TlsMaterial>,
     // One entry per node of the cluster; it shrinks never, a cluster's nodes are few.
-    known: Mutex<HashMap<NodeName, Peer>>,
-}
-
-#[derive(Clone)]
-struct Peer {
-    info: NodeInfo,
-    channel: Option<Channel>,
+    known: Mutex<HashMap<NodeName, NodeInfo>>,
 }
 
 impl Peers {
@@ -72,14 +66,7 @@ impl Peers {
             }
         };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for info in nodes {
-            match known.get_mut(&info.name) {
-                Some(peer) if peer.info.control_address == info.control_address => peer.info = info,
-                _ => {
-                    known.insert(info.name.clone(), Peer { info, channel: None });
-                }
-            }
-        }
+        known.extend(nodes.into_iter().map(|info| (info.name.clone(), info)));
     }
 
     /// The node's announcement, from the cache, or read anew where the cache lacks it.
@@ -87,31 +74,14 @@ impl Peers {
     /// # Errors
     /// The registry does not name the node.
     pub async fn info(&self, node: &NodeName) -> Result<NodeInfo, PeerError> {
-        if let Some(peer) = self.cached(node) {
-            return Ok(peer.info);
+        if let Some(info) = self.cached(node) {
+            return Ok(info);
         }
         self.refresh().await;
-        self.cached(node).map(|peer| peer.info).ok_or_else(|| PeerError::Unknown(node.clone()))
+        self.cached(node).ok_or_else(|| PeerError::Unknown(node.clone()))
     }
 
-    /// A channel to the node's control services. It connects at its first call and again after a failure.
-    ///
-    /// # Errors
-    /// The node is unknown or its address is not usable.
-    pub async fn channel(&self, node: &NodeName) -> Result<Channel, PeerError> {
-        let info = self.info(node).await?;
-        if let Some(channel) = self.cached(node).and_then(|peer| peer.channel) {
-            return Ok(channel);
-        }
-        let channel = self.endpoint(&info)?.connect_lazy();
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(peer) = known.get_mut(node) {
-            peer.channel = Some(channel.clone());
-        }
-        Ok(channel)
-    }
-
-    /// How to connect to a node's control services, for callers that keep a channel of their own.
+    /// How to connect to a node's control services, each session over a connection of its own.
     ///
     /// # Errors
     /// The announced address is not usable.
@@ -139,7 +109,7 @@ impl Peers {
         self.tls.as_ref()
     }
 
-    fn cached(&self, node: &NodeName) -> Option<Peer> {
+    fn cached(&self, node: &NodeName) -> Option<NodeInfo> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned()
     }
 }

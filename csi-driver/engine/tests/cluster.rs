@@ -336,3 +336,21 @@ async fn a_silent_replica_is_swapped_out_and_comes_back_when_its_link_does() {
     assert_eq!(read(&device, 8 * MIB, 4096).await.unwrap(), pattern(0, 2, 4096));
     cluster.assert_members_equal(volume).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_replica_leaves_the_set_and_no_write_fails() {
+    let mut cluster = Cluster::start(3).await;
+    let volume = cluster.create_volume(SIZE).await;
+    cluster.kill(2);
+    cluster.nodes[2].pool_capacity_bytes = 24 * MIB;
+    cluster.start_node(2).await;
+    let device = cluster.attach(volume, 0).await;
+    for index in 0..48_u64 {
+        write(&device, index * MIB, pattern(index, 1, MIB as usize)).await.unwrap();
+    }
+    flush(&device).await.unwrap();
+    assert_eq!(cluster.store.get(volume).record.in_sync.len(), 2);
+    for index in 0..48_u64 {
+        assert_eq!(read(&device, index * MIB, MIB as u32).await.unwrap(), pattern(index, 1, MIB as usize));
+    }
+}

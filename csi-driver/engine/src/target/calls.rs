@@ -44,10 +44,16 @@ pub async fn read_record(actor: Arc<TargetActor>, call: CallId) {
 
 /// Swaps the record.
 pub async fn swap(actor: Arc<TargetActor>, call: CallId, expected: RecordVersion, record: VolumeRecord) {
+    let (generation, epoch, members) = (record.generation, record.epoch.number, record.in_sync.len());
     let swap = tokio::time::timeout(STORE_TIMEOUT, actor.env.store.swap(expected, record)).await;
     let result = swap.unwrap_or_else(|_| Err(StoreError::Unknown("no answer in time".to_owned())));
-    if let Err(error) = &result {
-        tracing::warn!(volume = %actor.env.volume_id, %error, "a swap of the volume's record has no clear outcome yet");
+    match &result {
+        Ok(_) => {
+            tracing::info!(volume = %actor.env.volume_id, %generation, epoch, members, "the volume's record was swapped");
+        }
+        Err(error) => {
+            tracing::warn!(volume = %actor.env.volume_id, %error, "a swap of the volume's record did not succeed");
+        }
     }
     actor.post(TargetInput::core(TargetEvent::SwapAnswered { call, result }));
 }

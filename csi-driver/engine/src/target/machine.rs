@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use holdfast_io::{BlockError, BlockOp, Completion};
-use holdfast_storage_core::ids::{NodeName, RecordVersion, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{Epoch, Generation, NodeName, RecordVersion, ReplicaId, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
 use holdfast_storage_core::replica::DataOp;
@@ -97,8 +97,8 @@ pub enum TargetWork {
     Io(IoTag, Arc<Link>, BlockOp),
     /// Answer a client.
     Complete(Completion, Result<Bytes, BlockError>),
-    /// Tell the state.
-    State(TargetState),
+    /// Tell the state, under which generation and epoch.
+    State(TargetState, Generation, Epoch),
 }
 
 /// The machine: the core's target and the engine's books.
@@ -288,7 +288,10 @@ impl TargetMachine {
                 self.copies.remove(&copy);
                 return None;
             }
-            TargetAction::State(state) => TargetWork::State(state),
+            TargetAction::State(state) => {
+                let status = self.core.status();
+                TargetWork::State(state, status.generation, status.epoch)
+            }
         })
     }
 }
@@ -388,21 +391,22 @@ impl Machine for TargetMachine {
                     link.close();
                 }
             }
-            TargetWork::State(state) => {
-                log_state(env, &state);
+            TargetWork::State(state, generation, epoch) => {
+                log_state(env, &state, generation, epoch);
                 env.state.send_replace(state);
             }
         }
     }
 }
 
-fn log_state(env: &TargetEnv, state: &TargetState) {
-    let volume = env.volume_id;
+fn log_state(env: &TargetEnv, state: &TargetState, generation: Generation, epoch: Epoch) {
+    let _in_volume =
+        tracing::info_span!("volume", id = %env.volume_id, %generation, epoch = epoch.number).entered();
     match state {
-        TargetState::Failed(reason) => tracing::error!(%volume, reason, "the target failed"),
-        TargetState::Fenced(reason) => tracing::warn!(%volume, reason, "the target is fenced"),
+        TargetState::Failed(reason) => tracing::error!(reason, "the target failed"),
+        TargetState::Fenced(reason) => tracing::warn!(reason, "the target is fenced"),
         TargetState::Opening | TargetState::Settling | TargetState::Serving | TargetState::Stopped => {
-            tracing::info!(%volume, state = state.word(), "the target changed its state");
+            tracing::info!(state = state.word(), "the target changed its state");
         }
     }
 }

@@ -38,6 +38,8 @@ pub struct Node {
     pub tls_dir: Option<PathBuf>,
     /// How the node sees the others; cutting it cuts what the node connects, not what others connect to it.
     pub view: Arc<cut::View>,
+    /// Changing it takes effect at the node's next start.
+    pub pool_capacity_bytes: u64,
     ports: (u16, u16),
 }
 
@@ -72,7 +74,14 @@ impl Cluster {
                 tls_dir
             });
             let view = cut::View::new(name.clone(), cluster.store.clone());
-            cluster.nodes.push(Node { name, process: None, tls_dir, view, ports: (0, 0) });
+            cluster.nodes.push(Node {
+                name,
+                process: None,
+                tls_dir,
+                view,
+                pool_capacity_bytes: 4 << 30,
+                ports: (0, 0),
+            });
             cluster.start_node(index).await;
         }
         cluster
@@ -106,7 +115,7 @@ impl Cluster {
         DataConfig {
             node: node.name.clone(),
             pool_dir: dir.join("pool"),
-            pool_capacity_bytes: 4 << 30,
+            pool_capacity_bytes: node.pool_capacity_bytes,
             cookie_dir: self.cookies.path().join(&node.name.0),
             control_listen: format!("127.0.0.1:{}", node.ports.0).parse().unwrap(),
             nbd_listen: format!("127.0.0.1:{}", node.ports.1).parse().unwrap(),
