@@ -386,7 +386,8 @@ impl Target {
         }
         // Who is joining or leaving has no say: only a replica that is a member whatever becomes of the pending swap
         // can make the write count, or the failure.
-        let say: Vec<(ReplicaId, Answer)> = task.answers.iter().filter(|(r, _)| deciding.contains(r)).copied().collect();
+        let say: Vec<(ReplicaId, Answer)> =
+            task.answers.iter().filter(|(r, _)| deciding.contains(r)).copied().collect();
         let done = say.iter().any(|(_, a)| *a == Answer::Done);
         let missing = say.iter().any(|(_, a)| *a == Answer::Missing);
         if !done && !missing && !say.is_empty() {
