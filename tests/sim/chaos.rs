@@ -54,6 +54,8 @@ pub struct Chaos {
     lasts_us: u64,
     pub store_flaky: f64,
     pub client_gap_us: u64,
+    /// A killed process counts as a lost cache, as with our store.
+    pub kill_loses_cache: bool,
     pub log_cold_ms: u64,
     pub log_clear_every_ms: u64,
     pub until_us: u64,
@@ -76,6 +78,7 @@ impl Chaos {
             lasts_us: [300_000, 1_500_000, 5_000_000][rng.random_range(0..3)],
             store_flaky: [0.0, 0.02, 0.2][rng.random_range(0..3)],
             client_gap_us: [600, 2_000, 10_000][rng.random_range(0..3)],
+            kill_loses_cache: rng.random_bool(0.5),
             log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
             log_clear_every_ms: [5, 20, 100, 1_000][rng.random_range(0..4)],
             until_us: 1_000_000 + rng.random_range(5_000_000..25_000_000),

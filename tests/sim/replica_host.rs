@@ -120,6 +120,9 @@ impl World {
                     self.nodes[node].disk.tear(range, &pending.data, &mut self.rng);
                 }
                 Some(_) => {}
+                // A process killed between a failed flush and the removal of the cookie: a store that keeps its cache
+                // over a kill has to close this gap (ours takes a killed process for a lost cache).
+                None if pending.op == DiskOp::RemoveBootCookie => self.nodes[node].disk.apply_meta(&pending.op),
                 None => {
                     in_order = in_order && self.rng.random_bool(0.6);
                     if in_order {
@@ -129,6 +132,11 @@ impl World {
             }
         }
         self.nodes[node].deferred.clear();
+        if self.chaos.kill_loses_cache {
+            let disk = &mut self.nodes[node].disk;
+            disk.lose_cache(&mut self.rng);
+            disk.tmpfs_cookie = None;
+        }
         if tell {
             let opens = process
                 .calls
