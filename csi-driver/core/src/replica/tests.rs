@@ -1,1 +1,271 @@
+//! One test per rule, named after it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::block_range::BlockRange;
+use crate::ids::{Block, Epoch, Generation, Lineage, TargetId, VolumeId};
+use crate::timers::LEASE_MS;
+
+const EPOCH: Epoch = Epoch { number: 5, nonce: 50 };
+
+fn mk_start() -> ReplicaStart {
+    let meta = ReplicaMeta::new(VolumeId(1), ReplicaId(1), Lineage(9), 8 << 20, EPOCH);
+    ReplicaStart { meta, log: BTreeSet::new(), maps: BTreeMap::new(), boot_cookie: Some(0) }
+}
+
+fn mk_open(generation: u64, target: u128) -> OpenRequest {
+    OpenRequest {
+        volume_id: VolumeId(1),
+        replica_id: ReplicaId(1),
+        generation: Generation(generation),
+        target_id: TargetId(target),
+        lineage: Lineage(9),
+        epoch: EPOCH,
+        in_sync: BTreeSet::from([ReplicaId(1), ReplicaId(2)]),
+        size_bytes: 8 << 20,
+    }
+}
+
+fn mk_key(generation: u64, target: u128) -> SessionKey {
+    SessionKey {
+        generation: Generation(generation),
+        target_id: TargetId(target),
+        token: mk_token(generation),
+    }
+}
+
+fn mk_token(generation: u64) -> SessionToken {
+    SessionToken(u128::from(generation) + 100)
+}
+
+fn actions(replica: &mut Replica) -> Vec<ReplicaAction> {
+    std::iter::from_fn(|| replica.poll_action()).collect()
+}
+
+/// Feeds an event and lets every disk operation succeed; returns everything but those.
+fn drive(replica: &mut Replica, now_ms: u64, event: ReplicaEvent) -> Vec<ReplicaAction> {
+    replica.handle_event(now_ms, event);
+    let mut out = Vec::new();
+    while let Some(action) = replica.poll_action() {
+        if let ReplicaAction::Disk { id, .. } = action {
+            replica.handle_event(now_ms, ReplicaEvent::DiskDone { id, result: Ok(()) });
+        } else {
+            out.push(action);
+        }
+    }
+    out
+}
+
+fn open(replica: &mut Replica, now_ms: u64, generation: u64, target: u128) -> Vec<ReplicaAction> {
+    let (call, request, token) = (ReplicaCall(generation), mk_open(generation, target), mk_token(generation));
+    drive(replica, now_ms, ReplicaEvent::Open { call, request, token })
+}
+
+fn control(replica: &mut Replica, now_ms: u64, key: SessionKey, op: ControlOp) -> Vec<ReplicaAction> {
+    drive(replica, now_ms, ReplicaEvent::Control { call: ReplicaCall(900), key, op })
+}
+
+fn write(replica: &mut Replica, start: u64) -> Vec<ReplicaAction> {
+    let op = DataOp::Write { range: BlockRange::new(start, 1), fua: false };
+    replica.handle_event(1, ReplicaEvent::Data { call: ReplicaCall(800), token: mk_token(1), op });
+    actions(replica)
+}
+
+fn opened(actions: &[ReplicaAction]) -> Option<&OpenReply> {
+    actions.iter().find_map(|action| match action {
+        ReplicaAction::Reply { reply: ReplicaReply::Open(Ok(reply)), .. } => Some(reply),
+        _ => None,
+    })
+}
+
+fn refused(actions: &[ReplicaAction]) -> Option<OpenRefusal> {
+    actions.iter().find_map(|action| match action {
+        ReplicaAction::Reply { reply: ReplicaReply::Open(Err(refusal)), .. } => Some(*refusal),
+        _ => None,
+    })
+}
+
+#[test]
+fn r2_a_lower_generation_and_another_target_of_the_same_are_refused_for_ever() {
+    let mut replica = Replica::new(0, mk_start());
+    assert!(opened(&open(&mut replica, 0, 3, 30)).is_some());
+    assert_eq!(refused(&open(&mut replica, 1, 2, 20)), Some(OpenRefusal::Fenced(Generation(3))));
+    let other = ReplicaEvent::Open { call: ReplicaCall(7), request: mk_open(3, 31), token: mk_token(9) };
+    assert_eq!(refused(&drive(&mut replica, 2, other)), Some(OpenRefusal::Fenced(Generation(3))));
+}
+
+#[test]
+fn r2_a_new_generation_waits_for_lease_connections_and_io_and_is_durable_before_the_answer() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 10);
+    control(&mut replica, 100, mk_key(1, 10), ControlOp::Lease);
+    let io = write(&mut replica, 0);
+    assert!(matches!(io[..], [ReplicaAction::Disk { op: DiskOp::LogAdd(_), .. }]));
+    assert!(open(&mut replica, 200, 2, 20).is_empty(), "the lease runs");
+    // A renewal is not answered while somebody waits.
+    assert!(control(&mut replica, 300, mk_key(1, 10), ControlOp::Lease).is_empty());
+    assert_eq!(replica.next_timeout(), Some(100 + LEASE_MS));
+    let closing = drive(&mut replica, 100 + LEASE_MS, ReplicaEvent::Tick);
+    assert_eq!(closing, [ReplicaAction::CloseConnections { token: mk_token(1) }]);
+    replica.handle_event(2_200, ReplicaEvent::ConnectionsClosed { token: mk_token(1) });
+    let persist = actions(&mut replica);
+    let Some(ReplicaAction::Disk { op: DiskOp::PersistMeta(meta), id }) = persist.first() else {
+        panic!("{persist:?}")
+    };
+    assert_eq!(meta.generation, Generation(2));
+    replica.handle_event(2_201, ReplicaEvent::DiskDone { id: *id, result: Ok(()) });
+    assert!(actions(&mut replica).is_empty(), "the cookie is not set yet");
+}
+
+#[test]
+fn r2_the_old_lease_is_renewed_again_if_the_asker_vanishes() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 10);
+    control(&mut replica, 100, mk_key(1, 10), ControlOp::Lease);
+    open(&mut replica, 200, 2, 20);
+    control(&mut replica, 300, mk_key(1, 10), ControlOp::Lease);
+    let after = drive(&mut replica, 400, ReplicaEvent::OpenCancelled { call: ReplicaCall(2) });
+    assert!(matches!(after[..], [ReplicaAction::Reply { reply: ReplicaReply::Lease(Ok(false)), .. }]));
+}
+
+#[test]
+fn r3_a_restarted_replica_lets_no_new_generation_in_for_a_lease_term() {
+    let mut start = mk_start();
+    start.meta.generation = Generation(1);
+    start.meta.target_id = Some(TargetId(10));
+    let mut replica = Replica::new(1_000, start.clone());
+    assert!(open(&mut replica, 1_001, 2, 20).is_empty());
+    let after = drive(&mut replica, 1_000 + LEASE_MS, ReplicaEvent::Tick);
+    assert!(opened(&after).is_some());
+    let mut same = Replica::new(1_000, start);
+    assert!(opened(&open(&mut same, 1_001, 1, 10)).is_some(), "its own target may come back at once");
+}
+
+#[test]
+fn r5_one_lost_connection_ends_the_session_for_data_and_control() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 10);
+    let closing = drive(&mut replica, 1, ReplicaEvent::ConnectionLost { token: mk_token(1) });
+    assert_eq!(closing, [ReplicaAction::CloseConnections { token: mk_token(1) }]);
+    assert!(!replica.accepts(mk_token(1)));
+    let late = control(&mut replica, 2, mk_key(1, 10), ControlOp::ClearLog(vec![]));
+    assert!(matches!(
+        late[..],
+        [ReplicaAction::Reply { reply: ReplicaReply::Done(Err(RequestRefusal::NoSession)), .. }]
+    ));
+}
+
+#[test]
+fn r18_the_log_bit_is_durable_before_the_first_write_and_costs_later_ones_nothing() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 10);
+    let first = write(&mut replica, 3);
+    let [ReplicaAction::Disk { id, op: DiskOp::LogAdd(regions) }] = &first[..] else { panic!("{first:?}") };
+    assert_eq!(regions[..], [Region(0)]);
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: *id, result: Ok(()) });
+    assert!(matches!(actions(&mut replica)[..], [ReplicaAction::Disk { op: DiskOp::Data { .. }, .. }]));
+    assert!(matches!(write(&mut replica, 4)[..], [ReplicaAction::Disk { op: DiskOp::Data { .. }, .. }]));
+}
+
+#[test]
+fn r18_a_region_under_write_stays_logged_and_map_bits_go_first() {
+    let mut start = mk_start();
+    start.log = BTreeSet::from([Region(0), Region(1)]);
+    let mut replica = Replica::new(0, start);
+    open(&mut replica, 0, 1, 10);
+    let absent = BTreeMap::from([(ReplicaId(2), EPOCH)]);
+    let epoch = Epoch { number: 6, nonce: 60 };
+    let in_sync = BTreeSet::from([ReplicaId(1)]);
+    control(&mut replica, 1, mk_key(1, 10), ControlOp::SetEpoch { epoch, in_sync, absent });
+    write(&mut replica, 3);
+    let op = ControlOp::ClearLog(vec![Region(0), Region(1)]);
+    replica.handle_event(2, ReplicaEvent::Control { call: ReplicaCall(5), key: mk_key(1, 10), op });
+    let ops: Vec<DiskOp> = actions(&mut replica)
+        .into_iter()
+        .filter_map(|a| if let ReplicaAction::Disk { op, .. } = a { Some(op) } else { None })
+        .collect();
+    assert!(ops.contains(&DiskOp::LogRemove(vec![Region(1)])), "{ops:?}");
+}
+
+#[test]
+fn r19_a_differing_cookie_with_a_log_is_a_lost_cache_until_its_regions_are_cleared() {
+    let mut start = mk_start();
+    start.log = BTreeSet::from([Region(2)]);
+    start.boot_cookie = None;
+    let mut replica = Replica::new(0, start);
+    let after = open(&mut replica, 0, 1, 10);
+    assert!(opened(&after).is_some_and(|reply| reply.cache_lost));
+    control(&mut replica, 1, mk_key(1, 10), ControlOp::ClearLog(vec![Region(2)]));
+    assert!(!replica.meta().cache_lost);
+}
+
+#[test]
+fn r19_the_cookie_is_removed_before_a_failed_flush_is_told() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 10);
+    let (call, token) = (ReplicaCall(8), mk_token(1));
+    replica.handle_event(1, ReplicaEvent::Data { call, token, op: DataOp::Flush });
+    let Some(ReplicaAction::Disk { id, .. }) = replica.poll_action() else { panic!("no flush") };
+    replica.handle_event(2, ReplicaEvent::DiskDone { id, result: Err(DiskError::Device) });
+    let after = actions(&mut replica);
+    let [ReplicaAction::Disk { id, op: DiskOp::RemoveBootCookie }] = after[..] else { panic!("{after:?}") };
+    replica.handle_event(3, ReplicaEvent::DiskDone { id, result: Ok(()) });
+    assert!(matches!(actions(&mut replica)[..], [ReplicaAction::Reply { .. }, ReplicaAction::Failed]));
+}
+
+#[test]
+fn r21_a_map_starts_as_the_log_and_is_void_if_the_epoch_was_missed() {
+    for (left, void) in [(EPOCH, false), (Epoch { number: 4, nonce: 40 }, true)] {
+        let mut start = mk_start();
+        start.log = BTreeSet::from([Region(1)]);
+        let mut replica = Replica::new(0, start);
+        open(&mut replica, 0, 1, 10);
+        let op = ControlOp::SetEpoch {
+            epoch: Epoch { number: 6, nonce: 60 },
+            in_sync: BTreeSet::from([ReplicaId(1)]),
+            absent: BTreeMap::from([(ReplicaId(2), left)]),
+        };
+        control(&mut replica, 1, mk_key(1, 10), op);
+        let map = control(&mut replica, 2, mk_key(1, 10), ControlOp::ReadMap(ReplicaId(2)));
+        let [ReplicaAction::Reply { reply: ReplicaReply::Map(Ok(map)), .. }] = &map[..] else {
+            panic!("{map:?}")
+        };
+        assert_eq!(map.base, left);
+        match &map.dirty {
+            Dirty::Void => assert!(void),
+            Dirty::Blocks(blocks) => {
+                assert!(!void && blocks.contains(Block(256)) && !blocks.contains(Block(0)))
+            }
+        }
+    }
+}
+
+#[test]
+fn r22_after_a_crash_a_map_takes_the_log_in() {
+    let mut start = mk_start();
+    start.log = BTreeSet::from([Region(1)]);
+    let dirty = Dirty::Blocks(crate::dirty_map::BlockSet::new());
+    start.maps.insert(ReplicaId(2), DirtyMap { base: EPOCH, dirty });
+    let replica = Replica::new(0, start);
+    let Dirty::Blocks(blocks) = &replica.maps[&ReplicaId(2)].dirty else { panic!("void") };
+    assert!(blocks.touches(Region(1)));
+}
+
+#[test]
+fn r35_a_record_that_knows_less_or_something_else_is_refused() {
+    let refusal = |change: fn(&mut OpenRequest)| {
+        let mut replica = Replica::new(0, mk_start());
+        let mut request = mk_open(1, 10);
+        change(&mut request);
+        refused(&drive(
+            &mut replica,
+            0,
+            ReplicaEvent::Open { call: ReplicaCall(1), request, token: mk_token(1) },
+        ))
+    };
+    assert_eq!(refusal(|r| r.epoch.number = 4), Some(OpenRefusal::Restored(EPOCH)));
+    assert_eq!(refusal(|r| r.epoch.nonce = 51), Some(OpenRefusal::Restored(EPOCH)));
+    assert_eq!(refusal(|r| r.lineage = Lineage(8)), Some(OpenRefusal::Restored(EPOCH)));
+    assert_eq!(refusal(|r| r.replica_id = ReplicaId(2)), Some(OpenRefusal::WrongReplica));
+}
