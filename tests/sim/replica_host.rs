@@ -122,7 +122,9 @@ impl World {
                 Some(_) => {}
                 // A process killed between a failed flush and the removal of the cookie: a store that keeps its cache
                 // over a kill has to close this gap (ours takes a killed process for a lost cache).
-                None if pending.op == DiskOp::RemoveBootCookie => self.nodes[node].disk.apply_meta(&pending.op),
+                None if pending.op == DiskOp::RemoveBootCookie => {
+                    self.nodes[node].disk.apply_meta(&pending.op)
+                }
                 None => {
                     in_order = in_order && self.rng.random_bool(0.6);
                     if in_order {
