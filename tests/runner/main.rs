@@ -69,7 +69,7 @@ fn run_tiers(wanted: &[String], summary: &mut Summary) -> Result<()> {
 fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Result<()> {
     println!("\n## {title}");
     std::io::stdout().flush()?;
-    let start = Instant::now();
+    let (start, failed_before) = (Instant::now(), summary.failed());
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -93,7 +93,7 @@ fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Resu
     println!("   {:.1} s", start.elapsed().as_secs_f64());
     if timed_out {
         summary.fail(&format!("{title}: ended after {} s without an end", PROGRAM_TIMEOUT.as_secs()));
-    } else if !status.success() && !summary.has_failure_in(title) {
+    } else if !status.success() && summary.failed() == failed_before {
         summary.fail(&format!("{title}: {status}"));
     } else if !counted && !title.starts_with("examples") {
         summary.fail(&format!("{title}: no result line"));

@@ -13,6 +13,8 @@ pub struct Summary {
     /// Test that said last that it is skipped.
     skipping: String,
     moved_to_skipped: u64,
+    /// The lines being read are those about failed tests.
+    in_failures: bool,
 }
 
 impl Summary {
@@ -27,10 +29,15 @@ impl Summary {
             self.failed += number_before(counts, " failed");
             self.skipped += number_before(counts, " ignored") + moved;
             self.skipping.clear();
+            self.in_failures = false;
             return true;
         }
-        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-            self.speaker = name.to_owned();
+        self.in_failures = (self.in_failures || line == "failures:") && line != "successes:";
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" ----")) {
+            name.strip_suffix(" stdout").unwrap_or(name).clone_into(&mut self.speaker);
+            if self.in_failures {
+                self.add_failure(format!("{program}: {}", self.speaker));
+            }
         }
         if let Some(reason) = line.strip_prefix("SKIP").and_then(|rest| rest.split_once(": ")) {
             // A test that could not run says so itself; libtest counts it as passed.
@@ -41,7 +48,7 @@ impl Summary {
         }
         if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... ")) {
             if outcome.starts_with("FAILED") {
-                self.failures.push(format!("{program}: {name}"));
+                self.add_failure(format!("{program}: {name}"));
             } else if outcome.starts_with("ignored") {
                 self.skips.push(format!("{program}: {name} ({outcome})"));
             }
@@ -55,16 +62,23 @@ impl Summary {
         self.failures.push(what.to_owned());
     }
 
-    /// Whether a test of the program failed.
+    /// How many failed so far.
     #[must_use]
-    pub fn has_failure_in(&self, program: &str) -> bool {
-        self.failures.iter().any(|failure| failure.starts_with(program))
+    pub fn failed(&self) -> u64 {
+        self.failed
     }
 
     /// Whether nothing failed.
     #[must_use]
     pub fn is_success(&self) -> bool {
         self.failed == 0
+    }
+
+    /// A failed test may be named twice: on its own line and above its output.
+    fn add_failure(&mut self, name: String) {
+        if !self.failures.contains(&name) {
+            self.failures.push(name);
+        }
     }
 
     /// Prints failures and skips, then the line that ends every run.
@@ -103,6 +117,21 @@ mod tests {
 
         assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
         assert!(!summary.is_success());
+    }
+
+    #[test]
+    fn a_failure_whose_own_line_was_cut_by_output_is_named_once() {
+        let mut summary = Summary::default();
+
+        for line in
+            ["test one ... hello", "FAILED", "failures:", "---- one ----", "broken", "failures:", "    one"]
+        {
+            summary.count_line("cluster", line);
+        }
+        summary.count_line("cluster", "test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured");
+
+        assert_eq!(summary.failures, ["cluster: one"]);
+        assert_eq!(summary.failed(), 1);
     }
 
     #[test]
