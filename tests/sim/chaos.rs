@@ -86,6 +86,27 @@ impl Chaos {
     }
 }
 
+/// Seeds from here on see one kind of trouble only, for chains that mixed trouble seldom completes.
+pub const FOCUSED: u64 = 1_000_000;
+
+impl Chaos {
+    /// Narrows what was drawn.
+    pub fn focus(&mut self, seed: u64) {
+        if seed < FOCUSED {
+            return;
+        }
+        self.lasts_us = 5_000_000;
+        self.client_gap_us = 2_000;
+        (self.weights, self.gap_us) = if seed.is_multiple_of(2) {
+            (vec![(Trouble::Isolate, 1), (Trouble::Move, 1)], 700_000)
+        } else {
+            (self.log_cold_ms, self.log_clear_every_ms, self.lasts_us) = (0, 5, 400_000);
+            self.client_gap_us = 6_000;
+            (vec![(Trouble::KillReplica, 6), (Trouble::Cut, 1)], 150_000)
+        };
+    }
+}
+
 impl World {
     pub fn chaos_strikes(&mut self) {
         if self.now >= self.chaos.until_us {

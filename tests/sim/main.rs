@@ -14,6 +14,7 @@ mod run;
 mod target_host;
 mod world;
 
+use chaos::FOCUSED;
 use holdfast_storage_core::guards::Guards;
 
 /// Seeds of a plain run; about a minute on two slow cores in release mode.
@@ -33,8 +34,9 @@ fn promises_hold_under_every_seed() {
         assert!(outcome.violations.is_empty(), "seed {seed}: {:#?}", outcome.violations);
         return;
     }
-    let seeds: Vec<u64> =
-        REGRESSIONS.into_iter().chain(0..env("HOLDFAST_SIM_SEEDS").unwrap_or(SEEDS)).collect();
+    let count = env("HOLDFAST_SIM_SEEDS").unwrap_or(SEEDS);
+    let focused = FOCUSED..FOCUSED + count / 8;
+    let seeds: Vec<u64> = REGRESSIONS.into_iter().chain(0..count).chain(focused).collect();
     let total = run::in_parallel(&seeds, Guards::default(), |seed, outcome| {
         if !outcome.violations.is_empty() {
             eprintln!("seed {seed}: {:#?}", outcome.violations);

@@ -289,6 +289,13 @@ impl World {
             size_bytes: open.size_bytes,
         };
         let caller = Caller { target: number, session: open.session };
+        if self.cut_until(from, to).is_some() || self.cut_until(to, from).is_some() {
+            // Connecting times out.
+            let event = TargetEvent::OpenFailed { session: open.session };
+            let delay = self.rng.random_range(300_000..1_200_000);
+            let message = ToTarget::of_session(open.session, event);
+            self.schedule(delay, Event::AtTarget { target: number, message });
+        }
         self.to_replica(from, to, ToReplica::Open { caller, request });
     }
 

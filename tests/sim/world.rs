@@ -157,7 +157,8 @@ impl World {
             params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
         });
         let nodes = (0..NODES).map(|node| mk_node(node, &record, &mut rng)).collect();
-        let chaos = Chaos::draw(&mut rng);
+        let mut chaos = Chaos::draw(&mut rng);
+        chaos.focus(seed);
         let guards =
             Guards { log_cold_ms: chaos.log_cold_ms, log_clear_every_ms: chaos.log_clear_every_ms, ..guards };
         let store = Store { version: RecordVersion(1), record, down_until: 0, flaky: chaos.store_flaky };
