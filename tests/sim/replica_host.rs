@@ -153,7 +153,7 @@ impl World {
 
     fn tell_lost(&mut self, node: usize, caller: Caller) {
         let event = TargetEvent::SessionLost { session: caller.session };
-        self.to_target(node, caller.target, ToTarget::of_session(caller.session, event));
+        self.send_to_target(node, caller.target, ToTarget::of_session(caller.session, event));
     }
 
     pub fn at_replica(&mut self, node: usize, message: ToReplica) {
@@ -412,6 +412,6 @@ impl World {
             },
             _ => return self.tell_lost(node, caller),
         };
-        self.to_target(node, caller.target, message);
+        self.send_to_target(node, caller.target, message);
     }
 }

@@ -25,18 +25,18 @@ const READS_MAX: usize = 4;
 
 #[derive(Debug)]
 pub enum ToTarget {
-    Event { session: Option<SessionId>, event: TargetEvent },
+    Event { session: Option<SessionId>, event: Box<TargetEvent> },
     Opened { session: SessionId, token: SessionToken, opened: Opened },
     IoDone { session: SessionId, io: IoId, result: Result<(), IoError>, data: Blocks },
 }
 
 impl ToTarget {
     pub fn event(event: TargetEvent) -> Self {
-        Self::Event { session: None, event }
+        Self::Event { session: None, event: Box::new(event) }
     }
 
     pub fn of_session(session: SessionId, event: TargetEvent) -> Self {
-        Self::Event { session: Some(session), event }
+        Self::Event { session: Some(session), event: Box::new(event) }
     }
 }
 
@@ -121,7 +121,7 @@ impl World {
         if tell {
             for (session, entry) in host.sessions {
                 let caller = Caller { target: number, session };
-                self.to_replica(host.node, entry.node, ToReplica::Close { caller, token: entry.token });
+                self.send_to_replica(host.node, entry.node, ToReplica::Close { caller, token: entry.token });
             }
         }
         if self.current == Some(number) {
@@ -140,7 +140,7 @@ impl World {
                 if session.is_some_and(|session| !host.sessions.contains_key(&session)) {
                     return;
                 }
-                event
+                *event
             }
             ToTarget::Opened { session, token, opened } => {
                 let Some(entry) = host.sessions.get_mut(&session) else { return };
@@ -222,28 +222,28 @@ impl World {
         let Some(host) = self.targets.get_mut(&number) else { return };
         let node = host.node;
         match action {
-            TargetAction::ReadRecord { call } => self.to_store(number, node, call, None),
+            TargetAction::ReadRecord { call } => self.send_to_store(number, node, call, None),
             TargetAction::Swap { call, expected, record } => {
-                self.to_store(number, node, call, Some((expected, record)));
+                self.send_to_store(number, node, call, Some((expected, record)));
             }
             TargetAction::Open(open) => self.open_session(number, open),
             TargetAction::CloseSession { session, .. } => {
                 if let Some(entry) = host.sessions.remove(&session) {
                     let caller = Caller { target: number, session };
-                    self.to_replica(node, entry.node, ToReplica::Close { caller, token: entry.token });
+                    self.send_to_replica(node, entry.node, ToReplica::Close { caller, token: entry.token });
                 }
             }
             TargetAction::Heartbeat { session, sequence, .. } => {
                 if let Some((to, key)) = self.session_key(number, session) {
                     let caller = Caller { target: number, session };
-                    self.to_replica(node, to, ToReplica::Heartbeat { caller, key, sequence });
+                    self.send_to_replica(node, to, ToReplica::Heartbeat { caller, key, sequence });
                 }
             }
             TargetAction::Control { call, session, op, .. } => {
                 if let Some((to, key)) = self.session_key(number, session) {
                     let caller = Caller { target: number, session };
                     let op = control_op(op);
-                    self.to_replica(node, to, ToReplica::Control { caller, call, key, op });
+                    self.send_to_replica(node, to, ToReplica::Control { caller, call, key, op });
                 }
             }
             TargetAction::Io { io, session, op, payload, .. } => {
@@ -296,7 +296,7 @@ impl World {
             let message = ToTarget::of_session(open.session, event);
             self.schedule(delay, Event::AtTarget { target: number, message });
         }
-        self.to_replica(from, to, ToReplica::Open { caller, request });
+        self.send_to_replica(from, to, ToReplica::Open { caller, request });
     }
 
     fn session_key(&self, number: TargetNumber, session: SessionId) -> Option<(usize, SessionKey)> {
@@ -333,7 +333,7 @@ impl World {
             return;
         };
         let caller = Caller { target: number, session };
-        self.to_replica(from, to, ToReplica::Data { caller, io, token, op, data });
+        self.send_to_replica(from, to, ToReplica::Data { caller, io, token, op, data });
     }
 
     /// The client of a target: a few requests at a time.

@@ -273,20 +273,20 @@ impl World {
         }
     }
 
-    pub fn to_replica(&mut self, from: usize, node: usize, message: ToReplica) {
+    pub fn send_to_replica(&mut self, from: usize, node: usize, message: ToReplica) {
         if let Some(delay) = self.message_delay(from, node) {
             self.schedule(delay, Event::AtReplica { node, message });
         }
     }
 
-    pub fn to_target(&mut self, from: usize, target: TargetNumber, message: ToTarget) {
+    pub fn send_to_target(&mut self, from: usize, target: TargetNumber, message: ToTarget) {
         let Some(node) = self.targets.get(&target).map(|host| host.node) else { return };
         if let Some(delay) = self.message_delay(from, node) {
             self.schedule(delay, Event::AtTarget { target, message });
         }
     }
 
-    pub fn to_store(
+    pub fn send_to_store(
         &mut self,
         target: TargetNumber,
         node: usize,
