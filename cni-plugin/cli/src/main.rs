@@ -52,7 +52,7 @@ enum VolumeVerb {
 enum PolicyVerb {
     /// Who decides about a connection: `holdfast policy explain FROM '->' TO:PORT/PROTO`.
     ///
-    /// FROM and TO are namespace/pod or an address ([address] for IPv6 before a port); PROTO is tcp unless given. `to`
+    /// FROM and TO are namespace/pod or an address (in brackets for IPv6 before a port); PROTO is tcp unless given. `to`
     /// may stand for the arrow, which a shell wants quoted. Exits with 0 when allowed, 1 when denied, 2 on an error.
     Explain {
         /// FROM -> TO:PORT/PROTO
