@@ -20,7 +20,7 @@ pub type Done<T = ()> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
 
 /// Calls an operation that takes a callback and waits for its answer.
 ///
-/// ```ignore
+/// ```text
 /// wait(&replica, |done| replica.flush(done)).await?;
 /// ```
 ///
