@@ -82,11 +82,12 @@ impl Attacher {
             key: input.key.clone(),
         };
         let lease = self.leases.reserve(&input.key, mk_lease).await.map_err(|error| lease_failure(&error))?;
-        match self.complete(&lease).await {
-            Ok(()) => {
-                self.leases.mark_attached(&lease.key).await;
-                Ok(lease)
-            }
+        let completed = async {
+            self.complete(&lease).await?;
+            self.leases.mark_attached(&lease.key).await.map_err(|error| lease_failure(&error))
+        };
+        match completed.await {
+            Ok(()) => Ok(lease),
             Err(error) => {
                 if let Err(cleanup) = self.remove(&lease.key).await {
                     warn!(attachment = %lease.key, error = %cleanup, "cleaning up after a failed ADD failed; DEL or GC will");
@@ -256,7 +257,7 @@ impl Attacher {
     pub(crate) async fn reconcile(&self) -> Result<(), String> {
         for lease in self.leases.all().await.into_iter().filter(|lease| !lease.attached) {
             match self.dataplane.check(&lease.plan, Path::new(&lease.netns)).await {
-                Ok(()) => self.leases.mark_attached(&lease.key).await,
+                Ok(()) => self.leases.mark_attached(&lease.key).await.map_err(|error| sentence(&error))?,
                 Err(error) => {
                     info!(attachment = %lease.key, found = %error, "an ADD did not end before the last stop; it is undone");
                     self.undo(&lease.key).await?;

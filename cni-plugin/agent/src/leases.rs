@@ -176,15 +176,20 @@ impl Leases {
         Ok(lease)
     }
 
-    /// Notes that ADD has answered. Not waited for.
-    pub async fn mark_attached(&self, key: &AttachmentKey) {
+    /// Makes durable that the attachment is complete, before ADD answers: a start after a kill then keeps what a
+    /// runtime was told.
+    ///
+    /// # Errors
+    /// The store failed; whether the mark is durable is unknown.
+    pub async fn mark_attached(&self, key: &AttachmentKey) -> Result<(), LeaseError> {
         let mut state = self.state.lock().await;
         if let Some(lease) = state.leases.get_mut(key) {
             lease.attached = true;
-            if let Err(error) = self.put(lease) {
-                tracing::warn!(attachment = %key, %error, "cannot note that the attachment is complete");
-            }
+            self.put(lease)?;
         }
+        drop(state);
+        self.db.flush_async().await?;
+        Ok(())
     }
 
     /// Gives a lease back, after its interface is gone. An unknown key is a success.
