@@ -4,14 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{Dirty, DirtyMap};
-use holdfast_storage_core::ids::{Region, ReplicaId};
+use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId, SnapshotId};
 use holdfast_storage_core::replica::{DataOp, DiskOp, ReplicaMeta, ReplicaStart};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use crate::layers::{Layers, non_zero};
+
 /// Two halves, so that unaligned writes can be seen.
 pub type BlockData = [u64; 2];
 pub type Blocks = BTreeMap<u64, BlockData>;
+/// Number, block and data of a write that is not flushed.
+pub type CachedWrite = (u64, u64, BlockData);
 
 #[derive(Debug, Clone)]
 pub struct Disk {
@@ -25,8 +29,11 @@ pub struct Disk {
     /// As reads see it.
     current: Blocks,
     /// Written and not flushed, oldest first.
-    cache: Vec<(u64, u64, BlockData)>,
+    cache: Vec<CachedWrite>,
     next_write: u64,
+    pub layers: Layers,
+    /// Size of the files.
+    size_bytes: u64,
     pub full: bool,
     /// The next flush fails, and loses what it should have kept.
     pub fail_flush: bool,
@@ -35,6 +42,7 @@ pub struct Disk {
 impl Disk {
     pub fn new(meta: ReplicaMeta) -> Self {
         Self {
+            size_bytes: meta.size_bytes,
             meta,
             log: BTreeSet::new(),
             maps: BTreeMap::new(),
@@ -43,6 +51,7 @@ impl Disk {
             current: Blocks::new(),
             cache: Vec::new(),
             next_write: 0,
+            layers: Layers::default(),
             full: false,
             fail_flush: false,
         }
@@ -54,6 +63,7 @@ impl Disk {
             log: self.log.clone(),
             maps: self.maps.clone(),
             boot_cookie: self.tmpfs_cookie,
+            snapshots: self.layers.ids(),
         }
     }
 
@@ -63,11 +73,12 @@ impl Disk {
 
     /// What reads see, for comparing members.
     pub fn contents(&self) -> Blocks {
-        self.current
-            .iter()
-            .filter(|(_, data)| **data != [0, 0])
-            .map(|(block, data)| (*block, *data))
-            .collect()
+        non_zero(&self.current)
+    }
+
+    pub fn read_snapshot(&self, snapshot: SnapshotId, range: BlockRange) -> Option<Blocks> {
+        let blocks = &self.layers.get(snapshot)?.current;
+        Some(blocks.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect())
     }
 
     /// Where a flush that starts now will reach to.
@@ -82,7 +93,9 @@ impl Disk {
     }
 
     fn write_block(&mut self, block: u64, data: BlockData, fua: bool) {
+        assert!(block < self.size_bytes / BLOCK_BYTES, "the core wrote block {block} behind the files' end");
         self.current.insert(block, data);
+        self.layers.wrote(block);
         if fua {
             self.cache.retain(|(_, other, _)| *other != block);
             self.durable.insert(block, data);
@@ -104,21 +117,14 @@ impl Disk {
                 self.cache.push((number, block, data));
             }
         }
+        self.layers.flush(mark);
     }
 
     /// Each block keeps one of the values it was given since the last flush, or the one before.
     pub fn lose_cache(&mut self, rng: &mut StdRng) {
-        let mut versions: BTreeMap<u64, Vec<BlockData>> = BTreeMap::new();
-        for (_, block, data) in std::mem::take(&mut self.cache) {
-            versions.entry(block).or_default().push(data);
-        }
-        for (block, values) in versions {
-            let keep = rng.random_range(0..=values.len());
-            if keep > 0 {
-                self.durable.insert(block, values[keep - 1]);
-            }
-        }
+        keep_some(std::mem::take(&mut self.cache), &mut self.durable, rng);
         self.current = self.durable.clone();
+        self.layers.lose_cache(rng);
     }
 
     /// A write that was under way when its process died: any of its blocks may have landed.
@@ -150,7 +156,25 @@ impl Disk {
             DiskOp::MapDrop { absent } => {
                 self.maps.remove(absent);
             }
+            DiskOp::Freeze { snapshot } => {
+                self.layers.freeze(*snapshot, &self.current, &self.durable, &self.cache);
+            }
+            DiskOp::DropSnapshot { snapshot } => self.layers.remove(*snapshot),
+            DiskOp::Grow { size_bytes } => self.size_bytes = self.size_bytes.max(*size_bytes),
             DiskOp::Data { .. } => {}
+        }
+    }
+}
+
+pub fn keep_some(cache: Vec<CachedWrite>, durable: &mut Blocks, rng: &mut StdRng) {
+    let mut versions: BTreeMap<u64, Vec<BlockData>> = BTreeMap::new();
+    for (_, block, data) in cache {
+        versions.entry(block).or_default().push(data);
+    }
+    for (block, values) in versions {
+        let keep = rng.random_range(0..=values.len());
+        if keep > 0 {
+            durable.insert(block, values[keep - 1]);
         }
     }
 }
@@ -166,6 +190,9 @@ pub fn data_op(op: &DiskOp) -> Option<DataOp> {
         | DiskOp::LogRemove(_)
         | DiskOp::MapPut { .. }
         | DiskOp::MapUpdate { .. }
-        | DiskOp::MapDrop { .. } => None,
+        | DiskOp::MapDrop { .. }
+        | DiskOp::Freeze { .. }
+        | DiskOp::DropSnapshot { .. }
+        | DiskOp::Grow { .. } => None,
     }
 }

@@ -9,6 +9,7 @@ mod bites;
 mod chaos;
 mod disk;
 mod history;
+mod layers;
 mod replica_host;
 mod run;
 mod target_host;

@@ -330,6 +330,15 @@ impl World {
                 }
                 Ok(())
             }
+            Some(DataOp::ReadSnapshot { snapshot, range }) => {
+                let read = disk.read_snapshot(snapshot, range);
+                if let (DiskOp::Data { call, .. }, Some(read)) = (&op, &read)
+                    && let Some((_, Context::Data { data, .. })) = process.calls.get_mut(call)
+                {
+                    data.clone_from(read);
+                }
+                read.map(|_| ()).ok_or(DiskError::NoSnapshot)
+            }
             Some(DataOp::Write { .. }) if disk.full => Err(DiskError::NoSpace),
             Some(DataOp::Write { range, fua } | DataOp::Zero { range, fua, .. }) => {
                 disk.write(range, &data, fua);
@@ -379,6 +388,7 @@ impl World {
                     logged: reply.logged,
                     size_bytes: reply.size_bytes,
                     epoch: reply.epoch,
+                    snapshots: reply.snapshots,
                 };
                 ToTarget::Opened { session: caller.session, token: reply.token, opened }
             }
@@ -392,6 +402,11 @@ impl World {
             }
             (Context::Control(call), ReplicaReply::Done(Ok(()))) => {
                 ToTarget::of_session(caller.session, TargetEvent::ControlDone { call })
+            }
+            (Context::Control(call), ReplicaReply::Done(Err(RequestRefusal::Disk(error))))
+                if error.is_refusal() =>
+            {
+                ToTarget::of_session(caller.session, TargetEvent::ControlRefused { call, error })
             }
             (Context::Control(call), ReplicaReply::Map(Ok(map))) => {
                 ToTarget::of_session(caller.session, TargetEvent::MapRead { call, map })

@@ -287,6 +287,7 @@ impl World {
             epoch: open.epoch,
             in_sync: open.in_sync,
             size_bytes: open.size_bytes,
+            snapshots: open.snapshots,
         };
         let caller = Caller { target: number, session: open.session };
         if self.cut_until(from, to).is_some() || self.cut_until(to, from).is_some() {
@@ -317,7 +318,7 @@ impl World {
         let mut data = Some(Blocks::new());
         if let Some(range) = op.range() {
             match op {
-                DataOp::Read(_) => {
+                DataOp::Read(_) | DataOp::ReadSnapshot { .. } => {
                     host.ios.insert(io, (payload, range));
                 }
                 DataOp::Write { .. } => data = host.payload(payload, range),
@@ -516,6 +517,9 @@ fn control_op(op: Control) -> ControlOp {
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::ReadMap(replica) => ControlOp::ReadMap(replica),
         Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
+        Control::Freeze { snapshot } => ControlOp::Freeze { snapshot },
+        Control::DropSnapshot { snapshot } => ControlOp::DropSnapshot { snapshot },
+        Control::Grow { size_bytes } => ControlOp::Grow { size_bytes },
         Control::Release => ControlOp::Release,
     }
 }

@@ -54,6 +54,22 @@ pub struct Guards {
     pub sameatt: bool,
     /// R16: replicas that failed a write leave the set.
     pub errwrite: bool,
+    /// R27: a snapshot is cut with no write in flight.
+    pub cutdrain: bool,
+    /// R27: what a frozen layer holds is flushed.
+    pub cutflush: bool,
+    /// R27: a layer of a try that did not count is merged back, and never taken for a later try's.
+    pub void: bool,
+    /// R5: control requests are fenced like data.
+    pub ctlfence: bool,
+    /// R27: every member froze before the snapshot counts.
+    pub cutall: bool,
+    /// R28: a returning replica rebuilds the snapshots it missed.
+    pub layered: bool,
+    /// R29: no volume of a group is cut before all of them hold their writes.
+    pub holdfirst: bool,
+    /// R29: a cut of a group counts only inside its unexpired hold.
+    pub unbroken: bool,
     /// R6: a target that slept drains its input first. Off, it drops healthy replicas: a stall, no violation.
     pub tickgap: bool,
     /// Not a guard: [`crate::timers::LOG_COLD_MS`], shorter in simulations, where otherwise every region stays logged.
@@ -92,6 +108,14 @@ impl Default for Guards {
             unknown: true,
             sameatt: true,
             errwrite: true,
+            cutdrain: true,
+            cutflush: true,
+            void: true,
+            ctlfence: true,
+            cutall: true,
+            layered: true,
+            holdfirst: true,
+            unbroken: true,
             tickgap: true,
             log_cold_ms: crate::timers::LOG_COLD_MS,
             log_clear_every_ms: crate::timers::LOG_CLEAR_EVERY_MS,

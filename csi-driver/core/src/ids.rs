@@ -79,6 +79,10 @@ random_id!(
     Lineage
 );
 random_id!(
+    /// One snapshot of one volume. Random, never reused (R34).
+    SnapshotId
+);
+random_id!(
     /// All connections of one target start to one replica; the NBD export name carries it.
     SessionToken
 );

@@ -58,6 +58,7 @@ pub fn open_request(request: pb::OpenRequest) -> Result<OpenRequest, Status> {
         epoch: epoch(required(request.epoch, "epoch")?),
         in_sync: ids(&request.in_sync)?,
         size_bytes: request.size_bytes,
+        snapshots: ids(&request.snapshots)?,
     })
 }
 
@@ -74,6 +75,7 @@ pub fn open_request_pb(request: &OpenRequest) -> pb::OpenRequest {
         epoch: Some(epoch_pb(request.epoch)),
         in_sync: request.in_sync.iter().map(ToString::to_string).collect(),
         size_bytes: request.size_bytes,
+        snapshots: request.snapshots.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -98,6 +100,7 @@ pub fn open_reply_pb(reply: Result<OpenReply, OpenRefusal>, nbd_port: u16) -> pb
         epoch: Some(epoch_pb(reply.epoch)),
         nbd_port: u32::from(nbd_port),
         refusal: None,
+        snapshots: reply.snapshots.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -118,6 +121,7 @@ pub fn open_reply(reply: pb::OpenReply) -> Result<Result<OpenReply, OpenRefusal>
         maps,
         size_bytes: reply.size_bytes,
         epoch: epoch(required(reply.epoch, "epoch")?),
+        snapshots: reply.snapshots.iter().map(|snapshot| id(snapshot)).collect::<Result<_, _>>()?,
     }))
 }
 

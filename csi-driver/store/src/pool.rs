@@ -173,7 +173,13 @@ impl Pool {
         let cookie = BootCookie::new(cookie_dir, replica_id);
         let (shadow, unflushed) = Shadow::open(cookie_dir, replica_id)
             .map_err(PoolError::io("reading unflushed checksums of", &dir))?;
-        let start = ReplicaStart { meta, log: log.regions().clone(), maps, boot_cookie: cookie.read() };
+        let start = ReplicaStart {
+            meta,
+            log: log.regions().clone(),
+            maps,
+            boot_cookie: cookie.read(),
+            snapshots: Vec::new(),
+        };
         let data = DataPath::new(DataParts {
             replica: replica_id,
             size_bytes: manifest.size_bytes,

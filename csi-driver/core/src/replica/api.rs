@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_range::BlockRange;
 use crate::dirty_map::{DirtyMap, RegionBits};
-use crate::ids::{Epoch, Generation, Lineage, Region, ReplicaId, SessionToken, TargetId, VolumeId};
+use crate::ids::{
+    Epoch, Generation, Lineage, Region, ReplicaId, SessionToken, SnapshotId, TargetId, VolumeId,
+};
 
 use super::meta::ReplicaMeta;
 
@@ -28,6 +30,8 @@ pub struct ReplicaStart {
     pub maps: BTreeMap<ReplicaId, DirtyMap>,
     /// The cookie in tmpfs, if there is one (R19).
     pub boot_cookie: Option<u64>,
+    /// The frozen layers, oldest first.
+    pub snapshots: Vec<SnapshotId>,
 }
 
 /// `Open` as it came over the wire (R2, R35).
@@ -49,6 +53,9 @@ pub struct OpenRequest {
     pub in_sync: BTreeSet<ReplicaId>,
     /// Size in the record.
     pub size_bytes: u64,
+    /// The committed snapshots that this replica holds by the record. Every other frozen layer here is left over from
+    /// a cut that never counted, or of a deleted snapshot: it is merged back before Open answers (R27, R28).
+    pub snapshots: BTreeSet<SnapshotId>,
 }
 
 /// The answer to a successful Open.
@@ -66,6 +73,8 @@ pub struct OpenReply {
     pub size_bytes: u64,
     /// The epoch learned.
     pub epoch: Epoch,
+    /// The frozen layers that are left, oldest first.
+    pub snapshots: Vec<SnapshotId>,
 }
 
 /// Why an Open was refused.
@@ -124,6 +133,13 @@ pub enum DataOp {
     },
     /// Everything answered before is on stable storage after.
     Flush,
+    /// Read a snapshot, for a returning replica that missed it (R28).
+    ReadSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Where.
+        range: BlockRange,
+    },
 }
 
 impl DataOp {
@@ -131,7 +147,10 @@ impl DataOp {
     #[must_use]
     pub fn range(&self) -> Option<BlockRange> {
         match self {
-            Self::Read(range) | Self::Write { range, .. } | Self::Zero { range, .. } => Some(*range),
+            Self::Read(range)
+            | Self::Write { range, .. }
+            | Self::Zero { range, .. }
+            | Self::ReadSnapshot { range, .. } => Some(*range),
             Self::Flush => None,
         }
     }
@@ -169,6 +188,21 @@ pub enum ControlOp {
         epoch: Epoch,
         /// Its maps of those still absent.
         maps: BTreeMap<ReplicaId, DirtyMap>,
+    },
+    /// Flush, then freeze the top layer under this id, durably (R27). No write is in flight or begun meanwhile.
+    Freeze {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Merge the snapshot's layer back; an unknown snapshot is a success.
+    DropSnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Make layers, log and maps this large (R31); the same size, or a smaller one, is a success.
+    Grow {
+        /// The new size.
+        size_bytes: u64,
     },
 }
 
@@ -240,6 +274,26 @@ pub enum DiskError {
     /// The device failed. After a failed write or flush the replica is unusable until reopened (R19).
     #[error("device error")]
     Device,
+    /// Freeze: a layer is frozen under this id already; nothing was changed.
+    #[error("the snapshot exists already")]
+    SnapshotExists,
+    /// Freeze: the replica has as many layers as it can have; nothing was changed.
+    #[error("no further layer fits: delete a snapshot first")]
+    LayersFull,
+    /// ReadSnapshot: no layer is frozen under this id.
+    #[error("there is no such snapshot")]
+    NoSnapshot,
+}
+
+impl DiskError {
+    /// Whether Freeze, DropSnapshot or Grow that end so have changed nothing and leave the replica as usable as before.
+    #[must_use]
+    pub fn is_refusal(self) -> bool {
+        match self {
+            Self::NoSpace | Self::SnapshotExists | Self::LayersFull | Self::NoSnapshot => true,
+            Self::Corrupt | Self::Device => false,
+        }
+    }
 }
 
 /// Operations on the replica's own disk. Those on meta, log and maps are durable when answered.
@@ -274,6 +328,21 @@ pub enum DiskOp {
         /// The replica it was kept for.
         absent: ReplicaId,
     },
+    /// Freeze the top layer under this id and start an empty one. Data that was answered was flushed before.
+    Freeze {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// The snapshot is gone when answered; its layer is merged into the one above in the background.
+    DropSnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Make layers, log and maps this large. The meta that names the size follows.
+    Grow {
+        /// The new size.
+        size_bytes: u64,
+    },
     /// A data request of `call`, whose buffer the engine holds. With `fua` the store flushes before it answers.
     Data {
         /// The request.
@@ -307,7 +376,7 @@ pub enum ReplicaReply {
     Open(Result<OpenReply, OpenRefusal>),
     /// Lease: granted; carries `cache_lost`.
     Lease(Result<bool, RequestRefusal>),
-    /// Release, SetEpoch, ClearLog, MergeMaps and data requests.
+    /// Release, SetEpoch, ClearLog, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
     Done(Result<(), RequestRefusal>),
     /// ReadMap; a missing map is void.
     Map(Result<DirtyMap, RequestRefusal>),

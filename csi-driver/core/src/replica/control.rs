@@ -5,14 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
 use crate::ids::{Epoch, Region, ReplicaId, SessionToken};
 
+use super::snapshots::Step;
 use super::{DiskOp, DiskWait, Replica, ReplicaCall, ReplicaReply, RequestRefusal};
 
 /// A control request whose disk operations are under way.
 #[derive(Debug)]
 pub(super) struct ControlWait {
-    call: ReplicaCall,
+    pub call: ReplicaCall,
     token: SessionToken,
     left: u32,
+    /// What follows when they are done.
+    pub step: Step,
 }
 
 impl Replica {
@@ -160,12 +163,25 @@ impl Replica {
     }
 
     fn start_control(&mut self, call: ReplicaCall, ops: Vec<DiskOp>) {
-        let Some(session) = &mut self.session else { return };
+        if let Some(number) = self.register_control(call, Step::Answer) {
+            self.control_ops(number, ops);
+        }
+    }
+
+    /// Counts a control request in, for the drain of R2.
+    pub(super) fn register_control(&mut self, call: ReplicaCall, step: Step) -> Option<u64> {
+        let session = self.session.as_mut()?;
         session.control += 1;
         self.next_control += 1;
         let number = self.next_control;
-        let left = u32::try_from(ops.len()).expect("few operations per request");
-        self.controls.insert(number, ControlWait { call, token: session.token, left });
+        self.controls.insert(number, ControlWait { call, token: session.token, left: 0, step });
+        Some(number)
+    }
+
+    /// Starts disk operations of a control request.
+    pub(super) fn control_ops(&mut self, number: u64, ops: Vec<DiskOp>) {
+        let Some(control) = self.controls.get_mut(&number) else { return };
+        control.left = u32::try_from(ops.len()).expect("few operations per request");
         for op in ops {
             self.emit_disk(op, DiskWait::Control(number));
         }
@@ -174,14 +190,18 @@ impl Replica {
     pub(super) fn on_control_disk_done(&mut self, number: u64) {
         let Some(control) = self.controls.get_mut(&number) else { return };
         control.left -= 1;
-        if control.left > 0 {
-            return;
+        if control.left == 0 && !self.next_step(number) {
+            self.end_control(number, Ok(()));
         }
+    }
+
+    /// Answers a control request, unless its session is over.
+    pub(super) fn end_control(&mut self, number: u64, result: Result<(), RequestRefusal>) {
         let Some(control) = self.controls.remove(&number) else { return };
         let Some(session) = self.session.as_mut().filter(|s| s.token == control.token) else { return };
         session.control -= 1;
         if !session.closing {
-            self.reply(control.call, ReplicaReply::Done(Ok(())));
+            self.reply(control.call, ReplicaReply::Done(result));
         }
     }
 }

@@ -119,7 +119,7 @@ impl Replica {
             !session.closing
         });
         match result {
-            Err(DiskError::Device) if !matches!(op, DataOp::Read(_)) => {
+            Err(DiskError::Device) if !matches!(op, DataOp::Read(_) | DataOp::ReadSnapshot { .. }) => {
                 self.poison(Some(call), DiskError::Device);
             }
             result if live == Some(true) => {
@@ -127,6 +127,7 @@ impl Replica {
             }
             _ => {}
         }
+        self.freeze_when_quiet();
     }
 
     /// A session that is over: what has not reached the disk never will.

@@ -2,7 +2,8 @@
 //!
 //! - `session`: letting targets in and out, leases (R2 to R5, R35);
 //! - `data`: reads, writes, the intent log before the first change of a region (R18), map bits (R22);
-//! - `control`: epochs, clearing the log, dirty maps (R10, R18, R21, R24).
+//! - `control`: epochs, clearing the log, dirty maps (R10, R18, R21, R24);
+//! - `snapshots`: freezing and dropping layers, growth (R27, R28, R31).
 //!
 //! A write into a logged region costs nothing but itself: no meta, log or map operation goes before it.
 
@@ -11,6 +12,7 @@ mod control;
 mod data;
 pub mod meta;
 mod session;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::dirty_map::{Dirty, DirtyMap};
 use crate::guards::Guards;
-use crate::ids::{BLOCK_BYTES, Region, ReplicaId, SessionToken};
+use crate::ids::{BLOCK_BYTES, Region, ReplicaId, SessionToken, SnapshotId};
 
 use control::ControlWait;
 use data::WaitingWrite;
@@ -62,6 +64,10 @@ pub struct Replica {
     disk: HashMap<DiskId, DiskWait>,
     controls: BTreeMap<u64, ControlWait>,
     next_control: u64,
+    /// Frozen layers, oldest first.
+    snapshots: Vec<SnapshotId>,
+    /// The Freeze that waits for writes on the disk.
+    freezing: Option<u64>,
 }
 
 /// What a disk operation's end is waited for.
@@ -89,7 +95,7 @@ impl Replica {
     #[doc(hidden)]
     #[must_use]
     pub fn with_guards(now_ms: u64, start: ReplicaStart, guards: Guards) -> Self {
-        let ReplicaStart { mut meta, log, maps, boot_cookie } = start;
+        let ReplicaStart { mut meta, log, maps, boot_cookie, snapshots } = start;
         // R19: whatever is in the log may not be on the disk if the cache went with the cookie.
         if !log.is_empty() && boot_cookie != Some(meta.cookie) && guards.instance {
             meta.cache_lost = true;
@@ -119,6 +125,8 @@ impl Replica {
             disk: HashMap::new(),
             controls: BTreeMap::new(),
             next_control: 0,
+            snapshots,
+            freezing: None,
         };
         // R22: bits set since a map was last saved are covered by the log.
         if guards.mapdurable {
@@ -219,6 +227,9 @@ impl Replica {
                     self.refuse(call, RequestRefusal::Disk(error));
                 }
                 self.actions.push_back(ReplicaAction::Failed);
+            }
+            (DiskWait::Control(number), Err(error)) if error.is_refusal() && self.changes_layers(number) => {
+                self.on_layers_refused(number, error);
             }
             // Log, maps and meta have their space reserved: no error of theirs is harmless.
             (_, Err(error)) => self.poison(None, error),

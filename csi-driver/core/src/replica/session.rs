@@ -34,7 +34,7 @@ pub(super) struct Session {
 #[derive(Debug)]
 pub(super) struct Opening {
     call: ReplicaCall,
-    request: OpenRequest,
+    pub request: OpenRequest,
     token: SessionToken,
     /// Disk operations left, once the old session is gone.
     persisting: Option<u32>,
@@ -77,7 +77,8 @@ impl Replica {
         if later || other || request.lineage != meta.lineage {
             return Err(OpenRefusal::Restored(meta.epoch));
         }
-        if meta.size_bytes < request.size_bytes {
+        // R31: a member has the record's size; one that returns may be smaller and is grown first.
+        if meta.size_bytes < request.size_bytes && request.in_sync.contains(&meta.replica_id) {
             return Err(OpenRefusal::WrongReplica);
         }
         Ok(())
@@ -144,11 +145,15 @@ impl Replica {
         self.meta.target_id = Some(target);
         self.meta.cookie = cookie;
         self.meta.lease_ms = LEASE_MS;
+        let mut ops = self.drop_uncommitted();
+        ops.push(DiskOp::PersistMeta(self.durable_meta()));
+        ops.push(DiskOp::SetBootCookie(cookie));
         if let Some(opening) = &mut self.opening {
-            opening.persisting = Some(2);
+            opening.persisting = Some(u32::try_from(ops.len()).expect("few layers per replica"));
         }
-        self.emit_disk(DiskOp::PersistMeta(self.durable_meta()), DiskWait::Open);
-        self.emit_disk(DiskOp::SetBootCookie(cookie), DiskWait::Open);
+        for op in ops {
+            self.emit_disk(op, DiskWait::Open);
+        }
     }
 
     /// The meta as it goes to disk.
@@ -190,6 +195,7 @@ impl Replica {
             maps: maps.collect(),
             size_bytes: self.meta.size_bytes,
             epoch: self.meta.epoch,
+            snapshots: self.snapshots.clone(),
         };
         self.reply(call, ReplicaReply::Open(Ok(reply)));
     }
@@ -200,6 +206,7 @@ impl Replica {
         session.closing = true;
         self.held_leases.clear();
         self.drop_waiting(token);
+        self.cancel_freeze();
         self.actions.push_back(ReplicaAction::CloseConnections { token });
     }
 
@@ -217,7 +224,8 @@ impl Replica {
     /// Fences control like data (R5), then serves leases here and the rest in `control`.
     pub(super) fn on_control(&mut self, call: ReplicaCall, key: SessionKey, op: ControlOp) {
         let live = self.session.as_ref().is_some_and(|s| {
-            !s.closing && (s.generation, s.target_id, s.token) == (key.generation, key.target_id, key.token)
+            let same = (s.generation, s.target_id, s.token) == (key.generation, key.target_id, key.token);
+            !s.closing && (same || (!self.guards.ctlfence && !matches!(op, ControlOp::Lease)))
         });
         if !live {
             let refusal = Err(RequestRefusal::NoSession);
@@ -239,6 +247,9 @@ impl Replica {
             ControlOp::ClearLog(regions) => self.on_clear_log(call, &regions),
             ControlOp::ReadMap(absent) => self.on_read_map(call, absent),
             ControlOp::MergeMaps { epoch, maps } => self.on_merge_maps(call, epoch, maps),
+            ControlOp::Freeze { snapshot } => self.on_freeze(call, snapshot),
+            ControlOp::DropSnapshot { snapshot } => self.on_drop_snapshot(call, snapshot),
+            ControlOp::Grow { size_bytes } => self.on_grow(call, size_bytes),
         }
     }
 

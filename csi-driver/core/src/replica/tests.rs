@@ -11,7 +11,13 @@ const EPOCH: Epoch = Epoch { number: 5, nonce: 50 };
 
 fn mk_start() -> ReplicaStart {
     let meta = ReplicaMeta::new(VolumeId(1), ReplicaId(1), Lineage(9), 8 << 20, EPOCH);
-    ReplicaStart { meta, log: BTreeSet::new(), maps: BTreeMap::new(), boot_cookie: Some(0) }
+    ReplicaStart {
+        meta,
+        log: BTreeSet::new(),
+        maps: BTreeMap::new(),
+        boot_cookie: Some(0),
+        snapshots: vec![],
+    }
 }
 
 fn mk_open(generation: u64, target: u128) -> OpenRequest {
@@ -24,6 +30,7 @@ fn mk_open(generation: u64, target: u128) -> OpenRequest {
         epoch: EPOCH,
         in_sync: BTreeSet::from([ReplicaId(1), ReplicaId(2)]),
         size_bytes: 8 << 20,
+        snapshots: BTreeSet::new(),
     }
 }
 
@@ -268,4 +275,127 @@ fn r35_a_record_that_knows_less_or_something_else_is_refused() {
     assert_eq!(refusal(|r| r.epoch.nonce = 51), Some(OpenRefusal::Restored(EPOCH)));
     assert_eq!(refusal(|r| r.lineage = Lineage(8)), Some(OpenRefusal::Restored(EPOCH)));
     assert_eq!(refusal(|r| r.replica_id = ReplicaId(2)), Some(OpenRefusal::WrongReplica));
+}
+
+const SNAPSHOT: SnapshotId = SnapshotId(70);
+
+/// The disk operations asked for, with their numbers.
+fn disk_ops(actions: Vec<ReplicaAction>) -> Vec<(DiskId, DiskOp)> {
+    actions
+        .into_iter()
+        .filter_map(|action| match action {
+            ReplicaAction::Disk { id, op } => Some((id, op)),
+            _ => None,
+        })
+        .collect()
+}
+
+fn freeze(replica: &mut Replica, key: SessionKey) -> Vec<ReplicaAction> {
+    let (call, op) = (ReplicaCall(950), ControlOp::Freeze { snapshot: SNAPSHOT });
+    replica.handle_event(1, ReplicaEvent::Control { call, key, op });
+    actions(replica)
+}
+
+#[test]
+fn r27_a_freeze_waits_for_writes_then_flushes_and_only_then_freezes() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    let [(log_add, DiskOp::LogAdd(_))] = disk_ops(write(&mut replica, 0))[..] else { panic!("no log first") };
+    assert_eq!(freeze(&mut replica, mk_key(1, 7)), [], "a write waits for the log");
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: log_add, result: Ok(()) });
+    let [(data, DiskOp::Data { .. })] = disk_ops(actions(&mut replica))[..] else { panic!("no write") };
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: data, result: Ok(()) });
+    let [(flush, DiskOp::Data { op: DataOp::Flush, .. })] = disk_ops(actions(&mut replica))[..] else {
+        panic!("no flush before the freeze")
+    };
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: flush, result: Ok(()) });
+    let [(frozen, DiskOp::Freeze { snapshot: SNAPSHOT })] = disk_ops(actions(&mut replica))[..] else {
+        panic!("no freeze")
+    };
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: frozen, result: Ok(()) });
+    let done = ReplicaAction::Reply { call: ReplicaCall(950), reply: ReplicaReply::Done(Ok(())) };
+    assert_eq!(actions(&mut replica), [done]);
+}
+
+#[test]
+fn r27_open_merges_back_every_layer_that_the_record_does_not_name() {
+    let mut start = mk_start();
+    start.snapshots = vec![SnapshotId(1), SNAPSHOT, SnapshotId(2)];
+    let mut replica = Replica::new(0, start);
+    let mut request = mk_open(1, 7);
+    request.snapshots = BTreeSet::from([SnapshotId(1), SnapshotId(2)]);
+    replica.handle_event(0, ReplicaEvent::Open { call: ReplicaCall(1), request, token: mk_token(1) });
+    let ops = disk_ops(actions(&mut replica));
+    assert!(ops.iter().any(|(_, op)| *op == DiskOp::DropSnapshot { snapshot: SNAPSHOT }), "{ops:?}");
+    let mut last = Vec::new();
+    for (id, _) in ops {
+        assert_eq!(last, [], "Open was answered before all was durable");
+        replica.handle_event(0, ReplicaEvent::DiskDone { id, result: Ok(()) });
+        last = actions(&mut replica);
+    }
+    assert_eq!(opened(&last).map(|reply| reply.snapshots.clone()), Some(vec![SnapshotId(1), SnapshotId(2)]));
+}
+
+#[test]
+fn r27_a_layer_of_an_older_try_is_never_taken_for_this_one() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    let op = || ControlOp::Freeze { snapshot: SNAPSHOT };
+    let refused = ReplicaReply::Done(Err(RequestRefusal::Disk(DiskError::SnapshotExists)));
+    assert_eq!(control(&mut replica, 1, mk_key(1, 7), op()).len(), 1);
+    let again = control(&mut replica, 1, mk_key(1, 7), op());
+    assert_eq!(again, [ReplicaAction::Reply { call: ReplicaCall(900), reply: refused }]);
+    control(&mut replica, 1, mk_key(1, 7), ControlOp::DropSnapshot { snapshot: SNAPSHOT });
+    let anew = control(&mut replica, 1, mk_key(1, 7), op());
+    assert_eq!(anew, [ReplicaAction::Reply { call: ReplicaCall(900), reply: ReplicaReply::Done(Ok(())) }]);
+}
+
+#[test]
+fn r5_a_late_freeze_of_an_older_session_is_refused() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    let refused = ReplicaReply::Done(Err(RequestRefusal::NoSession));
+    let reply = control(&mut replica, 1, mk_key(0, 6), ControlOp::Freeze { snapshot: SNAPSHOT });
+    assert_eq!(reply, [ReplicaAction::Reply { call: ReplicaCall(900), reply: refused }]);
+}
+
+#[test]
+fn r27_a_freeze_without_room_changes_nothing_and_leaves_the_session_whole() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    let [(flush, _)] = disk_ops(freeze(&mut replica, mk_key(1, 7)))[..] else { panic!("no flush") };
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: flush, result: Ok(()) });
+    let [(frozen, _)] = disk_ops(actions(&mut replica))[..] else { panic!("no freeze") };
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: frozen, result: Err(DiskError::LayersFull) });
+    let refused = ReplicaReply::Done(Err(RequestRefusal::Disk(DiskError::LayersFull)));
+    assert_eq!(actions(&mut replica), [ReplicaAction::Reply { call: ReplicaCall(950), reply: refused }]);
+    assert!(replica.accepts(mk_token(1)));
+}
+
+#[test]
+fn r31_the_files_grow_before_the_size_that_is_told() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    let grow = ControlOp::Grow { size_bytes: 16 << 20 };
+    replica.handle_event(1, ReplicaEvent::Control { call: ReplicaCall(1), key: mk_key(1, 7), op: grow });
+    let [(files, DiskOp::Grow { size_bytes: 16_777_216 })] = disk_ops(actions(&mut replica))[..] else {
+        panic!("no growth")
+    };
+    assert_eq!(replica.meta().size_bytes, 8 << 20);
+    replica.handle_event(1, ReplicaEvent::DiskDone { id: files, result: Ok(()) });
+    let [(_, DiskOp::PersistMeta(ref meta))] = disk_ops(actions(&mut replica))[..] else { panic!("no meta") };
+    assert_eq!(meta.size_bytes, 16 << 20);
+}
+
+#[test]
+fn r31_a_smaller_replica_is_let_in_only_while_it_is_no_member() {
+    let mut start = mk_start();
+    start.meta.size_bytes = 4 << 20;
+    let mut replica = Replica::new(0, start);
+    let refusal = ReplicaReply::Open(Err(OpenRefusal::WrongReplica));
+    let refused = open(&mut replica, 0, 1, 7);
+    assert_eq!(refused, [ReplicaAction::Reply { call: ReplicaCall(1), reply: refusal }]);
+    let request = OpenRequest { in_sync: BTreeSet::from([ReplicaId(2)]), ..mk_open(1, 7) };
+    let event = ReplicaEvent::Open { call: ReplicaCall(2), request, token: mk_token(1) };
+    assert_eq!(opened(&drive(&mut replica, 0, event)).map(|reply| reply.size_bytes), Some(4 << 20));
 }

@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::block_range::BlockRange;
 use crate::dirty_map::DirtyMap;
 use crate::ids::{
-    Attachment, Block, Epoch, Generation, Lineage, NodeName, RecordVersion, Region, ReplicaId, TargetId,
-    VolumeId,
+    Attachment, Block, Epoch, Generation, Lineage, NodeName, RecordVersion, Region, ReplicaId, SnapshotId,
+    TargetId, VolumeId,
 };
 use crate::record::VolumeRecord;
 use crate::record_store::{StoreError, Versioned};
-use crate::replica::{DataOp, OpenRefusal};
+use crate::replica::{DataOp, DiskError, OpenRefusal};
 
 /// What a target is started with.
 #[derive(Debug, Clone)]
@@ -164,9 +164,12 @@ pub struct Opened {
     pub size_bytes: u64,
     /// The epoch it learned.
     pub epoch: Epoch,
+    /// Its frozen layers, oldest first.
+    pub snapshots: Vec<SnapshotId>,
 }
 
-/// A control request to an open replica; its failure or timeout is [`TargetEvent::SessionLost`].
+/// A control request to an open replica. A refusal that leaves the session whole is [`TargetEvent::ControlRefused`],
+/// every other failure, or a timeout, [`TargetEvent::SessionLost`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
     /// Learn an epoch (R10).
@@ -188,6 +191,21 @@ pub enum Control {
         epoch: Epoch,
         /// Maps by absent replica.
         maps: BTreeMap<ReplicaId, DirtyMap>,
+    },
+    /// Freeze the top layer under this id (R27).
+    Freeze {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Merge a snapshot's layer back.
+    DropSnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Make the replica this large (R31).
+    Grow {
+        /// The new size.
+        size_bytes: u64,
     },
     /// End the session before its lease does; the last thing sent on a session.
     Release,
@@ -247,10 +265,17 @@ pub enum TargetEvent {
         /// The replica's write cache was lost.
         cache_lost: bool,
     },
-    /// Answer to SetEpoch, ClearLog, MergeMaps or Release.
+    /// Answer to SetEpoch, ClearLog, MergeMaps, Freeze, DropSnapshot, Grow or Release.
     ControlDone {
         /// The call.
         call: CallId,
+    },
+    /// A replica could not do Freeze, DropSnapshot or Grow and has changed nothing; its session goes on.
+    ControlRefused {
+        /// The call.
+        call: CallId,
+        /// Why.
+        error: DiskError,
     },
     /// Answer to ReadMap.
     MapRead {
@@ -378,6 +403,8 @@ pub struct OpenSession {
     pub in_sync: BTreeSet<ReplicaId>,
     /// The record's size.
     pub size_bytes: u64,
+    /// The committed snapshots that the replica holds by the record (R27).
+    pub snapshots: BTreeSet<SnapshotId>,
 }
 
 /// Where a target stands.

@@ -205,6 +205,7 @@ impl Target {
                 self.on_heartbeat_answered(session, sequence, cache_lost);
             }
             TargetEvent::ControlDone { call } => self.on_control_done(call),
+            TargetEvent::ControlRefused { call, error } => self.on_control_refused(call, error),
             TargetEvent::MapRead { call, map } => self.on_map_read(call, map),
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::ids::{NodeName, Region, ReplicaId};
 use crate::record::ReplicaState;
-use crate::replica::{DataOp, OpenRefusal};
+use crate::replica::{DataOp, DiskError, OpenRefusal};
 use crate::timers;
 
 use super::{
@@ -195,6 +195,7 @@ impl Target {
             epoch: record.epoch,
             in_sync: record.in_sync.clone(),
             size_bytes: record.size_bytes,
+            snapshots: BTreeSet::new(),
         };
         let now = self.now_ms;
         if let Some(peer) = self.peers.get_mut(&replica) {
@@ -445,6 +446,11 @@ impl Target {
         }
         self.dirty = true;
         Some(entry)
+    }
+
+    /// A replica refused a request and goes on as before.
+    pub(super) fn on_control_refused(&mut self, call: CallId, _error: DiskError) {
+        self.take_call(call);
     }
 
     pub(super) fn on_control_done(&mut self, call: CallId) {

@@ -84,7 +84,8 @@ impl Bench {
         let Some(TargetAction::Open(open)) = self.take(wanted) else {
             panic!("replica {replica} is not asked")
         };
-        let opened = Opened { cache_lost, logged: vec![], size_bytes: 8 << 20, epoch: open.epoch };
+        let opened =
+            Opened { cache_lost, logged: vec![], size_bytes: 8 << 20, epoch: open.epoch, snapshots: vec![] };
         self.event(TargetEvent::Opened { session: open.session, opened });
     }
 

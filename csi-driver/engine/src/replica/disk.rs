@@ -24,11 +24,20 @@ pub fn submit(
             disk.zero(range.offset_bytes(), range.len_bytes(), trim, fua, then);
         }
         DataOp::Flush => disk.flush(Box::new(|result| done(empty(result)))),
+        // The store has one layer yet.
+        DataOp::ReadSnapshot { .. } => done(Err(DiskError::NoSnapshot)),
     }
 }
 
 /// Starts an operation on meta, cookie, log or maps; durable when answered. They take effect in the order of the calls.
 pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), DiskError>) + Send + 'static) {
+    // The store has one layer of one size yet.
+    match op {
+        DiskOp::Freeze { .. } => return done(Err(DiskError::LayersFull)),
+        DiskOp::Grow { .. } => return done(Err(DiskError::NoSpace)),
+        DiskOp::DropSnapshot { .. } => return done(Ok(())),
+        _ => {}
+    }
     let then: holdfast_store::Done = Box::new(|result| done(result.map_err(disk_error)));
     match op {
         DiskOp::PersistMeta(meta) => disk.persist_meta(&meta, then),
@@ -39,6 +48,9 @@ pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), Disk
         DiskOp::MapPut { absent, map } => disk.put_map(absent, map, then),
         DiskOp::MapUpdate { absent, regions } => disk.update_map(absent, regions, then),
         DiskOp::MapDrop { absent } => disk.drop_map(absent, then),
+        DiskOp::Freeze { .. } | DiskOp::DropSnapshot { .. } | DiskOp::Grow { .. } => {
+            unreachable!("answered above")
+        }
         DiskOp::Data { .. } => unreachable!("data operations have their own way"),
     }
 }

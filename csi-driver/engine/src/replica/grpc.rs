@@ -6,7 +6,8 @@ use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_server::Replica;
 use holdfast_storage_core::ids::{Region, ReplicaId, SessionToken};
 use holdfast_storage_core::replica::{
-    ControlOp, OpenRefusal, OpenReply, OpenRequest, ReplicaCall, ReplicaReply, RequestRefusal, SessionKey,
+    ControlOp, DiskError, OpenRefusal, OpenReply, OpenRequest, ReplicaCall, ReplicaReply, RequestRefusal,
+    SessionKey,
 };
 use tokio::sync::{oneshot, watch};
 use tonic::{Request, Response, Status};
@@ -220,6 +221,33 @@ impl Replica for ReplicaService {
         self.done(request.session, &names, op).await?;
         Ok(Response::new(pb::MergeMapReply {}))
     }
+
+    async fn freeze(&self, request: Request<pb::FreezeRequest>) -> Result<Response<pb::FreezeReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let op = ControlOp::Freeze { snapshot: wire::id(&request.snapshot_id)? };
+        self.done(request.session, &names, op).await?;
+        Ok(Response::new(pb::FreezeReply {}))
+    }
+
+    async fn drop_snapshot(
+        &self,
+        request: Request<pb::DropSnapshotRequest>,
+    ) -> Result<Response<pb::DropSnapshotReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let op = ControlOp::DropSnapshot { snapshot: wire::id(&request.snapshot_id)? };
+        self.done(request.session, &names, op).await?;
+        Ok(Response::new(pb::DropSnapshotReply {}))
+    }
+
+    async fn grow(&self, request: Request<pb::GrowRequest>) -> Result<Response<pb::GrowReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let op = ControlOp::Grow { size_bytes: request.size_bytes };
+        self.done(request.session, &names, op).await?;
+        Ok(Response::new(pb::GrowReply {}))
+    }
 }
 
 fn session_over() -> Status {
@@ -235,7 +263,14 @@ fn refusal_status(refusal: RequestRefusal) -> Status {
         RequestRefusal::NoSession | RequestRefusal::OldEpoch => {
             Status::failed_precondition(refusal.to_string())
         }
-        RequestRefusal::Disk(_) => Status::data_loss(refusal.to_string()),
+        RequestRefusal::Disk(error) => match error {
+            DiskError::NoSpace => Status::resource_exhausted(refusal.to_string()),
+            DiskError::SnapshotExists => Status::already_exists(refusal.to_string()),
+            DiskError::LayersFull => Status::out_of_range(refusal.to_string()),
+            DiskError::Corrupt | DiskError::Device | DiskError::NoSnapshot => {
+                Status::data_loss(refusal.to_string())
+            }
+        },
         RequestRefusal::Invalid => Status::invalid_argument(refusal.to_string()),
     }
 }

@@ -384,7 +384,14 @@ fn data_result(data: Bytes, reply: &ReplicaReply) -> Result<Bytes, BlockError> {
         ReplicaReply::Done(Err(RequestRefusal::Disk(DiskError::NoSpace))) => Err(BlockError(errno::ENOSPC)),
         ReplicaReply::Done(Err(RequestRefusal::Invalid)) => Err(BlockError(errno::EINVAL)),
         ReplicaReply::Done(Err(
-            RequestRefusal::Disk(DiskError::Corrupt | DiskError::Device) | RequestRefusal::OldEpoch,
+            RequestRefusal::Disk(
+                DiskError::Corrupt
+                | DiskError::Device
+                | DiskError::SnapshotExists
+                | DiskError::LayersFull
+                | DiskError::NoSnapshot,
+            )
+            | RequestRefusal::OldEpoch,
         ))
         | ReplicaReply::Open(_)
         | ReplicaReply::Lease(_)

@@ -67,7 +67,7 @@ pub async fn heartbeat(actor: Arc<TargetActor>, link: Arc<Link>, session: Sessio
             TargetEvent::SessionLost { session }
         }
         // Silence is counted by the core: one lost heartbeat is no lost session.
-        Ok(Err(LinkError::Silent(_))) | Err(_) => return,
+        Ok(Err(LinkError::Silent(_) | LinkError::Refused(_))) | Err(_) => return,
     };
     actor.post(TargetInput::core(event));
 }
@@ -88,6 +88,7 @@ pub async fn control(
         let event = match answer {
             Ok(ControlAnswer::Done) => TargetEvent::ControlDone { call },
             Ok(ControlAnswer::Map(map)) => TargetEvent::MapRead { call, map },
+            Err(LinkError::Refused(error)) => TargetEvent::ControlRefused { call, error },
             Err(error) => {
                 tracing::info!(volume = %actor.env.volume_id, %replica, %error, "a control request failed");
                 TargetEvent::SessionLost { session }
@@ -125,6 +126,7 @@ pub async fn open(actor: Arc<TargetActor>, wanted: OpenSession) {
         epoch: wanted.epoch,
         in_sync: wanted.in_sync.clone(),
         size_bytes: wanted.size_bytes,
+        snapshots: wanted.snapshots.clone(),
     };
     let opened = if wanted.node == actor.env.node {
         open_local(&actor, session, request).await
@@ -231,6 +233,7 @@ fn opened_of(reply: OpenReply) -> Opened {
         logged: reply.logged,
         size_bytes: reply.size_bytes,
         epoch: reply.epoch,
+        snapshots: reply.snapshots,
     }
 }
 

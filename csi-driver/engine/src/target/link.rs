@@ -9,7 +9,7 @@ use holdfast_nbd::Client;
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::dirty_map::DirtyMap;
-use holdfast_storage_core::replica::{ControlOp, ReplicaReply, SessionKey};
+use holdfast_storage_core::replica::{ControlOp, DiskError, ReplicaReply, RequestRefusal, SessionKey};
 use holdfast_storage_core::target::{CallId, Control};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
@@ -68,6 +68,9 @@ pub enum LinkError {
     /// The replica says that the session is over.
     #[error("the session is over: {0}")]
     Over(String),
+    /// The replica could not do it and has changed nothing; the session goes on.
+    #[error("the replica refused: {0}")]
+    Refused(DiskError),
     /// No answer, or one that says nothing about the session.
     #[error("the replica did not answer: {0}")]
     Silent(String),
@@ -133,6 +136,9 @@ impl Link {
             Path::Local { actor, key } => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
+                Some(ReplicaReply::Done(Err(RequestRefusal::Disk(error)))) if error.is_refusal() => {
+                    Err(LinkError::Refused(error))
+                }
                 reply => Err(LinkError::Over(format!("{reply:?}"))),
             },
             Path::Remote(remote) => remote.control(op).await,
@@ -191,6 +197,17 @@ impl RemoteLink {
                 };
                 rpc.merge_map(request).await.map_err(link_error)?;
             }
+            Control::Freeze { snapshot } => {
+                let request = pb::FreezeRequest { session, snapshot_id: snapshot.to_string() };
+                rpc.freeze(request).await.map_err(layer_error)?;
+            }
+            Control::DropSnapshot { snapshot } => {
+                let request = pb::DropSnapshotRequest { session, snapshot_id: snapshot.to_string() };
+                rpc.drop_snapshot(request).await.map_err(layer_error)?;
+            }
+            Control::Grow { size_bytes } => {
+                rpc.grow(pb::GrowRequest { session, size_bytes }).await.map_err(layer_error)?;
+            }
             Control::Release => {
                 rpc.release(pb::ReleaseRequest { session }).await.map_err(link_error)?;
             }
@@ -235,7 +252,20 @@ fn local_op(op: Control) -> ControlOp {
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::ReadMap(absent) => ControlOp::ReadMap(absent),
         Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
+        Control::Freeze { snapshot } => ControlOp::Freeze { snapshot },
+        Control::DropSnapshot { snapshot } => ControlOp::DropSnapshot { snapshot },
+        Control::Grow { size_bytes } => ControlOp::Grow { size_bytes },
         Control::Release => ControlOp::Release,
+    }
+}
+
+/// The error of a request that changes layers: some are refusals that leave the session whole.
+fn layer_error(status: tonic::Status) -> LinkError {
+    match status.code() {
+        Code::ResourceExhausted => LinkError::Refused(DiskError::NoSpace),
+        Code::AlreadyExists => LinkError::Refused(DiskError::SnapshotExists),
+        Code::OutOfRange => LinkError::Refused(DiskError::LayersFull),
+        _ => link_error(status),
     }
 }
 

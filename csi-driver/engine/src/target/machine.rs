@@ -240,6 +240,7 @@ impl TargetMachine {
                 BlockOp::Zero { offset: range.offset_bytes(), len: range.len_bytes(), fua, trim }
             }
             DataOp::Flush => BlockOp::Flush,
+            DataOp::ReadSnapshot { .. } => unreachable!("no target asks for a layer's data yet"),
         }
     }
 
@@ -271,7 +272,12 @@ impl TargetMachine {
             }
             TargetAction::Io { io, session, op, payload, .. } => {
                 let link = self.link(session)?;
-                let tag = IoTag { io, session, payload, is_read: matches!(op, DataOp::Read(_)) };
+                let tag = IoTag {
+                    io,
+                    session,
+                    payload,
+                    is_read: matches!(op, DataOp::Read(_) | DataOp::ReadSnapshot { .. }),
+                };
                 TargetWork::Io(tag, link, self.block_op(op, payload))
             }
             TargetAction::Complete { request, result } => {
