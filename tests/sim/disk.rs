@@ -6,6 +6,7 @@ use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{Dirty, DirtyMap};
 use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId, SnapshotId};
 use holdfast_storage_core::replica::{DataOp, DiskOp, ReplicaMeta, ReplicaStart};
+use holdfast_storage_core::target::Allocation;
 use rand::Rng;
 use rand::rngs::StdRng;
 
@@ -69,6 +70,16 @@ impl Disk {
 
     pub fn read(&self, range: BlockRange) -> Blocks {
         self.current.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect()
+    }
+
+    /// Where there is something, as the allocation map says.
+    pub fn extents(&self, range: BlockRange) -> Vec<(BlockRange, Allocation)> {
+        let state = |block: u64| match self.current.get(&block) {
+            None => Allocation::Absent,
+            Some([0, 0]) => Allocation::Zero,
+            Some(_) => Allocation::Data,
+        };
+        (range.start.0..range.end()).map(|block| (BlockRange::new(block, 1), state(block))).collect()
     }
 
     /// What reads see, for comparing members.

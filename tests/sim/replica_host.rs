@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::SessionToken;
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRequest, Replica, ReplicaAction, ReplicaCall,
@@ -42,6 +43,12 @@ pub enum ToReplica {
         call: CallId,
         key: SessionKey,
         op: ControlOp,
+    },
+    Extents {
+        caller: Caller,
+        call: CallId,
+        token: SessionToken,
+        range: BlockRange,
     },
     Data {
         caller: Caller,
@@ -168,6 +175,7 @@ impl World {
             | ToReplica::Close { caller, .. }
             | ToReplica::Heartbeat { caller, .. }
             | ToReplica::Control { caller, .. }
+            | ToReplica::Extents { caller, .. }
             | ToReplica::Data { caller, .. }) = message;
             return self.tell_lost(node, caller);
         };
@@ -197,12 +205,25 @@ impl World {
                 process.calls.insert(call, (caller, Context::Control(id)));
                 ReplicaEvent::Control { call, key, op }
             }
+            ToReplica::Extents { caller, call, token, range } => {
+                let accepted = process.replica.accepts(token);
+                return self.tell_extents(node, caller, call, range, accepted);
+            }
             ToReplica::Data { caller, io, token, op, data } => {
                 process.calls.insert(call, (caller, Context::Data { io, data }));
                 ReplicaEvent::Data { call, token, op }
             }
         };
         self.replica_event(node, event);
+    }
+
+    fn tell_extents(&mut self, node: usize, caller: Caller, call: CallId, range: BlockRange, accepted: bool) {
+        if !accepted {
+            return self.tell_lost(node, caller);
+        }
+        let extents = self.nodes[node].disk.extents(range);
+        let event = TargetEvent::ExtentsRead { call, extents };
+        self.send_to_target(node, caller.target, ToTarget::of_session(caller.session, event));
     }
 
     pub fn replica_event(&mut self, node: usize, event: ReplicaEvent) {

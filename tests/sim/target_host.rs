@@ -242,8 +242,13 @@ impl World {
             TargetAction::Control { call, session, op, .. } => {
                 if let Some((to, key)) = self.session_key(number, session) {
                     let caller = Caller { target: number, session };
-                    let op = control_op(op);
-                    self.send_to_replica(node, to, ToReplica::Control { caller, call, key, op });
+                    let message = match op {
+                        Control::ReadExtents(range) => {
+                            ToReplica::Extents { caller, call, token: key.token, range }
+                        }
+                        op => ToReplica::Control { caller, call, key, op: control_op(op) },
+                    };
+                    self.send_to_replica(node, to, message);
                 }
             }
             TargetAction::Io { io, session, op, payload, .. } => {
@@ -515,6 +520,9 @@ fn control_op(op: Control) -> ControlOp {
     match op {
         Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
+        Control::FillMap(absent) => ControlOp::FillMap(absent),
+        Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
+        Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
         Control::ReadMap(replica) => ControlOp::ReadMap(replica),
         Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
         Control::Freeze { snapshot } => ControlOp::Freeze { snapshot },

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::block_range::BlockRange;
-use crate::ids::{BLOCKS_PER_REGION, Block, Epoch, Region};
+use crate::ids::{BLOCKS_PER_REGION, Block, Epoch, REGION_BYTES, Region};
 
 const WORDS: usize = (BLOCKS_PER_REGION / 64) as usize;
 
@@ -69,6 +69,31 @@ impl BlockSet {
         }
     }
 
+    /// Every block of a volume of so many bytes.
+    #[must_use]
+    pub fn whole(size_bytes: u64) -> Self {
+        let regions = u32::try_from(size_bytes / REGION_BYTES).expect("volumes end below 2^32 regions");
+        Self { regions: (0..regions).map(|region| (Region(region), [u64::MAX; WORDS])).collect() }
+    }
+
+    /// Takes the blocks of the regions `from..to` out that are not in `keep`.
+    pub fn retain_in(&mut self, keep: &Self, from: Region, to: Region) {
+        let within: Vec<Region> = self.regions.range(from..to).map(|(region, _)| *region).collect();
+        for region in within {
+            let (mut bits, kept) = (self.region_bits(region), keep.region_bits(region));
+            for (word, mask) in bits.iter_mut().zip(kept) {
+                *word &= mask;
+            }
+            self.set_region_bits(region, bits);
+        }
+    }
+
+    /// The first region at or after `from` with a block in the set.
+    #[must_use]
+    pub fn first_region_from(&self, from: Region) -> Option<Region> {
+        self.regions.range(from..).next().map(|(region, _)| *region)
+    }
+
     /// Whether the block is in the set.
     #[must_use]
     pub fn contains(&self, block: Block) -> bool {
@@ -113,15 +138,15 @@ impl BlockSet {
         self.regions.iter().map(|(region, bits)| (*region, bits))
     }
 
-    /// The first region's set blocks as runs; gaps below `gap` blocks are bridged, so that few large copies are made.
+    /// A region's set blocks as runs.
     #[must_use]
-    pub fn runs_of(region: Region, bits: &RegionBits, gap: u64) -> Vec<BlockRange> {
+    pub fn runs_of(region: Region, bits: &RegionBits) -> Vec<BlockRange> {
         let base = u64::from(region.0) * BLOCKS_PER_REGION;
         let mut runs: Vec<BlockRange> = Vec::new();
         for bit in (0..BLOCKS_PER_REGION).filter(|bit| bits[(bit / 64) as usize] >> (bit % 64) & 1 == 1) {
             let block = base + bit;
             match runs.last_mut() {
-                Some(run) if block - run.end() < gap.max(1) => run.count = block + 1 - run.start.0,
+                Some(run) if block == run.end() => run.count += 1,
                 _ => runs.push(BlockRange::new(block, 1)),
             }
         }
@@ -214,12 +239,23 @@ mod tests {
     }
 
     #[test]
-    fn runs_bridge_small_gaps_only() {
+    fn runs_are_exactly_the_blocks_of_the_region() {
         let mut set = BlockSet::new();
-        for block in [0, 1, 5, 60, 255] {
+        for block in [0, 1, 5, 60, 255, 256] {
             set.insert(BlockRange::new(block, 1));
         }
-        let runs = BlockSet::runs_of(Region(0), &set.region_bits(Region(0)), 8);
-        assert_eq!(runs, [BlockRange::new(0, 6), BlockRange::new(60, 1), BlockRange::new(255, 1)]);
+        let runs = BlockSet::runs_of(Region(0), &set.region_bits(Region(0)));
+        let expected = [(0, 2), (5, 1), (60, 1), (255, 1)];
+        assert_eq!(runs, expected.map(|(start, count)| BlockRange::new(start, count)));
+    }
+
+    #[test]
+    fn what_is_outside_another_set_can_be_taken_out() {
+        let (mut set, mut keep) = (BlockSet::new(), BlockSet::new());
+        set.insert(BlockRange::new(0, 300));
+        keep.insert(BlockRange::new(10, 5));
+        keep.insert(BlockRange::new(299, 5));
+        set.retain_in(&keep, Region(0), Region(1));
+        assert_eq!(set.count_blocks(), 5 + 44, "region 1 was left alone");
     }
 }

@@ -46,6 +46,8 @@ pub struct Guards {
     pub joint: bool,
     /// R24: the joining replica flushes before the swap.
     pub joinflush: bool,
+    /// R23: a bit of a returning replica's map goes only after the replica flushed the block.
+    pub mapflush: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
     /// R8: a swap without an answer is not taken for refused.
@@ -104,6 +106,7 @@ impl Default for Guards {
             keepgood: true,
             joint: true,
             joinflush: true,
+            mapflush: true,
             mapcopy: true,
             unknown: true,
             sameatt: true,

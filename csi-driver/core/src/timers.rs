@@ -47,8 +47,34 @@ pub const STORE_RETRY_MAX_MS: u64 = 1_000;
 /// wait until the queued input was handled (R6).
 pub const TICK_GAP_MS: u64 = 300;
 
-/// Copies (resync, reconcile) in flight at a time, per volume. Further ones wait.
+/// Copies to a returning replica in flight at a time, per volume. Further ones wait.
 pub const COPIES_MAX: usize = 4;
+/// Most blocks of one copy while the client has I/O, which waits behind it: 128 KiB.
+pub const COPY_BLOCKS_BUSY: u64 = 32;
+/// What the smallest copy counts against the rate: it costs more than its bytes.
+pub const COPY_COST_MIN_BYTES: u64 = 32 << 10;
+/// Copies to a returning replica are not slowed below this by the client's I/O: 1 TiB within 37 hours.
+pub const COPY_RATE_MIN_BYTES_PER_S: u64 = 8 << 20;
+/// Where a client's first I/O meets copies at full speed, they go on with this.
+pub const COPY_RATE_START_BYTES_PER_S: u64 = 32 << 20;
+/// More is no throttle.
+pub const COPY_RATE_MAX_BYTES_PER_S: u64 = 2 << 30;
+/// A client without a request for so long has no I/O that copies could disturb.
+pub const FOREGROUND_IDLE_MS: u64 = 200;
+/// The rate of copies beside a client's I/O is adapted this often.
+pub const THROTTLE_WINDOW_MS: u64 = 100;
+/// Copies stop for so long to measure what the client's requests take alone.
+pub const THROTTLE_QUIET_MS: u64 = 150;
+/// That is done this often.
+pub const THROTTLE_QUIET_EVERY_MS: u64 = 3_000;
+/// So many copied regions are flushed at the returning replica and then need not be copied again, whoever dies.
+pub const CHECKPOINT_REGIONS: usize = 32;
+/// Fewer of them are after this time.
+pub const CHECKPOINT_MS: u64 = 1_000;
+/// A replica that catches up for so long lets another have its turn, if that one can be opened; it goes on afterwards.
+pub const CATCH_UP_TURN_MS: u64 = 60_000;
+/// Regions whose allocation is asked for in one call.
+pub const EXTENTS_REGIONS: u64 = 1_024;
 /// Most blocks of one copy; a region.
 pub const COPY_BLOCKS_MAX: u64 = crate::ids::BLOCKS_PER_REGION;
 /// Regions reconciled per flush of all members (R20).
@@ -75,5 +101,8 @@ pub fn table() -> Vec<(&'static str, u64)> {
         ("drift_per_mille", DRIFT_PER_MILLE),
         ("cache_grace_ms", CACHE_GRACE_MS),
         ("intent_log_regions_max", INTENT_LOG_REGIONS_MAX as u64),
+        ("copies_max", COPIES_MAX as u64),
+        ("copy_rate_min_bytes_per_s", COPY_RATE_MIN_BYTES_PER_S),
+        ("catch_up_turn_ms", CATCH_UP_TURN_MS),
     ]
 }

@@ -182,6 +182,15 @@ pub enum ControlOp {
     ClearLog(Vec<Region>),
     /// The dirty map kept for an absent replica (R23).
     ReadMap(ReplicaId),
+    /// A void map kept for an absent replica becomes one of all blocks (R21).
+    FillMap(ReplicaId),
+    /// The absent replica has flushed these regions: their bits go (R23).
+    ClearMap {
+        /// The absent replica.
+        absent: ReplicaId,
+        /// The regions.
+        regions: Vec<Region>,
+    },
     /// Join step 3: take over a member's maps and learn its epoch (R24).
     MergeMaps {
         /// The member's epoch.
@@ -376,7 +385,7 @@ pub enum ReplicaReply {
     Open(Result<OpenReply, OpenRefusal>),
     /// Lease: granted; carries `cache_lost`.
     Lease(Result<bool, RequestRefusal>),
-    /// Release, SetEpoch, ClearLog, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
+    /// Release, SetEpoch, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
     Done(Result<(), RequestRefusal>),
     /// ReadMap; a missing map is void.
     Map(Result<DirtyMap, RequestRefusal>),

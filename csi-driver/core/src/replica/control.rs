@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
+use crate::dirty_map::{BlockSet, Dirty, DirtyMap, RegionBits};
 use crate::ids::{Epoch, Region, ReplicaId, SessionToken};
 
 use super::snapshots::Step;
@@ -82,18 +82,8 @@ impl Replica {
 
     /// R18: map bits first, then the log bit. A region that is being written stays.
     pub(super) fn on_clear_log(&mut self, call: ReplicaCall, regions: &[Region]) {
-        let waiting: BTreeSet<Region> = self
-            .waiting
-            .iter()
-            .flat_map(|write| write.op.range())
-            .flat_map(|range| range.regions())
-            .collect();
-        let cleared: Vec<Region> = regions
-            .iter()
-            .filter(|region| !self.writing.contains_key(region) && !waiting.contains(region))
-            .filter(|region| self.log.contains(region))
-            .copied()
-            .collect();
+        let cleared: Vec<Region> =
+            self.unwritten(regions).into_iter().filter(|region| self.log.contains(region)).collect();
         let mut ops = self.save_maps(&cleared);
         for region in &cleared {
             self.log.remove(region);
@@ -106,6 +96,53 @@ impl Replica {
             ops.push(DiskOp::PersistMeta(self.durable_meta()));
         }
         self.start_control(call, ops);
+    }
+
+    /// Those that no write is under way to.
+    fn unwritten(&self, regions: &[Region]) -> Vec<Region> {
+        let waiting: BTreeSet<Region> = self
+            .waiting
+            .iter()
+            .flat_map(|write| write.op.range())
+            .flat_map(|range| range.regions())
+            .collect();
+        regions
+            .iter()
+            .filter(|region| !self.writing.contains_key(region) && !waiting.contains(region))
+            .copied()
+            .collect()
+    }
+
+    /// A void map says everything; so does a full one, whose bits can be taken out one by one.
+    pub(super) fn on_fill_map(&mut self, call: ReplicaCall, absent: ReplicaId) {
+        let void = self.maps.get(&absent).filter(|map| map.dirty == Dirty::Void);
+        let Some(base) = void.map(|map| map.base) else {
+            return self.reply(call, ReplicaReply::Done(Ok(())));
+        };
+        let dirty = Dirty::Blocks(BlockSet::whole(self.meta.size_bytes));
+        let op = self.put_map(absent, DirtyMap { base, dirty });
+        self.start_control(call, vec![op]);
+    }
+
+    /// R23: the target says that the absent replica has flushed these regions as they are. Should this replica lose what
+    /// it has not flushed of them, its log puts the bits back (R22).
+    pub(super) fn on_clear_map(&mut self, call: ReplicaCall, absent: ReplicaId, regions: &[Region]) {
+        let regions = self.unwritten(regions);
+        let map = self.maps.get_mut(&absent).map(|map| &mut map.dirty);
+        let Some(Dirty::Blocks(blocks)) = map else {
+            return self.reply(call, ReplicaReply::Done(Ok(())));
+        };
+        let mut cleared = Vec::new();
+        for region in regions {
+            let unsaved = self.map_unsaved.get_mut(&absent).is_some_and(|unsaved| unsaved.remove(&region));
+            if blocks.take_region(region).is_some() || unsaved {
+                cleared.push((region, RegionBits::default()));
+            }
+        }
+        if cleared.is_empty() {
+            return self.reply(call, ReplicaReply::Done(Ok(())));
+        }
+        self.start_control(call, vec![DiskOp::MapUpdate { absent, regions: cleared }]);
     }
 
     fn save_maps(&mut self, regions: &[Region]) -> Vec<DiskOp> {

@@ -168,6 +168,17 @@ pub struct Opened {
     pub snapshots: Vec<SnapshotId>,
 }
 
+/// What a replica has of a block (R17).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allocation {
+    /// Never written; reads as zeroes.
+    Absent,
+    /// Zeroed.
+    Zero,
+    /// Data.
+    Data,
+}
+
 /// A control request to an open replica. A refusal that leaves the session whole is [`TargetEvent::ControlRefused`],
 /// every other failure, or a timeout, [`TargetEvent::SessionLost`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -185,6 +196,18 @@ pub enum Control {
     ClearLog(Vec<Region>),
     /// Read the dirty map kept for an absent replica (R23).
     ReadMap(ReplicaId),
+    /// Turn the void map kept for an absent replica into one of all blocks, so that what is copied can be taken out.
+    FillMap(ReplicaId),
+    /// Take regions out of the map kept for an absent replica: it has flushed them (R23).
+    ClearMap {
+        /// The absent replica.
+        absent: ReplicaId,
+        /// The regions.
+        regions: Vec<Region>,
+    },
+    /// Tell where the replica has data; answered by [`TargetEvent::ExtentsRead`]. Absent is what reads as zeroes because
+    /// no layer has anything. Changes nothing, so that it may be answered beside the core.
+    ReadExtents(BlockRange),
     /// Give a joining replica a member's maps (R24).
     MergeMaps {
         /// The epoch.
@@ -265,7 +288,7 @@ pub enum TargetEvent {
         /// The replica's write cache was lost.
         cache_lost: bool,
     },
-    /// Answer to SetEpoch, ClearLog, MergeMaps, Freeze, DropSnapshot, Grow or Release.
+    /// Answer to SetEpoch, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow or Release.
     ControlDone {
         /// The call.
         call: CallId,
@@ -283,6 +306,13 @@ pub enum TargetEvent {
         call: CallId,
         /// The map.
         map: DirtyMap,
+    },
+    /// Answer to ReadExtents.
+    ExtentsRead {
+        /// The call.
+        call: CallId,
+        /// The whole range asked for, in order.
+        extents: Vec<(BlockRange, Allocation)>,
     },
     /// An I/O ended.
     IoDone {
@@ -495,8 +525,10 @@ pub struct ReplicaStatus {
     pub state: &'static str,
     /// Bytes copied by the resync that runs or ran last.
     pub resync_bytes_done: u64,
-    /// Bytes that resync had to copy.
+    /// Bytes that resync had to copy; what earlier ones had copied is not among them.
     pub resync_bytes_total: u64,
+    /// Bytes copied by all resyncs since the target started, those of interrupted ones included.
+    pub resync_bytes_copied: u64,
 }
 
 /// Blocks of a client's range and the edges that must be read first.

@@ -1,20 +1,33 @@
 //! Bringing an offline replica back: copy what it misses while it receives all new writes, then join (R23, R24).
+//!
+//! ```text
+//! opening ─> maps ─┬─────────────> extents ─> copying ─> draining ─> other maps ─> merging ─> flushing ─> ready
+//!                  └─> filling ──────^ (no valid map)      (from here on in the ack set)
+//! ```
+//!
+//! *Promised:* a kill of the target, of a member or of the returning replica in the middle loses at most what was copied
+//! since the last checkpoint (`CHECKPOINT_REGIONS`): only then are the bits in the members' maps taken back, after the
+//! replica flushed (R23), and only for regions that nobody wrote since (`intent_log`).
+//!
+//! *Turns:* one replica at a time. One that catches up for `CATCH_UP_TURN_MS` while another waits is interrupted as soon
+//! as that one is open, and goes on where it was when its turn comes again; one that hangs loses its session at the I/O
+//! deadline. So neither a large nor a sick replica keeps the others out.
+//!
+//! *It ends:* new writes go to the replica too, so what is to be copied only shrinks, however much is written meanwhile.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_range::BlockRange;
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
-use crate::ids::{Epoch, REGION_BYTES, Region, ReplicaId};
+use crate::ids::{BLOCK_BYTES, BLOCKS_PER_REGION, Epoch, Region, ReplicaId};
 use crate::record::ReplicaState;
 use crate::timers;
 
 use super::copies::CopyFor;
+use super::copy_plan::CopyPlan;
 use super::flushes::FlushFor;
 use super::peers::{Call, CallKind, Peer};
-use super::{CallId, Control, Target, TargetState};
-
-/// Clean blocks between two dirty ones that are copied along rather than copying twice.
-const RUN_GAP_BLOCKS: u64 = 8;
+use super::{Allocation, CallId, Control, Target, TargetState};
 
 #[derive(Debug)]
 pub(super) struct CatchUp {
@@ -22,18 +35,29 @@ pub(super) struct CatchUp {
     number: u64,
     replica: ReplicaId,
     stage: Stage,
-    to_copy: BlockSet,
+    since_ms: u64,
+    plan: CopyPlan,
     /// Some member's map was valid (R21): else everything is copied.
     valid_map: bool,
-    runs: VecDeque<BlockRange>,
-    /// Copies queued or under way, by region: the log keeps those regions.
-    copying: BTreeMap<Region, u32>,
-    /// Copies under way.
-    copies: usize,
+    extents: Extents,
+    /// A copy waits for the throttle until then.
+    wait_until_ms: Option<u64>,
+    next_checkpoint_ms: u64,
     /// Writes that began before the ack set included the replica (R24 step 2).
     drain: BTreeSet<u64>,
     /// Maps of those that stay absent.
     others: BTreeMap<ReplicaId, DirtyMap>,
+}
+
+/// Asking source and replica, part by part, where there is nothing.
+#[derive(Debug, Default)]
+struct Extents {
+    /// Regions before it are known.
+    next: u64,
+    /// In the part under way: not absent at the source or at the replica.
+    present: BlockSet,
+    /// In the part under way: without data at the source.
+    holes: BlockSet,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +65,10 @@ enum Stage {
     Opening,
     /// It receives new writes; the members' maps are being read.
     Maps,
+    /// The members turn their void maps into full ones, so that a restart goes on where this try stopped.
+    Filling,
+    /// What is absent on both sides is left out.
+    Extents,
     Copying,
     /// The ack set includes it from here on (R24 step 1).
     Draining,
@@ -90,9 +118,32 @@ impl Target {
         self.at_least(Stage::Ready)
     }
 
+    /// The end of a client's I/O may be what the next step waits for.
+    pub(super) fn catch_up_drains(&self) -> bool {
+        self.is_joining()
+    }
+
     /// Whether the returning replica's log must keep the region: it is not copied yet.
     pub(super) fn is_to_copy(&self, region: Region) -> bool {
-        self.catch_up.as_ref().is_some_and(|c| c.to_copy.touches(region) || c.copying.contains_key(&region))
+        self.catch_up.as_ref().is_some_and(|c| c.plan.lacks(region))
+    }
+
+    /// Who has waited for a turn's length and may interrupt the one that catches up.
+    pub(super) fn next_turn(&self) -> Option<ReplicaId> {
+        let catch_up = self.catch_up.as_ref().filter(|c| c.stage <= Stage::Copying)?;
+        let over = self.now_ms >= catch_up.since_ms + timers::CATCH_UP_TURN_MS;
+        over.then(|| self.next_to_catch_up(Some(catch_up.replica))).flatten()
+    }
+
+    /// When the catch-up wants a tick.
+    pub(super) fn catch_up_timeout(&self) -> Option<u64> {
+        let catch_up = self.catch_up.as_ref().filter(|c| c.stage == Stage::Copying)?;
+        catch_up.wait_until_ms
+    }
+
+    pub(super) fn catch_up_progress(&self, replica: ReplicaId) -> Option<(u64, u64)> {
+        let catch_up = self.catch_up.as_ref().filter(|c| c.replica == replica)?;
+        Some((catch_up.plan.done_bytes(), catch_up.plan.total_bytes()))
     }
 
     pub(super) fn pump_catch_up(&mut self) {
@@ -101,33 +152,48 @@ impl Target {
             return;
         }
         let Some(stage) = self.catch_up.as_ref().map(|c| c.stage) else {
-            return self.start_catch_up();
+            if let Some(replica) = self.next_to_catch_up(None) {
+                self.start_catch_up(replica);
+            }
+            return;
         };
         match stage {
             Stage::Opening | Stage::Merging | Stage::Flushing | Stage::Ready => {}
             Stage::Maps => self.maps_read(),
+            Stage::Filling => self.maps_filled(),
+            Stage::Extents => self.pump_extents(),
             Stage::Copying => self.pump_copies(),
             Stage::Draining => self.drained(),
             Stage::OtherMaps => self.other_maps_read(),
         }
     }
 
-    fn start_catch_up(&mut self) {
-        let Some(replica) = self.next_to_catch_up() else { return };
+    fn start_catch_up(&mut self, replica: ReplicaId) {
         let number = self.new_id();
         self.catch_up = Some(CatchUp {
             number,
             replica,
             stage: Stage::Opening,
-            to_copy: BlockSet::new(),
+            since_ms: self.now_ms,
+            plan: CopyPlan::default(),
             valid_map: false,
-            runs: VecDeque::new(),
-            copying: BTreeMap::new(),
-            copies: 0,
+            extents: Extents::default(),
+            wait_until_ms: None,
+            next_checkpoint_ms: 0,
             drain: BTreeSet::new(),
             others: BTreeMap::new(),
         });
         self.dirty = true;
+        if self.is_open(replica) {
+            self.catch_up_opened(replica);
+        }
+    }
+
+    /// A replica that waited for its turn is open: whoever catches up makes room. What that one has at its last
+    /// checkpoint stays.
+    pub(super) fn take_turn(&mut self, replica: ReplicaId) {
+        self.abort_catch_up();
+        self.start_catch_up(replica);
     }
 
     /// From here on it receives new writes; those begun before are copied.
@@ -139,12 +205,13 @@ impl Target {
         let own = self.guards.ownlog;
         let Some(catch_up) = &mut self.catch_up else { return };
         catch_up.stage = Stage::Maps;
+        let to_copy = catch_up.plan.to_copy_mut();
         for range in begun {
-            catch_up.to_copy.insert(range);
+            to_copy.insert(range);
         }
         // R23: what it has and nobody else is in its own log, whether its cache survived or not.
         for region in logged.into_iter().filter(|_| own) {
-            catch_up.to_copy.insert_region(region);
+            to_copy.insert_region(region);
         }
         for member in self.members() {
             self.send_control(member, CallKind::ReadMap, Control::ReadMap(replica));
@@ -165,7 +232,12 @@ impl Target {
         let about = match kind {
             CallKind::ReadMap => replica,
             CallKind::ReadOtherMap(other) => other,
-            CallKind::Tell(_) | CallKind::ClearLog | CallKind::Merge | CallKind::Release => return,
+            CallKind::Tell(_)
+            | CallKind::Clear
+            | CallKind::FillMap
+            | CallKind::Extents
+            | CallKind::Merge
+            | CallKind::Release => return,
         };
         // R21: a map with another base, or a void one, says nothing.
         let valid = self.left_epoch(about) == Some(map.base);
@@ -173,7 +245,7 @@ impl Target {
         let Some(catch_up) = self.catch_up.as_mut().filter(|_| valid) else { return };
         if about == replica {
             catch_up.valid_map = true;
-            catch_up.to_copy.merge(&blocks);
+            catch_up.plan.to_copy_mut().merge(&blocks);
         } else {
             let other = DirtyMap { base: map.base, dirty: Dirty::Blocks(BlockSet::new()) };
             if let Dirty::Blocks(all) = &mut catch_up.others.entry(about).or_insert(other).dirty {
@@ -186,70 +258,146 @@ impl Target {
         self.calls.values().any(|call| of(call.kind))
     }
 
+    fn set_stage(&mut self, stage: Stage) {
+        if let Some(catch_up) = &mut self.catch_up {
+            catch_up.stage = stage;
+        }
+        self.dirty = true;
+    }
+
     fn maps_read(&mut self) {
         if self.has_calls(|kind| kind == CallKind::ReadMap) {
             return;
         }
         let size_bytes = self.size_bytes().unwrap_or(0);
         let Some(catch_up) = &mut self.catch_up else { return };
-        if !catch_up.valid_map {
-            let regions = u32::try_from(size_bytes / REGION_BYTES).expect("volumes end below 2^32 regions");
-            for region in 0..regions {
-                catch_up.to_copy.insert_region(Region(region));
+        if catch_up.valid_map {
+            return self.set_stage(Stage::Extents);
+        }
+        let replica = catch_up.replica;
+        *catch_up.plan.to_copy_mut() = BlockSet::whole(size_bytes);
+        for member in self.members() {
+            self.send_control(member, CallKind::FillMap, Control::FillMap(replica));
+        }
+        self.set_stage(Stage::Filling);
+    }
+
+    fn maps_filled(&mut self) {
+        if !self.has_calls(|kind| kind == CallKind::FillMap) {
+            self.set_stage(Stage::Extents);
+        }
+    }
+
+    /// Leaves out what is absent at a member and at the replica: both read as zeroes there. Whatever was written since
+    /// the replica was opened went to both, so neither answer can be too old.
+    fn pump_extents(&mut self) {
+        if self.has_calls(|kind| kind == CallKind::Extents) {
+            return;
+        }
+        let size_bytes = self.size_bytes().unwrap_or(0);
+        let Some(source) = self.choose_reader(&BTreeSet::new()) else { return };
+        let Some(catch_up) = &mut self.catch_up else { return };
+        let known = |regions: u64| Region(u32::try_from(regions).unwrap_or(u32::MAX));
+        if catch_up.extents.next > 0 {
+            let part = known(catch_up.extents.next - timers::EXTENTS_REGIONS)..known(catch_up.extents.next);
+            let present = std::mem::take(&mut catch_up.extents.present);
+            let holes = std::mem::take(&mut catch_up.extents.holes);
+            catch_up.plan.leave_out(part, &present, holes);
+        }
+        let next = catch_up.plan.to_copy().first_region_from(known(catch_up.extents.next));
+        let Some(next) = next else { return self.start_copying() };
+        let part = u64::from(next.0) / timers::EXTENTS_REGIONS;
+        let start = part * timers::EXTENTS_REGIONS * BLOCKS_PER_REGION;
+        let end = (start + timers::EXTENTS_REGIONS * BLOCKS_PER_REGION).min(size_bytes / BLOCK_BYTES);
+        catch_up.extents.next = (part + 1) * timers::EXTENTS_REGIONS;
+        let (replica, range) = (catch_up.replica, BlockRange::new(start, end - start));
+        for of in [source, replica] {
+            self.send_control(of, CallKind::Extents, Control::ReadExtents(range));
+        }
+    }
+
+    pub(super) fn on_extents_read(&mut self, call: CallId, extents: &[(BlockRange, Allocation)]) {
+        let Some(Call { replica: of, kind: CallKind::Extents }) = self.take_call(call) else { return };
+        let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.stage == Stage::Extents) else { return };
+        for (range, allocation) in extents {
+            if *allocation != Allocation::Absent {
+                catch_up.extents.present.insert(*range);
+            }
+            if of != catch_up.replica && *allocation != Allocation::Data {
+                catch_up.extents.holes.insert(*range);
             }
         }
-        catch_up.stage = Stage::Copying;
-        let total = catch_up.to_copy.count_blocks() * crate::ids::BLOCK_BYTES;
-        let replica = catch_up.replica;
-        if let Some(peer) = self.peers.get_mut(&replica) {
-            peer.resync_bytes_done = 0;
-            peer.resync_bytes_total = total;
+    }
+
+    fn start_copying(&mut self) {
+        let now = self.now_ms;
+        if let Some(catch_up) = &mut self.catch_up {
+            catch_up.plan.begin();
+            catch_up.next_checkpoint_ms = now + timers::CHECKPOINT_MS;
         }
-        self.dirty = true;
+        self.set_stage(Stage::Copying);
     }
 
     fn pump_copies(&mut self) {
-        loop {
-            let Some(catch_up) = &mut self.catch_up else { return };
-            if catch_up.copies >= timers::COPIES_MAX {
-                return;
+        let now = self.now_ms;
+        let busy = self.throttle.is_busy(now);
+        let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
+        while let Some(catch_up) = &mut self.catch_up {
+            // While a checkpoint is under way only so much may gather for the next.
+            let backlog = self.clear_round.is_some() && catch_up.plan.fresh() >= 2 * timers::CHECKPOINT_REGIONS;
+            if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
+                break;
             }
-            if let Some(range) = catch_up.runs.pop_front() {
-                catch_up.copies += 1;
-                let replica = catch_up.replica;
-                self.start_copy(CopyFor::CatchUp(replica), range);
-                continue;
+            let Some(blocks) = catch_up.plan.next_blocks(blocks_max) else { break };
+            let cost = (blocks * BLOCK_BYTES).max(timers::COPY_COST_MIN_BYTES);
+            catch_up.wait_until_ms = self.throttle.take(now, cost).err();
+            if catch_up.wait_until_ms.is_some() {
+                break;
             }
-            let Some(region) = catch_up.to_copy.first_region() else { break };
-            if let Some(bits) = catch_up.to_copy.take_region(region) {
-                catch_up.runs.extend(BlockSet::runs_of(region, &bits, RUN_GAP_BLOCKS));
-                catch_up.copying.insert(region, u32::try_from(catch_up.runs.len()).unwrap_or(u32::MAX));
-            }
+            let replica = catch_up.replica;
+            let Some(range) = catch_up.plan.next(blocks_max) else { break };
+            self.start_copy(CopyFor::CatchUp(replica), range);
         }
+        self.pump_checkpoint();
         let begun: BTreeSet<u64> = self.begun_tasks().map(|(id, _)| id).collect();
         let clearing = self.clear_round.is_some();
         let Some(catch_up) = &mut self.catch_up else { return };
-        if catch_up.copies == 0 && !clearing {
-            catch_up.stage = Stage::Draining;
+        if catch_up.plan.is_done() && !clearing {
             catch_up.drain = begun;
-            self.dirty = true;
+            self.set_stage(Stage::Draining);
+        }
+    }
+
+    /// R23: takes back what need not be copied again, however this ends.
+    fn pump_checkpoint(&mut self) {
+        let now = self.now_ms;
+        let Some(catch_up) = &mut self.catch_up else { return };
+        let late = now >= catch_up.next_checkpoint_ms && catch_up.plan.has_copied();
+        let due = late || catch_up.plan.fresh() >= timers::CHECKPOINT_REGIONS;
+        if !due || self.clear_round.is_some() {
+            return;
+        }
+        catch_up.next_checkpoint_ms = now + timers::CHECKPOINT_MS;
+        let regions = catch_up.plan.begin_checkpoint();
+        let (replica, number) = (catch_up.replica, catch_up.number);
+        self.start_checkpoint(replica, number, regions);
+    }
+
+    /// Regions whose bits are taken back.
+    pub(super) fn checkpointed(&mut self, number: u64, regions: &[Region]) {
+        if let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.number == number) {
+            catch_up.plan.checkpointed(regions);
         }
     }
 
     pub(super) fn range_caught_up(&mut self, replica: ReplicaId, range: BlockRange) {
         let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.replica == replica) else { return };
-        catch_up.copies -= 1;
-        let region = range.start.region();
-        if let Some(left) = catch_up.copying.get_mut(&region) {
-            *left -= 1;
-            if *left == 0 {
-                catch_up.copying.remove(&region);
-            }
-        }
+        catch_up.plan.ended(range);
+        let (done, total) = (catch_up.plan.done_bytes(), catch_up.plan.total_bytes());
         if let Some(peer) = self.peers.get_mut(&replica) {
-            // Bridged gaps are copied too; the total counts dirty blocks only.
-            peer.resync_bytes_done =
-                (peer.resync_bytes_done + range.len_bytes()).min(peer.resync_bytes_total);
+            peer.resync_bytes_done = done;
+            peer.resync_bytes_total = total;
+            peer.resync_bytes_copied += range.len_bytes();
         }
         self.dirty = true;
     }
@@ -331,10 +479,9 @@ impl Target {
         self.catch_up = None;
         let Some(peer) = self.peers.get_mut(&replica) else { return };
         peer.cache_lost = false;
-        peer.resync_bytes_done = peer.resync_bytes_total;
         let logged = peer.session().map(|s| s.logged.clone()).unwrap_or_default();
         for region in logged {
-            self.logged.entry(region).or_default();
+            self.is_logged_by_member(region);
         }
     }
 
@@ -348,7 +495,10 @@ impl Target {
         let calls: Vec<CallId> = self
             .calls
             .iter()
-            .filter(|(_, c)| matches!(c.kind, CallKind::ReadMap | CallKind::ReadOtherMap(_)))
+            .filter(|(_, c)| match c.kind {
+                CallKind::ReadMap | CallKind::ReadOtherMap(_) | CallKind::FillMap | CallKind::Extents => true,
+                CallKind::Tell(_) | CallKind::Clear | CallKind::Merge | CallKind::Release => false,
+            })
             .map(|(id, _)| *id)
             .collect();
         for call in calls {

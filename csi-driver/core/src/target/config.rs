@@ -345,7 +345,7 @@ impl Target {
             peer.failures = if peer.expelled { peer.failures.max(2) } else { 1 };
             peer.cache_lost = false;
         }
-        self.clear_answered(replica);
+        self.drop_clear_calls(replica);
     }
 
     /// R10: tells every member the epoch in force; when all have it, a target that settles begins to serve.
@@ -400,7 +400,7 @@ impl Target {
             }
         }
         for region in &regions {
-            self.logged.entry(*region).or_default();
+            self.is_logged_by_member(*region);
         }
         if self.guards.intent {
             self.reconcile.start(regions);

@@ -38,10 +38,9 @@ impl Target {
             return;
         }
         let Some(why) = self.flushes.get(&id).map(|flush| flush.why) else { return };
-        let mut replicas: Vec<ReplicaId> = self.ack_set.iter().copied().collect();
-        if why == FlushFor::Clear {
-            replicas.extend(self.clears_too().filter(|r| !self.ack_set.contains(r)));
-        }
+        let round = self.clear_round.as_ref().filter(|_| why == FlushFor::Clear);
+        let replicas: Vec<ReplicaId> =
+            round.map_or_else(|| self.ack_set.iter().copied().collect(), |round| round.replicas().to_vec());
         let mut answers = Vec::with_capacity(replicas.len());
         for replica in replicas {
             let sent = self.send_io(replica, IoOwner::Flush(id), DataOp::Flush, Payload::None);

@@ -11,7 +11,7 @@ use crate::timers;
 
 use super::flushes::FlushFor;
 use super::peers::CallKind;
-use super::{Control, Target};
+use super::{CallId, Control, Target};
 
 /// A region that some replica has logged.
 #[derive(Debug, Default)]
@@ -19,28 +19,58 @@ pub(super) struct LogEntry {
     /// Writes and copies that began and are not over.
     in_flight: u32,
     last_ms: u64,
+    /// A member has it logged; else only the returning replica, by a copy.
+    by_members: bool,
     /// Chosen for the clearing under way and not written since.
     chosen: bool,
-    /// ClearLog is under way: writes wait.
+    /// The clearing is under way: writes wait.
     clearing: bool,
 }
 
-/// One flush with the ClearLog after it.
+/// One flush with the clearing after it.
 #[derive(Debug)]
 pub(super) struct ClearRound {
-    /// Who is flushed and cleared.
+    kind: RoundKind,
+    /// Who is flushed, and who clears its log.
     replicas: Vec<ReplicaId>,
-    /// The catch-up whose replica is among them: a later try of the same replica must keep its log.
-    catch_up: Option<u64>,
     regions: Vec<Region>,
-    /// ClearLog unanswered; empty before it is sent.
-    waiting: BTreeSet<ReplicaId>,
+    /// Unanswered; empty before it is sent.
+    waiting: BTreeSet<CallId>,
     clearing: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RoundKind {
+    /// Takes cold regions out of all logs. The catch-up whose replica is among them: a later try of the same replica
+    /// must keep its log.
+    Cold { catch_up: Option<u64> },
+    /// What the returning replica has flushed: out of its own log and out of the maps kept for it (R23).
+    Checkpoint { catch_up: u64 },
+}
+
+impl ClearRound {
+    /// Who is flushed.
+    pub(super) fn replicas(&self) -> &[ReplicaId] {
+        &self.replicas
+    }
+
+    fn catch_up(&self) -> Option<u64> {
+        match self.kind {
+            RoundKind::Cold { catch_up } => catch_up,
+            RoundKind::Checkpoint { catch_up } => Some(catch_up),
+        }
+    }
 }
 
 impl Target {
+    /// A region that a member says it has logged.
+    pub(super) fn is_logged_by_member(&mut self, region: Region) {
+        self.logged.entry(region).or_default().by_members = true;
+    }
+
     /// Counts a write's regions in, if the log has room for those that are new; else the write waits for a clearing.
-    pub(super) fn count_in_log(&mut self, range: BlockRange) -> bool {
+    /// `by_members`: it goes to members, not only to the returning replica.
+    pub(super) fn count_in_log(&mut self, range: BlockRange, by_members: bool) -> bool {
         let mut new = 0;
         for region in range.regions() {
             match self.logged.get(&region) {
@@ -59,6 +89,7 @@ impl Target {
             let entry = self.logged.entry(region).or_default();
             entry.in_flight += 1;
             entry.last_ms = self.now_ms;
+            entry.by_members |= by_members;
             entry.chosen = false;
         }
         if self.logged.len() > timers::INTENT_LOG_PRESSURE && self.clear_round.is_none() {
@@ -102,25 +133,37 @@ impl Target {
             .filter(|(region, _)| !self.reconcile.contains(**region) && !self.is_to_copy(**region))
             .map(|(region, entry)| (entry.last_ms, *region))
             .collect();
-        if regions.is_empty() {
-            return;
-        }
         if !all {
             regions.sort_unstable();
             regions.truncate(timers::LOG_CLEAR_BATCH);
         }
         let regions: Vec<Region> = regions.into_iter().map(|(_, region)| region).collect();
-        for region in &regions {
-            if let Some(entry) = self.logged.get_mut(region) {
-                entry.chosen = true;
-            }
-        }
         let mut replicas: Vec<ReplicaId> = self.ack_set.iter().copied().collect();
-        replicas.extend(self.clears_too().filter(|r| !self.ack_set.contains(r)));
-        let catch_up = self.clearing_number();
-        self.clear_round =
-            Some(ClearRound { replicas, catch_up, regions, waiting: BTreeSet::new(), clearing: false });
-        if self.guards.clearrule {
+        if self.guards.mapflush {
+            replicas.extend(self.clears_too().filter(|r| !self.ack_set.contains(r)));
+        }
+        let kind = RoundKind::Cold { catch_up: self.clearing_number() };
+        self.start_round(kind, replicas, regions, self.guards.clearrule);
+    }
+
+    /// R23: flushes the returning replica alone. Of a region that members have logged too, their own flush may be
+    /// missing: should they lose it, their logs put it back into their maps (R22).
+    pub(super) fn start_checkpoint(&mut self, replica: ReplicaId, catch_up: u64, regions: Vec<Region>) {
+        let quiet = |region: &Region| self.logged.get(region).is_none_or(|entry| entry.in_flight == 0);
+        let regions = regions.into_iter().filter(quiet).collect();
+        self.start_round(RoundKind::Checkpoint { catch_up }, vec![replica], regions, self.guards.mapflush);
+    }
+
+    fn start_round(&mut self, kind: RoundKind, replicas: Vec<ReplicaId>, regions: Vec<Region>, flush: bool) {
+        if regions.is_empty() {
+            return;
+        }
+        for region in &regions {
+            self.logged.entry(*region).or_default().chosen = true;
+        }
+        let waiting = BTreeSet::new();
+        self.clear_round = Some(ClearRound { kind, replicas, regions, waiting, clearing: false });
+        if flush {
             self.start_flush(FlushFor::Clear);
         } else {
             self.clear_flushed();
@@ -139,41 +182,53 @@ impl Target {
             quiet || !strict
         });
         round.clearing = true;
-        let (regions, replicas, catch_up) = (round.regions.clone(), round.replicas.clone(), round.catch_up);
-        let same = catch_up.is_some() && catch_up == self.clearing_number();
+        let (of, regions, replicas) = (round.catch_up(), round.regions.clone(), round.replicas.clone());
+        // A replica that left meanwhile, or is in another try, has flushed nothing of this.
+        let returning = self.catching_up().filter(|_| of.is_some() && of == self.clearing_number());
         let open: Vec<ReplicaId> = replicas
             .into_iter()
-            .filter(|r| self.is_member(*r) || (same && self.catching_up() == Some(*r)))
+            .filter(|r| self.is_member(*r) || returning == Some(*r))
             .filter(|r| self.is_open(*r))
             .collect();
-        if let Some(round) = &mut self.clear_round {
-            round.waiting = open.iter().copied().collect();
-        }
         for replica in open {
-            self.send_control(replica, CallKind::ClearLog, Control::ClearLog(regions.clone()));
+            self.send_control(replica, CallKind::Clear, Control::ClearLog(regions.clone()));
+        }
+        if let Some(absent) = returning {
+            for member in self.members() {
+                let op = Control::ClearMap { absent, regions: regions.clone() };
+                self.send_control(member, CallKind::Clear, op);
+            }
+        }
+        let waiting =
+            self.calls.iter().filter(|(_, call)| call.kind == CallKind::Clear).map(|(id, _)| *id).collect();
+        if let Some(round) = &mut self.clear_round {
+            round.waiting = waiting;
         }
         self.end_clear_round();
     }
 
-    /// A replica answered ClearLog, or is gone.
-    pub(super) fn clear_answered(&mut self, replica: ReplicaId) {
+    /// A replica answered one of the round's calls, or is gone.
+    pub(super) fn clear_answered(&mut self, call: CallId) {
         if let Some(round) = &mut self.clear_round {
-            round.waiting.remove(&replica);
+            round.waiting.remove(&call);
             self.end_clear_round();
         }
     }
 
     fn end_clear_round(&mut self) {
-        let over = self.clear_round.as_ref().is_some_and(|round| round.clearing && round.waiting.is_empty());
-        if !over {
+        let Some(round) = self.clear_round.take_if(|round| round.clearing && round.waiting.is_empty()) else {
             return;
-        }
-        if let Some(round) = self.clear_round.take() {
-            for region in round.regions {
-                if self.logged.get(&region).is_some_and(|entry| entry.in_flight == 0) {
-                    self.logged.remove(&region);
-                }
+        };
+        for region in &round.regions {
+            let Some(entry) = self.logged.get_mut(region) else { continue };
+            entry.clearing = false;
+            let kept = matches!(round.kind, RoundKind::Checkpoint { .. }) && entry.by_members;
+            if entry.in_flight == 0 && !kept {
+                self.logged.remove(region);
             }
+        }
+        if let Some(number) = round.catch_up() {
+            self.checkpointed(number, &round.regions);
         }
         self.dirty = true;
     }

@@ -4,7 +4,8 @@
 //! - `peers`: sessions, heartbeats, leases, deadlines (R2, R4, R6, R9, R14);
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R14, R16, R17), flushes (R15);
 //! - `intent_log`: which regions are logged, and clearing them (R18);
-//! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` (R23, R24) say which.
+//! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` (R23, R24) say which, `copy_plan` in what
+//!   order, `throttle` how fast.
 //!
 //! Every input changes the state it is about; what follows from it for the volume as a whole is decided in one place,
 //! `settle_all`, which runs only when something other than plain I/O happened.
@@ -13,6 +14,7 @@ mod api;
 mod catch_up;
 mod config;
 mod copies;
+mod copy_plan;
 mod flushes;
 mod intent_log;
 mod peers;
@@ -20,6 +22,7 @@ mod range_lock;
 mod reconcile;
 mod requests;
 mod tasks;
+mod throttle;
 #[cfg(test)]
 mod tests;
 
@@ -42,6 +45,7 @@ use range_lock::RangeLock;
 use reconcile::Reconcile;
 use requests::Request;
 use tasks::Task;
+use throttle::Throttle;
 
 /// The target side of the protocol; one per attached volume, owned by one thread.
 #[derive(Debug)]
@@ -93,6 +97,7 @@ pub struct Target {
     next_clear_ms: u64,
     reconcile: Reconcile,
     catch_up: Option<CatchUp>,
+    throttle: Throttle,
     stopping: Option<Stopping>,
     next_reader: u64,
     writes_acknowledged: u64,
@@ -173,6 +178,7 @@ impl Target {
             next_clear_ms: 0,
             reconcile: Reconcile::default(),
             catch_up: None,
+            throttle: Throttle::new(now_ms),
             stopping: None,
             next_reader: 0,
             writes_acknowledged: 0,
@@ -207,6 +213,7 @@ impl Target {
             TargetEvent::ControlDone { call } => self.on_control_done(call),
             TargetEvent::ControlRefused { call, error } => self.on_control_refused(call, error),
             TargetEvent::MapRead { call, map } => self.on_map_read(call, map),
+            TargetEvent::ExtentsRead { call, extents } => self.on_extents_read(call, &extents),
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),
             TargetEvent::Stop => self.on_stop(),
@@ -233,6 +240,9 @@ impl Target {
         }
         if let Some(stopping) = &self.stopping {
             take(stopping.deadline_ms);
+        }
+        if let Some(at) = self.catch_up_timeout() {
+            take(at);
         }
         for peer in self.peers.values() {
             take(self.peer_timeout(peer));
@@ -289,12 +299,15 @@ impl Target {
             Some(ReplicaState::Offline { .. }) if self.catching_up() == Some(replica) => "catching_up",
             Some(ReplicaState::Offline { .. }) => "offline",
         };
+        let last = (peer.resync_bytes_done, peer.resync_bytes_total);
+        let (done, total) = self.catch_up_progress(replica).unwrap_or(last);
         ReplicaStatus {
             replica,
             node: peer.node.clone(),
             state,
-            resync_bytes_done: peer.resync_bytes_done,
-            resync_bytes_total: peer.resync_bytes_total,
+            resync_bytes_done: done,
+            resync_bytes_total: total,
+            resync_bytes_copied: peer.resync_bytes_copied,
         }
     }
 

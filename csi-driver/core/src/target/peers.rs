@@ -29,6 +29,8 @@ pub(super) struct Peer {
     pub expelled: bool,
     pub resync_bytes_done: u64,
     pub resync_bytes_total: u64,
+    /// By all resyncs of this target.
+    pub resync_bytes_copied: u64,
 }
 
 #[derive(Debug)]
@@ -77,9 +79,12 @@ pub(super) struct Call {
 pub(super) enum CallKind {
     /// SetEpoch of this epoch number.
     Tell(u64),
-    ClearLog,
+    /// ClearLog or ClearMap of the round under way.
+    Clear,
     /// ReadMap of the returning replica.
     ReadMap,
+    FillMap,
+    Extents,
     /// ReadMap of one that stays absent, for a join.
     ReadOtherMap(ReplicaId),
     Merge,
@@ -97,6 +102,7 @@ impl Peer {
             expelled: false,
             resync_bytes_done: 0,
             resync_bytes_total: 0,
+            resync_bytes_copied: 0,
         }
     }
 
@@ -174,7 +180,7 @@ impl Target {
 
     /// Members always: one that can be swapped out instead soon is no member. Others when it is their turn to catch up.
     fn wants_session(&self, replica: ReplicaId) -> bool {
-        if self.catching_up() == Some(replica) {
+        if self.catching_up() == Some(replica) || self.next_turn() == Some(replica) {
             return true;
         }
         let leaving = self.pending.as_ref().is_some_and(|p| !p.proposed.in_sync.contains(&replica));
@@ -232,6 +238,8 @@ impl Target {
         }
         if self.catching_up() == Some(replica) {
             self.catch_up_opened(replica);
+        } else if self.next_turn() == Some(replica) {
+            self.take_turn(replica);
         }
     }
 
@@ -245,7 +253,7 @@ impl Target {
         let logged =
             self.peers.get(&replica).and_then(Peer::session).map(|s| s.logged.clone()).unwrap_or_default();
         for region in logged {
-            self.logged.entry(region).or_default();
+            self.is_logged_by_member(region);
         }
         self.resend(replica);
     }
@@ -326,8 +334,8 @@ impl Target {
         let calls: Vec<CallId> =
             self.calls.iter().filter(|(_, call)| call.replica == replica).map(|(id, _)| *id).collect();
         for call in calls {
-            if let Some(Call { kind: CallKind::ClearLog, .. }) = self.calls.remove(&call) {
-                self.clear_answered(replica);
+            if let Some(Call { kind: CallKind::Clear, .. }) = self.calls.remove(&call) {
+                self.clear_answered(call);
             }
         }
         if self.catching_up() == Some(replica) {
@@ -453,6 +461,16 @@ impl Target {
         self.take_call(call);
     }
 
+    /// A replica that left the set clears nothing any more.
+    pub(super) fn drop_clear_calls(&mut self, replica: ReplicaId) {
+        let of_it = |call: &Call| call.replica == replica && call.kind == CallKind::Clear;
+        let calls: Vec<CallId> = self.calls.iter().filter(|(_, c)| of_it(c)).map(|(id, _)| *id).collect();
+        for call in calls {
+            self.take_call(call);
+            self.clear_answered(call);
+        }
+    }
+
     pub(super) fn on_control_done(&mut self, call: CallId) {
         let Some(Call { replica, kind }) = self.take_call(call) else { return };
         match kind {
@@ -461,9 +479,13 @@ impl Target {
                     self.told.insert(replica);
                 }
             }
-            CallKind::ClearLog => self.clear_answered(replica),
+            CallKind::Clear => self.clear_answered(call),
             CallKind::Merge => self.maps_merged(replica),
-            CallKind::Release | CallKind::ReadMap | CallKind::ReadOtherMap(_) => {}
+            CallKind::Release
+            | CallKind::ReadMap
+            | CallKind::FillMap
+            | CallKind::Extents
+            | CallKind::ReadOtherMap(_) => {}
         }
     }
 
@@ -522,13 +544,15 @@ impl Target {
         candidates.get(usize::try_from(at).unwrap_or(0)).copied()
     }
 
-    /// Offline replicas, those whose next try is due first.
-    pub(super) fn next_to_catch_up(&self) -> Option<ReplicaId> {
+    /// An offline replica other than `but`; the one whose next try is due first.
+    pub(super) fn next_to_catch_up(&self, but: Option<ReplicaId>) -> Option<ReplicaId> {
         let record = self.volume()?;
         record
             .replicas
             .iter()
-            .filter(|(_, entry)| matches!(entry.state, ReplicaState::Offline { .. }))
+            .filter(|(replica, entry)| {
+                matches!(entry.state, ReplicaState::Offline { .. }) && but != Some(**replica)
+            })
             .filter_map(|(replica, _)| self.peers.get(replica).map(|peer| (peer.retry_at_ms, *replica)))
             .filter(|(retry_at_ms, _)| *retry_at_ms <= self.now_ms)
             .min()

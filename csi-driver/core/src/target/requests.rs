@@ -58,6 +58,7 @@ impl Target {
     }
 
     fn add_request(&mut self, request: RequestId, is_write: bool, parts: VecDeque<(Work, BlockRange)>) {
+        self.throttle.began(self.now_ms);
         self.requests.insert(request, Request { since_ms: self.now_ms, is_write, parts });
     }
 
@@ -75,6 +76,7 @@ impl Target {
 
     pub(super) fn complete(&mut self, request: RequestId, result: Result<(), RequestError>) {
         let Some(entry) = self.requests.remove(&request) else { return };
+        self.throttle.ended(self.now_ms, entry.since_ms);
         if entry.is_write && result.is_ok() {
             self.writes_acknowledged += 1;
             self.longest_stall_ms = self.longest_stall_ms.max(self.now_ms.saturating_sub(entry.since_ms));

@@ -233,7 +233,8 @@ impl Target {
     fn try_begin(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
         let range = task.range;
-        if !self.gates.begin || !self.count_in_log(range) {
+        let by_members = !matches!(task.work, Work::Copy { why: CopyFor::CatchUp(_), .. });
+        if !self.gates.begin || !self.count_in_log(range, by_members) {
             return self.gated.push_back(id);
         }
         let Some(task) = self.tasks.get_mut(&id) else { return };
@@ -461,7 +462,7 @@ impl Target {
         }
         let granted = self.locks.release(id);
         self.ready.extend(granted);
-        if self.stopping.is_some() || self.catch_up.is_some() || !self.gated.is_empty() {
+        if self.stopping.is_some() || self.catch_up_drains() || !self.gated.is_empty() {
             self.dirty = true;
         }
     }

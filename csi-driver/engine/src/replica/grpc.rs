@@ -208,6 +208,31 @@ impl Replica for ReplicaService {
         }
     }
 
+    async fn fill_map(
+        &self,
+        request: Request<pb::FillMapRequest>,
+    ) -> Result<Response<pb::FillMapReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let op = ControlOp::FillMap(wire::id(&request.absent_replica_id)?);
+        self.done(request.session, &names, op).await?;
+        Ok(Response::new(pb::FillMapReply {}))
+    }
+
+    async fn clear_map(
+        &self,
+        request: Request<pb::ClearMapRequest>,
+    ) -> Result<Response<pb::ClearMapReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let op = ControlOp::ClearMap {
+            absent: wire::id(&request.absent_replica_id)?,
+            regions: request.regions.into_iter().map(Region).collect(),
+        };
+        self.done(request.session, &names, op).await?;
+        Ok(Response::new(pb::ClearMapReply {}))
+    }
+
     async fn merge_map(
         &self,
         request: Request<pb::MergeMapRequest>,

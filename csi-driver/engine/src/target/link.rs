@@ -8,9 +8,12 @@ use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
 use holdfast_nbd::Client;
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::DirtyMap;
+use holdfast_storage_core::ids::BLOCK_BYTES;
 use holdfast_storage_core::replica::{ControlOp, DiskError, ReplicaReply, RequestRefusal, SessionKey};
-use holdfast_storage_core::target::{CallId, Control};
+use holdfast_storage_core::target::{Allocation, CallId, Control};
+use holdfast_store::AllocState;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tonic::Code;
@@ -60,6 +63,8 @@ pub enum ControlAnswer {
     Done,
     /// The dirty map asked for.
     Map(DirtyMap),
+    /// Where there is data.
+    Extents(Vec<(BlockRange, Allocation)>),
 }
 
 /// Why a control request failed.
@@ -132,8 +137,9 @@ impl Link {
 
     /// Sends a control request.
     pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
-        match &self.path {
-            Path::Local { actor, key } => match grpc::control(actor, *key, local_op(op)).await {
+        match (&self.path, op) {
+            (Path::Local { actor, .. }, Control::ReadExtents(range)) => local_extents(actor, range).await,
+            (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
                 Some(ReplicaReply::Done(Err(RequestRefusal::Disk(error)))) if error.is_refusal() => {
@@ -141,7 +147,7 @@ impl Link {
                 }
                 reply => Err(LinkError::Over(format!("{reply:?}"))),
             },
-            Path::Remote(remote) => remote.control(op).await,
+            (Path::Remote(remote), op) => remote.control(op).await,
         }
     }
 
@@ -189,6 +195,21 @@ impl RemoteLink {
                 let reply = rpc.read_map(request).await.map_err(link_error)?;
                 return wire::map_reply(reply.get_ref()).map(ControlAnswer::Map).map_err(link_error);
             }
+            Control::FillMap(absent) => {
+                let request = pb::FillMapRequest { session, absent_replica_id: absent.to_string() };
+                rpc.fill_map(request).await.map_err(link_error)?;
+            }
+            Control::ClearMap { absent, regions } => {
+                let regions = regions.iter().map(|region| region.0).collect();
+                let absent_replica_id = absent.to_string();
+                let request = pb::ClearMapRequest { session, absent_replica_id, regions };
+                rpc.clear_map(request).await.map_err(link_error)?;
+            }
+            Control::ReadExtents(range) => {
+                let extents = self.extents(range).await;
+                let silent = |error: BlockError| LinkError::Silent(error.to_string());
+                return extents.map(ControlAnswer::Extents).map_err(silent);
+            }
             Control::MergeMaps { epoch, maps } => {
                 let request = pb::MergeMapRequest {
                     session,
@@ -215,23 +236,42 @@ impl RemoteLink {
         Ok(ControlAnswer::Done)
     }
 
-    async fn allocated_blocks(&self, size_bytes: u64) -> Result<u64, BlockError> {
-        let mut allocated_bytes = 0;
-        let mut at = 0;
-        while at < size_bytes {
-            let len = u32::try_from((size_bytes - at).min(STATUS_BYTES_MAX)).expect("1 GiB fits 32 bits");
+    async fn extents(&self, range: BlockRange) -> Result<Vec<(BlockRange, Allocation)>, BlockError> {
+        let mut extents = Vec::new();
+        let mut at = range.start.0;
+        while at < range.end() {
+            let bytes = ((range.end() - at) * BLOCK_BYTES).min(STATUS_BYTES_MAX);
+            let len = u32::try_from(bytes).expect("1 GiB fits 32 bits");
             let (sender, receiver) = oneshot::channel();
-            self.client.block_status(at, len, Box::new(move |result| drop(sender.send(result))));
-            let extents = receiver.await.unwrap_or(Err(BlockError(errno::ENOTCONN)))?;
-            let seen: u64 = extents.iter().map(|extent| u64::from(extent.len)).sum();
-            if seen == 0 {
+            let then = Box::new(move |result| drop(sender.send(result)));
+            self.client.block_status(at * BLOCK_BYTES, len, then);
+            let before = at;
+            for extent in receiver.await.unwrap_or(Err(BlockError(errno::ENOTCONN)))? {
+                let blocks = u64::from(extent.len) / BLOCK_BYTES;
+                // The last extent may reach beyond what was asked for.
+                let count = blocks.min(range.end() - at);
+                if count == 0 {
+                    break;
+                }
+                let allocation = match (extent.hole, extent.zero) {
+                    (true, _) => Allocation::Absent,
+                    (false, true) => Allocation::Zero,
+                    (false, false) => Allocation::Data,
+                };
+                extents.push((BlockRange::new(at, count), allocation));
+                at += count;
+            }
+            if at == before {
                 return Err(BlockError(errno::EIO));
             }
-            let data = extents.iter().filter(|extent| !extent.hole).map(|extent| u64::from(extent.len));
-            allocated_bytes += data.sum::<u64>();
-            at += seen;
         }
-        Ok(allocated_bytes.div_ceil(holdfast_storage_core::ids::BLOCK_BYTES))
+        Ok(extents)
+    }
+
+    async fn allocated_blocks(&self, size_bytes: u64) -> Result<u64, BlockError> {
+        let extents = self.extents(BlockRange::new(0, size_bytes / BLOCK_BYTES)).await?;
+        let allocated = extents.iter().filter(|(_, allocation)| *allocation != Allocation::Absent);
+        Ok(allocated.map(|(range, _)| range.count).sum())
     }
 }
 
@@ -246,8 +286,23 @@ pub fn is_session_error(result: &Result<Bytes, BlockError>) -> bool {
     matches!(result, Err(BlockError(errno::ENOTCONN | errno::ESHUTDOWN)))
 }
 
+async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<ControlAnswer, LinkError> {
+    let disk = &actor.env.disk;
+    let read = holdfast_store::wait(disk, |done| disk.allocation(range, done)).await;
+    let extents = read.map_err(|error| LinkError::Silent(error.to_string()))?;
+    let allocation = |state: AllocState| match state {
+        AllocState::Absent => Allocation::Absent,
+        AllocState::Zero => Allocation::Zero,
+        AllocState::Data => Allocation::Data,
+    };
+    Ok(ControlAnswer::Extents(extents.into_iter().map(|e| (e.range, allocation(e.state))).collect()))
+}
+
 fn local_op(op: Control) -> ControlOp {
     match op {
+        Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
+        Control::FillMap(absent) => ControlOp::FillMap(absent),
+        Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
         Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::ReadMap(absent) => ControlOp::ReadMap(absent),
