@@ -249,6 +249,33 @@ fn r21_a_map_starts_as_the_log_and_is_void_if_the_epoch_was_missed() {
 }
 
 #[test]
+fn r23_a_void_map_is_filled_and_loses_the_regions_that_are_flushed_and_not_under_write() {
+    let mut start = mk_start();
+    start.maps.insert(ReplicaId(2), DirtyMap { base: EPOCH, dirty: Dirty::Void });
+    let mut replica = Replica::new(0, start);
+    open(&mut replica, 0, 1, 10);
+    control(&mut replica, 1, mk_key(1, 10), ControlOp::FillMap(ReplicaId(2)));
+    let touched = |replica: &Replica| match &replica.maps[&ReplicaId(2)].dirty {
+        Dirty::Blocks(blocks) => blocks.regions().map(|(region, _)| region.0).collect::<Vec<_>>(),
+        Dirty::Void => panic!("void"),
+    };
+    assert_eq!(touched(&replica), [0, 1, 2, 3, 4, 5, 6, 7]);
+    write(&mut replica, 3);
+    let regions = vec![Region(0), Region(1), Region(2)];
+    let op = ControlOp::ClearMap { absent: ReplicaId(2), regions };
+    replica.handle_event(2, ReplicaEvent::Control { call: ReplicaCall(5), key: mk_key(1, 10), op });
+    assert_eq!(touched(&replica), [0, 3, 4, 5, 6, 7], "region 0 is being written");
+    let saved = actions(&mut replica);
+    let none = Default::default();
+    let regions = vec![(Region(1), none), (Region(2), none)];
+    let op = DiskOp::MapUpdate { absent: ReplicaId(2), regions };
+    assert!(
+        matches!(&saved[..], [ReplicaAction::Disk { op: saved, .. }] if *saved == op),
+        "answered only once it is durable: {saved:?}"
+    );
+}
+
+#[test]
 fn r22_after_a_crash_a_map_takes_the_log_in() {
     let mut start = mk_start();
     start.log = BTreeSet::from([Region(1)]);

@@ -344,7 +344,8 @@ impl Target {
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
         while let Some(catch_up) = &mut self.catch_up {
             // While a checkpoint is under way only so much may gather for the next.
-            let backlog = self.clear_round.is_some() && catch_up.plan.fresh() >= 2 * timers::CHECKPOINT_REGIONS;
+            let backlog =
+                self.clear_round.is_some() && catch_up.plan.fresh() >= 2 * timers::CHECKPOINT_REGIONS;
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
                 break;
             }

@@ -160,7 +160,8 @@ mod tests {
             copied.push(run);
             plan.ended(run);
         }
-        let expected = [(0, 1), (2, 1), (250, 6), (256, 14)].map(|(start, count)| BlockRange::new(start, count));
+        let expected =
+            [(0, 1), (2, 1), (250, 6), (256, 14)].map(|(start, count)| BlockRange::new(start, count));
         assert_eq!(copied, expected);
         assert_eq!((plan.done_bytes(), plan.total_bytes()), (22 * 4096, 22 * 4096));
         assert!(plan.is_done());

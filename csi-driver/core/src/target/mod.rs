@@ -22,9 +22,9 @@ mod range_lock;
 mod reconcile;
 mod requests;
 mod tasks;
-mod throttle;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub use api::*;
 

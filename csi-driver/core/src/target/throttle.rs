@@ -186,7 +186,14 @@ mod tests {
         let mut ask_at = 0;
         for now in 1..=ms {
             let mut due = Vec::new();
-            ends.retain(|end| if end.0 <= now { due.push(*end); false } else { true });
+            ends.retain(|end| {
+                if end.0 <= now {
+                    due.push(*end);
+                    false
+                } else {
+                    true
+                }
+            });
             for (_, since) in due {
                 throttle.ended(now, since);
             }

@@ -1,0 +1,205 @@
+//! Bringing replicas back: what is copied, what is taken back when, whose turn it is.
+
+use super::*;
+use crate::block_range::BlockRange;
+use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
+use crate::timers;
+
+const AWAY: ReplicaId = ReplicaId(3);
+
+impl Bench {
+    /// Replicas lose their sessions and leave the set.
+    fn lose(&mut self, replicas: &[u128]) {
+        for replica in replicas {
+            let session = self.target.peers[&ReplicaId(*replica)].session().unwrap().id;
+            self.event(TargetEvent::SessionLost { session });
+        }
+        self.store();
+        self.tell_all();
+        // Members are opened again at once, and given up when the swap is done.
+        self.actions.retain(|a| !matches!(a, TargetAction::CloseSession { .. } | TargetAction::Open(_)));
+    }
+
+    fn opening(&mut self, replica: u128) -> Option<SessionId> {
+        let wanted =
+            |a: &TargetAction| matches!(a, TargetAction::Open(open) if open.replica == ReplicaId(replica));
+        match self.take(wanted) {
+            Some(TargetAction::Open(open)) => Some(open.session),
+            _ => None,
+        }
+    }
+
+    fn wait(&mut self, ms: u64) {
+        for _ in 0..ms / 100 {
+            self.now_ms += 100;
+            self.event(TargetEvent::Tick);
+            self.beat();
+        }
+    }
+
+    fn control_of(&mut self, wanted: impl Fn(&Control) -> bool) -> Option<(CallId, ReplicaId, Control)> {
+        match self.take(|a| matches!(a, TargetAction::Control { op, .. } if wanted(op))) {
+            Some(TargetAction::Control { call, replica, op, .. }) => Some((call, replica, op)),
+            _ => None,
+        }
+    }
+
+    /// Answers every question for a map of an absent replica with these blocks; `None` is void.
+    fn maps(&mut self, blocks: Option<&[(u64, u64)]>) {
+        while let Some((call, _, Control::ReadMap(of))) =
+            self.control_of(|op| matches!(op, Control::ReadMap(_)))
+        {
+            let ReplicaState::Offline { left_epoch: base } = self.store.record.replicas[&of].state else {
+                panic!("{of} is not away")
+            };
+            let mut set = BlockSet::new();
+            blocks.iter().flat_map(|b| b.iter()).for_each(|(start, count)| {
+                set.insert(BlockRange::new(*start, *count));
+            });
+            let dirty = if blocks.is_some() { Dirty::Blocks(set) } else { Dirty::Void };
+            self.event(TargetEvent::MapRead { call, map: DirtyMap { base, dirty } });
+        }
+    }
+
+    /// Answers the questions where data is: at the members as given, at the returning replica nowhere.
+    fn extents(&mut self, data: &[(u64, u64)]) -> usize {
+        let mut asked = 0;
+        while let Some((call, of, Control::ReadExtents(_))) =
+            self.control_of(|op| matches!(op, Control::ReadExtents(_)))
+        {
+            asked += 1;
+            let has = data.iter().map(|(start, count)| (BlockRange::new(*start, *count), Allocation::Data));
+            let extents = has.filter(|_| of != AWAY).collect();
+            self.event(TargetEvent::ExtentsRead { call, extents });
+        }
+        asked
+    }
+
+    /// Lets copies run until none is sent any more; answers what was written to the returning replica.
+    fn copy_all(&mut self) -> Vec<BlockRange> {
+        let mut written = Vec::new();
+        loop {
+            let ios = self.ios();
+            if ios.is_empty() {
+                return written;
+            }
+            for (io, replica, session, op) in ios {
+                match op {
+                    DataOp::Flush => {
+                        self.actions.push(TargetAction::Io {
+                            io,
+                            session,
+                            replica,
+                            op,
+                            payload: Payload::None,
+                        });
+                        return written;
+                    }
+                    DataOp::Write { range, .. } if replica == AWAY => written.push(range),
+                    _ => {}
+                }
+                self.event(TargetEvent::IoDone { io, result: Ok(()) });
+            }
+        }
+    }
+}
+
+/// Three replicas, the third away and opened again.
+fn mk_returning() -> Bench {
+    let mut bench = mk_serving(3);
+    bench.lose(&[3]);
+    assert_eq!(bench.store.record.in_sync.len(), 2);
+    bench.wait(300);
+    bench.open(3, false);
+    bench
+}
+
+#[test]
+fn r23_exactly_what_the_maps_name_is_copied() {
+    let mut bench = mk_returning();
+    bench.maps(Some(&[(5, 1), (9, 1), (300, 20)]));
+    bench.extents(&[(0, 2048)]);
+    let copied = bench.copy_all();
+    assert_eq!(copied, [(5, 1), (9, 1), (300, 20)].map(|(start, count)| BlockRange::new(start, count)));
+    let status = bench.target.status().replicas.pop().unwrap();
+    assert_eq!((status.resync_bytes_done, status.resync_bytes_total), (22 * 4096, 22 * 4096));
+}
+
+#[test]
+fn r21_a_void_map_means_everything_but_what_is_absent_on_both_sides() {
+    let mut bench = mk_returning();
+    bench.maps(None);
+    let mut filled = Vec::new();
+    while let Some((call, member, _)) = bench.control_of(|op| *op == Control::FillMap(AWAY)) {
+        filled.push(member.0);
+        bench.event(TargetEvent::ControlDone { call });
+    }
+    assert_eq!(filled, [1, 2], "a restart must not begin from nothing");
+    bench.extents(&[(256, 3), (700, 1)]);
+    let copied = bench.copy_all();
+    assert_eq!(copied, [(256, 3), (700, 1)].map(|(start, count)| BlockRange::new(start, count)));
+}
+
+#[test]
+fn r23_bits_are_taken_back_only_after_the_replica_flushed_and_not_where_somebody_writes() {
+    let mut bench = mk_returning();
+    bench.maps(Some(&[(0, 1), (256, 1), (512, 1), (1024, 1)]));
+    bench.extents(&[(0, 2048)]);
+    bench.request(9, ClientOp::Write { offset: 513 * 4096, len: 4096, fua: false });
+    // The client's write stays under way, and so does one copy: else the join would begin.
+    for _ in 0..2 {
+        for (io, _, _, op) in bench.ios() {
+            let range = op.range().unwrap();
+            if range.start.0 != 1024 && range.start.0 != 513 {
+                bench.event(TargetEvent::IoDone { io, result: Ok(()) });
+            }
+        }
+    }
+    bench.now_ms += timers::CHECKPOINT_MS;
+    bench.event(TargetEvent::Tick);
+    bench.beat();
+    let flushes: Vec<_> = bench.ios().into_iter().filter(|(_, _, _, op)| *op == DataOp::Flush).collect();
+    assert_eq!(flushes.iter().map(|(_, replica, ..)| *replica).collect::<Vec<_>>(), [AWAY]);
+    assert!(bench.control_of(|op| matches!(op, Control::ClearMap { .. })).is_none(), "before the flush");
+    bench.event(TargetEvent::IoDone { io: flushes[0].0, result: Ok(()) });
+    let mut cleared = Vec::new();
+    while let Some((_, member, op)) = bench.control_of(|op| matches!(op, Control::ClearMap { .. })) {
+        assert_eq!(op, Control::ClearMap { absent: AWAY, regions: vec![Region(0), Region(1)] });
+        cleared.push(member.0);
+    }
+    assert_eq!(cleared, [1, 2]);
+    assert_eq!(
+        bench.control_of(|op| matches!(op, Control::ClearLog(_))).map(|(_, of, op)| (of, op)),
+        Some((AWAY, Control::ClearLog(vec![Region(0), Region(1)])))
+    );
+}
+
+#[test]
+fn a_replica_that_catches_up_for_long_lets_another_have_its_turn() {
+    let mut bench = mk_serving(4);
+    bench.lose(&[3, 4]);
+    bench.wait(300);
+    bench.open(3, false);
+    bench.maps(Some(&[(0, 2048)]));
+    bench.extents(&[(0, 2048)]);
+    bench.wait(timers::CATCH_UP_TURN_MS / 2);
+    assert!(bench.opening(4).is_none(), "it is not its turn yet");
+    assert_eq!(bench.target.catching_up(), Some(AWAY));
+    bench.wait(timers::CATCH_UP_TURN_MS / 2 + 100);
+    bench.open(4, false);
+    assert_eq!(bench.target.catching_up(), Some(ReplicaId(4)));
+}
+
+#[test]
+fn one_that_cannot_be_opened_takes_no_turn() {
+    let mut bench = mk_serving(4);
+    bench.lose(&[3, 4]);
+    bench.wait(300);
+    bench.open(3, false);
+    bench.maps(Some(&[(0, 2048)]));
+    bench.extents(&[(0, 2048)]);
+    bench.wait(timers::CATCH_UP_TURN_MS + 100);
+    let session = bench.opening(4).unwrap();
+    bench.event(TargetEvent::OpenFailed { session });
+    assert_eq!(bench.target.catching_up(), Some(AWAY));
+}
