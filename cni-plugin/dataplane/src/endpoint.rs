@@ -107,14 +107,15 @@ pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTre
     first_error.map_or(Ok(()), Err)
 }
 
-/// The permanent neighbours of the bridge whose MAC is behind the port.
+/// The permanent neighbours of the bridge whose MAC is behind the port. One that is not seen stays with its route, until
+/// the address is leased again and both are replaced.
 async fn addresses_behind(links: &Links, bridge: u32, port: u32) -> Result<BTreeSet<IpAddr>> {
     let macs: BTreeSet<MacAddr> = links.bridge_entries(port).await?.into_iter().collect();
     let neighbours = links.permanent_neighbours(bridge).await?;
     Ok(neighbours.into_iter().filter(|(_, mac)| macs.contains(mac)).map(|(address, _)| address).collect())
 }
 
-/// Compares the node's side with the plan.
+/// Compares the node's side with the plan; a neighbour entry that is not seen is set again.
 pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
     let name = &plan.host_ifname;
     let differs = |what: String| Err(Error::Differs(what));
@@ -139,9 +140,7 @@ pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
     let neighbours = links.permanent_neighbours(bridge).await?;
     let routes = links.our_routes().await?;
     for address in &plan.addresses {
-        if !neighbours.contains(&(*address, plan.mac)) {
-            return differs(format!("the node lacks the neighbour entry of {address}"));
-        }
+        links.hold_neighbour(bridge, *address, plan.mac, &neighbours).await?;
         if !routes.contains(&pod_route(*address, bridge)) {
             return differs(format!("the node lacks the route to {address}"));
         }

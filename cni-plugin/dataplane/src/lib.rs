@@ -13,6 +13,7 @@
 //! written through `/proc/sys/net`, which follows the calling thread, so call it from threads of that namespace only.
 #![allow(unsafe_code)] // setns in the sandbox thread; each use is argued at its place.
 
+mod dump;
 mod endpoint;
 mod error;
 mod links;
@@ -151,10 +152,11 @@ impl Dataplane {
         }
     }
 
-    /// Compares an attachment with the kernel: both ends, and the pins.
+    /// Compares an attachment with the kernel: both ends, and the pins. Neighbour entries that are not seen are set again,
+    /// because the kernel cannot tell for sure that one is missing.
     ///
     /// # Errors
-    /// [`Error::Differs`] names the first difference.
+    /// [`Error::Differs`] names the first difference; any other error says that no comparison was made.
     pub async fn check(&self, plan: &EndpointPlan, netns: &Path) -> Result<()> {
         let sandbox = sandbox::open(netns)?;
         endpoint::check(&self.links, plan).await?;

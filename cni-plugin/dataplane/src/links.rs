@@ -8,7 +8,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use futures::TryStreamExt;
 use holdfast_net_core::plan::MacAddr;
 use ipnetwork::IpNetwork;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{
@@ -18,9 +17,11 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
     RouteType, RouteVia,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
 use tokio::task::JoinHandle;
 
+use crate::dump::Dumps;
 use crate::error::{Error, Result};
 
 /// `rtm_protocol` of our routes, outside the range iproute2 names (`/etc/iproute2/rt_protos`).
@@ -29,6 +30,7 @@ pub const ROUTE_PROTOCOL: u8 = 0x48;
 /// A connection to rtnetlink in the namespace where it was opened.
 pub struct Links {
     handle: Handle,
+    dumps: Dumps,
     connection: JoinHandle<()>,
 }
 
@@ -63,9 +65,10 @@ pub struct Route {
 impl Links {
     /// Opens the connection in the calling thread's network namespace, driven by the current tokio runtime.
     pub fn open() -> Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection()
+        let (mut connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| Error::Socket { what: "open rtnetlink".to_string(), source })?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        connection.set_forward_done(true);
+        Ok(Self { dumps: Dumps::new(handle.clone()), handle, connection: tokio::spawn(connection) })
     }
 
     /// The link called `name`, if it exists.
@@ -80,8 +83,12 @@ impl Links {
 
     /// All links.
     pub async fn all_links(&self) -> Result<Vec<LinkMessage>> {
-        let stream = self.handle.link().get().execute();
-        stream.try_collect().await.map_err(|e| refused("list links".into(), e))
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let found = self.dumps.run(request, "list links").await?;
+        Ok(found
+            .into_iter()
+            .filter_map(|m| if let RouteNetlinkMessage::NewLink(link) = m { Some(link) } else { None })
+            .collect())
     }
 
     /// Makes a link from a built message.
@@ -133,26 +140,19 @@ impl Links {
 
     /// The addresses of a link with their prefix lengths.
     pub async fn addresses(&self, index: u32) -> Result<Vec<(IpAddr, u8)>> {
-        let messages: Vec<_> = self
-            .handle
-            .address()
-            .get()
-            .set_link_index_filter(index)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|e| refused("list addresses".into(), e))?;
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let found = self.dumps.run(request, "list addresses").await?;
         let address = |attributes: &[AddressAttribute]| {
             attributes.iter().find_map(|a| match a {
                 AddressAttribute::Address(address) => Some(*address),
                 _ => None,
             })
         };
-        Ok(messages
-            .iter()
-            .filter(|m| m.header.index == index)
-            .filter_map(|m| Some((address(&m.attributes)?, m.header.prefix_len)))
-            .collect())
+        let of_link = found.iter().filter_map(|m| match m {
+            RouteNetlinkMessage::NewAddress(m) if m.header.index == index => Some(m),
+            _ => None,
+        });
+        Ok(of_link.filter_map(|m| Some((address(&m.attributes)?, m.header.prefix_len))).collect())
     }
 
     /// Adds an address without duplicate address detection (it would delay a pod's start by a second); fine if present.
@@ -196,8 +196,11 @@ impl Links {
     async fn routes_of(&self, family: AddressFamily) -> Result<Vec<RouteMessage>> {
         let mut query = RouteMessage::default();
         query.header.address_family = family;
-        let stream = self.handle.route().get(query).execute();
-        stream.try_collect().await.map_err(|e| refused("list routes".into(), e))
+        let found = self.dumps.run(RouteNetlinkMessage::GetRoute(query), "list routes").await?;
+        Ok(found
+            .into_iter()
+            .filter_map(|m| if let RouteNetlinkMessage::NewRoute(route) = m { Some(route) } else { None })
+            .collect())
     }
 
     /// Adds or replaces a route.
@@ -212,13 +215,17 @@ impl Links {
         absent_or(result, libc::ESRCH, || format!("remove the route to {}", route.to))
     }
 
-    /// The permanent neighbours of a link.
+    /// The permanent neighbours of a link, as far as they are seen: one that is not listed may exist.
+    ///
+    /// The kernel has one neighbour table per family for all network namespaces, and moves the entries to a larger one
+    /// as they grow in number, whosever they are (`neigh_hash_grow`). Until that ends readers, which take no lock, miss
+    /// what was moved; neither a dump nor a look-up of one address says so, and a second look falls into the same move. A
+    /// write takes the table's lock. So what is not listed is a reason to set it, never to call it missing: use
+    /// [`Links::hold_neighbour`].
     pub async fn permanent_neighbours(&self, index: u32) -> Result<Vec<(IpAddr, MacAddr)>> {
         let mut found = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let stream = self.handle.neighbours().get().set_address_family(family).execute();
-            let messages: Vec<NeighbourMessage> =
-                stream.try_collect().await.map_err(|e| refused("list neighbours".into(), e))?;
+            let messages = self.neighbour_messages(family, "list neighbours").await?;
             found.extend(
                 messages
                     .iter()
@@ -227,6 +234,26 @@ impl Links {
             );
         }
         Ok(found)
+    }
+
+    /// Holds a permanent neighbour to what is planned: another MAC in `seen` is a difference, none at all is set.
+    pub async fn hold_neighbour(
+        &self,
+        index: u32,
+        address: IpAddr,
+        mac: MacAddr,
+        seen: &[(IpAddr, MacAddr)],
+    ) -> Result<()> {
+        match seen.iter().find(|(of, _)| *of == address) {
+            Some((_, found)) if *found == mac => Ok(()),
+            Some((_, found)) => {
+                Err(Error::Differs(format!("the neighbour {address} has MAC {found} instead of {mac}")))
+            }
+            None => {
+                tracing::info!(%address, "a neighbour entry was not seen; it is set again");
+                self.set_neighbour(index, address, mac).await
+            }
+        }
     }
 
     /// Adds or replaces a permanent neighbour.
@@ -286,8 +313,17 @@ impl Links {
     }
 
     async fn fdb_messages(&self) -> Result<Vec<NeighbourMessage>> {
-        let stream = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
-        stream.try_collect().await.map_err(|e| refused("list forwarding entries".into(), e))
+        self.neighbour_messages(AddressFamily::Bridge, "list forwarding entries").await
+    }
+
+    async fn neighbour_messages(&self, family: AddressFamily, what: &str) -> Result<Vec<NeighbourMessage>> {
+        let mut query = NeighbourMessage::default();
+        query.header.family = family;
+        let found = self.dumps.run(RouteNetlinkMessage::GetNeighbour(query), what).await?;
+        Ok(found
+            .into_iter()
+            .filter_map(|m| if let RouteNetlinkMessage::NewNeighbour(entry) = m { Some(entry) } else { None })
+            .collect())
     }
 
     /// Adds or replaces a forwarding entry of the VXLAN device.

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::path::Path;
 
-use holdfast_net_core::plan::{EndpointPlan, GATEWAY_V4, GATEWAY_V6, MacAddr};
+use holdfast_net_core::plan::{EndpointPlan, GATEWAY_V4, GATEWAY_V6};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
 
@@ -26,7 +26,7 @@ pub async fn configure(netns: &File, plan: &EndpointPlan) -> Result<()> {
     visit(netns, move |links| Box::pin(async move { configure_inside(&links, &plan).await })).await
 }
 
-/// Compares the pod's end with the plan.
+/// Compares the pod's end with the plan; a neighbour entry that is not seen is set again.
 pub async fn check(netns: &File, plan: &EndpointPlan) -> Result<()> {
     let plan = plan.clone();
     visit(netns, move |links| Box::pin(async move { check_inside(&links, &plan).await })).await
@@ -100,10 +100,9 @@ async fn check_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
     if let Some(lost) = plan.addresses.iter().find(|a| !addresses.iter().any(|(have, _)| have == *a)) {
         return differs(format!("{name} lacks the address {lost}"));
     }
-    let neighbours: BTreeSet<(IpAddr, MacAddr)> =
-        links.permanent_neighbours(index).await?.into_iter().collect();
-    if let Some(lost) = gateways(plan).into_iter().find(|g| !neighbours.contains(&(*g, plan.gateway_mac))) {
-        return differs(format!("{name} lacks the neighbour entry of its gateway {lost}"));
+    let neighbours = links.permanent_neighbours(index).await?;
+    for gateway in gateways(plan) {
+        links.hold_neighbour(index, gateway, plan.gateway_mac, &neighbours).await?;
     }
     let present: BTreeSet<IpNetwork> = links.our_routes().await?.into_iter().map(|r| r.to).collect();
     if let Some(lost) = routes(plan, index).into_iter().find(|r| !present.contains(&r.to)) {

@@ -286,6 +286,67 @@ fn a_failed_attachment_undoes_itself_and_an_existing_interface_is_refused() {
 }
 
 #[test]
+fn passes_checks_and_lists_at_the_same_time_do_not_disturb_each_other() {
+    let node = Node::new("hft-same");
+    let pod = Netns::new("hft-same-p");
+    let plan = node.endpoint(&pod, "10.83.0.2,fd83::2");
+    let node_plan = node.alone_plan();
+    let path = pod.path().to_owned();
+    // The kernel runs one dump on a socket and refuses a second (EBUSY). Several workers, as the agent has them: one
+    // alone happens to read an answer before it sends the next request.
+    let all_at_once = move || {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let dp =
+                std::sync::Arc::new(Dataplane::new(holdfast_dataplane::Config::default()).await.unwrap());
+            dp.apply_node(&node_plan).await.unwrap();
+            dp.attach(&plan, &path).await.unwrap();
+            let tasks = (0..8).map(|_| {
+                let (dp, plan, node_plan, path) = (dp.clone(), plan.clone(), node_plan.clone(), path.clone());
+                tokio::spawn(async move {
+                    for _ in 0..20 {
+                        dp.check(&plan, &path).await.unwrap();
+                        assert_eq!(dp.apply_node(&node_plan).await.unwrap(), 0);
+                        assert_eq!(dp.list_endpoints().await.unwrap().len(), 1);
+                        // One whose caller goes away is in nobody's way either.
+                        let _ = futures::poll!(Box::pin(dp.list_endpoints()));
+                    }
+                })
+            });
+            for task in tasks.collect::<Vec<_>>() {
+                task.await.unwrap();
+            }
+        });
+    };
+    node.netns.inside(all_at_once).join().unwrap();
+}
+
+#[test]
+fn a_check_sets_a_neighbour_that_is_not_seen_and_reports_one_with_another_mac() {
+    let node = Node::new("hft-ngh");
+    let pod = Netns::new("hft-ngh-p");
+    let plan = node.endpoint(&pod, "10.84.0.2,fd84::2");
+    let node_plan = node.alone_plan();
+    let places =
+        [(&node.netns, "10.84.0.2 dev hf0"), (&pod, "169.254.1.1 dev eth0"), (&pod, "fe80::1 dev eth0")];
+    node.runtime.block_on(async |dp: &Dataplane| {
+        dp.apply_node(&node_plan).await.unwrap();
+        dp.attach(&plan, pod.path()).await.unwrap();
+        for (netns, entry) in places {
+            let before = netns.run("ip neigh show nud permanent | sort");
+            netns.run(&format!("ip neigh del {entry}"));
+            dp.check(&plan, pod.path()).await.unwrap();
+            assert_eq!(netns.run("ip neigh show nud permanent | sort"), before, "{entry}");
+            netns.run(&format!("ip neigh replace {entry} lladdr 02:00:00:00:00:07 nud permanent"));
+            assert!(matches!(dp.check(&plan, pod.path()).await.unwrap_err(), Error::Differs(_)), "{entry}");
+            netns.run(&format!("ip neigh del {entry}"));
+            dp.check(&plan, pod.path()).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_restarted_agent_adopts_the_rules_and_a_stale_ruleset_does_not_open_a_new_pod() {
     let node = Node::new("hft-re");
     let (server, client) = (Netns::new("hft-re-s"), Netns::new("hft-re-c"));
