@@ -284,6 +284,35 @@ fn a_kill_in_the_middle_of_adds_leaves_nothing_that_restart_and_del_do_not_clean
 }
 
 #[test]
+fn a_restart_undoes_an_add_that_was_not_answered_and_keeps_one_that_was() {
+    let cluster = Cluster::new();
+    cluster.put_node("a", 1, "10.42.1.0/24");
+    cluster.put_pod("db", "");
+    let mut node = cluster.start_node("a", 1);
+    let (db, late) = (Netns::new(), Netns::new());
+    let address = address_of(&node.add("db", &db).unwrap());
+    let kept = node.pod_state();
+    for _ in 0..3 {
+        std::thread::scope(|scope| {
+            // Its object never appears, so ADD waits for it with everything else done.
+            let add = scope.spawn(|| node.add("late", &late));
+            eventually("the pod's end is configured", || {
+                late.ip("-o link show").contains("eth0") && late.ip("route show").contains("default")
+            });
+            node.kill_by_signal();
+            add.join().unwrap().unwrap_err();
+        });
+        node.kill();
+        node.start();
+        assert_eq!(node.ports(), 1, "{}", node.log());
+        assert_eq!(node.dump()["leases"].as_array().unwrap().len(), 1);
+        assert_eq!(node.pod_state(), kept);
+    }
+    assert!(node.netns.pings(&address));
+    node.add("late", &late).unwrap();
+}
+
+#[test]
 fn a_pod_is_denied_until_its_object_is_known_and_policy_follows_the_objects() {
     let cluster = Cluster::new();
     cluster.put_node("a", 1, "10.42.1.0/24");

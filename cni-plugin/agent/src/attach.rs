@@ -1,6 +1,6 @@
 //! The CNI verbs on the node: leases, interfaces and policy in their order.
 //!
-//! ADD: lease on disk -> interface with deny-all (dataplane) -> policy of the pod -> answer.
+//! ADD: lease on disk -> interface with deny-all (dataplane) -> policy of the pod -> mark on disk -> answer.
 //! DEL: endpoint out of the model -> interface gone -> rules without it -> lease released.
 //!
 //! Each step may be the last one before a kill; [`Attacher::reconcile`] and DEL start over from what they find.
@@ -252,23 +252,22 @@ impl Attacher {
         failure.map_or(Ok(freed), Err)
     }
 
-    /// Brings leases and interfaces together after a start: a lease whose ADD did not end and whose attachment is not
-    /// whole is undone, an interface without a lease is removed.
+    /// Brings leases and interfaces together after a start: a lease whose ADD did not end is undone, an interface without
+    /// a lease is removed.
+    ///
+    /// The mark alone decides. It is durable before ADD answers, so a runtime was told of every attachment that has it,
+    /// and of none that lacks it: those a runtime must DEL before it tries again (spec, "ADD"). What the kernel holds of
+    /// an attachment is not asked: an error on the way to the answer must not take a pod's network away.
     pub(crate) async fn reconcile(&self) -> Result<(), String> {
         for lease in self.leases.all().await.into_iter().filter(|lease| !lease.attached) {
-            match self.dataplane.check(&lease.plan, Path::new(&lease.netns)).await {
-                Ok(()) => self.leases.mark_attached(&lease.key).await.map_err(|error| sentence(&error))?,
-                Err(error) => {
-                    info!(attachment = %lease.key, found = %error, "an ADD did not end before the last stop; it is undone");
-                    self.undo(&lease.key).await?;
-                }
-            }
+            info!(attachment = %lease.key, "an ADD did not end before the last stop; it is undone");
+            self.undo(&lease.key).await?;
         }
         self.remove_strays().await
     }
 
-    /// [`Attacher::remove`] for a start, when rules may not be applied yet because objects are not read. The address had
-    /// nothing but deny-all: it was never answered.
+    /// [`Attacher::remove`] for a start, when rules may not be applied yet because objects are not read. Rules of before
+    /// may still hold the address's identity; whoever gets it next is in deny-all until rules without it are in force.
     async fn undo(&self, key: &AttachmentKey) -> Result<(), String> {
         self.unplug(key).await?;
         self.leases.release(key).await.map_err(|error| sentence(&error))
