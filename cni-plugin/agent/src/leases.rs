@@ -45,7 +45,7 @@ pub struct Lease {
     pub pod: Option<holdfast_net_core::objects::ObjectName>,
     /// K8S_POD_UID; may be empty.
     pub pod_uid: String,
-    /// ADD has answered. Set without waiting for the disk: a start checks the kernel where it is missing.
+    /// The attachment is complete. Durable before ADD answers: a start undoes every lease without it.
     pub attached: bool,
     /// Interfaces and addresses.
     pub plan: EndpointPlan,
@@ -114,7 +114,7 @@ impl Leases {
     pub fn open(folder: &Path) -> Result<Self, LeaseError> {
         let path = folder.join("leases");
         let open_error = |source| LeaseError::Open { path: path.display().to_string(), source };
-        // Nothing is written without a flush that is waited for, except marks that a start can do without.
+        // Nothing is written without a flush that is waited for, except the numbering, which a start can do without.
         let db = sled::Config::new().path(&path).cache_capacity(8 << 20).open().map_err(open_error)?;
         let rows = db.open_tree("attachments")?;
         let mut leases = BTreeMap::new();
@@ -310,6 +310,36 @@ mod tests {
         leases.release(&mk_key("a")).await.unwrap();
         leases.release(&mk_key("a")).await.unwrap();
         assert_eq!(reserve(&leases, "c").await.unwrap().plan.addresses, first.plan.addresses);
+    }
+
+    /// What a process that is killed now leaves: its files as they stand. Nothing of the store's own ending runs.
+    fn killed_now(folder: &Path) -> tempfile::TempDir {
+        let left = tempfile::tempdir().unwrap();
+        let copied =
+            std::process::Command::new("cp").arg("-r").arg(folder.join("leases")).arg(left.path()).status();
+        assert!(copied.unwrap().success());
+        left
+    }
+
+    #[tokio::test]
+    async fn reserve_mark_and_release_are_durable_when_they_return() {
+        let folder = tempfile::tempdir().unwrap();
+        let leases = Leases::open(folder.path()).unwrap();
+        leases.set_ranges(&["10.0.0.0/24".parse().unwrap()]).await;
+        let found = |left: &tempfile::TempDir, id: &str| {
+            let state = Leases::open(left.path()).unwrap().state.into_inner();
+            state.leases.get(&mk_key(id)).map(|lease| lease.attached)
+        };
+        // Often enough that the store's own flush every half second does not pass for ours.
+        for round in 0..10 {
+            let id = format!("c{round}");
+            reserve(&leases, &id).await.unwrap();
+            assert_eq!(found(&killed_now(folder.path()), &id), Some(false), "round {round}");
+            leases.mark_attached(&mk_key(&id)).await.unwrap();
+            assert_eq!(found(&killed_now(folder.path()), &id), Some(true), "round {round}");
+            leases.release(&mk_key(&id)).await.unwrap();
+            assert_eq!(found(&killed_now(folder.path()), &id), None, "round {round}");
+        }
     }
 
     #[tokio::test]
