@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use holdfast_net_core::plan::{EndpointPlan, HOST_IFNAME_PREFIX, IFNAME_LEN_MAX, MacAddr};
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkInfo,
-    LinkMessage,
+    BridgePortState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
+    LinkInfo, LinkMessage,
 };
 use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
@@ -19,6 +20,10 @@ use crate::node::{kind_of, link_infos};
 
 /// Bytes of an interface alias the kernel keeps (IFALIASZ - 1).
 const ALIAS_BYTES_MAX: usize = 255;
+/// A port that does not forward by then will not: the attachment fails.
+const FORWARDING_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at it.
+const FORWARDING_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Makes the veth pair, its far end in the sandbox at once, and everything on the node's side. The host end is up when
 /// this returns; the pod's end is not.
@@ -54,6 +59,26 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
         .up()
         .build();
     links.change_link(port, &format!("set up the bridge port {}", plan.host_ifname)).await
+}
+
+/// Waits until the bridge forwards for the port. The kernel turns a port on some time after both ends are up, in a work
+/// queue of its own, and drops what the pod or the node sends before that.
+pub async fn wait_until_forwarding(links: &Links, host_ifname: &str) -> Result<()> {
+    let deadline = Instant::now() + FORWARDING_WAIT_MAX;
+    loop {
+        let link = links.link(host_ifname).await?;
+        let link = link.ok_or_else(|| Error::Protocol(format!("{host_ifname} vanished")))?;
+        if port_data(&link).contains(&InfoBridgePort::State(BridgePortState::Forwarding)) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let seconds = FORWARDING_WAIT_MAX.as_secs();
+            return Err(Error::Protocol(format!(
+                "the bridge port {host_ifname} did not forward within {seconds} s"
+            )));
+        }
+        tokio::time::sleep(FORWARDING_POLL_INTERVAL).await;
+    }
 }
 
 async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
@@ -177,13 +202,18 @@ fn alias(plan: &EndpointPlan) -> String {
 }
 
 fn is_isolated(link: &LinkMessage) -> bool {
-    let data = link_infos(link).into_iter().flatten().find_map(|info| match info {
-        LinkInfo::PortData(InfoPortData::BridgePort(data)) => Some(data),
-        _ => None,
-    });
     let is_port =
         link_infos(link).into_iter().flatten().any(|i| *i == LinkInfo::PortKind(InfoPortKind::Bridge));
-    is_port && data.is_some_and(|data| data.contains(&InfoBridgePort::Isolated(true)))
+    is_port && port_data(link).contains(&InfoBridgePort::Isolated(true))
+}
+
+/// What the bridge says of its port; nothing if the link is none.
+fn port_data(link: &LinkMessage) -> &[InfoBridgePort] {
+    let data = link_infos(link).into_iter().flatten().find_map(|info| match info {
+        LinkInfo::PortData(InfoPortData::BridgePort(data)) => Some(data.as_slice()),
+        _ => None,
+    });
+    data.unwrap_or_default()
 }
 
 /// What the kernel takes as an interface name, and no path.

@@ -126,7 +126,7 @@ impl Dataplane {
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
-    /// Undoes itself on failure. Not cancellation safe: a caller that drops the future must detach.
+    /// Packets pass, as far as policy lets them, from the first one after this returns. Undoes itself on failure. Not cancellation safe: a caller that drops the future must detach.
     ///
     /// # Errors
     /// [`Error::Exists`] if the sandbox has an interface of that name; [`Error::Sandbox`] if there is no sandbox; else
@@ -135,11 +135,12 @@ impl Dataplane {
         let sandbox = sandbox::open(netns)?;
         let wanted = plan.clone();
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
-        let result = match endpoint::make(&self.links, plan, &sandbox).await {
-            Ok(()) => sandbox::configure(&sandbox, plan).await,
-            Err(error) => Err(error),
+        let made = async {
+            endpoint::make(&self.links, plan, &sandbox).await?;
+            sandbox::configure(&sandbox, plan).await?;
+            endpoint::wait_until_forwarding(&self.links, &plan.host_ifname).await
         };
-        match result {
+        match made.await {
             Ok(()) => Ok(()),
             // Another attachment's interface of that name is not ours to remove.
             Err(error @ Error::Exists { .. }) if error.is_on_node() => Err(error),

@@ -346,6 +346,24 @@ fn a_check_sets_a_neighbour_that_is_not_seen_and_reports_one_with_another_mac() 
     });
 }
 
+/// A port that is not in state forwarding drops what a pod sends from its first instruction.
+#[test]
+fn a_port_forwards_when_its_attachment_is_answered() {
+    let node = Node::new("hft-fwd");
+    let pod = Netns::new("hft-fwd-pod");
+    let plan = node.endpoint(&pod, "10.77.5.2");
+    let node_plan = node.alone_plan();
+    node.runtime.block_on(async |dp: &Dataplane| {
+        dp.apply_node(&node_plan).await.unwrap();
+    });
+    for round in 0..20 {
+        node.runtime.block_on(async |dp: &Dataplane| dp.attach(&plan, pod.path()).await.unwrap());
+        let port = node.netns.run(&format!("ip -d link show {}", plan.host_ifname));
+        assert!(port.contains("state forwarding"), "round {round}: {port}");
+        node.runtime.block_on(async |dp: &Dataplane| dp.detach(&plan.host_ifname).await.unwrap());
+    }
+}
+
 #[test]
 fn a_restarted_agent_adopts_the_rules_and_a_stale_ruleset_does_not_open_a_new_pod() {
     let node = Node::new("hft-re");
