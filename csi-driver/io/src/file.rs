@@ -100,6 +100,28 @@ pub fn reserve_space(file: &File, offset: u64, len: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Gives a range's space back; it reads as zeroes and the file keeps its length. Blocks.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let (offset, len) = (i64::try_from(offset).map_err(too_far)?, i64::try_from(len).map_err(too_far)?);
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: fallocate takes a file descriptor, which the borrow keeps open, and numbers.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Where the first data from `offset` on lies, if any does; holes and space that was only reserved have none. `offset` where
+/// the file system does not tell.
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    let from = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    match nix::unistd::lseek(file, from, nix::unistd::Whence::SeekData) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(nix::errno::Errno::EINVAL | nix::errno::Errno::EOPNOTSUPP) => Ok(Some(offset)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Bytes that an unprivileged process may still fill in the file system of `path`.
 pub fn free_bytes(path: &Path) -> io::Result<u64> {
     let stats = nix::sys::statvfs::statvfs(path).map_err(io::Error::from)?;

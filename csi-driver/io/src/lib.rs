@@ -17,8 +17,8 @@ mod ring_thread;
 pub use aligned::{AlignedBuf, DIRECT_ALIGN, into_aligned, is_aligned};
 pub use block_device::{BlockDevice, BlockError, BlockOp, Completion};
 pub use file::{
-    LockOutcome, OpenMode, free_bytes, is_tmpfs, lock_exclusive, open_direct, reserve_space, unlock,
-    write_durable,
+    LockOutcome, OpenMode, free_bytes, is_tmpfs, lock_exclusive, next_data, open_direct, punch_hole,
+    reserve_space, unlock, write_durable,
 };
 pub use flusher::set_io_flusher;
 pub use ring::{Durability, Errno, QUEUE_MAX, Ring, RingDone, RingOptions};
