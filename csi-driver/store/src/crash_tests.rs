@@ -26,13 +26,13 @@ use crate::{Done, Pool, PoolError, PoolOptions, Replica, StoreError};
 const REGIONS: u32 = 3;
 const SIZE_BYTES: u64 = REGIONS as u64 * (1 << 20);
 const BLOCKS: u64 = SIZE_BYTES / BLOCK_BYTES;
-const REPLICA: ReplicaId = ReplicaId(0x77);
+pub(crate) const REPLICA: ReplicaId = ReplicaId(0x77);
 const ABSENT: ReplicaId = ReplicaId(0x88);
 const STEPS: u32 = 50;
 const SEEDS: u64 = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Crash {
+pub(crate) enum Crash {
     /// Unsynced changes and tmpfs are lost.
     PowerLoss,
     /// The process is gone, nothing else.
@@ -354,7 +354,7 @@ fn check_blocks(model: &Model, replica: &Replica, log: &BTreeSet<Region>, crash:
     }
 }
 
-fn mk_pool(disk: &SimDisk, cookies: &Path) -> Result<Pool, PoolError> {
+pub(crate) fn mk_pool(disk: &SimDisk, cookies: &Path) -> Result<Pool, PoolError> {
     let options = PoolOptions {
         capacity_bytes: 1 << 30,
         reserve_bytes: 0,
@@ -364,7 +364,7 @@ fn mk_pool(disk: &SimDisk, cookies: &Path) -> Result<Pool, PoolError> {
     Pool::open_on(Disk::Sim(disk.clone()), Path::new("/pool"), options)
 }
 
-fn mk_cookies() -> tempfile::TempDir {
+pub(crate) fn mk_cookies() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
@@ -376,35 +376,39 @@ fn mk_replica(disk: &SimDisk, cookies: &Path) -> (Pool, Replica) {
 }
 
 fn mk_meta(generation: u64) -> ReplicaMeta {
-    let mut meta = ReplicaMeta::new(VolumeId(1), REPLICA, Lineage(2), SIZE_BYTES, Epoch::default());
+    let mut meta = mk_meta_of(SIZE_BYTES);
     meta.generation = Generation(generation);
     meta
 }
 
-fn ask<T: Send + 'static>(call: impl FnOnce(Done<T>)) -> Result<T, StoreError> {
+pub(crate) fn mk_meta_of(size_bytes: u64) -> ReplicaMeta {
+    ReplicaMeta::new(VolumeId(1), REPLICA, Lineage(2), size_bytes, Epoch::default())
+}
+
+pub(crate) fn ask<T: Send + 'static>(call: impl FnOnce(Done<T>)) -> Result<T, StoreError> {
     let (sender, receiver) = std::sync::mpsc::channel();
     call(Box::new(move |result| sender.send(result).unwrap()));
     receiver.recv_timeout(Duration::from_secs(30)).expect("an answer within 30 s")
 }
 
-fn write(replica: &Replica, block: u64, value: u64) -> Result<(), StoreError> {
+pub(crate) fn write(replica: &Replica, block: u64, value: u64) -> Result<(), StoreError> {
     let mut data = AlignedBuf::zeroed(BLOCK_BYTES as usize);
     fill(&mut data, value);
     ask(|done| replica.write(block * BLOCK_BYTES, data.into_bytes(), false, done))
 }
 
 /// The value a block was filled with; 0 if it is zero.
-fn read(replica: &Replica, block: u64) -> Result<u64, StoreError> {
+pub(crate) fn read(replica: &Replica, block: u64) -> Result<u64, StoreError> {
     let data = ask(|done| replica.read(block * BLOCK_BYTES, BLOCK_BYTES as u32, done))?;
     Ok(value_of(&data).expect("a block that verifies is whole"))
 }
 
 /// What a block was filled with, unless it is torn.
-fn value_of(data: &[u8]) -> Option<u64> {
+pub(crate) fn value_of(data: &[u8]) -> Option<u64> {
     let value = u64::from_le_bytes(data[..8].try_into().unwrap());
     (data == value.to_le_bytes().repeat(data.len() / 8)).then_some(value)
 }
 
-fn fill(block: &mut [u8], value: u64) {
+pub(crate) fn fill(block: &mut [u8], value: u64) {
     block.chunks_mut(8).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
 }

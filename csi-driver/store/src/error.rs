@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use holdfast_io::Errno;
-use holdfast_storage_core::ids::{Block, Region, ReplicaId};
+use holdfast_storage_core::ids::{Block, Region, ReplicaId, SnapshotId};
 
 /// A pool or a whole replica could not be opened, made or removed. Nothing on disk was changed, unless the text says
 /// so.
@@ -68,6 +68,29 @@ pub enum PoolError {
     /// No such replica in this pool.
     #[error("no replica {0} in this pool")]
     NotFound(ReplicaId),
+    /// No such snapshot on the replica.
+    #[error("replica {replica} has no snapshot {snapshot}: clone one that is there")]
+    NoSnapshot {
+        /// The replica.
+        replica: ReplicaId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// A clone would have more layers than a replica may have.
+    #[error(
+        "replica {0} would have too many layers: delete older snapshots of its source and wait until they are merged"
+    )]
+    TooManyLayers(ReplicaId),
+    /// A clone must be as large as what it clones.
+    #[error("replica {replica} with {size_bytes} bytes is smaller than its source: it needs {needed_bytes}")]
+    CloneTooSmall {
+        /// The clone.
+        replica: ReplicaId,
+        /// What was asked for.
+        size_bytes: u64,
+        /// The snapshot's size.
+        needed_bytes: u64,
+    },
     /// The replica is open in this process.
     #[error("replica {0} is open in this process: close it first")]
     InUse(ReplicaId),
@@ -154,6 +177,54 @@ pub enum StoreError {
         /// The absent one.
         absent: ReplicaId,
     },
+    /// No such snapshot on this replica, or not in this order.
+    #[error(
+        "replica {replica} has no snapshot {snapshot}, or it is not older than the other one that was named"
+    )]
+    NoSnapshot {
+        /// The replica.
+        replica: ReplicaId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// The snapshot exists; from which instant the caller cannot know (R27).
+    #[error("replica {replica} has a snapshot {snapshot} already: drop it, or take another id")]
+    SnapshotExists {
+        /// The replica.
+        replica: ReplicaId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// The stack of layers is full; nothing was changed.
+    #[error(
+        "replica {replica} has {layers} layers, no more are possible: delete snapshots and wait until they are merged"
+    )]
+    TooManyLayers {
+        /// The replica.
+        replica: ReplicaId,
+        /// Its layers.
+        layers: usize,
+    },
+    /// Growth to a size that no volume may have, or a smaller one.
+    #[error("replica {replica} has {size_bytes} bytes and cannot get {wanted_bytes}")]
+    InvalidGrowth {
+        /// The replica.
+        replica: ReplicaId,
+        /// Its size.
+        size_bytes: u64,
+        /// What was asked for.
+        wanted_bytes: u64,
+    },
+    /// A file of the replica is not as it must be.
+    #[error("replica {replica}: {action} failed: {what}")]
+    File {
+        /// The replica.
+        replica: ReplicaId,
+        /// What was tried.
+        action: &'static str,
+        /// What was found.
+        what: String,
+    },
     /// The kernel refused. If it was a write or a flush, the handle is poisoned.
     #[error("replica {replica}: {action} failed: {errno}")]
     Io {
@@ -182,8 +253,13 @@ impl StoreError {
         match self {
             StoreError::Checksum { .. } => errno::EBADMSG,
             StoreError::NoSpace(_) => errno::ENOSPC,
-            StoreError::InvalidRange { .. } | StoreError::MetaTooLarge { .. } => errno::EINVAL,
-            StoreError::NoMap { .. } => errno::ENOENT,
+            StoreError::InvalidRange { .. }
+            | StoreError::MetaTooLarge { .. }
+            | StoreError::InvalidGrowth { .. } => errno::EINVAL,
+            StoreError::NoMap { .. } | StoreError::NoSnapshot { .. } => errno::ENOENT,
+            StoreError::SnapshotExists { .. } => errno::EEXIST,
+            StoreError::TooManyLayers { .. } => errno::EMLINK,
+            StoreError::File { .. } => errno::EIO,
             StoreError::Io { errno: kernels, .. } => kernels.0,
             StoreError::NotLogged { .. } | StoreError::Poisoned(_) => errno::EIO,
             StoreError::Closed(_) => errno::ESHUTDOWN,
@@ -202,6 +278,8 @@ mod errno {
     pub const ENOSPC: i32 = Errno::ENOSPC as i32;
     pub const EINVAL: i32 = Errno::EINVAL as i32;
     pub const ENOENT: i32 = Errno::ENOENT as i32;
+    pub const EEXIST: i32 = Errno::EEXIST as i32;
+    pub const EMLINK: i32 = Errno::EMLINK as i32;
     pub const EIO: i32 = Errno::EIO as i32;
     pub const ESHUTDOWN: i32 = Errno::ESHUTDOWN as i32;
     pub const EAGAIN: i32 = Errno::EAGAIN as i32;

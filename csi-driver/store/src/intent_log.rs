@@ -1,7 +1,8 @@
 //! The intent log on disk: one bit per region, in sectors that check themselves (R18).
 //!
 //! Page 0 is sealed (payload: replica_id 16, regions 8), the bits follow. All pages are written when the log is made,
-//! so that setting a bit is one small write in place: no allocation, no journal, no room to run out of.
+//! so that setting a bit is one small write in place: no allocation, no journal, no room to run out of. Growth appends
+//! pages; the header keeps the number of regions that the log was made for.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,7 +16,7 @@ use crate::disk::{Disk, DiskFile};
 use crate::error::PoolError;
 use crate::layout::PAGE_BYTES;
 use crate::manifest::bad_page;
-use crate::sealed::{seal, unseal};
+use crate::sealed::{seal, u64_at, unseal};
 
 const MAGIC: &[u8; 8] = b"HFINTLOG";
 const VERSION: u32 = 1;
@@ -26,6 +27,7 @@ const FILE: &str = "log";
 pub struct IntentLog {
     file: DiskFile,
     replica: ReplicaId,
+    region_count: u64,
     regions: BTreeSet<Region>,
 }
 
@@ -56,7 +58,8 @@ impl IntentLog {
         }
         let head = file.read_now(0, PAGE_BYTES).map_err(PoolError::io("reading", &path))?;
         let payload = unseal(MAGIC, VERSION, &head).map_err(|bad| bad_page(&path, VERSION, &bad))?;
-        if payload != header_payload(replica, region_count) {
+        let made_for = if payload.len() == 24 { u64_at(payload, 16) } else { u64::MAX };
+        if made_for > region_count || payload != header_payload(replica, made_for) {
             return Err(PoolError::Corrupt { path, what: "it belongs to another replica".to_owned() });
         }
         let mut regions = BTreeSet::new();
@@ -65,7 +68,18 @@ impl IntentLog {
                 file.read_now(page_offset(index), PAGE_BYTES).map_err(PoolError::io("reading", &path))?;
             collect_regions(replica, index, &page, region_count, &mut regions);
         }
-        Ok(Self { file, replica, regions })
+        Ok(Self { file, replica, region_count, regions })
+    }
+
+    /// Makes room for more regions, durably; none of them is in the log. A crash leaves a log that is longer than needed.
+    pub fn grow(&mut self, region_count: u64) -> io::Result<()> {
+        let old_pages = page_count(self.region_count);
+        for index in old_pages..page_count(region_count) {
+            self.file.write_now(page_offset(index), &self.encode(index))?;
+        }
+        self.file.sync_now()?;
+        self.region_count = region_count.max(self.region_count);
+        Ok(())
     }
 
     /// The regions in the log.

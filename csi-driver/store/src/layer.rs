@@ -1,6 +1,8 @@
 //! A layer file: header, tables and data (see [`crate::layout`]).
 //!
-//! Header payload: volume_id 16, replica_id 16, number 4, reserved 4, size_bytes 8.
+//! Header payload: volume_id 16, replica_id 16, number 4, reserved 4, size_bytes 8, all as they were when the layer was
+//! made: a clone's lower layers name the replica that wrote them, and a layer that grew names its first size. What holds
+//! now says the manifest.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,68 +11,71 @@ use holdfast_io::{AlignedBuf, LockOutcome, OpenMode};
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::PoolError;
-use crate::layout::{PAGE_BYTES, layer_file_bytes, table_areas};
-use crate::manifest::{Manifest, bad_page};
-use crate::sealed::{seal, unseal};
+use crate::layout::{PAGE_BYTES, layer_file_bytes};
+use crate::manifest::{LayerEntry, bad_page};
+use crate::sealed::{seal, u64_at, unseal};
 
 const MAGIC: &[u8; 8] = b"HFLAYER\0";
 const VERSION: u32 = 1;
+/// Bytes of the payload before the size.
+const IDENTITY_BYTES: usize = 40;
 
 /// The file of layer `number`.
 pub fn layer_path(dir: &Path, number: u32) -> PathBuf {
     dir.join(format!("layer-{number:06}"))
 }
 
-/// Makes an empty layer, durable except for its name, with the space of its tables reserved (R16).
-pub fn create(disk: &Disk, dir: &Path, manifest: &Manifest, number: u32) -> Result<(), PoolError> {
-    let path = layer_path(dir, number);
+/// Makes an empty layer, durable except for its name. It costs the same whatever its size: the file is sparse, and the
+/// space of a group's tables is reserved with the first write into the group (R16).
+pub fn create(disk: &Disk, dir: &Path, entry: &LayerEntry) -> Result<DiskFile, PoolError> {
+    let path = layer_path(dir, entry.number);
+    // Left by a freeze that was interrupted before its manifest.
+    disk.remove_file(&path).map_err(PoolError::io("removing", &path))?;
     let file = disk.open(&path, OpenMode::New).map_err(PoolError::io("creating", &path))?;
-    file.set_len(layer_file_bytes(manifest.size_bytes)).map_err(PoolError::io("sizing", &path))?;
-    for (offset, len) in table_areas(manifest.size_bytes) {
-        match file.reserve_now(offset, len) {
-            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => break,
-            other => other.map_err(PoolError::io("reserving space in", &path))?,
-        }
-    }
+    file.set_len(layer_file_bytes(entry.size_bytes)).map_err(PoolError::io("sizing", &path))?;
     let mut page = AlignedBuf::zeroed(PAGE_BYTES);
-    seal(MAGIC, VERSION, &header_payload(manifest, number), &mut page);
+    seal(MAGIC, VERSION, &header_payload(entry), &mut page);
     file.write_now(0, &page).map_err(PoolError::io("writing", &path))?;
-    file.sync_now().map_err(PoolError::io("syncing", &path))
+    file.sync_now().map_err(PoolError::io("syncing", &path))?;
+    Ok(file)
 }
 
-/// Opens a layer, takes its lock and checks header and length.
-pub fn open(
-    disk: &Disk,
-    dir: &Path,
-    manifest: &Manifest,
-    number: u32,
-    lock_wait: Duration,
-) -> Result<DiskFile, PoolError> {
-    let path = layer_path(dir, number);
+/// Opens a layer and checks header and length.
+pub fn open(disk: &Disk, dir: &Path, entry: &LayerEntry) -> Result<DiskFile, PoolError> {
+    let path = layer_path(dir, entry.number);
     let file = disk.open(&path, OpenMode::Existing).map_err(PoolError::io("opening", &path))?;
-    match file.lock(lock_wait).map_err(PoolError::io("locking", &path))? {
-        LockOutcome::Locked => {}
-        LockOutcome::HeldByAnother => return Err(PoolError::Locked(path)),
-    }
     let found_bytes = file.len_bytes().map_err(PoolError::io("reading", &path))?;
-    let expected_bytes = layer_file_bytes(manifest.size_bytes);
+    let expected_bytes = layer_file_bytes(entry.size_bytes);
     if found_bytes < expected_bytes {
         return Err(PoolError::Truncated { path, found_bytes, expected_bytes });
     }
     let page = file.read_now(0, PAGE_BYTES).map_err(PoolError::io("reading", &path))?;
     let payload = unseal(MAGIC, VERSION, &page).map_err(|bad| bad_page(&path, VERSION, &bad))?;
-    if payload != header_payload(manifest, number) {
+    let expected = header_payload(entry);
+    let is_ours = payload.len() == expected.len()
+        && payload[..IDENTITY_BYTES] == expected[..IDENTITY_BYTES]
+        && u64_at(payload, IDENTITY_BYTES) <= entry.size_bytes;
+    if !is_ours {
         return Err(PoolError::Corrupt { path, what: "it belongs to another replica or layer".to_owned() });
     }
     Ok(file)
 }
 
-fn header_payload(manifest: &Manifest, number: u32) -> Vec<u8> {
-    let mut payload = Vec::with_capacity(48);
-    payload.extend(manifest.volume_id.0.to_le_bytes());
-    payload.extend(manifest.replica_id.0.to_le_bytes());
-    payload.extend(number.to_le_bytes());
+/// Takes the lock of the layer that takes writes (R3). Frozen layers have none: nothing is in flight to them, and clones
+/// share them.
+pub fn lock(file: &DiskFile, path: PathBuf, wait: Duration) -> Result<(), PoolError> {
+    match file.lock(wait).map_err(PoolError::io("locking", &path))? {
+        LockOutcome::Locked => Ok(()),
+        LockOutcome::HeldByAnother => Err(PoolError::Locked(path)),
+    }
+}
+
+fn header_payload(entry: &LayerEntry) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(IDENTITY_BYTES + 8);
+    payload.extend(entry.seed.0.to_le_bytes());
+    payload.extend(entry.origin.0.to_le_bytes());
+    payload.extend(entry.number.to_le_bytes());
     payload.extend([0; 4]);
-    payload.extend(manifest.size_bytes.to_le_bytes());
+    payload.extend(entry.size_bytes.to_le_bytes());
     payload
 }

@@ -81,12 +81,13 @@ impl TablePage {
         TablePage::States(block / STATES_PER_PAGE)
     }
 
-    /// The pages that speak of a run of blocks.
+    /// The pages that speak of a run of blocks; none for an empty one.
     pub fn covering(start: u64, count: u64) -> impl Iterator<Item = TablePage> {
-        let last = start + count - 1;
-        let sums = (start / SUMS_PER_PAGE..=last / SUMS_PER_PAGE).map(TablePage::Sums);
-        let states = (start / STATES_PER_PAGE..=last / STATES_PER_PAGE).map(TablePage::States);
-        sums.chain(states)
+        let pages = move |per_page: u64| match count {
+            0 => 0..0,
+            _ => start / per_page..(start + count - 1) / per_page + 1,
+        };
+        pages(SUMS_PER_PAGE).map(TablePage::Sums).chain(pages(STATES_PER_PAGE).map(TablePage::States))
     }
 
     /// Where the page lies in the layer file.
@@ -104,20 +105,22 @@ impl TablePage {
     }
 }
 
-/// The parts of the file that hold tables, as `(offset, length)`: reserved when a layer is made, so that a full pool
-/// can still write them (R16).
-pub fn table_areas(size_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
-    let blocks = size_bytes / BLOCK_BYTES;
-    (0..size_bytes.div_ceil(GROUP_DATA_BYTES)).flat_map(move |group| {
-        let first = group * BLOCKS_PER_GROUP;
-        let here = (blocks - first).min(BLOCKS_PER_GROUP);
-        let states_bytes = here.div_ceil(STATES_PER_PAGE) * PAGE_BYTES as u64;
-        let sums_bytes = here.div_ceil(SUMS_PER_PAGE) * PAGE_BYTES as u64;
-        [
-            (TablePage::of_state(first).file_offset(), states_bytes),
-            (TablePage::of_sum(first).file_offset(), sums_bytes),
-        ]
-    })
+/// The group of a block.
+pub fn group_of(block: u64) -> u64 {
+    block / BLOCKS_PER_GROUP
+}
+
+/// The parts of the file that hold a group's tables, as `(offset, length)`: reserved before the first write into the
+/// group, so that a full pool can still write them (R16).
+pub fn table_areas(size_bytes: u64, group: u64) -> [(u64, u64); 2] {
+    let first = group * BLOCKS_PER_GROUP;
+    let here = (size_bytes / BLOCK_BYTES - first).min(BLOCKS_PER_GROUP);
+    let states_bytes = here.div_ceil(STATES_PER_PAGE) * PAGE_BYTES as u64;
+    let sums_bytes = here.div_ceil(SUMS_PER_PAGE) * PAGE_BYTES as u64;
+    [
+        (TablePage::of_state(first).file_offset(), states_bytes),
+        (TablePage::of_sum(first).file_offset(), sums_bytes),
+    ]
 }
 
 /// Number of regions in a volume.
@@ -129,12 +132,17 @@ pub fn region_count(size_bytes: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn all_table_areas(size_bytes: u64) -> Vec<(u64, u64)> {
+        let groups = size_bytes.div_ceil(GROUP_DATA_BYTES);
+        (0..groups).flat_map(|group| table_areas(size_bytes, group)).collect()
+    }
+
     #[test]
     fn nothing_in_a_layer_overlaps_or_leaves_the_file() {
         for size_bytes in
             [REGION_BYTES, 5 * REGION_BYTES, GROUP_DATA_BYTES, 2 * GROUP_DATA_BYTES + REGION_BYTES]
         {
-            let mut areas: Vec<(u64, u64)> = table_areas(size_bytes).collect();
+            let mut areas = all_table_areas(size_bytes);
             let pieces = group_pieces(0, size_bytes / BLOCK_BYTES);
             areas.extend(pieces.map(|(block, count)| (data_offset(block), count * BLOCK_BYTES)));
             areas.push((0, HEADER_BYTES));
@@ -150,7 +158,7 @@ mod tests {
     #[test]
     fn table_pages_lie_inside_the_table_areas() {
         let size_bytes = 2 * GROUP_DATA_BYTES + 3 * REGION_BYTES;
-        let areas: Vec<(u64, u64)> = table_areas(size_bytes).collect();
+        let areas = all_table_areas(size_bytes);
         let blocks = size_bytes / BLOCK_BYTES;
         for block in [0, 1023, 1024, 16383, 16384, BLOCKS_PER_GROUP - 1, BLOCKS_PER_GROUP, blocks - 1] {
             for page in [TablePage::of_sum(block), TablePage::of_state(block)] {

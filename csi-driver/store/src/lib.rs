@@ -1,8 +1,9 @@
 //! A replica on disk: pools, layers with checksums and allocation maps, the intent log, dirty maps and recovery.
 //!
 //! ```text
-//!  Pool ── create, delete, list, space          POOL/pool, POOL/lock
-//!   └── Replica ── read, write, zero, flush ──> layer-000000   data, checksums, allocation map
+//!  Pool ── create, clone, delete, list, space   POOL/pool, POOL/lock
+//!   └── Replica ── read, write, zero, flush ──> layer-N        data, checksums, allocation map; the top one is written
+//!         │        freeze, drop, grow, merge ─> manifest       which layers are stacked, which are snapshots
 //!         │        log_add, log_remove ───────> log            regions that may differ after a crash
 //!         │        persist_meta ──────────────> meta           the replica's state, two slots
 //!         └─────── put_map, update_map, … ────> map-<replica>  blocks written since a replica left
@@ -21,6 +22,7 @@
 //! The format is drawn byte by byte in `docs/on-disk-format.md`, with every crash point argued.
 
 mod bit_sectors;
+mod clone;
 mod control;
 mod cookie;
 #[cfg(test)]
@@ -31,18 +33,24 @@ mod error;
 mod gather;
 mod intent_log;
 mod layer;
+#[cfg(test)]
+mod layer_crash_tests;
 mod layout;
 mod manifest;
 mod map_file;
+mod merge;
+mod merge_cursor;
+mod merge_thread;
 mod meta_file;
 mod pool;
 mod replica;
 mod sealed;
 mod shadow;
 mod space;
+mod stack_files;
 mod sums;
 mod tables;
 
 pub use error::{PoolError, StoreError};
 pub use pool::{Pool, PoolOptions, Space};
-pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, wait};
+pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, VERIFY_BYTES_MAX, wait};

@@ -99,6 +99,28 @@ impl MapFiles {
         Ok(())
     }
 
+    /// Makes every map long enough for a volume that grows, durably; no block of the new part is dirty (R31). One for which
+    /// there is no room becomes void. A crash leaves maps that are longer than needed.
+    pub fn grow(&mut self, block_count: u64) -> io::Result<()> {
+        let len = page_offset(page_count(block_count));
+        let absents: Vec<ReplicaId> = self.open.keys().copied().collect();
+        for absent in absents {
+            let Some(OpenMap::Bits(file)) = self.open.get(&absent) else { continue };
+            let grown =
+                file.set_len(len).and_then(|()| file.reserve_now(0, len)).and_then(|()| file.sync_now());
+            match grown {
+                Err(error) if is_full(&error) => {
+                    tracing::error!(replica = %self.replica, %absent, "no room for a dirty map: everything is dirty");
+                    let base = self.read(absent)?.0.base;
+                    self.put(absent, &DirtyMap { base, dirty: Dirty::Void })?;
+                }
+                other => other?,
+            }
+        }
+        self.block_count = block_count;
+        Ok(())
+    }
+
     /// Sets regions' bits to exactly these; durable when this returns. In a void map nothing is to be done. False if
     /// there is no such map.
     ///
@@ -153,14 +175,12 @@ impl MapFiles {
     ) -> io::Result<OpenMap> {
         let file = self.disk.open(path, OpenMode::New)?;
         let mut head = AlignedBuf::zeroed(PAGE_BYTES);
-        seal(MAGIC, VERSION, &self.header_payload(absent, base, set.is_none()), &mut head);
+        let payload = self.header_payload(absent, base, set.is_none(), self.block_count);
+        seal(MAGIC, VERSION, &payload, &mut head);
         if let Some(set) = set {
             let len = page_offset(page_count(self.block_count));
             file.set_len(len)?;
-            match file.reserve_now(0, len) {
-                Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {}
-                other => other?,
-            }
+            file.reserve_now(0, len)?;
             let pages: BTreeSet<u64> =
                 set.regions().map(|(region, _)| u64::from(region.0) / REGIONS_PER_PAGE).collect();
             for index in pages {
@@ -182,7 +202,9 @@ impl MapFiles {
         }
         let base = Epoch { number: u64_at(payload, 32), nonce: u64_at(payload, 40) };
         let is_void = payload[48] != 0;
-        if payload != self.header_payload(absent, base, is_void) {
+        // The volume may have grown since the map was made.
+        let made_for = u64_at(payload, 56);
+        if made_for > self.block_count || payload != self.header_payload(absent, base, is_void, made_for) {
             return Err(invalid("it belongs to another replica"));
         }
         if is_void {
@@ -211,7 +233,7 @@ impl MapFiles {
         page
     }
 
-    fn header_payload(&self, absent: ReplicaId, base: Epoch, void: bool) -> Vec<u8> {
+    fn header_payload(&self, absent: ReplicaId, base: Epoch, void: bool, block_count: u64) -> Vec<u8> {
         let mut payload = Vec::with_capacity(64);
         payload.extend(self.replica.0.to_le_bytes());
         payload.extend(absent.0.to_le_bytes());
@@ -219,7 +241,7 @@ impl MapFiles {
         payload.extend(base.nonce.to_le_bytes());
         payload.extend(u32::from(void).to_le_bytes());
         payload.extend([0; 4]);
-        payload.extend(self.block_count.to_le_bytes());
+        payload.extend(block_count.to_le_bytes());
         payload
     }
 }

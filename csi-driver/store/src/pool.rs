@@ -8,31 +8,35 @@
 //!
 //! Removal renames to `replicas/.del-<id>`, syncs `replicas`, and removes that.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use holdfast_io::{LockOutcome, OpenMode, Ring, RingOptions};
-use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId};
+use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId, SnapshotId};
 use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
+use crate::clone;
 use crate::control::{ControlFiles, ControlQueue};
 use crate::cookie::BootCookie;
-use crate::data::{DataParts, DataPath};
+use crate::data::{DataParts, DataPath, Layer};
 use crate::disk::{Disk, DiskFile};
 use crate::error::PoolError;
 use crate::intent_log::IntentLog;
 use crate::layer;
-use crate::layout::{is_volume_size, region_count, table_areas};
-use crate::manifest::{LayerEntry, Manifest, read_page_file, write_page_file};
+use crate::layer::layer_path;
+use crate::layout::{is_volume_size, region_count};
+use crate::manifest::{Manifest, read_page_file, write_page_file};
 use crate::map_file::MapFiles;
+use crate::merge_cursor::MergeCursor;
 use crate::meta_file::MetaFile;
 use crate::replica::Replica;
 use crate::shadow::{self, Shadow};
-use crate::space::PoolSpace;
-use crate::sums::Summer;
+use crate::space::{Charge, PoolSpace};
+use crate::stack_files::StackFiles;
+use crate::tables::Entry;
 
 const MAGIC: &[u8; 8] = b"HFPOOL\0\0";
 const VERSION: u32 = 1;
@@ -41,8 +45,8 @@ const LOCK: &str = "lock";
 const REPLICAS: &str = "replicas";
 const NEW_PREFIX: &str = ".new-";
 const DELETED_PREFIX: &str = ".del-";
-/// Bytes of a new replica besides its tables: headers, meta, log.
-const FIXED_BYTES: u64 = 64 << 10;
+/// Bytes of a new replica: headers, manifest, meta, log. The space of its tables is reserved as it is written.
+const FIXED_BYTES: u64 = 96 << 10;
 
 /// Settings of a pool.
 #[derive(Debug, Clone)]
@@ -64,7 +68,9 @@ pub struct Space {
     pub capacity_bytes: u64,
     /// Bytes that replicas fill, metadata included.
     pub used_bytes: u64,
-    /// Bytes that may still be filled: what capacity and file system both have left.
+    /// Bytes of the capacity that data may not fill: kept for layer tables, dirty maps, snapshots and merges.
+    pub metadata_bytes: u64,
+    /// Bytes that data may still fill: what capacity and file system both have left.
     pub available_bytes: u64,
 }
 
@@ -74,13 +80,16 @@ pub struct Pool {
     inner: Arc<Inner>,
 }
 
+/// Open replicas, with what must be locked for their stack of layers to stay as it is.
+type OpenReplicas = HashMap<ReplicaId, Weak<Mutex<StackFiles>>>;
+
 struct Inner {
     dir: PathBuf,
     options: PoolOptions,
     disk: Disk,
     space: Arc<PoolSpace>,
     /// Replicas that are open; also the lock that orders create, open and delete.
-    open: Mutex<HashSet<ReplicaId>>,
+    open: Mutex<OpenReplicas>,
     _lock: DiskFile,
 }
 
@@ -124,7 +133,7 @@ impl Pool {
             options,
             disk,
             space: Arc::new(space),
-            open: Mutex::new(HashSet::new()),
+            open: Mutex::new(HashMap::new()),
             _lock: lock,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -140,19 +149,50 @@ impl Pool {
         let disk = &self.inner.disk;
         let dir = self.replica_dir(meta.replica_id);
         if disk.exists(&dir).map_err(PoolError::io("examining", &dir))? {
-            let found = Manifest::read(disk, &dir)?;
-            let same = found.volume_id == meta.volume_id && found.size_bytes == meta.size_bytes;
+            let same = clone::is_same(&Manifest::read(disk, &dir)?, meta);
             return if same { Ok(()) } else { Err(PoolError::Conflict(meta.replica_id)) };
         }
-        let tables: u64 = table_areas(meta.size_bytes).map(|(_, len)| len).sum();
-        self.charge(tables + FIXED_BYTES)?;
-        self.write_new_replica(meta).inspect_err(|_| self.inner.space.give_back(tables + FIXED_BYTES))
+        let manifest = Manifest::new(meta.volume_id, meta.replica_id, meta.size_bytes);
+        self.charge(FIXED_BYTES)?;
+        self.write_new_replica(meta, &manifest, |new| layer::create(disk, new, manifest.top()).map(|_| ()))
+            .inspect_err(|_| self.inner.space.give_back(FIXED_BYTES))
+    }
+
+    /// Makes a replica that begins as `snapshot` of the replica `source` of this pool, durably and at once: the two share
+    /// the layers below, and each keeps them should the other go. It may be larger than the snapshot. Idempotent like
+    /// [`Pool::create_replica`].
+    pub fn create_clone(
+        &self,
+        meta: &ReplicaMeta,
+        source: ReplicaId,
+        snapshot: SnapshotId,
+    ) -> Result<(), PoolError> {
+        if !is_volume_size(meta.size_bytes) {
+            return Err(PoolError::InvalidSize(meta.size_bytes));
+        }
+        let open = self.lock_open();
+        let (disk, dir, source_dir) =
+            (&self.inner.disk, self.replica_dir(meta.replica_id), self.replica_dir(source));
+        if disk.exists(&dir).map_err(PoolError::io("examining", &dir))? {
+            let same = clone::is_same(&Manifest::read(disk, &dir)?, meta);
+            return if same { Ok(()) } else { Err(PoolError::Conflict(meta.replica_id)) };
+        }
+        if !disk.exists(&source_dir).map_err(PoolError::io("examining", &source_dir))? {
+            return Err(PoolError::NotFound(source));
+        }
+        // Neither a freeze nor a step of a merge changes the source's layers while they are linked.
+        let stack = open.get(&source).and_then(Weak::upgrade);
+        let _unchanged = stack.as_ref().map(|stack| stack.lock().unwrap_or_else(PoisonError::into_inner));
+        let manifest = clone::manifest_of(meta, &Manifest::read(disk, &source_dir)?, snapshot)?;
+        self.charge(FIXED_BYTES)?;
+        self.write_new_replica(meta, &manifest, |new| clone::write_layers(disk, new, &manifest, &source_dir))
+            .inspect_err(|_| self.inner.space.give_back(FIXED_BYTES))
     }
 
     /// Opens a replica, checks its format, and reads what [`Replica::start`] gives.
     pub fn open_replica(&self, replica_id: ReplicaId) -> Result<Replica, PoolError> {
         let mut open = self.lock_open();
-        if open.contains(&replica_id) {
+        if open.contains_key(&replica_id) {
             return Err(PoolError::InUse(replica_id));
         }
         let disk = &self.inner.disk;
@@ -161,49 +201,102 @@ impl Pool {
             return Err(PoolError::NotFound(replica_id));
         }
         let manifest = Manifest::read(disk, &dir)?;
-        check_manifest(&dir, &manifest, replica_id)?;
-        let top = &manifest.layers[manifest.layers.len() - 1];
-        let file = layer::open(disk, &dir, &manifest, top.number, self.inner.options.lock_wait)?;
-        let (meta_file, meta) = MetaFile::open(disk, &dir)?;
+        if manifest.replica_id != replica_id {
+            let what = "it belongs to another replica".to_owned();
+            return Err(PoolError::Corrupt { path: dir.join("manifest"), what });
+        }
+        let layers = self.open_layers(&dir, &manifest)?;
+        let (meta_file, mut meta) = MetaFile::open(disk, &dir)?;
+        // A growth that was interrupted after its last step, before the protocol put it into its own books.
+        meta.size_bytes = manifest.size_bytes;
         let log = IntentLog::open(disk, &dir, replica_id, region_count(manifest.size_bytes))?;
         let block_count = manifest.size_bytes / BLOCK_BYTES;
         let (map_files, maps) = MapFiles::open(disk, &dir, replica_id, block_count)
             .map_err(PoolError::io("reading maps in", &dir))?;
-        let cookie_dir = self.inner.options.cookie_dir.as_deref();
-        let cookie = BootCookie::new(cookie_dir, replica_id);
-        let (shadow, unflushed) = Shadow::open(cookie_dir, replica_id)
-            .map_err(PoolError::io("reading unflushed checksums of", &dir))?;
+        manifest.remove_leftovers(disk, &dir)?;
+        let cookie = BootCookie::new(self.inner.options.cookie_dir.as_deref(), replica_id);
+        let (shadow, unflushed) = self.open_shadow(&dir, &cookie, &manifest)?;
         let start = ReplicaStart {
             meta,
             log: log.regions().clone(),
             maps,
             boot_cookie: cookie.read(),
-            snapshots: Vec::new(),
+            snapshots: manifest.snapshots(),
         };
         let data = DataPath::new(DataParts {
             replica: replica_id,
             size_bytes: manifest.size_bytes,
-            summer: Summer::new(top.seed),
-            file,
+            layers,
             cookie,
             pool: Arc::clone(&self.inner.space),
             logged: log.regions().clone(),
             shadow,
         });
         data.replay(&unflushed).map_err(PoolError::io("reading tables in", &dir))?;
-        open.insert(replica_id);
         let keep = Box::new(OpenMark { pool: Arc::clone(&self.inner), replica: replica_id });
-        let files = ControlFiles { meta: meta_file, log, maps: map_files, data: Arc::clone(&data), keep };
+        let stack = StackFiles { disk: disk.clone(), dir: dir.clone(), manifest, data: Arc::clone(&data) };
+        let stack = Arc::new(Mutex::new(stack));
+        open.insert(replica_id, Arc::downgrade(&stack));
+        let files =
+            ControlFiles { meta: meta_file, log, maps: map_files, data: Arc::clone(&data), stack, keep };
         // The mark takes this lock when it goes, as it does if no thread can be started.
         drop(open);
         let control = ControlQueue::start(files).map_err(PoolError::io("starting a thread for", &dir))?;
         Ok(Replica::new(start, data, control))
     }
 
+    /// Opens every layer, bottom first, and takes the lock of the one that takes writes.
+    fn open_layers(&self, dir: &Path, manifest: &Manifest) -> Result<Vec<Layer>, PoolError> {
+        let open = |entry| {
+            let file = layer::open(&self.inner.disk, dir, entry)?;
+            if !entry.frozen {
+                layer::lock(&file, layer_path(dir, entry.number), self.inner.options.lock_wait)?;
+            }
+            Ok(Layer::new(entry, file))
+        };
+        let mut layers = manifest.layers.iter().map(open).collect::<Result<Vec<Layer>, PoolError>>()?;
+        self.read_cursors(dir, &mut layers)?;
+        Ok(layers)
+    }
+
+    /// Blocks that a merge moved count as absent where they were.
+    fn read_cursors(&self, dir: &Path, layers: &mut [Layer]) -> Result<(), PoolError> {
+        for index in 1..layers.len() {
+            let (number, blocks) = (layers[index].number, layers[index].blocks);
+            if let Some(cursor) = MergeCursor::read(&self.inner.disk, dir, number)? {
+                layers[index].moved_below = cursor.moved_below;
+                layers[index].copied_below = cursor.moved_below;
+                layers[index - 1].blocks = layers[index - 1].blocks.max(blocks);
+            }
+        }
+        Ok(())
+    }
+
+    /// A shadow in another release's format cannot be replayed: it goes, and the cookie's copy before it (R19).
+    fn open_shadow(
+        &self,
+        dir: &Path,
+        cookie: &BootCookie,
+        manifest: &Manifest,
+    ) -> Result<(Shadow, Vec<(u64, Entry)>), PoolError> {
+        let (cookie_dir, replica) = (self.inner.options.cookie_dir.as_deref(), manifest.replica_id);
+        let open = || Shadow::open(cookie_dir, replica, manifest.top().number);
+        let opened = match open() {
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                tracing::warn!(%replica, %error, "the write cache of the process before counts as lost");
+                cookie.remove().map_err(PoolError::io("removing the cookie's copy for", dir))?;
+                shadow::remove_files(cookie_dir, replica);
+                open()
+            }
+            other => other,
+        };
+        opened.map_err(PoolError::io("reading unflushed checksums of", dir))
+    }
+
     /// Removes a replica, durably. Idempotent: an absent one is a success. One that is open must be closed first.
     pub fn delete_replica(&self, replica_id: ReplicaId) -> Result<(), PoolError> {
         let open = self.lock_open();
-        if open.contains(&replica_id) {
+        if open.contains_key(&replica_id) {
             return Err(PoolError::InUse(replica_id));
         }
         let (disk, dir) = (&self.inner.disk, self.replica_dir(replica_id));
@@ -239,22 +332,22 @@ impl Pool {
         Ok(Space {
             capacity_bytes: space.capacity_bytes(),
             used_bytes: space.used_bytes(),
+            metadata_bytes: space.metadata_bytes(),
             available_bytes: space.available_bytes().map_err(PoolError::io("measuring", &replicas))?,
         })
     }
 
-    fn write_new_replica(&self, meta: &ReplicaMeta) -> Result<(), PoolError> {
+    fn write_new_replica(
+        &self,
+        meta: &ReplicaMeta,
+        manifest: &Manifest,
+        write_layers: impl FnOnce(&Path) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
         let (disk, replicas) = (&self.inner.disk, self.inner.dir.join(REPLICAS));
         let new = replicas.join(format!("{NEW_PREFIX}{}", meta.replica_id));
-        let manifest = Manifest {
-            volume_id: meta.volume_id,
-            replica_id: meta.replica_id,
-            size_bytes: meta.size_bytes,
-            layers: vec![LayerEntry { number: 0, frozen: false, seed: meta.volume_id, snapshot: 0 }],
-        };
         remove_if_there(disk, &new)?;
         disk.create_dir_all(&new).map_err(PoolError::io("creating", &new))?;
-        let written = layer::create(disk, &new, &manifest, 0)
+        let written = write_layers(&new)
             .and_then(|()| IntentLog::create(disk, &new, meta.replica_id, region_count(meta.size_bytes)))
             .and_then(|()| MetaFile::create(disk, &new, meta))
             .and_then(|()| manifest.write_new(disk, &new));
@@ -269,7 +362,11 @@ impl Pool {
     }
 
     fn charge(&self, wanted_bytes: u64) -> Result<(), PoolError> {
-        if self.inner.space.charge(wanted_bytes) { Ok(()) } else { Err(self.no_space(wanted_bytes)) }
+        if self.inner.space.charge(wanted_bytes, Charge::Data) {
+            Ok(())
+        } else {
+            Err(self.no_space(wanted_bytes))
+        }
     }
 
     fn no_space(&self, wanted_bytes: u64) -> PoolError {
@@ -292,7 +389,7 @@ impl Pool {
         self.inner.dir.join(REPLICAS).join(replica.to_string())
     }
 
-    fn lock_open(&self) -> MutexGuard<'_, HashSet<ReplicaId>> {
+    fn lock_open(&self) -> MutexGuard<'_, OpenReplicas> {
         self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -356,16 +453,4 @@ fn remove_if_there(disk: &Disk, dir: &Path) -> Result<(), PoolError> {
         disk.remove_dir_all(dir).map_err(PoolError::io("removing", dir))?;
     }
     Ok(())
-}
-
-/// This release writes one layer; a stack of several comes with snapshots, under a later manifest version.
-fn check_manifest(dir: &Path, manifest: &Manifest, replica_id: ReplicaId) -> Result<(), PoolError> {
-    let what = if manifest.replica_id != replica_id {
-        "it belongs to another replica"
-    } else if manifest.layers.len() != 1 {
-        "it lists several layers, which this release does not know"
-    } else {
-        return Ok(());
-    };
-    Err(PoolError::Corrupt { path: dir.join("manifest"), what: what.to_owned() })
 }

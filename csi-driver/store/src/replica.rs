@@ -6,14 +6,17 @@ use std::sync::Arc;
 use bytes::Bytes;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{DirtyMap, RegionBits};
-use holdfast_storage_core::ids::{Block, Region, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{Block, Region, ReplicaId, SnapshotId, VolumeId};
 use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
 use crate::control::{ControlOp, ControlQueue};
-use crate::data::DataPath;
+use crate::data::{DataPath, Look};
 use crate::error::StoreError;
 
 pub use crate::meta_file::META_BYTES_MAX;
+
+/// Most bytes of a range that [`Replica::verify`] takes.
+pub const VERIFY_BYTES_MAX: u64 = 32 << 20;
 
 /// Called exactly once, on any thread (also on the caller's, before the call returns); it must not block.
 pub type Done<T = ()> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
@@ -60,6 +63,9 @@ pub struct UncheckedRead {
     pub data: Bytes,
     /// The blocks that do not match their checksum or allocation state.
     pub bad_blocks: Vec<Block>,
+    /// Those of them in the layer that takes the writes: in a logged region they may come from a write that a crash
+    /// interrupted (R32). What is frozen was durable first, so a bad block there is damage.
+    pub in_doubt: Vec<Block>,
 }
 
 /// An open replica. Cheap to clone; closed by [`Replica::close`] or with the last handle.
@@ -122,12 +128,17 @@ impl Replica {
 
     /// Gives exactly `len` bytes (more than 0), verified; [`StoreError::Checksum`] names the blocks that failed.
     pub fn read(&self, offset: u64, len: u32, done: Done<Bytes>) {
-        self.inner.data.read(offset, len, done);
+        self.inner.data.read(Look::LIVE, offset, len, done);
+    }
+
+    /// Like [`Replica::read`], of a snapshot. It has the size that the volume had when it was frozen.
+    pub fn read_snapshot(&self, snapshot: SnapshotId, offset: u64, len: u32, done: Done<Bytes>) {
+        self.inner.data.read(Look::at(Some(snapshot)), offset, len, done);
     }
 
     /// Like [`Replica::read`], but gives the data with the list of blocks that do not verify, for R32's last resort.
     pub fn read_unchecked(&self, offset: u64, len: u32, done: Done<UncheckedRead>) {
-        self.inner.data.read_unchecked(offset, len, done);
+        self.inner.data.read_unchecked(Look::LIVE, offset, len, done);
     }
 
     /// Puts data into the disk's write cache, with `fua` on stable storage. Every region it touches must be in the log
@@ -149,7 +160,90 @@ impl Replica {
 
     /// The allocation states of a range, as runs.
     pub fn allocation(&self, range: BlockRange, done: Done<Vec<Extent>>) {
-        self.inner.data.allocation(range, done);
+        self.allocation_at(None, range, done);
+    }
+
+    /// The allocation states of a range of a snapshot, or of the volume as it is, as runs.
+    pub fn allocation_at(&self, at: Option<SnapshotId>, range: BlockRange, done: Done<Vec<Extent>>) {
+        self.inner.data.allocation(at, range, done);
+    }
+
+    /// The blocks of a range that were written or zeroed after `from` (since birth if there is none) and before `to` (until
+    /// now if there is none): ascending, without gaps between two runs being bridged. They come from the allocation maps;
+    /// a block that got the same content again is among them. [`StoreError::NoSnapshot`] if one of the two is not here, or
+    /// `from` is younger than `to`.
+    pub fn changed_blocks(
+        &self,
+        from: Option<SnapshotId>,
+        to: Option<SnapshotId>,
+        range: BlockRange,
+        done: Done<Vec<BlockRange>>,
+    ) {
+        self.inner.data.changed_blocks(from, to, range, done);
+    }
+
+    /// Reads what the disk has of a range (at most [`VERIFY_BYTES_MAX`]) and gives the blocks that do not verify, without
+    /// their data. Of a snapshot it looks at what was written since the snapshot before; with `None` at what was written
+    /// since the last one. All of them together are all that the replica holds (R33).
+    pub fn verify(&self, at: Option<SnapshotId>, range: BlockRange, done: Done<Vec<Block>>) {
+        self.inner.data.verify(at, range, done);
+    }
+
+    /// The blocks of these regions that do not verify and may come from a write that a crash interrupted (R32). The caller
+    /// takes them from a member where they verify, or has them recomputed. Requests on log, meta and maps wait meanwhile.
+    pub fn unverified(&self, regions: Vec<Region>, done: Done<Vec<Block>>) {
+        self.inner.control.push(ControlOp::Unverified(regions, done));
+    }
+
+    /// Takes what the disk holds of these blocks for their data, and gives them a checksum that fits: R32's last resort.
+    /// Their regions must be in the log. Blocks that verify, and blocks of frozen layers, are left alone; tells how many
+    /// were changed. Not durable before the next flush. Requests on log, meta and maps wait meanwhile.
+    pub fn recompute(&self, blocks: Vec<Block>, done: Done<u64>) {
+        self.inner.control.push(ControlOp::Recompute(blocks, done));
+    }
+
+    /// Freezes the volume as it is under this id, durably: everything answered before is in the snapshot, nothing that is
+    /// begun after. Costs the same whatever the volume's size. Writes that arrive meanwhile wait; those begun before are
+    /// waited for, and may be in it.
+    ///
+    /// [`StoreError::SnapshotExists`], [`StoreError::TooManyLayers`] and [`StoreError::NoSpace`] changed nothing.
+    pub fn freeze(&self, snapshot: SnapshotId, done: Done) {
+        self.inner.control.push(ControlOp::Freeze(snapshot, done));
+    }
+
+    /// Forgets a snapshot, durably; its layer is merged with the one above in the background, also after a restart. The
+    /// volume and all other snapshots read as before. An unknown one is a success.
+    pub fn drop_snapshot(&self, snapshot: SnapshotId, done: Done) {
+        self.inner.control.push(ControlOp::DropSnapshot(snapshot, done));
+    }
+
+    /// The snapshots, oldest first.
+    #[must_use]
+    pub fn snapshots(&self) -> Vec<SnapshotId> {
+        self.inner.data.snapshots()
+    }
+
+    /// Bytes of a snapshot.
+    #[must_use]
+    pub fn snapshot_size_bytes(&self, snapshot: SnapshotId) -> Option<u64> {
+        self.inner.data.size_bytes_at(snapshot)
+    }
+
+    /// How fast merges move data, 64 MiB/s unless it is set; 0 lets them rest.
+    pub fn set_merge_rate(&self, bytes_per_s: u64) {
+        self.inner.control.pace().set_rate(bytes_per_s);
+    }
+
+    /// Merges what there is to merge.
+    #[cfg(test)]
+    pub(crate) fn merge_now(&self, done: Done) {
+        self.inner.control.push(ControlOp::Merge(done));
+    }
+
+    /// Grows the volume, durably (R31); the new part is absent. The present size is a success, a smaller one
+    /// [`StoreError::InvalidGrowth`].
+    pub fn grow(&self, size_bytes: u64, done: Done) {
+        self.inner.control.push(ControlOp::Grow(size_bytes, done));
     }
 
     /// Number of blocks that are zero or data (R36).

@@ -1,9 +1,25 @@
-//! How full a pool is.
+//! How full a pool is, and the part of it that data may not fill.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::disk::Disk;
+
+/// Part of a pool's capacity that is kept for metadata: tables of new layers, manifests, dirty maps, and the window of a
+/// merge. One sixty-fourth holds the tables of 15 pools full of data.
+const METADATA_PART: u64 = 64;
+/// Even a large pool keeps no more for metadata.
+const METADATA_BYTES_MAX: u64 = 4 << 30;
+
+/// What space is taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Charge {
+    /// Data of a client: leaves the metadata's part alone.
+    Data,
+    /// Metadata and what a merge moves: may use all.
+    Metadata,
+}
 
 /// Counts what replicas fill. What the file system itself says is authoritative and replaces the count now and then
 /// ([`PoolSpace::recount`]); between two such times every reservation adds to it.
@@ -32,12 +48,21 @@ impl PoolSpace {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Asks the file system what every replica fills.
+    /// Bytes of the capacity that only metadata may fill.
+    pub fn metadata_bytes(&self) -> u64 {
+        (self.capacity_bytes / METADATA_PART).min(METADATA_BYTES_MAX)
+    }
+
+    /// Asks the file system what every replica fills. A layer that clones share counts once.
     pub fn recount(&self) -> std::io::Result<()> {
         let mut used = 0;
+        let mut seen = HashSet::new();
         for name in self.disk.list(&self.replicas_dir)? {
-            match self.disk.used_bytes(&self.replicas_dir.join(name)) {
-                Ok(bytes) => used += bytes,
+            match self.disk.used(&self.replicas_dir.join(name)) {
+                Ok(files) => {
+                    let new = files.iter().filter(|file| seen.insert(file.inode));
+                    used += new.map(|file| file.bytes).sum::<u64>();
+                }
                 // Deleted between the two calls.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
@@ -47,18 +72,27 @@ impl PoolSpace {
         Ok(())
     }
 
-    /// Bytes that may still be filled.
+    /// Bytes that data may still fill.
     pub fn available_bytes(&self) -> std::io::Result<u64> {
         let free = self.disk.free_bytes(&self.replicas_dir)?.saturating_sub(self.reserve_bytes);
-        Ok(self.capacity_bytes.saturating_sub(self.used_bytes()).min(free))
+        Ok(self.limit_bytes(Charge::Data).saturating_sub(self.used_bytes()).min(free))
+    }
+
+    fn limit_bytes(&self, charge: Charge) -> u64 {
+        match charge {
+            Charge::Data => self.capacity_bytes - self.metadata_bytes(),
+            Charge::Metadata => self.capacity_bytes,
+        }
     }
 
     /// Counts `bytes` in, unless there is no room for them.
-    pub fn charge(&self, bytes: u64) -> bool {
-        let fits = |used: u64| used.checked_add(bytes).filter(|total| *total <= self.capacity_bytes);
+    pub fn charge(&self, bytes: u64, charge: Charge) -> bool {
+        let limit = self.limit_bytes(charge);
+        let fits = |used: u64| used.checked_add(bytes).filter(|total| *total <= limit);
         let charged = self.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok();
         let free = self.disk.free_bytes(&self.replicas_dir).unwrap_or(0);
-        if charged && free < self.reserve_bytes.saturating_add(bytes) {
+        let left_alone = if charge == Charge::Data { self.reserve_bytes } else { 0 };
+        if charged && free < left_alone.saturating_add(bytes) {
             self.give_back(bytes);
             return false;
         }

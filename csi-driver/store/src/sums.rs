@@ -8,6 +8,12 @@ pub const ABSENT_SUM: u32 = 0;
 /// The sum of a zeroed block.
 pub const ZERO_SUM: u32 = u32::MAX;
 
+/// A sum that data with this one does not have, and that no state without data has.
+pub fn other_sum(sum: u32) -> u32 {
+    let other = sum ^ 1;
+    if other == ABSENT_SUM || other == ZERO_SUM { sum ^ 2 } else { other }
+}
+
 /// Computes sums for one volume.
 #[derive(Debug, Clone, Copy)]
 pub struct Summer {
@@ -40,6 +46,13 @@ impl Summer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_sum_is_never_the_same_nor_reserved() {
+        for sum in [1, 2, 3, u32::MAX - 1, u32::MAX - 2, 77] {
+            assert!(![sum, ABSENT_SUM, ZERO_SUM].contains(&other_sum(sum)), "{sum}");
+        }
+    }
 
     #[test]
     fn a_sum_names_volume_block_and_every_bit() {

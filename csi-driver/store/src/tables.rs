@@ -59,6 +59,14 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Of a block that was never written.
+    pub const ABSENT: Self = Self { state: State::Absent, sum: ABSENT_SUM };
+
+    /// Whether both say that the layer does not have the block. Where only one does, the block is bad.
+    pub fn is_absent(self) -> bool {
+        self == Self::ABSENT
+    }
+
     /// Of a zeroed block.
     pub fn zero(space_kept: bool) -> Self {
         Self { state: if space_kept { State::ZeroKept } else { State::Zero }, sum: ZERO_SUM }
@@ -79,7 +87,7 @@ impl Entry {
     }
 }
 
-/// The pages in memory. They are loaded when first needed and stay: at most 4.25 bytes per block of the volume.
+/// A layer's pages in memory, loaded when first needed. Clean ones may be dropped again.
 #[derive(Debug, Default)]
 pub struct Tables {
     pages: HashMap<TablePage, AlignedBuf>,
@@ -88,8 +96,25 @@ pub struct Tables {
 
 impl Tables {
     /// The pages that must be loaded before a run of blocks can be looked at.
-    pub fn missing(&self, start: u64, count: u64) -> Vec<TablePage> {
-        TablePage::covering(start, count).filter(|page| !self.pages.contains_key(page)).collect()
+    pub fn missing(&self, start: u64, count: u64) -> impl Iterator<Item = TablePage> + '_ {
+        TablePage::covering(start, count).filter(|page| !self.pages.contains_key(page))
+    }
+
+    /// Pages in memory.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Drops up to `count` clean pages that are not `busy`; tells how many.
+    pub fn drop_clean(&mut self, count: usize, busy: impl Fn(&TablePage) -> bool) -> usize {
+        let mut dropped = 0;
+        let dirty = &self.dirty;
+        self.pages.retain(|page, _| {
+            let drop = dropped < count && !dirty.contains(page) && !busy(page);
+            dropped += usize::from(drop);
+            !drop
+        });
+        dropped
     }
 
     /// Takes a page in as the disk has it. One that is there already may have changed since and stays.
@@ -109,6 +134,11 @@ impl Tables {
         Entry { state: state_in(states, block), sum: u32_at(sums, sum_at(block)) }
     }
 
+    /// State of a block whose page of the allocation map is in memory.
+    pub fn state(&self, block: u64) -> State {
+        state_in(&self.pages[&TablePage::of_state(block)], block)
+    }
+
     /// Changes a block whose pages are in memory.
     pub fn set(&mut self, block: u64, entry: Entry) {
         let (sum_page, state_page) = (TablePage::of_sum(block), TablePage::of_state(block));
@@ -123,6 +153,18 @@ impl Tables {
             let (byte, shift) = state_at(block);
             states[byte] = states[byte] & !(3 << shift) | (entry.state as u8) << shift;
             self.dirty.insert(state_page);
+        }
+    }
+
+    /// Copies of the pages that changed and were not saved.
+    pub fn dirty_pages(&self) -> Vec<(TablePage, AlignedBuf)> {
+        self.dirty.iter().map(|page| (*page, AlignedBuf::copy_of(&self.pages[page]))).collect()
+    }
+
+    /// These pages are on the disk as they are here.
+    pub fn saved(&mut self, pages: impl Iterator<Item = TablePage>) {
+        for page in pages {
+            self.dirty.remove(&page);
         }
     }
 
@@ -142,6 +184,13 @@ impl Tables {
 pub fn state_in(page: &[u8], block: u64) -> State {
     let (byte, shift) = state_at(block);
     State::from_bits(page[byte] >> shift)
+}
+
+/// Adds the blocks that are not absent in `page` to those of `union`, as whatever state.
+pub fn add_states(union: &mut [u8], page: &[u8]) {
+    for (sum, more) in union.iter_mut().zip(page) {
+        *sum |= more;
+    }
 }
 
 /// Number of blocks in a page of the allocation map that are not absent.
@@ -167,7 +216,7 @@ mod tests {
 
     fn mk_tables(blocks: u64) -> Tables {
         let mut tables = Tables::default();
-        for page in tables.missing(0, blocks) {
+        for page in TablePage::covering(0, blocks) {
             tables.insert(page, AlignedBuf::zeroed(PAGE_BYTES));
         }
         tables
@@ -195,5 +244,17 @@ mod tests {
         assert_eq!(tables.take_dirty().len(), 1, "an overwrite changes the sum alone");
         tables.set(0, Entry::data(8));
         assert!(tables.take_dirty().is_empty(), "same data, same sum");
+    }
+
+    #[test]
+    fn only_clean_pages_that_nobody_needs_are_dropped() {
+        let mut tables = mk_tables(3 * 1024);
+        tables.set(0, Entry::data(7));
+        let busy = TablePage::Sums(1);
+        assert_eq!(tables.page_count(), 4);
+        assert_eq!(tables.drop_clean(10, |page| *page == busy), 1);
+        assert!(tables.page(TablePage::Sums(2)).is_none());
+        assert_eq!(tables.entry(0), Entry::data(7));
+        assert_eq!(tables.missing(1024, 2048).collect::<Vec<_>>(), [TablePage::Sums(2)]);
     }
 }

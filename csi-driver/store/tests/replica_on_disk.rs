@@ -1,22 +1,18 @@
 //! A replica on a real file system: what is written is read back, what is damaged is noticed, what is full says so.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first failure")]
 
+mod common;
+
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use holdfast_io::AlignedBuf;
+use common::{Fixture, MIB, REPLICA, ask, close, flip, log, meta, options, pattern, read, write};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
-use holdfast_storage_core::ids::{
-    BLOCK_BYTES, Block, Epoch, Generation, Lineage, Region, ReplicaId, VolumeId,
-};
-use holdfast_storage_core::replica::ReplicaMeta;
-use holdfast_store::{AllocState, Done, Extent, Pool, PoolError, PoolOptions, Replica, StoreError};
-
-const MIB: u64 = 1 << 20;
-const REPLICA: ReplicaId = ReplicaId(0xabc);
+use holdfast_storage_core::ids::{BLOCK_BYTES, Block, Epoch, Generation, Region, ReplicaId};
+use holdfast_store::{AllocState, Extent, Pool, PoolError, PoolOptions, StoreError};
 
 #[test]
 fn what_was_written_is_read_back_also_after_a_reopen() {
@@ -187,7 +183,10 @@ fn a_full_pool_refuses_writes_and_replicas_and_breaks_nothing() {
 
     write(&replica, 0, &pattern(9, 1 << 20)).unwrap();
     ask(|done| replica.flush(done)).unwrap();
-    let other = meta(ReplicaId(5), 4096 * MIB);
+    for n in 2..12 {
+        let _ = write(&replica, n * MIB / 2, &pattern(7, 4096));
+    }
+    let other = meta(ReplicaId(5), 64 * MIB);
     assert!(matches!(fixture.pool.create_replica(&other), Err(PoolError::NoSpace { .. })));
     assert_eq!(fixture.pool.list().unwrap(), [REPLICA]);
 
@@ -237,15 +236,19 @@ fn a_file_cut_short_is_named_and_nothing_is_changed() {
 fn a_later_format_version_is_refused() {
     for file in ["manifest", "layer-000000", "log", "meta", "../../pool"] {
         let fixture = Fixture::new(MIB);
-        let slot = if file == "meta" { 8192 } else { 4096 };
-        let at = if file == "meta" { 8192 } else { 0 };
-        make_version(&fixture.file(file), at, slot, 2);
+        let (at, slot, known) = match file {
+            "meta" => (8192, 8192, 1),
+            "manifest" => (0, 16384, 2),
+            _ => (0, 4096, 1),
+        };
+        make_version(&fixture.file(file), at, slot, known + 1);
         let dir = fixture.close_pool();
         let opened =
             Pool::open(dir.path(), options(1 << 30)).and_then(|pool| pool.open_replica(REPLICA).map(|_| ()));
-        let Err(PoolError::FutureVersion { found: 2, known: 1, .. }) = &opened else {
+        let Err(PoolError::FutureVersion { found, known: told, .. }) = &opened else {
             panic!("{file}: {opened:?}")
         };
+        assert_eq!((*found, *told), (known + 1, known), "{file}");
     }
 }
 
@@ -390,87 +393,6 @@ fn concurrent_writers_keep_their_blocks_apart() {
         }
     });
     close(replica);
-}
-
-/// A pool with one replica, and a cookie folder in shared memory.
-struct Fixture {
-    pool: Pool,
-    dir: tempfile::TempDir,
-    _cookies: tempfile::TempDir,
-}
-
-impl Fixture {
-    fn new(size_bytes: u64) -> Self {
-        Self::with_capacity(size_bytes, 1 << 30)
-    }
-
-    fn with_capacity(size_bytes: u64, capacity_bytes: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let cookies = tempfile::tempdir_in("/dev/shm").unwrap();
-        let cookie_dir = Some(cookies.path().to_owned());
-        let pool = Pool::open(dir.path(), PoolOptions { cookie_dir, ..options(capacity_bytes) }).unwrap();
-        pool.create_replica(&meta(REPLICA, size_bytes)).unwrap();
-        Self { pool, dir, _cookies: cookies }
-    }
-
-    fn open(&self) -> Replica {
-        self.pool.open_replica(REPLICA).unwrap()
-    }
-
-    fn replica_dir(&self) -> PathBuf {
-        self.dir.path().join("replicas").join(REPLICA.to_string())
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.replica_dir().join(name)
-    }
-
-    fn close_pool(self) -> tempfile::TempDir {
-        self.dir
-    }
-}
-
-fn options(capacity_bytes: u64) -> PoolOptions {
-    PoolOptions { capacity_bytes, reserve_bytes: 0, cookie_dir: None, lock_wait: Duration::from_millis(20) }
-}
-
-fn meta(replica: ReplicaId, size_bytes: u64) -> ReplicaMeta {
-    ReplicaMeta::new(VolumeId(0x123), replica, Lineage(1), size_bytes, Epoch { number: 1, nonce: 2 })
-}
-
-fn ask<T: Send + 'static>(call: impl FnOnce(Done<T>)) -> Result<T, StoreError> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    call(Box::new(move |result| sender.send(result).unwrap()));
-    receiver.recv_timeout(Duration::from_secs(30)).expect("an answer within 30 s")
-}
-
-fn log(replica: &Replica, regions: &[u32]) {
-    let regions: Vec<Region> = regions.iter().copied().map(Region).collect();
-    ask(|done| replica.log_add(&regions, done)).unwrap();
-}
-
-fn write(replica: &Replica, offset: u64, data: &[u8]) -> Result<(), StoreError> {
-    ask(|done| replica.write(offset, AlignedBuf::copy_of(data).into_bytes(), false, done))
-}
-
-fn read(replica: &Replica, offset: u64, len: u32) -> Result<Vec<u8>, StoreError> {
-    ask(|done| replica.read(offset, len, done)).map(|data| data.to_vec())
-}
-
-fn close(replica: Replica) {
-    ask(|done| replica.close(done)).unwrap();
-}
-
-fn pattern(seed: u8, len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at / 7) as u8 ^ (at as u8).wrapping_mul(31) ^ seed).collect()
-}
-
-fn flip(path: &Path, byte: u64) {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let mut value = [0];
-    file.read_exact_at(&mut value, byte).unwrap();
-    file.write_all_at(&[value[0] ^ 4], byte).unwrap();
-    file.sync_all().unwrap();
 }
 
 fn make_version(path: &Path, at: u64, page_bytes: usize, version: u32) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use holdfast_io::{AlignedBuf, Errno};
 
 use super::{DataPath, DataState, InFlight};
+use crate::disk::DiskFile;
 use crate::error::StoreError;
 use crate::replica::Done;
 
@@ -23,6 +24,8 @@ pub struct FlushState {
 /// A flush on its way.
 struct Flush {
     path: Arc<DataPath>,
+    /// The layer that took the writes when the flush began. Those below have nothing unflushed.
+    file: DiskFile,
     /// Regions that changed last before this are clean afterwards.
     covers_until: u64,
     pages: Mutex<Pages>,
@@ -40,7 +43,7 @@ struct Pages {
 impl DataPath {
     /// See [`crate::Replica::flush`].
     pub fn flush(self: &Arc<Self>, done: Done) {
-        let request = match self.begin(None, false) {
+        let request = match self.begin() {
             Ok(request) => request,
             Err(error) => return done(Err(error)),
         };
@@ -61,7 +64,7 @@ impl DataPath {
             let mut state = self.lock();
             let served = std::mem::take(&mut state.flush.waiting);
             let pages = Pages {
-                to_write: state.tables.take_dirty().into(),
+                to_write: state.stack.top_mut().tables.take_dirty().into(),
                 in_flight: 0,
                 failed: None,
                 ended: false,
@@ -72,6 +75,7 @@ impl DataPath {
             }
             let flush = Flush {
                 path: Arc::clone(self),
+                file: state.stack.top().file.clone(),
                 covers_until: state.change_seq,
                 pages: Mutex::new(pages),
                 served: Mutex::new(served),
@@ -108,11 +112,7 @@ impl Flush {
             };
             let flush = Arc::clone(&self);
             let (offset, page) = next;
-            self.path.file.write(
-                offset,
-                page.into_bytes(),
-                Box::new(move |result| flush.page_written(result)),
-            );
+            self.file.write(offset, page.into_bytes(), Box::new(move |result| flush.page_written(result)));
         }
     }
 
@@ -129,7 +129,7 @@ impl Flush {
 
     fn sync(self: Arc<Self>) {
         let flush = Arc::clone(&self);
-        self.path.file.sync(Box::new(move |result| {
+        self.file.clone().sync(Box::new(move |result| {
             flush.finish(result.map_err(|errno| ("syncing", errno)));
         }));
     }

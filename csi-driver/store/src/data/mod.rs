@@ -1,17 +1,20 @@
-//! The data path of an open replica: reads, writes, zeroes and flushes of its layer.
+//! The data path of an open replica: reads of its stack of layers, writes, zeroes and flushes of the top one.
 //!
 //! Everything here is driven by callbacks: a caller's thread starts a request, the ring's thread carries it on. The
 //! one lock is held for table look-ups only, never over I/O and never while a callback runs.
 //!
 //! ```text
 //!  write: check ─> sums of the blocks ─> tables in memory ─> space for new blocks ─> data ─> table entries ─> answer
-//!  read:  check ─> tables in memory ─> data of the blocks that have any ─> verify ─> answer
+//!  read:  check ─> which layer has each block ─> data of the blocks that have any ─> verify ─> answer
 //!  flush: copies of changed table pages ─> write them ─> one fdatasync ─> answer
 //! ```
+//!
+//! While the stack changes at its top (a freeze, or the last step of a merge), a gate holds new writes back and those
+//! begun are waited for; reads go on.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use holdfast_io::{AlignedBuf, Errno};
@@ -21,42 +24,47 @@ use holdfast_storage_core::ids::{BLOCK_BYTES, Block, Region, ReplicaId};
 use crate::cookie::BootCookie;
 use crate::disk::DiskFile;
 use crate::error::StoreError;
-use crate::gather::Gather;
 use crate::layout::{PAGE_BYTES, TablePage};
 use crate::replica::Done;
 use crate::shadow::{Appended, Shadow};
 use crate::space::PoolSpace;
-use crate::sums::Summer;
-use crate::tables::{Entry, Tables};
+use crate::tables::Entry;
 
 mod flush;
+mod maps;
+mod moves;
 mod read;
 mod space;
+mod stack;
+mod switch;
+mod verify;
 mod write;
 mod zero;
 
-use flush::FlushState;
-use space::BackedChunks;
+pub use moves::LayerHandle;
+pub use stack::{Layer, Look};
+pub use switch::Gate;
 
-/// A replica's layer, open.
+use flush::FlushState;
+use space::Backed;
+use stack::{Loading, Stack};
+
+/// A replica's layers, open.
 pub struct DataPath {
     replica: ReplicaId,
-    size_bytes: u64,
-    summer: Summer,
-    file: DiskFile,
+    size_bytes: AtomicU64,
     cookie: BootCookie,
     pool: Arc<PoolSpace>,
     poisoned: AtomicBool,
     closed: AtomicBool,
     state: Mutex<DataState>,
-    /// Signalled when the last request in flight ended.
+    /// Signalled when the last request in flight, or the last one that changes blocks, ended.
     idle: Condvar,
 }
 
 struct DataState {
-    tables: Tables,
-    /// Pages being read, with who waits for them.
-    loading: HashMap<TablePage, Vec<Arc<Gather>>>,
+    stack: Stack,
+    loading: Loading,
     /// The intent log, as far as it is durable.
     logged: BTreeSet<Region>,
     /// Regions with writes in flight or not yet flushed.
@@ -64,9 +72,13 @@ struct DataState {
     /// Counts changes of regions, to tell which a flush covers.
     change_seq: u64,
     flush: FlushState,
-    backed: BackedChunks,
+    backed: Backed,
     shadow: Shadow,
     in_flight: usize,
+    changes_in_flight: usize,
+    gate_closed: bool,
+    /// Changes that wait at the gate: at most what the caller has in flight.
+    held: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 #[derive(Debug, Default)]
@@ -81,10 +93,8 @@ pub struct DataParts {
     pub replica: ReplicaId,
     /// Its size.
     pub size_bytes: u64,
-    /// Computes its checksums.
-    pub summer: Summer,
-    /// Its layer file.
-    pub file: DiskFile,
+    /// Its layers, bottom first.
+    pub layers: Vec<Layer>,
     /// Its cookie's copy in tmpfs.
     pub cookie: BootCookie,
     /// The pool's room.
@@ -98,23 +108,25 @@ pub struct DataParts {
 impl DataPath {
     /// Starts with empty tables.
     pub fn new(parts: DataParts) -> Arc<Self> {
-        let DataParts { replica, size_bytes, summer, file, cookie, pool, logged, shadow } = parts;
+        let DataParts { replica, size_bytes, layers, cookie, pool, logged, shadow } = parts;
+        let stack = Stack::new(layers);
         let state = DataState {
-            tables: Tables::default(),
-            loading: HashMap::new(),
+            backed: Backed::new(stack.is_layered()),
+            stack,
+            loading: Loading::new(),
             logged,
             unflushed: HashMap::new(),
             change_seq: 0,
             flush: FlushState::default(),
-            backed: BackedChunks::default(),
             shadow,
             in_flight: 0,
+            changes_in_flight: 0,
+            gate_closed: false,
+            held: Vec::new(),
         };
         Arc::new(Self {
             replica,
-            size_bytes,
-            summer,
-            file,
+            size_bytes: AtomicU64::new(size_bytes),
             cookie,
             pool,
             poisoned: AtomicBool::new(false),
@@ -131,12 +143,22 @@ impl DataPath {
 
     /// Bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
     }
 
-    /// The layer file.
-    pub fn file(&self) -> &DiskFile {
-        &self.file
+    /// The file of the layer that takes the writes.
+    pub fn top_file(&self) -> DiskFile {
+        self.lock().stack.top().file.clone()
+    }
+
+    /// Files of all layers with their numbers, bottom first.
+    pub fn files(&self) -> Vec<(u32, DiskFile)> {
+        self.lock().stack.layers().iter().map(|layer| (layer.number, layer.file.clone())).collect()
+    }
+
+    /// The pool's room.
+    pub fn pool(&self) -> &PoolSpace {
+        &self.pool
     }
 
     /// The cookie's copy in tmpfs.
@@ -198,9 +220,21 @@ impl DataPath {
         regions.iter().any(|region| state.unflushed.contains_key(region))
     }
 
-    /// A page of the tables, if it is in memory.
-    pub fn cached_page(&self, page: TablePage) -> Option<Vec<u8>> {
-        self.lock().tables.page(page).map(<[u8]>::to_vec)
+    /// A page of a layer's tables, from memory or else from the disk. Blocks; keeps nothing in memory.
+    pub fn page_now(&self, layer: u32, file: &DiskFile, page: TablePage) -> std::io::Result<AlignedBuf> {
+        let cached = self
+            .lock()
+            .stack
+            .by_number(layer)
+            .and_then(|layer| layer.tables.page(page).map(AlignedBuf::copy_of));
+        match cached {
+            Some(bytes) => Ok(bytes),
+            None if page.file_offset() + PAGE_BYTES as u64 > file.len_bytes()? => {
+                // The volume grew after the layer was frozen.
+                Ok(AlignedBuf::zeroed(PAGE_BYTES))
+            }
+            None => file.read_now(page.file_offset(), PAGE_BYTES),
+        }
     }
 
     /// Takes in what a killed predecessor had not flushed. Blocks; called before the first request.
@@ -208,15 +242,17 @@ impl DataPath {
         let mut state = self.lock();
         for (block, entry) in entries {
             let region = Block(*block).region();
-            if *block >= self.size_bytes / BLOCK_BYTES || !state.logged.contains(&region) {
+            if *block >= self.size_bytes() / BLOCK_BYTES || !state.logged.contains(&region) {
                 tracing::warn!(replica = %self.replica, block, "an unflushed checksum names a block that is not logged");
                 continue;
             }
-            for page in state.tables.missing(*block, 1) {
-                let bytes = self.file.read_now(page.file_offset(), PAGE_BYTES)?;
-                state.tables.insert(page, bytes);
+            let top = state.stack.top_mut();
+            let missing: Vec<TablePage> = top.tables.missing(*block, 1).collect();
+            for page in missing {
+                let bytes = top.file.read_now(page.file_offset(), PAGE_BYTES)?;
+                top.tables.insert(page, bytes);
             }
-            state.tables.set(*block, *entry);
+            top.tables.set(*block, *entry);
             state.unflushed.entry(region).or_default();
         }
         Ok(())
@@ -226,8 +262,9 @@ impl DataPath {
     fn change_entries(self: &Arc<Self>, entries: impl Iterator<Item = (u64, Entry)> + Clone) {
         let appended = {
             let mut state = self.lock();
+            let tables = &mut state.stack.top_mut().tables;
             for (block, entry) in entries.clone() {
-                state.tables.set(block, entry);
+                tables.set(block, entry);
             }
             state.shadow.append(entries)
         };
@@ -255,87 +292,60 @@ impl DataPath {
     /// The blocks of a request, if it is whole blocks inside the volume.
     fn check_range(&self, offset: u64, len: u64) -> Result<BlockRange, StoreError> {
         let aligned = offset.is_multiple_of(BLOCK_BYTES) && len.is_multiple_of(BLOCK_BYTES);
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size_bytes);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size_bytes());
         if !aligned || !inside || len == 0 {
             return Err(StoreError::InvalidRange { replica: self.replica, offset, len });
         }
         Ok(BlockRange::new(offset / BLOCK_BYTES, len / BLOCK_BYTES))
     }
 
-    /// Lets a request in: counts it, and for one that changes blocks checks that their regions are logged (R18).
-    fn begin(self: &Arc<Self>, range: Option<BlockRange>, changes: bool) -> Result<InFlight, StoreError> {
+    /// Lets a request in that changes nothing, and counts it.
+    fn begin(self: &Arc<Self>) -> Result<InFlight, StoreError> {
+        self.check_usable()?;
+        self.lock().in_flight += 1;
+        Ok(InFlight { path: Arc::clone(self), changed: None })
+    }
+
+    /// Lets a request in that changes blocks: checks that their regions are logged (R18), and counts it.
+    fn begin_change(self: &Arc<Self>, range: BlockRange) -> Result<InFlight, Refusal> {
+        self.check_usable()?;
+        let mut state = self.lock();
+        if state.gate_closed {
+            return Err(Refusal::Gate);
+        }
+        if let Some(region) = range.regions().find(|region| !state.logged.contains(region)) {
+            return Err(StoreError::NotLogged { replica: self.replica, region }.into());
+        }
+        for region in range.regions() {
+            state.unflushed.entry(region).or_default().in_flight += 1;
+        }
+        state.in_flight += 1;
+        state.changes_in_flight += 1;
+        Ok(InFlight { path: Arc::clone(self), changed: Some(range) })
+    }
+
+    fn check_usable(&self) -> Result<(), StoreError> {
         if self.is_closed() {
             return Err(StoreError::Closed(self.replica));
         }
         if self.is_poisoned() {
             return Err(StoreError::Poisoned(self.replica));
         }
-        let changed = range.filter(|_| changes);
-        let mut state = self.lock();
-        if let Some(range) = changed {
-            if let Some(region) = range.regions().find(|region| !state.logged.contains(region)) {
-                return Err(StoreError::NotLogged { replica: self.replica, region });
-            }
-            for region in range.regions() {
-                state.unflushed.entry(region).or_default().in_flight += 1;
-            }
-        }
-        state.in_flight += 1;
-        drop(state);
-        Ok(InFlight { path: Arc::clone(self), changed })
+        Ok(())
     }
+}
 
-    /// Goes on once the tables of a range are in memory.
-    fn with_tables(
-        self: &Arc<Self>,
-        range: BlockRange,
-        then: impl FnOnce(Result<(), StoreError>) + Send + 'static,
-    ) {
-        let mut state = self.lock();
-        let missing = state.tables.missing(range.start.0, range.count);
-        if missing.is_empty() {
-            drop(state);
-            then(Ok(()));
-            return;
-        }
-        let path = Arc::clone(self);
-        let gather = Gather::new(
-            missing.len(),
-            Box::new(move |result| {
-                then(result.map_err(|errno| path.io_error("reading checksums or allocation map", errno)));
-            }),
-        );
-        let mut to_read = Vec::new();
-        for page in missing {
-            let waiting = state.loading.entry(page).or_insert_with(|| {
-                to_read.push(page);
-                Vec::new()
-            });
-            waiting.push(Arc::clone(&gather));
-        }
-        drop(state);
-        for page in to_read {
-            self.load(page);
-        }
-    }
+/// Why a change was not let in.
+enum Refusal {
+    /// The gate is closed: [`DataPath::when_open`] tries again.
+    Gate,
+    /// For good.
+    Error(StoreError),
+}
 
-    fn load(self: &Arc<Self>, page: TablePage) {
-        let path = Arc::clone(self);
-        let buf = AlignedBuf::new(PAGE_BYTES);
-        self.file.read(
-            page.file_offset(),
-            buf,
-            Box::new(move |result| {
-                let (outcome, waiting) = {
-                    let mut state = path.lock();
-                    let outcome = result.map(|bytes| state.tables.insert(page, bytes));
-                    (outcome, state.loading.remove(&page).unwrap_or_default())
-                };
-                for gather in waiting {
-                    gather.part_done(outcome);
-                }
-            }),
-        );
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Refusal::Error(error)
     }
 }
 
@@ -371,7 +381,8 @@ impl Drop for InFlight {
             }
         }
         state.in_flight -= 1;
-        if state.in_flight == 0 {
+        state.changes_in_flight -= usize::from(self.changed.is_some());
+        if state.in_flight == 0 || (state.gate_closed && state.changes_in_flight == 0) {
             self.path.idle.notify_all();
         }
     }

@@ -7,16 +7,16 @@ use holdfast_io::{AlignedBuf, Errno};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{BLOCK_BYTES, Block};
 
+use super::stack::{Found, Home, Look, Need, View};
 use super::{DataPath, InFlight};
 use crate::error::StoreError;
 use crate::gather::Gather;
 use crate::layout::{data_offset, group_pieces};
-use crate::replica::{AllocState, Done, Extent, UncheckedRead};
-use crate::sums::Summer;
-use crate::tables::{Entry, State};
+use crate::replica::{Done, UncheckedRead};
+use crate::tables::State;
 
-/// Attempts of a read whose blocks were rewritten while it ran. Overlapping requests have no order, but old data with
-/// a new checksum is no corruption; a reader that still loses after these gets the mismatch.
+/// Attempts of a read whose blocks were rewritten or moved to another layer while it ran. Overlapping requests have no
+/// order, but old data with a new checksum is no corruption; a reader that still loses after these gets the mismatch.
 const ATTEMPTS_MAX: u32 = 4;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -27,17 +27,26 @@ static ZEROES: [u8; 1 << 18] = [0; 1 << 18];
 /// A read on its way.
 struct Read {
     request: InFlight,
+    look: Look,
     range: BlockRange,
-    entries: Vec<Entry>,
+    view: View,
     attempt: u32,
     done: Done<UncheckedRead>,
 }
 
+/// A run of blocks whose data lies together in one file.
+struct Piece {
+    home: usize,
+    block: u64,
+    count: u64,
+}
+
 impl DataPath {
-    /// See [`crate::Replica::read`].
-    pub fn read(self: &Arc<Self>, offset: u64, len: u32, done: Done<Bytes>) {
+    /// See [`crate::Replica::read`] and [`crate::Replica::read_snapshot`].
+    pub fn read(self: &Arc<Self>, look: Look, offset: u64, len: u32, done: Done<Bytes>) {
         let replica = self.replica;
         self.read_unchecked(
+            look,
             offset,
             len,
             Box::new(move |result| {
@@ -50,61 +59,47 @@ impl DataPath {
     }
 
     /// See [`crate::Replica::read_unchecked`].
-    pub fn read_unchecked(self: &Arc<Self>, offset: u64, len: u32, done: Done<UncheckedRead>) {
+    pub fn read_unchecked(self: &Arc<Self>, look: Look, offset: u64, len: u32, done: Done<UncheckedRead>) {
         let let_in = self
-            .check_range(offset, u64::from(len))
-            .and_then(|range| self.begin(Some(range), false).map(|request| (range, request)));
+            .check_range_at(look.at, offset, u64::from(len))
+            .and_then(|range| self.begin().map(|request| (range, request)));
         let (range, request) = match let_in {
             Ok(let_in) => let_in,
             Err(error) => return done(Err(error)),
         };
         let path = Arc::clone(self);
-        self.with_tables(range, move |tables| match tables {
+        self.resolve(look, range, Need::Entries, move |view| match view {
             Err(error) => request.answer(Err(error), done),
-            Ok(()) => path.read_data(Read { request, range, entries: Vec::new(), attempt: 1, done }),
+            Ok(view) => path.read_data(Read { request, look, range, view, attempt: 1, done }),
         });
     }
 
-    /// See [`crate::Replica::allocation`].
-    pub fn allocation(self: &Arc<Self>, range: BlockRange, done: Done<Vec<Extent>>) {
-        let let_in = self
-            .check_range(range.offset_bytes(), range.len_bytes())
-            .and_then(|range| self.begin(Some(range), false));
-        let request = match let_in {
-            Ok(request) => request,
-            Err(error) => return done(Err(error)),
+    fn read_data(self: &Arc<Self>, read: Read) {
+        let range = read.range;
+        let pieces = match &read.view.homes[..] {
+            [] => return self.read_finished(read, Ok(None)),
+            // One layer has all data: what lies between is read along.
+            [_] => group_pieces(range.start.0, range.count)
+                .map(|(block, count)| Piece { home: 0, block, count })
+                .collect(),
+            homes => pieces_of(range, &read.view.found, homes),
         };
-        let path = Arc::clone(self);
-        self.with_tables(range, move |tables| {
-            let extents = tables.map(|()| extents_of(range, &path.entries(range)));
-            request.answer(extents, done);
-        });
-    }
-
-    fn entries(&self, range: BlockRange) -> Vec<Entry> {
-        let state = self.lock();
-        (range.start.0..range.end()).map(|block| state.tables.entry(block)).collect()
-    }
-
-    fn read_data(self: &Arc<Self>, mut read: Read) {
-        read.entries = self.entries(read.range);
-        if read.entries.iter().all(|entry| entry.state != State::Data) {
-            return self.read_finished(read, Ok(None));
-        }
-        let (start, count) = (read.range.start.0, read.range.count);
-        let pieces: Vec<(u64, u64)> = group_pieces(start, count).collect();
-        let path = Arc::clone(self);
-        if let [(block, blocks)] = pieces[..] {
-            let buf = AlignedBuf::new(bytes_of(blocks));
+        if let [Piece { home, block, count }] = pieces[..]
+            && count == range.count
+        {
+            let file = read.view.homes[home].file.clone();
+            let path = Arc::clone(self);
             let done =
                 Box::new(move |result: Result<AlignedBuf, Errno>| path.read_finished(read, result.map(Some)));
-            return self.file.read(data_offset(block), buf, done);
+            return file.read(data_offset(block), AlignedBuf::new(bytes_of(count)), done);
         }
-        self.read_pieces(start, pieces, read);
+        self.read_pieces(pieces, read);
     }
 
-    /// The rare read across a group border: its pieces are put together by copying.
-    fn read_pieces(self: &Arc<Self>, start: u64, pieces: Vec<(u64, u64)>, read: Read) {
+    /// The read across layers or a group border: its pieces are put together by copying.
+    fn read_pieces(self: &Arc<Self>, pieces: Vec<Piece>, read: Read) {
+        let start = read.range.start.0;
+        let homes = read.view.homes.clone();
         let whole = Arc::new(Mutex::new(Some(AlignedBuf::new(bytes_of(read.range.count)))));
         let (path, finished) = (Arc::clone(self), Arc::clone(&whole));
         let gather = Gather::new(
@@ -114,7 +109,7 @@ impl DataPath {
                 path.read_finished(read, result.map(|()| buf));
             }),
         );
-        for (block, blocks) in pieces {
+        for Piece { home, block, count } in pieces {
             let (gather, whole) = (Arc::clone(&gather), Arc::clone(&whole));
             let from = bytes_of(block - start);
             let done = Box::new(move |result: Result<AlignedBuf, Errno>| {
@@ -125,23 +120,39 @@ impl DataPath {
                 });
                 gather.part_done(copied);
             });
-            self.file.read(data_offset(block), AlignedBuf::new(bytes_of(blocks)), done);
+            homes[home].file.read(data_offset(block), AlignedBuf::new(bytes_of(count)), done);
         }
     }
 
-    fn read_finished(self: &Arc<Self>, mut read: Read, result: Result<Option<AlignedBuf>, Errno>) {
+    fn read_finished(self: &Arc<Self>, read: Read, result: Result<Option<AlignedBuf>, Errno>) {
         let outcome = match result {
             Err(errno) if errno.0 == nix::libc::EAGAIN => Err(StoreError::Busy(self.replica)),
             Err(errno) => Err(self.io_error("reading data", errno)),
-            Ok(None) => Ok(answer_without_data(read.range, &read.entries)),
-            Ok(Some(buf)) => Ok(verify(self.summer, read.range, &read.entries, buf)),
+            Ok(None) => Ok(answer_without_data(read.range, &read.view)),
+            Ok(Some(buf)) => Ok(verify(read.range, &read.view, buf)),
         };
         let mismatch = outcome.as_ref().is_ok_and(|found| !found.bad_blocks.is_empty());
-        if mismatch && read.attempt < ATTEMPTS_MAX && self.entries(read.range) != read.entries {
-            read.attempt += 1;
-            return self.read_data(read);
+        if mismatch && read.attempt < ATTEMPTS_MAX {
+            return self.read_again_if_changed(read, outcome);
         }
-        if mismatch {
+        self.answer_read(read, outcome);
+    }
+
+    /// The blocks may have been rewritten, or moved to another layer, since they were looked up.
+    fn read_again_if_changed(self: &Arc<Self>, mut read: Read, outcome: Result<UncheckedRead, StoreError>) {
+        let path = Arc::clone(self);
+        self.resolve(read.look, read.range, Need::Entries, move |view| match view {
+            Ok(view) if view.found != read.view.found => {
+                read.view = view;
+                read.attempt += 1;
+                path.read_data(read);
+            }
+            Ok(_) | Err(_) => path.answer_read(read, outcome),
+        });
+    }
+
+    fn answer_read(&self, read: Read, outcome: Result<UncheckedRead, StoreError>) {
+        if outcome.as_ref().is_ok_and(|found| !found.bad_blocks.is_empty()) {
             tracing::warn!(replica = %self.replica, first_block = read.range.start.0, "blocks do not verify");
         }
         read.request.answer(outcome, read.done);
@@ -149,48 +160,66 @@ impl DataPath {
 }
 
 /// Blocks that all read as zeroes.
-fn answer_without_data(range: BlockRange, entries: &[Entry]) -> UncheckedRead {
+fn answer_without_data(range: BlockRange, view: &View) -> UncheckedRead {
     let len = bytes_of(range.count);
     let data = match ZEROES.get(..len) {
         Some(zeroes) => Bytes::from_static(zeroes),
         None => AlignedBuf::zeroed(len).into_bytes(),
     };
-    let bad = (range.start.0..).zip(entries).filter(|(_, entry)| !entry.agrees_without_data());
-    UncheckedRead { data, bad_blocks: bad.map(|(block, _)| Block(block)).collect() }
+    let bad = (range.start.0..).zip(&view.found).filter(|(_, found)| !found.entry.agrees_without_data());
+    let (mut bad_blocks, mut in_doubt) = (Vec::new(), Vec::new());
+    for (block, found) in bad {
+        bad_blocks.push(Block(block));
+        in_doubt.extend((found.layer == view.top).then_some(Block(block)));
+    }
+    UncheckedRead { data, bad_blocks, in_doubt }
 }
 
 /// Checks the blocks with data and zeroes the others, whose place in the file may hold anything.
-fn verify(summer: Summer, range: BlockRange, entries: &[Entry], mut buf: AlignedBuf) -> UncheckedRead {
-    let mut bad_blocks = Vec::new();
-    for ((block, entry), data) in (range.start.0..).zip(entries).zip(buf.chunks_mut(BLOCK)) {
-        let good = match entry.state {
-            State::Data => summer.sum(block, data) == entry.sum,
+fn verify(range: BlockRange, view: &View, mut buf: AlignedBuf) -> UncheckedRead {
+    let (mut bad_blocks, mut in_doubt) = (Vec::new(), Vec::new());
+    for ((block, found), data) in (range.start.0..).zip(&view.found).zip(buf.chunks_mut(BLOCK)) {
+        let good = match found.entry.state {
+            State::Data => home_of(&view.homes, found.layer)
+                .is_some_and(|home| view.homes[home].summer.sum(block, data) == found.entry.sum),
             State::Absent | State::Zero | State::ZeroKept => {
                 data.fill(0);
-                entry.agrees_without_data()
+                found.entry.agrees_without_data()
             }
         };
         if !good {
             bad_blocks.push(Block(block));
+            in_doubt.extend((found.layer == view.top).then_some(Block(block)));
         }
     }
-    UncheckedRead { data: buf.into_bytes(), bad_blocks }
+    UncheckedRead { data: buf.into_bytes(), bad_blocks, in_doubt }
 }
 
-fn extents_of(range: BlockRange, entries: &[Entry]) -> Vec<Extent> {
-    let mut extents: Vec<Extent> = Vec::new();
-    for (block, entry) in (range.start.0..).zip(entries) {
-        let state = match entry.state {
-            State::Absent => AllocState::Absent,
-            State::Zero | State::ZeroKept => AllocState::Zero,
-            State::Data => AllocState::Data,
-        };
-        match extents.last_mut() {
-            Some(last) if last.state == state => last.range.count += 1,
-            _ => extents.push(Extent { range: BlockRange::new(block, 1), state }),
+/// Runs of data blocks in one layer, cut at group borders.
+fn pieces_of(range: BlockRange, found: &[Found], homes: &[Home]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (block, found) in (range.start.0..).zip(found) {
+        if found.entry.state != State::Data {
+            continue;
+        }
+        let Some(home) = home_of(homes, found.layer) else { continue };
+        match pieces.last_mut() {
+            Some(last) if last.home == home && last.block + last.count == block => last.count += 1,
+            _ => pieces.push(Piece { home, block, count: 1 }),
         }
     }
-    extents
+    let cut = |piece: Piece| {
+        group_pieces(piece.block, piece.count).map(move |(block, count)| Piece {
+            home: piece.home,
+            block,
+            count,
+        })
+    };
+    pieces.into_iter().flat_map(cut).collect()
+}
+
+fn home_of(homes: &[Home], layer: u32) -> Option<usize> {
+    homes.iter().position(|home| home.layer == layer)
 }
 
 fn bytes_of(blocks: u64) -> usize {

@@ -1,5 +1,6 @@
 //! Space for blocks that have none yet, reserved in chunks before their first write: a full pool then refuses a write
-//! before anything changed (R16), and neighbouring blocks lie together in the file.
+//! before anything changed (R16), and neighbouring blocks lie together in the file. With the first change in a group the
+//! space of the group's tables is reserved as well.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,35 +11,64 @@ use holdfast_storage_core::ids::BLOCK_BYTES;
 use super::{DataPath, DataState};
 use crate::error::StoreError;
 use crate::gather::Gather;
-use crate::layout::{data_offset, group_pieces};
+use crate::layout::{data_offset, group_of, group_pieces, table_areas};
+use crate::space::Charge;
 
-/// Blocks whose space is reserved together: 256 KiB, a quarter of a region. Smaller ones reserve more often, larger
-/// ones waste more when writes are sparse.
+/// Blocks whose space is reserved together in the only layer: 256 KiB, a quarter of a region. Smaller chunks reserve more
+/// often, larger ones waste more when writes are sparse.
 const BLOCKS_PER_CHUNK: u64 = 64;
+/// The same above a frozen layer, where most blocks will never be written: 16 KiB.
+const BLOCKS_PER_LAYERED_CHUNK: u64 = 4;
 
-/// Chunks whose space was reserved since the replica was opened: one bit each, 512 KiB for 1 TiB.
+/// What space is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Data, and entries for it.
+    Data,
+    /// Entries alone.
+    Entries,
+}
+
+/// What the top layer has space for, as far as it was reserved since it became the top or was opened.
+#[derive(Debug)]
+pub struct Backed {
+    blocks_per_chunk: u64,
+    /// One bit per chunk, 512 KiB for 1 TiB (8 MiB above a frozen layer).
+    chunks: Bits,
+    /// Groups whose tables have space.
+    groups: Bits,
+}
+
+impl Backed {
+    /// Nothing is known yet.
+    pub fn new(layered: bool) -> Self {
+        let blocks_per_chunk = if layered { BLOCKS_PER_LAYERED_CHUNK } else { BLOCKS_PER_CHUNK };
+        Self { blocks_per_chunk, chunks: Bits::default(), groups: Bits::default() }
+    }
+}
+
 #[derive(Debug, Default)]
-pub struct BackedChunks {
+struct Bits {
     words: Vec<u64>,
 }
 
-impl BackedChunks {
-    fn contains(&self, chunk: u64) -> bool {
-        let word = usize::try_from(chunk / 64).expect("volumes end below 2^64 chunks");
-        self.words.get(word).is_some_and(|bits| bits >> (chunk % 64) & 1 == 1)
+impl Bits {
+    fn contains(&self, item: u64) -> bool {
+        let word = usize::try_from(item / 64).expect("volumes end below 2^64 chunks");
+        self.words.get(word).is_some_and(|bits| bits >> (item % 64) & 1 == 1)
     }
 
-    fn set(&mut self, chunks: Range<u64>, backed: bool) {
-        for chunk in chunks {
-            let word = usize::try_from(chunk / 64).expect("volumes end below 2^64 chunks");
+    fn set(&mut self, items: Range<u64>, on: bool) {
+        for item in items {
+            let word = usize::try_from(item / 64).expect("volumes end below 2^64 chunks");
             if word >= self.words.len() {
-                if !backed {
+                if !on {
                     continue;
                 }
                 self.words.resize(word + 1, 0);
             }
-            let bit = 1 << (chunk % 64);
-            if backed {
+            let bit = 1 << (item % 64);
+            if on {
                 self.words[word] |= bit;
             } else {
                 self.words[word] &= !bit;
@@ -47,56 +77,100 @@ impl BackedChunks {
     }
 }
 
+/// What must be reserved before blocks can be changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Lacking {
+    /// Blocks without space for their data, in whole chunks.
+    blocks: Range<u64>,
+    /// Groups without space for their tables.
+    groups: Vec<u64>,
+}
+
+impl Lacking {
+    fn is_empty(&self) -> bool {
+        self.blocks.is_empty() && self.groups.is_empty()
+    }
+}
+
 impl DataState {
-    /// The chunks that must be reserved before these blocks can be written, as one run.
-    fn unbacked(&self, range: BlockRange) -> Range<u64> {
+    fn lacking(&self, range: BlockRange, purpose: Purpose) -> Lacking {
+        let per_chunk = self.backed.blocks_per_chunk;
+        let top = self.stack.top();
         let lacks = |block: &u64| {
-            !self.tables.entry(*block).state.has_space() && !self.backed.contains(block / BLOCKS_PER_CHUNK)
+            !top.tables.state(*block).has_space() && !self.backed.chunks.contains(block / per_chunk)
         };
         let mut blocks = range.start.0..range.end();
-        let Some(first) = blocks.find(lacks) else { return 0..0 };
-        let last = blocks.rev().find(lacks).unwrap_or(first);
-        first / BLOCKS_PER_CHUNK..last / BLOCKS_PER_CHUNK + 1
+        let blocks = match purpose {
+            Purpose::Entries => 0..0,
+            Purpose::Data => match blocks.find(lacks) {
+                // A block with space was written, and so its group's tables have space.
+                None => return Lacking::default(),
+                Some(first) => {
+                    let last = blocks.rev().find(lacks).unwrap_or(first);
+                    first / per_chunk * per_chunk..((last / per_chunk + 1) * per_chunk).min(top.blocks)
+                }
+            },
+        };
+        let groups = group_of(range.start.0)..group_of(range.end() - 1) + 1;
+        Lacking { blocks, groups: groups.filter(|group| !self.backed.groups.contains(*group)).collect() }
+    }
+
+    fn now_backed(&mut self, had: &Lacking) {
+        let per_chunk = self.backed.blocks_per_chunk;
+        self.backed.chunks.set(had.blocks.start / per_chunk..had.blocks.end.div_ceil(per_chunk), true);
+        for group in &had.groups {
+            self.backed.groups.set(*group..*group + 1, true);
+        }
     }
 
     /// The blocks' space was given back.
     pub(super) fn punched(&mut self, start: u64, count: u64) {
-        self.backed.set(start / BLOCKS_PER_CHUNK..(start + count).div_ceil(BLOCKS_PER_CHUNK), false);
+        let per_chunk = self.backed.blocks_per_chunk;
+        self.backed.chunks.set(start / per_chunk..(start + count).div_ceil(per_chunk), false);
     }
 }
 
 impl DataPath {
-    /// Goes on once the file has space for the blocks, whose tables are in memory. [`StoreError::NoSpace`] changed
-    /// nothing.
+    /// Goes on once the top has space for a change of these blocks, whose tables are in memory. [`StoreError::NoSpace`]
+    /// changed nothing.
     pub(super) fn with_space(
         self: &Arc<Self>,
         range: BlockRange,
+        purpose: Purpose,
         then: impl FnOnce(Result<(), StoreError>) + Send + 'static,
     ) {
-        let chunks = self.lock().unbacked(range);
-        if chunks.is_empty() {
+        let lacking = self.lock().lacking(range, purpose);
+        if lacking.is_empty() {
             then(Ok(()));
             return;
         }
-        let blocks_end = (chunks.end * BLOCKS_PER_CHUNK).min(self.size_bytes / BLOCK_BYTES);
-        let (start, count) = (chunks.start * BLOCKS_PER_CHUNK, blocks_end - chunks.start * BLOCKS_PER_CHUNK);
-        if !self.pool.charge(count * BLOCK_BYTES) {
+        let data_bytes = (lacking.blocks.end - lacking.blocks.start) * BLOCK_BYTES;
+        let mut areas: Vec<(u64, u64)> =
+            lacking.groups.iter().flat_map(|group| table_areas(self.size_bytes(), *group)).collect();
+        let table_bytes: u64 = areas.iter().map(|(_, len)| len).sum();
+        if !lacking.blocks.is_empty() {
+            let pieces = group_pieces(lacking.blocks.start, lacking.blocks.end - lacking.blocks.start);
+            areas.extend(pieces.map(|(block, blocks)| (data_offset(block), blocks * BLOCK_BYTES)));
+        }
+        // Giving space back must work in a full pool: entries alone may use the reserve.
+        let charge = if purpose == Purpose::Data { Charge::Data } else { Charge::Metadata };
+        if !self.pool.charge(data_bytes + table_bytes, charge) {
             then(Err(StoreError::NoSpace(self.replica)));
             return;
         }
-        let pieces: Vec<(u64, u64)> = group_pieces(start, count).collect();
+        let (file, _) = self.top();
         let path = Arc::clone(self);
         let gather = Gather::new(
-            pieces.len(),
+            areas.len(),
             Box::new(move |result| match result {
                 Ok(()) => {
-                    path.lock().backed.set(chunks, true);
+                    path.lock().now_backed(&lacking);
                     then(Ok(()));
                 }
                 // A file system without reservation allocates as it writes.
                 Err(errno) if errno.0 == nix::libc::EOPNOTSUPP => then(Ok(())),
                 Err(errno) => {
-                    path.pool.give_back(count * BLOCK_BYTES);
+                    path.pool.give_back(data_bytes + table_bytes);
                     let full = matches!(errno.0, nix::libc::ENOSPC | nix::libc::EDQUOT);
                     let error = if full {
                         StoreError::NoSpace(path.replica)
@@ -107,10 +181,9 @@ impl DataPath {
                 }
             }),
         );
-        for (block, blocks) in pieces {
+        for (offset, len) in areas {
             let gather = Arc::clone(&gather);
-            let done = Box::new(move |result| gather.part_done(result));
-            self.file.allocate(data_offset(block), blocks * BLOCK_BYTES, done);
+            file.allocate(offset, len, Box::new(move |result| gather.part_done(result)));
         }
     }
 }
@@ -120,13 +193,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_are_backed_until_punched() {
-        let mut backed = BackedChunks::default();
-        backed.set(3..130, true);
-        backed.set(64..65, false);
-        backed.set(1000..2000, false);
-        let found: Vec<u64> = (0..200).filter(|chunk| backed.contains(*chunk)).collect();
-        let expected: Vec<u64> = (3..130).filter(|chunk| *chunk != 64).collect();
+    fn bits_are_kept_until_taken_back() {
+        let mut bits = Bits::default();
+        bits.set(3..130, true);
+        bits.set(64..65, false);
+        bits.set(1000..2000, false);
+        let found: Vec<u64> = (0..200).filter(|item| bits.contains(*item)).collect();
+        let expected: Vec<u64> = (3..130).filter(|item| *item != 64).collect();
         assert_eq!(found, expected);
     }
 }

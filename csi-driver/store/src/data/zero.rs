@@ -1,4 +1,6 @@
 //! Zeroes and trims (R17): entries in the tables; a trim also gives the space back.
+//!
+//! A block that only a frozen layer has is shadowed by an entry in the top layer. One that no layer has stays absent.
 
 use std::sync::Arc;
 
@@ -6,7 +8,9 @@ use holdfast_io::Errno;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::BLOCK_BYTES;
 
-use super::{DataPath, InFlight};
+use super::space::Purpose;
+use super::stack::{Look, Need, View};
+use super::{DataPath, InFlight, Refusal};
 use crate::gather::Gather;
 use crate::layout::{data_offset, group_pieces};
 use crate::replica::Done;
@@ -24,58 +28,84 @@ struct Zero {
 impl DataPath {
     /// See [`crate::Replica::zero`].
     pub fn zero(self: &Arc<Self>, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
-        let let_in = self
-            .check_range(offset, len)
-            .and_then(|range| self.begin(Some(range), true).map(|request| (range, request)));
-        let (range, request) = match let_in {
-            Ok(let_in) => let_in,
+        let range = match self.check_range(offset, len) {
+            Ok(range) => range,
             Err(error) => return done(Err(error)),
+        };
+        let request = match self.begin_change(range) {
+            Ok(request) => request,
+            Err(Refusal::Error(error)) => return done(Err(error)),
+            Err(Refusal::Gate) => {
+                let path = Arc::clone(self);
+                return self.when_open(Box::new(move || path.zero(offset, len, trim, fua, done)));
+            }
         };
         let zero = Zero { request, range, trim, fua, done };
         let path = Arc::clone(self);
-        self.with_tables(range, move |tables| match tables {
+        self.resolve(Look::LIVE, range, Need::Entries, move |view| match view {
             Err(error) => zero.request.answer(Err(error), zero.done),
-            Ok(()) => path.punch_then_mark(zero),
+            Ok(view) => path.with_shadowing_entries(zero, view),
         });
     }
 
-    fn punch_then_mark(self: &Arc<Self>, zero: Zero) {
+    /// The top's tables are in memory; new entries in a part of it that had none need space for its tables.
+    fn with_shadowing_entries(self: &Arc<Self>, zero: Zero, view: View) {
+        let shadows = {
+            let state = self.lock();
+            let top = state.stack.top().number;
+            view.found.iter().any(|found| found.layer != top && !reads_as_zero(found.entry))
+        };
+        if !shadows {
+            return self.punch_then_mark(zero, view);
+        }
+        let path = Arc::clone(self);
+        self.with_space(zero.range, Purpose::Entries, move |space| match space {
+            Err(error) => zero.request.answer(Err(error), zero.done),
+            Ok(()) => path.punch_then_mark(zero, view),
+        });
+    }
+
+    fn punch_then_mark(self: &Arc<Self>, zero: Zero, view: View) {
         let spaced = if zero.trim { self.blocks_with_space(zero.range) } else { None };
         let Some((start, count)) = spaced else {
-            return self.mark_zero(zero);
+            return self.mark_zero(zero, &view);
         };
         let pieces: Vec<(u64, u64)> = group_pieces(start, count).collect();
+        let (file, _) = self.top();
         let path = Arc::clone(self);
-        let gather =
-            Gather::new(pieces.len(), Box::new(move |result| path.punch_finished(zero, count, result)));
+        let gather = Gather::new(
+            pieces.len(),
+            Box::new(move |result| path.punch_finished(zero, &view, count, result)),
+        );
         for (block, blocks) in pieces {
             let gather = Arc::clone(&gather);
             let done = Box::new(move |result| gather.part_done(result));
-            self.file.punch(data_offset(block), blocks * BLOCK_BYTES, done);
+            file.punch(data_offset(block), blocks * BLOCK_BYTES, done);
         }
     }
 
-    /// The run of blocks from the first to the last one that has space.
+    /// The run of blocks from the first to the last one that has space in the top.
     fn blocks_with_space(&self, range: BlockRange) -> Option<(u64, u64)> {
         let state = self.lock();
-        let spaced = |block: &u64| state.tables.entry(*block).state.has_space();
+        let top = state.stack.top();
+        let spaced = |block: &u64| top.entry(*block).state.has_space();
         let first = (range.start.0..range.end()).find(spaced)?;
         let last = (first..range.end()).rev().find(spaced)?;
         Some((first, last + 1 - first))
     }
 
-    fn punch_finished(self: &Arc<Self>, mut zero: Zero, count: u64, result: Result<(), Errno>) {
+    fn punch_finished(self: &Arc<Self>, mut zero: Zero, view: &View, count: u64, result: Result<(), Errno>) {
         match result {
             Ok(()) => {
                 let range = zero.range;
                 self.lock().punched(range.start.0, range.count);
                 self.pool.give_back(count * BLOCK_BYTES);
-                self.mark_zero(zero);
+                self.mark_zero(zero, view);
             }
             // A file system that punches no holes keeps the space.
             Err(errno) if errno.0 == nix::libc::EOPNOTSUPP => {
                 zero.trim = false;
-                self.mark_zero(zero);
+                self.mark_zero(zero, view);
             }
             Err(errno) => {
                 let error = self.write_failed("giving space back", errno);
@@ -84,16 +114,21 @@ impl DataPath {
         }
     }
 
-    fn mark_zero(self: &Arc<Self>, zero: Zero) {
+    fn mark_zero(self: &Arc<Self>, zero: Zero, view: &View) {
         let blocks = zero.range.start.0..zero.range.end();
         let entries: Vec<(u64, Entry)> = {
             let state = self.lock();
+            let top = state.stack.top();
             blocks
-                .filter_map(|block| match state.tables.entry(block).state {
-                    // Nothing lies below: absent reads as zeroes already.
-                    State::Absent => None,
-                    State::Zero => Some((block, Entry::zero(false))),
-                    State::Data | State::ZeroKept => Some((block, Entry::zero(!zero.trim))),
+                .zip(&view.found)
+                .filter_map(|(block, found)| {
+                    let own = top.entry(block);
+                    match own.state {
+                        // No data lies below either: the block reads as zeroes already.
+                        State::Absent if own.is_absent() && reads_as_zero(found.entry) => None,
+                        State::Absent | State::Zero => Some((block, Entry::zero(false))),
+                        State::Data | State::ZeroKept => Some((block, Entry::zero(!zero.trim))),
+                    }
                 })
                 .collect()
         };
@@ -101,4 +136,8 @@ impl DataPath {
         drop(zero.request);
         if zero.fua { self.flush(zero.done) } else { (zero.done)(Ok(())) }
     }
+}
+
+fn reads_as_zero(entry: Entry) -> bool {
+    entry.state != State::Data && entry.agrees_without_data()
 }

@@ -39,7 +39,25 @@ pub enum DiskFile {
     Sim(sim::SimFile),
 }
 
+/// What a file fills.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileUse {
+    /// Two names with one inode are one file: clones share layers.
+    pub inode: u64,
+    /// Bytes that it has space for.
+    pub bytes: u64,
+}
+
 impl Disk {
+    /// Whether merges run on a thread of their own. A simulated disk counts changes, and must see them in one order.
+    pub fn has_threads(&self) -> bool {
+        match self {
+            Disk::Real(_) => true,
+            #[cfg(test)]
+            Disk::Sim(_) => false,
+        }
+    }
+
     /// Makes a folder and those above it.
     pub fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         match self {
@@ -99,6 +117,15 @@ impl Disk {
         removed.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
     }
 
+    /// Gives a file a second name; durable after [`Disk::sync_dir`] of the new name's folder.
+    pub fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        match self {
+            Disk::Real(_) => fs::hard_link(from, to),
+            #[cfg(test)]
+            Disk::Sim(sim) => sim.hard_link(from, to),
+        }
+    }
+
     /// Makes names in a folder durable.
     pub fn sync_dir(&self, path: &Path) -> io::Result<()> {
         match self {
@@ -129,19 +156,26 @@ impl Disk {
         }
     }
 
-    /// Bytes that a folder's files fill, not counting folders in it.
-    pub fn used_bytes(&self, path: &Path) -> io::Result<u64> {
+    /// What each of a folder's files fills, not counting folders in it.
+    pub fn used(&self, path: &Path) -> io::Result<Vec<FileUse>> {
         const SECTOR_OF_STAT: u64 = 512;
         match self {
             Disk::Real(_) => {
-                let mut used = 0;
+                let mut used = Vec::new();
                 for entry in fs::read_dir(path)? {
-                    used += entry?.metadata()?.blocks() * SECTOR_OF_STAT;
+                    match entry?.metadata() {
+                        Ok(found) => {
+                            used.push(FileUse { inode: found.ino(), bytes: found.blocks() * SECTOR_OF_STAT });
+                        }
+                        // Removed between the two calls.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => return Err(error),
+                    }
                 }
                 Ok(used)
             }
             #[cfg(test)]
-            Disk::Sim(sim) => sim.used_bytes(path),
+            Disk::Sim(sim) => sim.used(path),
         }
     }
 }
@@ -156,6 +190,15 @@ impl DiskFile {
         }
     }
 
+    /// How many names the file has.
+    pub fn link_count(&self) -> io::Result<u64> {
+        match self {
+            DiskFile::Real { file, .. } => Ok(file.metadata()?.nlink()),
+            #[cfg(test)]
+            DiskFile::Sim(file) => Ok(file.link_count()),
+        }
+    }
+
     /// Sets the length; new bytes are zero.
     pub fn set_len(&self, len_bytes: u64) -> io::Result<()> {
         match self {
@@ -165,12 +208,16 @@ impl DiskFile {
         }
     }
 
-    /// Reserves space, blocking.
+    /// Reserves space, blocking. A file system without reservation allocates as it writes.
     pub fn reserve_now(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self {
+        let reserved = match self {
             DiskFile::Real { file, .. } => holdfast_io::reserve_space(file, offset, len),
             #[cfg(test)]
             DiskFile::Sim(file) => file.allocate(),
+        };
+        match reserved {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
+            other => other,
         }
     }
 
@@ -209,6 +256,29 @@ impl DiskFile {
             DiskFile::Real { file, .. } => file.sync_data(),
             #[cfg(test)]
             DiskFile::Sim(file) => file.sync(),
+        }
+    }
+
+    /// Where the first data from `offset` on lies, if any does; a hole, or space that was only reserved, has none. A file
+    /// system that does not know says `offset`.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        match self {
+            DiskFile::Real { file, .. } => holdfast_io::next_data(file, offset),
+            #[cfg(test)]
+            DiskFile::Sim(_) => Ok(Some(offset)),
+        }
+    }
+
+    /// Gives space back, blocking; the range reads as zeroes. A file system that punches no holes keeps it.
+    pub fn punch_now(&self, offset: u64, len: u64) -> io::Result<()> {
+        let punched = match self {
+            DiskFile::Real { file, .. } => holdfast_io::punch_hole(file, offset, len),
+            #[cfg(test)]
+            DiskFile::Sim(file) => file.punch(offset, len),
+        };
+        match punched {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
+            other => other,
         }
     }
 

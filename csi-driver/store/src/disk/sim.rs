@@ -9,6 +9,8 @@ use holdfast_io::OpenMode;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::FileUse;
+
 const SECTOR_BYTES: u64 = 512;
 
 /// A simulated disk. Clones are the same disk.
@@ -297,10 +299,12 @@ impl SimDisk {
                 let inode = {
                     let mut state = self.lock();
                     state.next_inode += 1;
-                    state.next_inode
+                    let inode = state.next_inode;
+                    // Also when the power goes meanwhile: the name may be there.
+                    state.inodes.insert(inode, Inode::default());
+                    inode
                 };
                 self.change_names(&NameChange::Link(path.to_owned(), Node::File(inode)))?;
-                self.lock().inodes.insert(inode, Inode::default());
                 Ok(SimFile { disk: self.clone(), inode })
             }
             (Some(_), _) => Err(io::ErrorKind::AlreadyExists.into()),
@@ -314,17 +318,22 @@ impl SimDisk {
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "the real side can fail")]
-    pub fn used_bytes(&self, path: &Path) -> io::Result<u64> {
+    pub fn used(&self, path: &Path) -> io::Result<Vec<FileUse>> {
         let state = self.lock();
         let files = state.names.iter().filter(|(name, _)| name.parent() == Some(path));
-        Ok(files
-            .map(|(_, node)| match node {
-                Node::Dir => 0,
-                Node::File(inode) => {
-                    state.inodes.get(inode).map_or(0, |inode| inode.seen.sectors.len() as u64 * SECTOR_BYTES)
-                }
-            })
-            .sum())
+        let used = files.filter_map(|(_, node)| match node {
+            Node::Dir => None,
+            Node::File(number) => {
+                let sectors = state.inodes.get(number).map_or(0, |inode| inode.seen.sectors.len() as u64);
+                Some(FileUse { inode: *number, bytes: sectors * SECTOR_BYTES })
+            }
+        });
+        Ok(used.collect())
+    }
+
+    pub fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let node = self.lock().names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
+        self.change_names(&NameChange::Link(to.to_owned(), node))
     }
 }
 
@@ -365,6 +374,12 @@ impl SimFile {
     #[expect(clippy::unnecessary_wraps, reason = "the real side can fail")]
     pub fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.disk.lock().inodes[&self.inode].seen.len)
+    }
+
+    pub fn link_count(&self) -> u64 {
+        let state = self.disk.lock();
+        let links = state.names.values().filter(|node| matches!(node, Node::File(at) if *at == self.inode));
+        links.count() as u64
     }
 
     pub fn set_len(&self, len: u64) -> io::Result<()> {
