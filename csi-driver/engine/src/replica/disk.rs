@@ -24,20 +24,16 @@ pub fn submit(
             disk.zero(range.offset_bytes(), range.len_bytes(), trim, fua, then);
         }
         DataOp::Flush => disk.flush(Box::new(|result| done(empty(result)))),
-        // The store has one layer yet.
-        DataOp::ReadSnapshot { .. } => done(Err(DiskError::NoSnapshot)),
+        DataOp::ReadSnapshot { snapshot, range } => {
+            let len = u32::try_from(range.len_bytes()).expect("a read is at most the NBD server's limit");
+            let then = Box::new(|result: Result<Bytes, StoreError>| done(result.map_err(disk_error)));
+            disk.read_snapshot(snapshot, range.offset_bytes(), len, then);
+        }
     }
 }
 
-/// Starts an operation on meta, cookie, log or maps; durable when answered. They take effect in the order of the calls.
+/// Starts an operation on meta, cookie, log, maps or layers; durable when answered. They take effect in the order of the calls.
 pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), DiskError>) + Send + 'static) {
-    // The store has one layer of one size yet.
-    match op {
-        DiskOp::Freeze { .. } => return done(Err(DiskError::LayersFull)),
-        DiskOp::Grow { .. } => return done(Err(DiskError::NoSpace)),
-        DiskOp::DropSnapshot { .. } => return done(Ok(())),
-        _ => {}
-    }
     let then: holdfast_store::Done = Box::new(|result| done(result.map_err(disk_error)));
     match op {
         DiskOp::PersistMeta(meta) => disk.persist_meta(&meta, then),
@@ -48,9 +44,9 @@ pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), Disk
         DiskOp::MapPut { absent, map } => disk.put_map(absent, map, then),
         DiskOp::MapUpdate { absent, regions } => disk.update_map(absent, regions, then),
         DiskOp::MapDrop { absent } => disk.drop_map(absent, then),
-        DiskOp::Freeze { .. } | DiskOp::DropSnapshot { .. } | DiskOp::Grow { .. } => {
-            unreachable!("answered above")
-        }
+        DiskOp::Freeze { snapshot } => disk.freeze(snapshot, then),
+        DiskOp::DropSnapshot { snapshot } => disk.drop_snapshot(snapshot, then),
+        DiskOp::Grow { size_bytes } => disk.grow(size_bytes, then),
         DiskOp::Data { .. } => unreachable!("data operations have their own way"),
     }
 }
@@ -64,6 +60,9 @@ fn disk_error(error: StoreError) -> DiskError {
         StoreError::NoSpace(_) => DiskError::NoSpace,
         // Nothing of the range was changed and other ranges are fine, which is what the core takes from NoSpace.
         StoreError::Busy(_) => DiskError::NoSpace,
+        StoreError::SnapshotExists { .. } => DiskError::SnapshotExists,
+        StoreError::TooManyLayers { .. } => DiskError::LayersFull,
+        StoreError::NoSnapshot { .. } => DiskError::NoSnapshot,
         StoreError::Checksum { .. } => {
             tracing::warn!(%error, "a read met a block that does not verify");
             DiskError::Corrupt
@@ -72,6 +71,8 @@ fn disk_error(error: StoreError) -> DiskError {
         | StoreError::InvalidRange { .. }
         | StoreError::MetaTooLarge { .. }
         | StoreError::NoMap { .. }
+        | StoreError::InvalidGrowth { .. }
+        | StoreError::File { .. }
         | StoreError::Io { .. }
         | StoreError::Poisoned(_)
         | StoreError::Closed(_) => {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use holdfast_io::{BlockError, BlockOp, Completion};
 use holdfast_nbd::ConnectionSet;
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken};
+use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken, SnapshotId};
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRefusal, OpenReply, OpenRequest, Replica,
     ReplicaAction, ReplicaCall, ReplicaEvent, ReplicaReply, RequestRefusal, SessionKey,
@@ -68,6 +68,8 @@ pub enum ReplicaInput {
     Data {
         /// Its session.
         token: SessionToken,
+        /// The snapshot it reads; none for the volume as it is.
+        at: Option<SnapshotId>,
         /// What.
         op: BlockOp,
         /// Who waits for the answer.
@@ -161,7 +163,7 @@ impl ReplicaMachine {
         &mut self,
         now_ms: u64,
         token: SessionToken,
-        op: BlockOp,
+        op: Option<(DataOp, Bytes)>,
         done: Completion,
         work: &mut Vec<ReplicaWork>,
     ) {
@@ -169,7 +171,7 @@ impl ReplicaMachine {
             work.push(ReplicaWork::Complete(done, Err(BlockError(errno::ESHUTDOWN))));
             return;
         }
-        let Some((op, data)) = data_op(op) else {
+        let Some((op, data)) = op else {
             work.push(ReplicaWork::Complete(done, Err(BlockError(errno::EINVAL))));
             return;
         };
@@ -261,7 +263,9 @@ impl Machine for ReplicaMachine {
 
     fn handle(&mut self, now_ms: u64, event: ReplicaInput, work: &mut Vec<ReplicaWork>) {
         match event {
-            ReplicaInput::Data { token, op, done } => self.on_data(now_ms, token, op, done, work),
+            ReplicaInput::Data { token, at, op, done } => {
+                self.on_data(now_ms, token, data_op(op, at), done, work);
+            }
             ReplicaInput::DataDone(id, call, result) => self.on_data_done(now_ms, id, call, result),
             ReplicaInput::Open { call, request, token, caller, answer, ended } => {
                 self.calls.insert(call, Pending::Open { caller, answer, ended });
@@ -359,21 +363,28 @@ fn owned_by(caller: &[String], names: &[String]) -> bool {
     caller.is_empty() || caller.iter().any(|name| names.contains(name))
 }
 
-/// A block request in the core's terms, with its data; `None` if it is not made of whole blocks.
-fn data_op(op: BlockOp) -> Option<(DataOp, Bytes)> {
+/// A block request in the core's terms, with its data; `None` if it is not made of whole blocks, or would change a
+/// snapshot.
+fn data_op(op: BlockOp, at: Option<SnapshotId>) -> Option<(DataOp, Bytes)> {
     let range = |offset: u64, len: u64| {
         let whole = len > 0 && offset.is_multiple_of(BLOCK_BYTES) && len.is_multiple_of(BLOCK_BYTES);
         whole.then(|| BlockRange::covering(offset, len))
     };
     Some(match op {
-        BlockOp::Read { offset, len } => (DataOp::Read(range(offset, u64::from(len))?), Bytes::new()),
+        BlockOp::Read { offset, len } => {
+            let range = range(offset, u64::from(len))?;
+            let read = at.map_or(DataOp::Read(range), |snapshot| DataOp::ReadSnapshot { snapshot, range });
+            (read, Bytes::new())
+        }
+        // Nothing of a snapshot is in a write cache.
+        BlockOp::Flush => (DataOp::Flush, Bytes::new()),
+        BlockOp::Write { .. } | BlockOp::Zero { .. } if at.is_some() => return None,
         BlockOp::Write { offset, data, fua } => {
             (DataOp::Write { range: range(offset, data.len() as u64)?, fua }, data)
         }
         BlockOp::Zero { offset, len, fua, trim } => {
             (DataOp::Zero { range: range(offset, len)?, fua, trim }, Bytes::new())
         }
-        BlockOp::Flush => (DataOp::Flush, Bytes::new()),
     })
 }
 

@@ -23,7 +23,7 @@ pub fn recompute(disk: &Replica, log: &BTreeSet<Region>) -> Result<u64, StoreErr
         let offset = u64::from(region.0) * REGION_BYTES;
         let len = u32::try_from(REGION_BYTES.min(disk.size_bytes() - offset)).expect("a region fits 32 bits");
         let read = block_on(disk, |done| disk.read_unchecked(offset, len, done))?;
-        for block in read.bad_blocks {
+        for block in read.in_doubt {
             let at = block.0 * BLOCK_BYTES;
             let from = usize::try_from(at - offset).expect("within a region");
             let to = from + usize::try_from(BLOCK_BYTES).expect("a block fits");

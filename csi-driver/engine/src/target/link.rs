@@ -107,7 +107,9 @@ impl Link {
     /// Sends a data request.
     pub fn submit(&self, op: BlockOp, done: Completion) {
         match &self.path {
-            Path::Local { actor, key } => actor.post(ReplicaInput::Data { token: key.token, op, done }),
+            Path::Local { actor, key } => {
+                actor.post(ReplicaInput::Data { token: key.token, at: None, op, done });
+            }
             Path::Remote(remote) => remote.client.submit(op, done),
         }
     }
