@@ -31,6 +31,8 @@ mod data;
 mod disk;
 mod error;
 mod gather;
+#[doc(hidden)]
+pub mod hot;
 mod intent_log;
 mod layer;
 #[cfg(test)]
