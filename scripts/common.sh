@@ -61,6 +61,7 @@ need_cluster_packages() {
 # What the tests use beside that: real clients of the protocols we speak.
 need_test_packages() {
     need_debian nbdinfo=libnbd-bin nbdcopy=libnbd-bin qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils fio=fio \
+        nbdkit=nbdkit qemu-storage-daemon=qemu-system-common \
         ping=iputils-ping pgrep=procps xfs_repair=xfsprogs
 }
 

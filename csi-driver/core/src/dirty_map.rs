@@ -133,6 +133,54 @@ impl BlockSet {
         self.regions.keys().next().copied()
     }
 
+    /// The range from its start on as runs of blocks in the set (true) and not in it, at most `runs_max` of them, for which
+    /// at most `regions_max` regions with blocks are looked at: they may end before the range does.
+    #[must_use]
+    pub fn runs_in(&self, range: BlockRange, runs_max: usize, regions_max: usize) -> Vec<(BlockRange, bool)> {
+        let mut runs: Vec<(BlockRange, bool)> = Vec::new();
+        let mut push = |from: u64, to: u64, inside: bool| {
+            let len = runs.len();
+            match runs.last_mut() {
+                _ if from >= to => true,
+                Some((last, state)) if *state == inside => {
+                    last.count += to - from;
+                    true
+                }
+                _ if len == runs_max => false,
+                _ => {
+                    runs.push((BlockRange::new(from, to - from), inside));
+                    true
+                }
+            }
+        };
+        let (mut at, end) = (range.start.0, range.end());
+        let touched = self
+            .regions
+            .range(range.start.region()..)
+            .take_while(|(region, _)| BlockRange::of_region(**region).start.0 < end);
+        for (looked_at, (region, bits)) in touched.enumerate() {
+            let base = BlockRange::of_region(*region).start.0;
+            if looked_at == regions_max {
+                // What lies before this region is known, the rest is not.
+                push(at, base, false);
+                return runs;
+            }
+            if !push(at, base, false) {
+                return runs;
+            }
+            for run in Self::runs_of(*region, bits) {
+                let (from, to) = (run.start.0.max(range.start.0), run.end().min(end));
+                if from < to && !(push(at.max(base), from, false) && push(from, to, true)) {
+                    return runs;
+                }
+                at = at.max(to);
+            }
+            at = at.max(base);
+        }
+        push(at, end, false);
+        runs
+    }
+
     /// Regions with a block in the set, in order, with their bits.
     pub fn regions(&self) -> impl Iterator<Item = (Region, &RegionBits)> {
         self.regions.iter().map(|(region, bits)| (*region, bits))
@@ -236,6 +284,36 @@ mod tests {
         assert_eq!(set.count_blocks(), naive.len() as u64);
         assert!((0..2000).all(|block| set.contains(Block(block)) == naive.contains(&block)));
         assert_eq!(BlockSet::from_bytes(&set.to_bytes()), set);
+    }
+
+    #[test]
+    fn runs_of_a_range_agree_with_a_naive_walk() {
+        let mut seed = 11_u64;
+        let mut next = |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % below
+        };
+        for _ in 0..300 {
+            let mut set = BlockSet::new();
+            for _ in 0..next(12) {
+                set.insert(BlockRange::new(next(5000), 1 + next(400)));
+            }
+            let range = BlockRange::new(next(5200), 1 + next(2000));
+            let (runs_max, regions_max) = (1 + next(9), 1 + next(6));
+            let runs = set.runs_in(range, runs_max as usize, regions_max as usize);
+            let mut at = range.start.0;
+            for (run, inside) in &runs {
+                assert_eq!(run.start.0, at);
+                assert!((at..run.end()).all(|block| set.contains(Block(block)) == *inside));
+                at = run.end();
+            }
+            assert!(runs.windows(2).all(|pair| pair[0].1 != pair[1].1), "neighbours differ");
+            assert!(at > range.start.0 && at <= range.end(), "a prefix that is not empty");
+            let regions = range.regions().filter(|region| set.touches(*region)).count() as u64;
+            if regions <= regions_max && (runs.len() as u64) < runs_max {
+                assert_eq!(at, range.end(), "nothing was left out without need");
+            }
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ async fn main() {
         common::Cluster::start_in(tempfile::tempdir_in(&dir).unwrap(), nodes, tls, Some(sockets)).await;
     let volume = cluster.create_volume(size_mib << 20).await;
     cluster.attach(volume, 0).await;
-    println!("{dir}/sockets/{volume}.sock");
+    println!("{dir}/sockets/node-a/{volume}.sock");
     let mut rest = Vec::new();
     std::io::stdin().read_to_end(&mut rest).unwrap();
     if let Some(status) = cluster.process(0).status(volume) {

@@ -31,13 +31,14 @@ use tonic::transport::Server;
 use crate::config::{ANNOUNCE_INTERVAL, DataConfig, FrontEndKind};
 use crate::data_service::DataService;
 use crate::host;
+use crate::nbd_listener;
 use crate::node::NodeContext;
 use crate::peers::Peers;
 use crate::pool_service::PoolService;
 use crate::pulse::Pulse;
 use crate::replica::grpc::ReplicaService;
 use crate::replica::host::ReplicaHost;
-use crate::replica::provider::ReplicaExports;
+use crate::replica::provider::{InspectExports, ReplicaExports};
 use crate::target::table::Volumes;
 use crate::target::volume::AttachError;
 use crate::thread_runtime::ThreadRuntime;
@@ -47,6 +48,9 @@ use crate::wire;
 const POOL_LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Bytes of the pool's file system that are left alone.
 const POOL_RESERVE_BYTES: u64 = 64 << 20;
+
+/// Socket in the folder for local NBD clients at which this node's replicas can be looked at.
+const INSPECT_SOCKET: &str = "replicas.sock";
 
 /// Why a data process could not start.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +103,7 @@ struct Listeners {
     control: TcpListener,
     nbd: TcpListener,
     data: UnixListener,
+    inspect: Option<UnixListener>,
 }
 
 impl DataProcess {
@@ -267,18 +272,17 @@ fn bind(config: &DataConfig, control: &ThreadRuntime, nbd: &ThreadRuntime) -> Re
             .and_then(TcpListener::from_std)
             .map_err(|source| StartError::Listen { service, address: address.to_string(), source })
     };
-    let data = {
-        let _inside = control.handle().enter();
-        host::listen_unix(&config.data_socket).map_err(|source| StartError::Listen {
-            service: "the CSI node service",
-            address: config.data_socket.display().to_string(),
-            source,
-        })?
+    let unix = |runtime: &ThreadRuntime, service, path: &Path| {
+        let _inside = runtime.handle().enter();
+        let address = path.display().to_string();
+        host::listen_unix(path).map_err(|source| StartError::Listen { service, address, source })
     };
+    let inspect = config.nbd_client_dir.as_ref().map(|dir| dir.join(INSPECT_SOCKET));
     Ok(Listeners {
         control: tcp(control, "control", config.control_listen)?,
         nbd: tcp(nbd, "NBD", config.nbd_listen)?,
-        data,
+        data: unix(control, "the CSI node service", &config.data_socket)?,
+        inspect: inspect.map(|path| unix(nbd, "looking at replicas", &path)).transpose()?,
     })
 }
 
@@ -315,36 +319,17 @@ fn serve(
         .add_service(DataServer::new(data_service))
         .serve_with_incoming(UnixListenerStream::new(listeners.data));
     control.handle().spawn(report("data", data_server));
-    nbd.handle().spawn(serve_nbd(nbd_server, listeners.nbd));
+    nbd.handle().spawn(nbd_listener::serve_tcp(listeners.nbd, nbd_server));
+    if let Some(listener) = listeners.inspect {
+        let server = NbdServer::new(Arc::new(InspectExports::new(&node.replicas)));
+        nbd.handle().spawn(nbd_listener::serve_unix(listener, server));
+    }
     Ok(())
 }
 
 async fn report(service: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {
     if let Err(error) = server.await {
         tracing::error!(service, %error, "a service ended");
-    }
-}
-
-async fn serve_nbd(server: NbdServer, listener: TcpListener) {
-    loop {
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, or a connection that was gone before it was taken: the next may work.
-                tracing::warn!(%error, "an NBD connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%peer, %error, "TCP_NODELAY could not be set");
-        }
-        let server = server.clone();
-        tokio::spawn(async move {
-            if let Err(error) = server.serve_connection(stream).await {
-                tracing::info!(%peer, %error, "an NBD connection ended");
-            }
-        });
     }
 }
 

@@ -18,6 +18,7 @@ pub mod data_process;
 mod data_service;
 mod errno;
 pub mod host;
+mod nbd_listener;
 mod node;
 pub mod peers;
 mod pool_service;

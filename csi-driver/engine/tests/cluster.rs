@@ -215,7 +215,7 @@ async fn everything_works_over_mutual_tls_and_a_stranger_is_refused() {
     let options = holdfast_nbd::ClientOptions {
         export: "x".into(),
         tls: Some(tls.nbd_client("node-b").unwrap()),
-        block_status: false,
+        ..holdfast_nbd::ClientOptions::default()
     };
     assert!(holdfast_nbd::Client::connect(stream, options).await.is_err(), "a stranger got NBD");
 }

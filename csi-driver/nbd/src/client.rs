@@ -1,32 +1,29 @@
-//! The client side: negotiation, and the handle that requests are submitted to.
+//! The client side: the handle that requests are submitted to.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio_rustls::TlsConnector;
+use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::connection::{Connection, Expected, Waiter};
-use crate::negotiate::BASE_ALLOCATION;
-use crate::payload::{PAYLOAD_BYTES_MAX, read_array};
+use crate::connection::Connection;
+use crate::handshake::{Handshake, Stream};
+use crate::pending::{Content, Waiter};
 use crate::proto::{
-    self, ClientOption, Command, DecodeError, InfoReply, MAGIC_GREETING, MAGIC_OPTION, OPTION_BYTES_MAX,
-    OptionReplyHeader, RequestHeader, command_flag, errno, handshake_flag, info, reply,
-    transmission_flag as flag,
+    self, Command, DecodeError, Framing, RequestHeader, command_flag, errno, transmission_flag as flag,
 };
 use crate::provider::ExtentsCompletion;
 use crate::tls::ClientTls;
 
 /// Negotiation including TLS takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Replies that a server may send to one option; more end the negotiation.
-const OPTION_REPLIES_MAX: u32 = 1024;
-/// Longest range in one zeroing request; longer ones are split. A multiple of every block size.
-const ZERO_BYTES_MAX: u64 = 1 << 30;
+/// Longest range in one request without payload where headers are compact; longer ones are split. A multiple of every
+/// block size.
+const COMPACT_RANGE_BYTES_MAX: u64 = 1 << 30;
+/// Pieces of one split request that are in flight at a time; the next goes out when one is answered.
+const PIECES_IN_FLIGHT: u64 = 8;
 
 /// What to connect to.
 #[derive(Debug, Clone, Default)]
@@ -35,8 +32,10 @@ pub struct ClientOptions {
     pub export: String,
     /// STARTTLS first; a server without it is refused.
     pub tls: Option<ClientTls>,
-    /// Ask for `base:allocation`, which [`Client::block_status`] needs.
-    pub block_status: bool,
+    /// Metadata contexts to agree on, by their whole names; what the server does not have is left out. At most 16.
+    pub contexts: Vec<String>,
+    /// Do not ask for extended headers.
+    pub compact_headers: bool,
 }
 
 /// Why a connection could not be opened.
@@ -48,6 +47,15 @@ pub enum ConnectError {
     /// The server broke the protocol or speaks another one.
     #[error("the server does not speak NBD as we need it: {0}")]
     Protocol(String),
+    /// TLS is wanted and the server has none.
+    #[error("TLS is wanted here, but the server refused STARTTLS: {0}")]
+    TlsRefused(String),
+    /// The server has TLS and insists on it.
+    #[error("the server gives nothing without TLS: {0}")]
+    TlsRequired(String),
+    /// The TLS handshake failed: a certificate that is not trusted, is another node's or has expired.
+    #[error("the TLS handshake failed: {0}")]
+    Tls(#[source] io::Error),
     /// The server refused the export.
     #[error("the server refused export \"{export}\": {reason}")]
     Refused {
@@ -78,18 +86,30 @@ pub struct ExportInfo {
     pub block_bytes_min: u32,
     /// Largest payload of a request.
     pub payload_bytes_max: u32,
-    /// `base:allocation` was agreed on.
-    pub block_status: bool,
+    /// Requests have 64 bits of length.
+    pub extended_headers: bool,
 }
 
 /// One connection to an export. Many requests are in flight at once; replies complete them in any order.
 ///
 /// When the connection is lost, every request in flight completes with `ENOTCONN` exactly once, and later ones do so at
-/// once. Dropping the client closes the connection in the same way.
+/// once. Dropping the client closes the connection in the same way. A server that answers `ESHUTDOWN` is left.
 #[derive(Debug)]
 pub struct Client {
     info: ExportInfo,
+    contexts: Vec<(u32, String)>,
     connection: Arc<Connection>,
+}
+
+/// How a range is to be zeroed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ZeroOptions {
+    /// On stable storage before the answer.
+    pub fua: bool,
+    /// The space may be given back.
+    pub trim: bool,
+    /// Fail with `ENOTSUP`, changing nothing, unless it is faster than writing zeroes.
+    pub only_if_fast: bool,
 }
 
 impl Client {
@@ -102,79 +122,28 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let negotiated = tokio::time::timeout(HANDSHAKE, Self::connect_unhurried(stream, options));
-        negotiated.await.map_err(|_| ConnectError::HandshakeTimeout(HANDSHAKE.as_secs()))?
-    }
-
-    async fn connect_unhurried<S>(mut stream: S, options: ClientOptions) -> Result<Self, ConnectError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        exchange_greetings(&mut stream).await?;
-        match &options.tls {
-            None => Self::open(stream, &options).await,
-            Some(tls) => {
-                if let Some(refusal) = ask(&mut stream, &ClientOption::StartTls, |_, _| Ok(())).await? {
-                    return Err(ConnectError::Protocol(format!("STARTTLS was refused: {refusal}")));
-                }
-                let connector = TlsConnector::from(tls.config.clone());
-                let stream = connector.connect(tls.server_name.clone(), stream).await?;
-                Self::open(stream, &options).await
-            }
-        }
-    }
-
-    async fn open<S>(mut stream: S, options: &ClientOptions) -> Result<Self, ConnectError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let structured = ask(&mut stream, &ClientOption::StructuredReply, |_, _| Ok(())).await?.is_none();
-        let mut context_id = None;
-        if structured && options.block_status {
-            let queries = vec![BASE_ALLOCATION.to_owned()];
-            let option = ClientOption::MetaContext { set: true, name: options.export.clone(), queries };
-            // A refusal leaves the export without the context; GO will say what is wrong, if anything.
-            ask(&mut stream, &option, |kind, data| {
-                if kind == reply::META_CONTEXT {
-                    let (id, name) = proto::decode_meta_context_reply(data)?;
-                    context_id = (name == BASE_ALLOCATION).then_some(id);
-                }
-                Ok(())
-            })
-            .await?;
-        }
-        let mut summary = None;
-        let mut sizes = None;
-        let go = ClientOption::Open { go: true, name: options.export.clone(), wants: vec![info::BLOCK_SIZE] };
-        let refusal = ask(&mut stream, &go, |kind, data| {
-            if kind == reply::INFO {
-                match proto::decode_info_reply(data)? {
-                    InfoReply::Export(told) => summary = Some(told),
-                    InfoReply::BlockSizes(told) => sizes = Some(told),
-                    InfoReply::Other(_) => {}
-                }
-            }
-            Ok(())
+        let stream: Box<dyn Stream> = Box::new(stream);
+        let opened = in_time(async {
+            Handshake::begin(stream, options.tls.as_ref()).await?.open(&options).await
+        });
+        let opened = opened.await?;
+        Ok(Self {
+            info: opened.info,
+            contexts: opened.contexts,
+            connection: Connection::start(opened.stream, opened.framing),
         })
-        .await?;
-        if let Some(reason) = refusal {
-            return Err(ConnectError::Refused { export: options.export.clone(), reason });
-        }
-        let summary = summary.ok_or_else(|| ConnectError::Protocol("NBD_INFO_EXPORT is missing".into()))?;
-        let info = ExportInfo {
-            size_bytes: summary.size_bytes,
-            flags: summary.flags,
-            block_bytes_min: sizes.map_or(1, |sizes| sizes.min),
-            payload_bytes_max: sizes.map_or(PAYLOAD_BYTES_MAX, |sizes| sizes.max.min(PAYLOAD_BYTES_MAX)),
-            block_status: context_id.is_some(),
-        };
-        Ok(Self { info, connection: Connection::start(stream, context_id) })
     }
 
     /// What the server said about the export.
     #[must_use]
     pub fn info(&self) -> ExportInfo {
         self.info
+    }
+
+    /// Whether a metadata context was agreed on.
+    #[must_use]
+    pub fn has_context(&self, name: &str) -> bool {
+        self.contexts.iter().any(|(_, known)| known == name)
     }
 
     /// Whether the connection is lost or closed.
@@ -193,33 +162,103 @@ impl Client {
         self.connection.close();
     }
 
-    /// Allocation of `[offset, offset + len)` or a prefix of it; `ENOTSUP` if it was not agreed on.
-    pub fn block_status(&self, offset: u64, len: u32, done: ExtentsCompletion) {
-        if !self.info.block_status {
+    /// The states of `[offset, offset + len)`, or of a non-empty prefix of it, in a context that was agreed on; else
+    /// `ENOTSUP`. With `one` a single extent is enough. Neither answer is longer than `len`.
+    pub fn block_status(&self, context: &str, offset: u64, len: u64, one: bool, done: ExtentsCompletion) {
+        let Some(&(context_id, _)) = self.contexts.iter().find(|(_, name)| name == context) else {
             return done(Err(BlockError(errno::ENOTSUP)));
+        };
+        let framing = self.connection.framing();
+        let len = if framing.is_extended() { len } else { len.min(COMPACT_RANGE_BYTES_MAX) };
+        let flags = if one { command_flag::REQ_ONE } else { 0 };
+        let mut request = RequestHeader { flags, command: Command::BlockStatus, cookie: 0, offset, len };
+        let mut payload = Bytes::new();
+        if self.contexts.len() > 1 && self.supports(flag::BLOCK_STATUS_PAYLOAD) && framing.is_extended() {
+            payload = proto::encode_status_filter(len, &[context_id]).into();
+            request.len = payload.len() as u64;
+            request.flags |= command_flag::PAYLOAD_LEN;
         }
-        let request = RequestHeader { flags: 0, command: Command::BlockStatus, cookie: 0, offset, len };
-        self.connection.send(request, Bytes::new(), Expected::Extents, Waiter::Extents(done));
+        let content = Content::Extents { context_id, len };
+        self.connection.send(request, payload, content, Waiter::Extents(done));
     }
 
-    fn zero(&self, offset: u64, len: u64, flags: u16, done: Completion) {
-        let pieces = len.div_ceil(ZERO_BYTES_MAX).max(1);
-        let joined = Arc::new(Joined {
-            missing: AtomicU64::new(pieces),
-            state: std::sync::Mutex::new((Some(done), None)),
-        });
-        for piece in 0..pieces {
-            let start = piece * ZERO_BYTES_MAX;
-            let request = RequestHeader {
-                flags,
-                command: Command::WriteZeroes,
-                cookie: 0,
-                offset: offset + start,
-                len: u32::try_from((len - start).min(ZERO_BYTES_MAX)).expect("1 GiB fits"),
-            };
-            let joined = joined.clone();
-            let done = Box::new(move |result| joined.piece_done(result));
-            self.connection.send(request, Bytes::new(), Expected::Nothing, Waiter::Data(done));
+    /// Zeroes a range of any length; in parts, if headers are compact and it is long. The first error ends it.
+    pub fn zero(&self, offset: u64, len: u64, options: ZeroOptions, done: Completion) {
+        let ZeroOptions { fua, trim, only_if_fast } = options;
+        let lacks_fast = only_if_fast && !self.supports(flag::SEND_FAST_ZERO);
+        if !self.supports(flag::SEND_WRITE_ZEROES) || (fua && !self.supports(flag::SEND_FUA)) || lacks_fast {
+            return done(Err(BlockError(errno::ENOTSUP)));
+        }
+        let keep = if trim { 0 } else { command_flag::NO_HOLE };
+        let fast = if only_if_fast { command_flag::FAST_ZERO } else { 0 };
+        self.ranged(Command::WriteZeroes, fua_flag(fua) | keep | fast, offset, len, done);
+    }
+
+    /// Says that a range is no longer needed; what it reads as after that is open.
+    pub fn discard(&self, offset: u64, len: u64, fua: bool, done: Completion) {
+        if !self.supports(flag::SEND_TRIM) || (fua && !self.supports(flag::SEND_FUA)) {
+            return done(Err(BlockError(errno::ENOTSUP)));
+        }
+        self.ranged(Command::Trim, fua_flag(fua), offset, len, done);
+    }
+
+    /// Says that a range will be read soon.
+    pub fn cache(&self, offset: u64, len: u64, done: Completion) {
+        if !self.supports(flag::SEND_CACHE) {
+            return done(Err(BlockError(errno::ENOTSUP)));
+        }
+        self.ranged(Command::Cache, 0, offset, len, done);
+    }
+
+    /// Reads with the wish that the reply is one piece (NBD_CMD_FLAG_DF), for servers that would send many. `EOVERFLOW`
+    /// where it is too long for that; 64 KiB never are.
+    pub fn read_in_one_piece(&self, offset: u64, len: u32, done: Completion) {
+        let flags = if self.supports(flag::SEND_DF) { command_flag::DF } else { 0 };
+        self.read(offset, len, flags, done);
+    }
+
+    fn supports(&self, wanted: u16) -> bool {
+        self.info.flags & wanted != 0
+    }
+
+    fn read(&self, offset: u64, len: u32, flags: u16, done: Completion) {
+        if len > self.info.payload_bytes_max {
+            return done(Err(BlockError(errno::EINVAL)));
+        }
+        let request =
+            RequestHeader { flags, command: Command::Read, cookie: 0, offset, len: u64::from(len) };
+        self.connection.send(request, Bytes::new(), Content::Data(len), Waiter::Data(done));
+    }
+
+    fn write(&self, offset: u64, data: Bytes, fua: bool, done: Completion) {
+        if data.len() > self.info.payload_bytes_max as usize {
+            return done(Err(BlockError(errno::EINVAL)));
+        }
+        if fua && !self.supports(flag::SEND_FUA) {
+            return done(Err(BlockError(errno::ENOTSUP)));
+        }
+        let extended = self.connection.framing() == Framing::Extended;
+        // A payload of no bytes must not be announced.
+        let carries = if extended && !data.is_empty() { command_flag::PAYLOAD_LEN } else { 0 };
+        let flags = fua_flag(fua) | carries;
+        let len = data.len() as u64;
+        let request = RequestHeader { flags, command: Command::Write, cookie: 0, offset, len };
+        self.connection.send(request, data, Content::Nothing, Waiter::Data(done));
+    }
+
+    /// A request without payload, split where 32 bits are too few.
+    fn ranged(&self, command: Command, flags: u16, offset: u64, len: u64, done: Completion) {
+        if offset.checked_add(len).is_none() {
+            return done(Err(BlockError(errno::EINVAL)));
+        }
+        let request = RequestHeader { flags, command, cookie: 0, offset, len };
+        if self.connection.framing().is_extended() || len <= COMPACT_RANGE_BYTES_MAX {
+            return self.connection.send(request, Bytes::new(), Content::Nothing, Waiter::Data(done));
+        }
+        let state = SplitState { next: 0, in_flight: 0, error: None, done: Some(done) };
+        let split = Arc::new(Split { connection: self.connection.clone(), request, state: Mutex::new(state) });
+        for _ in 0..PIECES_IN_FLIGHT {
+            split.clone().send_next();
         }
     }
 }
@@ -236,117 +275,80 @@ impl BlockDevice for Client {
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {
-        let fua_flag = |fua: bool| if fua { command_flag::FUA } else { 0 };
-        let supports = |wanted: u16| self.info.flags & wanted != 0;
-        let plain = |command, flags, offset, len| RequestHeader { flags, command, cookie: 0, offset, len };
         match op {
-            BlockOp::Read { offset, len } if len <= self.info.payload_bytes_max => {
-                let request = plain(Command::Read, 0, offset, len);
-                self.connection.send(
-                    request,
-                    Bytes::new(),
-                    Expected::Data { offset, len },
-                    Waiter::Data(done),
-                );
-            }
-            BlockOp::Write { offset, data, fua } if data.len() <= self.info.payload_bytes_max as usize => {
-                if fua && !supports(flag::SEND_FUA) {
-                    return done(Err(BlockError(errno::ENOTSUP)));
-                }
-                let len = u32::try_from(data.len()).expect("at most 32 MiB");
-                let request = plain(Command::Write, fua_flag(fua), offset, len);
-                self.connection.send(request, data, Expected::Nothing, Waiter::Data(done));
-            }
-            BlockOp::Read { .. } | BlockOp::Write { .. } => done(Err(BlockError(errno::EINVAL))),
+            BlockOp::Read { offset, len } => self.read(offset, len, 0, done),
+            BlockOp::Write { offset, data, fua } => self.write(offset, data, fua, done),
             BlockOp::Zero { offset, len, fua, trim } => {
-                if !supports(flag::SEND_WRITE_ZEROES) || (fua && !supports(flag::SEND_FUA)) {
-                    return done(Err(BlockError(errno::ENOTSUP)));
-                }
-                let keep = if trim { 0 } else { command_flag::NO_HOLE };
-                self.zero(offset, len, fua_flag(fua) | keep, done);
+                self.zero(offset, len, ZeroOptions { fua, trim, only_if_fast: false }, done);
             }
             // A server without FLUSH promises that every answered write is on stable storage.
-            BlockOp::Flush if !supports(flag::SEND_FLUSH) => done(Ok(Bytes::new())),
+            BlockOp::Flush if !self.supports(flag::SEND_FLUSH) => done(Ok(Bytes::new())),
             BlockOp::Flush => {
-                let request = plain(Command::Flush, 0, 0, 0);
-                self.connection.send(request, Bytes::new(), Expected::Nothing, Waiter::Data(done));
+                let request =
+                    RequestHeader { flags: 0, command: Command::Flush, cookie: 0, offset: 0, len: 0 };
+                self.connection.send(request, Bytes::new(), Content::Nothing, Waiter::Data(done));
             }
         }
     }
 }
 
-/// Several requests that complete one caller: with the first error, when the last has ended.
-struct Joined {
-    missing: AtomicU64,
-    state: std::sync::Mutex<(Option<Completion>, Option<BlockError>)>,
+fn fua_flag(fua: bool) -> u16 {
+    if fua { command_flag::FUA } else { 0 }
 }
 
-impl Joined {
-    fn piece_done(&self, result: Result<Bytes, BlockError>) {
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Err(error) = result {
-            state.1.get_or_insert(error);
-        }
-        if self.missing.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
-        }
-        let (done, error) = (state.0.take(), state.1);
-        drop(state);
-        if let Some(done) = done {
-            done(error.map_or(Ok(Bytes::new()), Err));
-        }
-    }
+/// Limits a negotiation's time.
+pub(crate) async fn in_time<T>(
+    negotiation: impl Future<Output = Result<T, ConnectError>>,
+) -> Result<T, ConnectError> {
+    let late = |_| ConnectError::HandshakeTimeout(HANDSHAKE.as_secs());
+    tokio::time::timeout(HANDSHAKE, negotiation).await.map_err(late)?
 }
 
-async fn exchange_greetings<S>(stream: &mut S) -> Result<(), ConnectError>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let expect = |found: u64, magic: u64| {
-        (found == magic)
-            .then_some(())
-            .ok_or(DecodeError::Magic { expected: "the greeting of an NBD server (fixed newstyle)", found })
-    };
-    expect(u64::from_be_bytes(read_array(stream).await?), MAGIC_GREETING)?;
-    expect(u64::from_be_bytes(read_array(stream).await?), MAGIC_OPTION)?;
-    let flags = u16::from_be_bytes(read_array(stream).await?);
-    if flags & handshake_flag::FIXED_NEWSTYLE == 0 {
-        return Err(ConnectError::Protocol("it is not fixed newstyle".into()));
-    }
-    let answer = flags & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
-    stream.write_all(&u32::from(answer).to_be_bytes()).await?;
-    stream.flush().await?;
-    Ok(())
+/// A long request in parts: it completes when the last part under way has ended, with the first error.
+struct Split {
+    connection: Arc<Connection>,
+    request: RequestHeader,
+    state: Mutex<SplitState>,
 }
 
-/// Sends one option and hands every reply but the last to `each`. `Some` is the server's refusal.
-async fn ask<S>(
-    stream: &mut S,
-    option: &ClientOption,
-    mut each: impl FnMut(u32, &[u8]) -> Result<(), DecodeError>,
-) -> Result<Option<String>, ConnectError>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let mut wire = Vec::new();
-    option.encode(&mut wire);
-    stream.write_all(&wire).await?;
-    stream.flush().await?;
-    for _ in 0..OPTION_REPLIES_MAX {
-        let header = OptionReplyHeader::decode(&read_array(stream).await?)?;
-        if header.option != option.number() || header.len > OPTION_BYTES_MAX {
-            return Err(ConnectError::Protocol("a reply does not fit the option that was sent".into()));
-        }
-        let mut data = vec![0; header.len as usize];
-        stream.read_exact(&mut data).await?;
-        if header.is_error() {
-            let text = String::from_utf8_lossy(&data);
-            return Ok(Some(format!("{text} (reply {:#x})", header.kind)));
-        }
-        if header.kind == reply::ACK {
-            return Ok(None);
-        }
-        each(header.kind, &data)?;
+struct SplitState {
+    /// Bytes that have been sent out.
+    next: u64,
+    in_flight: u64,
+    error: Option<BlockError>,
+    done: Option<Completion>,
+}
+
+impl Split {
+    fn send_next(self: Arc<Self>) {
+        let (offset, len) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let left = self.request.len - state.next;
+            if left == 0 || state.error.is_some() {
+                return;
+            }
+            let (at, len) = (state.next, left.min(COMPACT_RANGE_BYTES_MAX));
+            state.next += len;
+            state.in_flight += 1;
+            (self.request.offset + at, len)
+        };
+        let request = RequestHeader { offset, len, ..self.request };
+        let split = self.clone();
+        let done = Box::new(move |result: Result<Bytes, BlockError>| split.part_done(result.err()));
+        self.connection.send(request, Bytes::new(), Content::Nothing, Waiter::Data(done));
     }
-    Err(ConnectError::Protocol(format!("more than {OPTION_REPLIES_MAX} replies to one option")))
+
+    fn part_done(self: Arc<Self>, error: Option<BlockError>) {
+        let finished = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.in_flight -= 1;
+            state.error = state.error.or(error);
+            let over = state.error.is_some() || state.next == self.request.len;
+            if over && state.in_flight == 0 { state.done.take().map(|done| (done, state.error)) } else { None }
+        };
+        match finished {
+            Some((done, error)) => done(error.map_or(Ok(Bytes::new()), Err)),
+            None => self.send_next(),
+        }
+    }
 }

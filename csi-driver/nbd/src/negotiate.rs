@@ -5,17 +5,13 @@ use std::sync::Arc;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::payload::{PAYLOAD_BYTES_MAX, read_array};
+use crate::payload::{PAYLOAD_BYTES_MAX, read_array, skip};
 use crate::proto::{
-    self, BlockSizes, ClientOption, ExportSummary, OPTION_BYTES_MAX, OptionHeader, handshake_flag, option,
-    reply, transmission_flag as flag,
+    self, BlockSizes, CONTEXTS_MAX, ClientOption, ExportSummary, Framing, OPTION_BYTES_MAX, OptionHeader,
+    handshake_flag, info, option, reply, transmission_flag as flag,
 };
-use crate::provider::{Export, ExportProvider, OpenError, PeerIdentity};
+use crate::provider::{Context, Export, ExportProvider, OpenError, PeerIdentity};
 use crate::server::{ServeError, ServerTls};
-
-/// The one metadata context that we know, and its number on the wire.
-pub(crate) const BASE_ALLOCATION: &str = "base:allocation";
-pub(crate) const BASE_ALLOCATION_ID: u32 = 1;
 
 /// Options on one connection; a client that sends more without opening an export is cut off.
 const OPTIONS_MAX: u32 = 256;
@@ -24,8 +20,9 @@ const OPTIONS_MAX: u32 = 256;
 #[derive(Debug)]
 pub(crate) struct Agreed {
     pub(crate) export: Export,
-    pub(crate) structured: bool,
-    pub(crate) block_status: bool,
+    pub(crate) framing: Framing,
+    /// The contexts chosen; their numbers on the wire count from 1.
+    pub(crate) contexts: Vec<Context>,
 }
 
 /// How a negotiation ended.
@@ -39,34 +36,49 @@ pub(crate) enum Negotiated {
     StartTls(Arc<ServerConfig>),
 }
 
+/// Where STARTTLS stands.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum TlsState<'a> {
+    /// There is none here (NOTLS).
+    Absent,
+    /// It may come, or must (SELECTIVETLS, FORCEDTLS).
+    Offered(&'a ServerTls),
+    /// The negotiation runs inside it.
+    Active,
+}
+
+/// The contexts of the last NBD_OPT_SET_META_CONTEXT, good for one export name.
+#[derive(Debug)]
+struct Chosen {
+    export: String,
+    names: Vec<String>,
+}
+
 /// The server's side of a negotiation.
 pub(crate) struct Negotiation<'a> {
     provider: &'a dyn ExportProvider,
     peer: PeerIdentity,
-    tls: Option<&'a ServerTls>,
-    no_zeroes: bool,
-    structured: bool,
-    /// The export for which `base:allocation` was chosen.
-    allocation_of: Option<String>,
+    tls: TlsState<'a>,
+    client_flags: u32,
+    framing: Framing,
+    chosen: Option<Chosen>,
 }
 
+/// What an option's answer is followed by; the outer error ends the connection.
+type Answered = Result<Option<Negotiated>, ServeError>;
+
 impl<'a> Negotiation<'a> {
-    pub(crate) fn new(
-        provider: &'a dyn ExportProvider,
-        peer: PeerIdentity,
-        tls: Option<&'a ServerTls>,
-    ) -> Self {
-        Self { provider, peer, tls, no_zeroes: false, structured: false, allocation_of: None }
+    pub(crate) fn new(provider: &'a dyn ExportProvider, peer: PeerIdentity, tls: TlsState<'a>) -> Self {
+        Self { provider, peer, tls, client_flags: 0, framing: Framing::Simple, chosen: None }
     }
 
-    /// The greeting is not repeated inside TLS; its one flag is taken over.
-    pub(crate) fn after_tls(mut self, no_zeroes: bool) -> Self {
-        self.no_zeroes = no_zeroes;
-        self
+    /// The greeting is not repeated inside TLS; its flags are taken over. Nothing else is, as the specification demands.
+    pub(crate) fn inside_tls(provider: &'a dyn ExportProvider, peer: PeerIdentity, client_flags: u32) -> Self {
+        Self { client_flags, ..Self::new(provider, peer, TlsState::Active) }
     }
 
-    pub(crate) fn no_zeroes(&self) -> bool {
-        self.no_zeroes
+    pub(crate) fn client_flags(&self) -> u32 {
+        self.client_flags
     }
 
     /// Exchanges the greetings.
@@ -81,7 +93,7 @@ impl<'a> Negotiation<'a> {
         if flags & !u32::from(known) != 0 {
             return Err(ServeError::Protocol(format!("unknown client flags {flags:#x}")));
         }
-        self.no_zeroes = flags & u32::from(handshake_flag::NO_ZEROES) != 0;
+        self.client_flags = flags;
         Ok(())
     }
 
@@ -95,67 +107,72 @@ impl<'a> Negotiation<'a> {
             let header = OptionHeader::decode(&read_array(stream).await?)?;
             let mut answer = Vec::new();
             let ended = if header.len > OPTION_BYTES_MAX {
-                skip(stream, header.len).await?;
-                proto::encode_option_reply(&mut answer, header.option, reply::ERR_TOO_BIG, &[]);
+                self.refuse_long(header, &mut answer)?;
+                skip(stream, u64::from(header.len)).await?;
                 None
             } else {
                 let mut data = vec![0; header.len as usize];
                 stream.read_exact(&mut data).await?;
                 self.answer(header.option, &data, &mut answer)?
             };
-            stream.write_all(&answer).await?;
-            stream.flush().await?;
-            if let Some(ended) = ended {
-                return Ok(ended);
+            let answered = async {
+                stream.write_all(&answer).await?;
+                stream.flush().await
+            };
+            match (answered.await, ended) {
+                // A client may say NBD_OPT_ABORT and be gone.
+                (_, Some(Negotiated::Left)) => return Ok(Negotiated::Left),
+                (answered, ended) => {
+                    answered?;
+                    if let Some(ended) = ended {
+                        return Ok(ended);
+                    }
+                }
             }
         }
         Err(ServeError::Protocol(format!("{OPTIONS_MAX} options and no export opened")))
     }
 
-    fn answer(
-        &mut self,
-        number: u32,
-        data: &[u8],
-        out: &mut Vec<u8>,
-    ) -> Result<Option<Negotiated>, ServeError> {
-        let option = match ClientOption::decode(number, data) {
-            Ok(option) => option,
-            // This option has no way to be refused.
-            Err(error) if number == option::EXPORT_NAME => return Err(error.into()),
-            Err(error) => {
-                proto::encode_option_reply(out, number, reply::ERR_INVALID, error.to_string().as_bytes());
-                return Ok(None);
-            }
-        };
-        if self.tls.is_some_and(|tls| tls.required) {
-            match &option {
-                ClientOption::StartTls | ClientOption::Abort => {}
-                ClientOption::ExportName(_) => {
-                    return Err(ServeError::Protocol(
-                        "NBD_OPT_EXPORT_NAME without TLS, which is required".into(),
-                    ));
-                }
-                _ => {
-                    proto::encode_option_reply(
-                        out,
-                        number,
-                        reply::ERR_TLS_REQD,
-                        b"TLS is required: use STARTTLS",
-                    );
-                    return Ok(None);
-                }
-            }
+    fn refuse_long(&self, header: OptionHeader, out: &mut Vec<u8>) -> Result<(), ServeError> {
+        if header.option == option::EXPORT_NAME || !self.is_fixed() {
+            return Err(ServeError::Protocol(format!("an option of {} bytes", header.len)));
         }
+        proto::encode_option_reply(out, header.option, reply::ERR_TOO_BIG, b"the option is too long");
+        Ok(())
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.client_flags & u32::from(handshake_flag::FIXED_NEWSTYLE) != 0
+    }
+
+    fn answer(&mut self, number: u32, data: &[u8], out: &mut Vec<u8>) -> Answered {
+        if number == option::EXPORT_NAME {
+            // It has no way to be refused but the end of the connection.
+            return self.answer_export_name(ClientOption::decode(number, data)?, out);
+        }
+        if !self.is_fixed() {
+            let text = "an option other than NBD_OPT_EXPORT_NAME without fixed newstyle";
+            return Err(ServeError::Protocol(text.to_owned()));
+        }
+        let refused = |out: &mut Vec<u8>, kind, text: &str| {
+            proto::encode_option_reply(out, number, kind, text.as_bytes());
+            Ok(None)
+        };
+        let before_tls = number == option::STARTTLS || number == option::ABORT;
+        if matches!(self.tls, TlsState::Offered(tls) if tls.required) && !before_tls {
+            return refused(out, reply::ERR_TLS_REQD, "TLS is required: use STARTTLS");
+        }
+        match ClientOption::decode(number, data) {
+            Ok(option) => self.answer_option(number, option, out),
+            Err(error) => refused(out, reply::ERR_INVALID, &error.to_string()),
+        }
+    }
+
+    fn answer_option(&mut self, number: u32, option: ClientOption, out: &mut Vec<u8>) -> Answered {
+        let mut acknowledge = |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
         match option {
-            ClientOption::ExportName(name) => {
-                let refused =
-                    |error: OpenError| ServeError::Protocol(format!("NBD_OPT_EXPORT_NAME: {error}"));
-                let agreed = self.open(&name).map_err(refused)?;
-                proto::encode_export_name_answer(out, agreed.summary(), self.no_zeroes);
-                return Ok(Some(Negotiated::Transmission(Box::new(agreed))));
-            }
             ClientOption::Abort => {
-                proto::encode_option_reply(out, number, reply::ACK, &[]);
+                acknowledge(reply::ACK, "");
                 return Ok(Some(Negotiated::Left));
             }
             ClientOption::List => {
@@ -164,35 +181,62 @@ impl<'a> Negotiation<'a> {
                 }
                 proto::encode_option_reply(out, number, reply::ACK, &[]);
             }
-            ClientOption::StartTls => return Ok(self.start_tls(out)),
-            ClientOption::StructuredReply => {
-                self.structured = true;
-                proto::encode_option_reply(out, number, reply::ACK, &[]);
+            ClientOption::StartTls => match self.tls {
+                TlsState::Absent => acknowledge(reply::ERR_POLICY, "TLS is not configured here"),
+                TlsState::Active => acknowledge(reply::ERR_INVALID, "TLS is active already"),
+                TlsState::Offered(tls) => {
+                    acknowledge(reply::ACK, "");
+                    return Ok(Some(Negotiated::StartTls(tls.config.clone())));
+                }
+            },
+            ClientOption::StructuredReply if self.framing.is_extended() => {
+                acknowledge(reply::ERR_EXT_HEADER_REQD, "extended headers are agreed on");
             }
-            ClientOption::Open { go, name, .. } => return Ok(self.answer_open(number, go, &name, out)),
+            ClientOption::StructuredReply => {
+                self.framing = Framing::Structured;
+                acknowledge(reply::ACK, "");
+            }
+            ClientOption::ExtendedHeaders if self.framing.is_extended() => {
+                acknowledge(reply::ERR_INVALID, "extended headers are agreed on already");
+            }
+            ClientOption::ExtendedHeaders => {
+                self.framing = Framing::Extended;
+                acknowledge(reply::ACK, "");
+            }
+            ClientOption::Open { go, name, wants } => {
+                return Ok(self.answer_open(number, go, &name, &wants, out));
+            }
             ClientOption::MetaContext { set, name, queries } => {
                 self.answer_meta_context(number, set, name, &queries, out);
             }
-            ClientOption::Unknown(_) => proto::encode_option_reply(out, number, reply::ERR_UNSUP, &[]),
+            ClientOption::ExportName(_) | ClientOption::Unknown(_) => acknowledge(reply::ERR_UNSUP, ""),
         }
         Ok(None)
     }
 
-    fn start_tls(&mut self, out: &mut Vec<u8>) -> Option<Negotiated> {
-        let Some(tls) = self.tls else {
-            proto::encode_option_reply(
-                out,
-                option::STARTTLS,
-                reply::ERR_POLICY,
-                b"TLS is not configured here",
-            );
-            return None;
-        };
-        proto::encode_option_reply(out, option::STARTTLS, reply::ACK, &[]);
-        Some(Negotiated::StartTls(tls.config.clone()))
+    fn answer_export_name(&self, option: ClientOption, out: &mut Vec<u8>) -> Answered {
+        let refused = |reason: &str| ServeError::Protocol(format!("NBD_OPT_EXPORT_NAME: {reason}"));
+        let ClientOption::ExportName(name) = option else { return Err(refused("no name")) };
+        if matches!(self.tls, TlsState::Offered(tls) if tls.required) {
+            return Err(refused("without TLS, which is required"));
+        }
+        if self.framing.is_extended() {
+            return Err(refused("extended headers are agreed on, which need NBD_OPT_GO"));
+        }
+        let agreed = self.open(&name).map_err(|error| refused(&error.to_string()))?;
+        let no_zeroes = self.client_flags & u32::from(handshake_flag::NO_ZEROES) != 0;
+        proto::encode_export_name_answer(out, agreed.summary(), no_zeroes);
+        Ok(Some(Negotiated::Transmission(Box::new(agreed))))
     }
 
-    fn answer_open(&mut self, number: u32, go: bool, name: &str, out: &mut Vec<u8>) -> Option<Negotiated> {
+    fn answer_open(
+        &mut self,
+        number: u32,
+        go: bool,
+        name: &str,
+        wants: &[u16],
+        out: &mut Vec<u8>,
+    ) -> Option<Negotiated> {
         let agreed = match self.open(name) {
             Ok(agreed) => agreed,
             Err(error) => {
@@ -204,6 +248,14 @@ impl<'a> Negotiation<'a> {
         let min = agreed.export.block_bytes;
         let sizes = BlockSizes { min, preferred: min.max(4096), max: PAYLOAD_BYTES_MAX };
         proto::encode_info_block_size(out, number, sizes);
+        if wants.contains(&info::NAME) {
+            proto::encode_info_text(out, number, info::NAME, name);
+        }
+        let description = &agreed.export.description;
+        if wants.contains(&info::DESCRIPTION) && !description.is_empty() {
+            let cut = description.floor_char_boundary(proto::NAME_BYTES_MAX);
+            proto::encode_info_text(out, number, info::DESCRIPTION, &description[..cut]);
+        }
         proto::encode_option_reply(out, number, reply::ACK, &[]);
         go.then(|| Negotiated::Transmission(Box::new(agreed)))
     }
@@ -212,47 +264,73 @@ impl<'a> Negotiation<'a> {
         &mut self,
         number: u32,
         set: bool,
-        name: String,
+        export: String,
         queries: &[String],
         out: &mut Vec<u8>,
     ) {
+        let mut refused =
+            |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
         if set {
-            self.allocation_of = None;
+            self.chosen = None;
         }
-        if !self.structured {
-            proto::encode_option_reply(out, number, reply::ERR_INVALID, b"agree on structured replies first");
-            return;
+        if !self.framing.has_chunks() {
+            return refused(reply::ERR_INVALID, "agree on structured replies or extended headers first");
         }
-        if let Err(error) = self.provider.open(&name, &self.peer) {
-            refuse(out, number, &error);
-            return;
+        if queries.iter().any(|query| !query.contains(':')) {
+            return refused(reply::ERR_INVALID, "a context's name starts with a namespace and a colon");
         }
-        let lists_all = !set && queries.is_empty();
-        let asked = queries.iter().any(|query| query == BASE_ALLOCATION || (!set && query == "base:"));
-        if lists_all || asked {
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            proto::encode_meta_context_reply(out, number, id, BASE_ALLOCATION);
-            if set {
-                self.allocation_of = Some(name);
-            }
+        let offered = match self.provider.open(&export, &self.peer) {
+            Ok(offered) => offered.contexts,
+            Err(error) => return refuse(out, number, &error),
+        };
+        let names = offered.into_iter().map(|context| context.name);
+        let matching: Vec<String> = names.filter(|name| is_asked_for(name, queries, set)).collect();
+        if set && matching.len() > CONTEXTS_MAX {
+            return refused(reply::ERR_TOO_BIG, "too many contexts");
+        }
+        for (name, id) in matching.iter().zip(1..) {
+            proto::encode_meta_context_reply(out, number, if set { id } else { 0 }, name);
         }
         proto::encode_option_reply(out, number, reply::ACK, &[]);
+        if set {
+            self.chosen = Some(Chosen { export, names: matching });
+        }
     }
 
     fn open(&self, name: &str) -> Result<Agreed, OpenError> {
         let export = self.provider.open(name, &self.peer)?;
-        let block_status = self.structured && self.allocation_of.as_deref() == Some(name);
-        Ok(Agreed { export, structured: self.structured, block_status })
+        let chosen = self.chosen.as_ref().filter(|chosen| chosen.export == name);
+        let mut contexts = Vec::new();
+        for wanted in chosen.into_iter().flat_map(|chosen| &chosen.names) {
+            let offered = export.contexts.iter().find(|context| context.name == *wanted);
+            // Gone between the two options, as a dirty map whose replica came back: the numbers told would be wrong.
+            let gone = || OpenError::Unavailable(format!("the context {wanted} is gone, choose again"));
+            contexts.push(offered.cloned().ok_or_else(gone)?);
+        }
+        Ok(Agreed { export, framing: self.framing, contexts })
     }
+}
+
+/// Whether a context is among those asked for. LIST takes prefixes that end in a colon (`base:`, `x-holdfast:dirty:`), and no
+/// query at all for everything; SET takes whole names only.
+fn is_asked_for(name: &str, queries: &[String], set: bool) -> bool {
+    let wildcard = |query: &String| !set && query.ends_with(':') && name.starts_with(query.as_str());
+    (!set && queries.is_empty()) || queries.iter().any(|query| query == name || wildcard(query))
 }
 
 impl Agreed {
     fn summary(&self) -> ExportSummary {
         let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE;
-        flags |=
-            if self.export.read_only { flag::READ_ONLY } else { flag::SEND_TRIM | flag::SEND_WRITE_ZEROES };
-        if self.structured {
+        flags |= if self.export.read_only {
+            flag::READ_ONLY
+        } else {
+            flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
+        };
+        if self.framing.has_chunks() {
             flags |= flag::SEND_DF;
+        }
+        if self.framing.is_extended() && !self.contexts.is_empty() {
+            flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         if self.export.multi_conn {
             flags |= flag::CAN_MULTI_CONN;
@@ -268,15 +346,4 @@ fn refuse(out: &mut Vec<u8>, number: u32, error: &OpenError) {
         OpenError::Unavailable(_) => reply::ERR_SHUTDOWN,
     };
     proto::encode_option_reply(out, number, kind, error.to_string().as_bytes());
-}
-
-async fn skip<S>(stream: &mut S, len: u32) -> Result<(), ServeError>
-where
-    S: AsyncRead + Unpin,
-{
-    let skipped = tokio::io::copy(&mut stream.take(u64::from(len)), &mut tokio::io::sink()).await?;
-    if skipped < u64::from(len) {
-        return Err(ServeError::Io(std::io::ErrorKind::UnexpectedEof.into()));
-    }
-    Ok(())
 }

@@ -6,38 +6,27 @@ use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::proto::HeaderBytes;
+
 /// Messages that one vectored write carries at most; further ones go with the next.
 pub(crate) const BATCH_MESSAGES_MAX: usize = 64;
-
-/// Longest header: a structured reply chunk's with its offset.
-const HEADER_BYTES_MAX: usize = 28;
 
 /// One message: a short header and its data. `T` lives until the message is written.
 #[derive(Debug)]
 pub(crate) struct Outgoing<T> {
-    header: [u8; HEADER_BYTES_MAX],
-    header_len: u8,
+    header: HeaderBytes,
     payload: Bytes,
     _held: T,
 }
 
 impl<T> Outgoing<T> {
-    /// `head` and `more` together are at most 28 bytes.
-    pub(crate) fn new(head: &[u8], more: &[u8], payload: Bytes, held: T) -> Self {
-        let mut header = [0; HEADER_BYTES_MAX];
-        let len = head.len() + more.len();
-        header[..head.len()].copy_from_slice(head);
-        header[head.len()..len].copy_from_slice(more);
-        Self {
-            header,
-            header_len: u8::try_from(len).expect("a header is at most 28 bytes"),
-            payload,
-            _held: held,
-        }
+    pub(crate) fn new(header: HeaderBytes, payload: Bytes, held: T) -> Self {
+        Self { header, payload, _held: held }
     }
 
-    fn header(&self) -> &[u8] {
-        &self.header[..usize::from(self.header_len)]
+    /// The same message with something else that lives until it is written.
+    pub(crate) fn holding(self, held: T) -> Self {
+        Self { _held: held, ..self }
     }
 }
 
@@ -58,7 +47,7 @@ where
     let mut slices = [IoSlice::new(&[]); 2 * BATCH_MESSAGES_MAX];
     let mut used = 0;
     for message in batch {
-        slices[used] = IoSlice::new(message.header());
+        slices[used] = IoSlice::new(&message.header);
         used += 1;
         if !message.payload.is_empty() {
             slices[used] = IoSlice::new(&message.payload);

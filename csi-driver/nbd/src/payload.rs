@@ -27,6 +27,18 @@ where
     Ok(payload.into_bytes())
 }
 
+/// Reads and forgets `len` bytes, with bounded memory.
+///
+/// # Errors
+/// The stream fails or ends first.
+pub(crate) async fn skip<R>(reader: &mut R, len: u64) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+{
+    let skipped = tokio::io::copy(&mut reader.take(len), &mut tokio::io::sink()).await?;
+    if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+}
+
 /// Reads a fixed-size header.
 pub(crate) async fn read_array<const N: usize, R>(reader: &mut R) -> io::Result<[u8; N]>
 where

@@ -61,8 +61,12 @@ pub trait ExportProvider: Send + Sync + 'static {
 pub struct Export {
     /// Answers the I/O.
     pub device: Arc<dyn BlockDevice>,
-    /// Answers NBD_CMD_BLOCK_STATUS for `base:allocation`; without it everything is reported as data.
-    pub block_status: Option<Arc<dyn BlockStatus>>,
+    /// The metadata contexts on offer, each with what answers NBD_CMD_BLOCK_STATUS for it. Names are told apart exactly.
+    pub contexts: Vec<Context>,
+    /// A text for people, may be empty.
+    pub description: String,
+    /// Zeroing whole blocks is faster than writing them; else NBD_CMD_FLAG_FAST_ZERO is refused with ENOTSUP.
+    pub fast_zero: bool,
     /// Writes are refused with EPERM.
     pub read_only: bool,
     /// A flush on one connection covers writes answered on the others (NBD_FLAG_CAN_MULTI_CONN).
@@ -81,7 +85,9 @@ impl Export {
     pub fn new(device: Arc<dyn BlockDevice>) -> Self {
         Self {
             device,
-            block_status: None,
+            contexts: Vec::new(),
+            description: String::new(),
+            fast_zero: false,
             read_only: false,
             multi_conn: false,
             block_bytes: 4096,
@@ -102,24 +108,78 @@ impl fmt::Debug for Export {
     }
 }
 
-/// One run of equal allocation.
+/// Name of the context which tells what is allocated.
+pub const BASE_ALLOCATION: &str = "base:allocation";
+/// Start of the names of our own contexts that tell which blocks an absent replica lacks; its id follows.
+pub const DIRTY_PREFIX: &str = "x-holdfast:dirty:";
+
+/// A metadata context of an export.
+#[derive(Clone)]
+pub struct Context {
+    /// `namespace:leaf`.
+    pub name: String,
+    /// Answers for it.
+    pub source: Arc<dyn BlockStatus>,
+}
+
+impl Context {
+    /// [`BASE_ALLOCATION`].
+    #[must_use]
+    pub fn allocation(source: Arc<dyn BlockStatus>) -> Self {
+        Self { name: BASE_ALLOCATION.to_owned(), source }
+    }
+
+    /// What the replica `absent` lacks: extents whose state is [`Extent::DIRTY`] or 0.
+    #[must_use]
+    pub fn dirty(absent: impl fmt::Display, source: Arc<dyn BlockStatus>) -> Self {
+        Self { name: format!("{DIRTY_PREFIX}{absent}"), source }
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Context").field(&self.name).finish()
+    }
+}
+
+/// One run of equal state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Length in bytes, not zero.
-    pub len: u32,
-    /// No space is allocated (NBD_STATE_HOLE).
-    pub hole: bool,
-    /// Reads as zeroes (NBD_STATE_ZERO).
-    pub zero: bool,
+    pub len: u64,
+    /// What the context says of it, in the context's own bits.
+    pub state: u32,
+}
+
+impl Extent {
+    /// `base:allocation`: no space is allocated (NBD_STATE_HOLE).
+    pub const HOLE: u32 = 1;
+    /// `base:allocation`: reads as zeroes (NBD_STATE_ZERO).
+    pub const ZERO: u32 = 2;
+    /// [`DIRTY_PREFIX`]: written since the replica left, as far as is known.
+    pub const DIRTY: u32 = 1;
+
+    /// Whether no space is allocated, in `base:allocation`.
+    #[must_use]
+    pub fn is_hole(self) -> bool {
+        self.state & Self::HOLE != 0
+    }
+
+    /// Whether it reads as zeroes, in `base:allocation`.
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self.state & Self::ZERO != 0
+    }
 }
 
 /// Receives the extents, exactly once, on any thread; it must not block.
 pub type ExtentsCompletion = Box<dyn FnOnce(Result<Vec<Extent>, BlockError>) + Send>;
 
-/// Tells allocation, for NBD_CMD_BLOCK_STATUS.
+/// Tells the states of one context, for NBD_CMD_BLOCK_STATUS.
 pub trait BlockStatus: Send + Sync + 'static {
-    /// Describes `[offset, offset + len)` or a non-empty prefix of it, in at most `extents_max` extents.
-    fn block_status(&self, offset: u64, len: u32, extents_max: usize, done: ExtentsCompletion);
+    /// Describes `[offset, offset + len)`, which lies within the export, or a non-empty prefix of it, in at most
+    /// `extents_max` extents. The work must be bounded, whatever `len` is: an answer may be short.
+    fn block_status(&self, offset: u64, len: u64, extents_max: usize, done: ExtentsCompletion);
 }
 
 /// The connections of one session. Clones are the same set.

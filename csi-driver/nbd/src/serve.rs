@@ -4,28 +4,31 @@
 //! reply into the writer's queue from whatever thread completes it. The queue ends, and with it the connection, when the
 //! reader and every responder are gone: that is how "every request has completed" is known.
 
-use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use holdfast_io::{BlockError, BlockOp};
+use holdfast_io::{BlockDevice, BlockError, BlockOp};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, Semaphore};
 
-use crate::negotiate::{Agreed, BASE_ALLOCATION_ID};
-use crate::outgoing::{BATCH_MESSAGES_MAX, Outgoing, next_batch, write_batch};
-use crate::payload::{PAYLOAD_BYTES_MAX, READ_BUFFER_BYTES, read_array_or_end, read_payload};
-use crate::proto::{self, Command, RequestHeader, STATUS_EXTENTS_MAX, chunk, command_flag, errno};
-use crate::provider::{Export, Extent, Membership};
+use crate::checks::Rules;
+use crate::negotiate::Agreed;
+use crate::outgoing::{BATCH_MESSAGES_MAX, next_batch, write_batch};
+use crate::payload::{PAYLOAD_BYTES_MAX, READ_BUFFER_BYTES, read_array_or_end, read_payload, skip};
+use crate::proto::{
+    self, Command, Framing, RequestHeader, STATUS_EXTENTS_MAX, STATUS_FILTER_BYTES_MAX, command_flag, errno,
+};
+use crate::provider::Context;
+use crate::respond::{Lifetime, Reply, Responder, StatusGather};
 use crate::server::ServeError;
 
 /// What the requests of one connection may hold at once, in units of [`UNIT_BYTES`]: 64 MiB of payload or 1,024 requests.
 /// At the limit nothing further is read, so the client waits.
 const IN_FLIGHT_UNITS: usize = 1024;
-/// What a request without payload counts.
-const UNIT_BYTES: u32 = 64 << 10;
+/// What a request without payload counts, and each context of a block status request.
+const UNIT_BYTES: u64 = 64 << 10;
 
 /// After the client has left, replies that still wait are written at most this long.
 const LINGER: Duration = Duration::from_secs(5);
@@ -35,7 +38,7 @@ pub(crate) async fn transmission<S>(stream: S, agreed: Box<Agreed>) -> Result<()
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let Agreed { mut export, structured, block_status } = *agreed;
+    let Agreed { mut export, framing, contexts } = *agreed;
     let lifetime = Arc::new(Lifetime { _guard: export.guard.take(), _membership: export.connections.join() });
     let (read_half, write_half) = tokio::io::split(stream);
     let (queue, queued) = unbounded_channel();
@@ -43,9 +46,16 @@ where
     let connections = export.connections.clone();
     let receiver = Receiver {
         stream: BufReader::with_capacity(READ_BUFFER_BYTES, read_half),
-        export,
-        structured,
-        block_status,
+        rules: Rules {
+            framing,
+            size_bytes: export.device.size_bytes(),
+            block_bytes: export.block_bytes,
+            read_only: export.read_only,
+            fast_zero: export.fast_zero,
+            has_contexts: !contexts.is_empty(),
+        },
+        device: export.device,
+        contexts,
         room: Arc::new(Semaphore::new(IN_FLIGHT_UNITS)),
         queue,
         lifetime: lifetime.clone(),
@@ -79,14 +89,6 @@ struct Signals {
     abandon: Notify,
 }
 
-/// Ends when the last request of a connection has completed.
-struct Lifetime {
-    _guard: Option<Box<dyn Any + Send + Sync>>,
-    _membership: Membership,
-}
-
-type Reply = Outgoing<Option<OwnedSemaphorePermit>>;
-
 async fn write_replies<S>(mut stream: WriteHalf<S>, mut queue: UnboundedReceiver<Reply>, signals: &Signals)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -115,12 +117,24 @@ where
 
 struct Receiver<S> {
     stream: BufReader<ReadHalf<S>>,
-    export: Export,
-    structured: bool,
-    block_status: bool,
+    rules: Rules,
+    device: Arc<dyn BlockDevice>,
+    contexts: Vec<Context>,
     room: Arc<Semaphore>,
     queue: UnboundedSender<Reply>,
     lifetime: Arc<Lifetime>,
+}
+
+/// A request's payload, as far as it is of use.
+enum Payload {
+    /// None.
+    None,
+    /// What a write puts on the device.
+    Data(Bytes),
+    /// Which part of the export, and which contexts, a block status request means.
+    Filter(u64, Vec<u32>),
+    /// Read and forgotten: the request is refused for it.
+    Senseless(&'static str),
 }
 
 impl<S> Receiver<S>
@@ -128,97 +142,103 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     async fn run(mut self) -> Result<(), ServeError> {
-        while let Some(bytes) = read_array_or_end(&mut self.stream).await? {
-            let request = RequestHeader::decode(&bytes)?;
-            let carries = match request.command {
-                Command::Disconnect => return Ok(()),
-                Command::Write => request.len,
-                _ => 0,
-            };
-            if carries > PAYLOAD_BYTES_MAX {
+        while let Some(request) = self.next_request().await? {
+            if request.command == Command::Disconnect {
+                return Ok(());
+            }
+            let carries = request.payload_bytes(self.rules.framing);
+            if carries > u64::from(PAYLOAD_BYTES_MAX) {
                 return Err(ServeError::Protocol(format!(
-                    "a write of {carries} bytes, {PAYLOAD_BYTES_MAX} are allowed"
+                    "a payload of {carries} bytes, {PAYLOAD_BYTES_MAX} are allowed"
                 )));
             }
-            let responder = self.responder(&request).await;
-            let data = read_payload(&mut self.stream, carries as usize).await?;
-            match self.check(&request) {
-                Ok(()) => self.submit(&request, data, responder),
-                Err((errno, reason)) => responder.fail(errno, reason),
+            // Room before the payload is read, so that a connection's memory is bounded.
+            let units = u32::try_from(self.units(&request)).unwrap_or(u32::MAX);
+            let room = self.room.clone().acquire_many_owned(units).await.ok();
+            let framing = self.rules.framing;
+            let responder =
+                Responder::new(framing, &request, room, self.queue.clone(), self.lifetime.clone());
+            let payload = self.read_payload(&request, carries).await?;
+            self.serve(&request, payload, responder);
+        }
+        Ok(())
+    }
+
+    async fn next_request(&mut self) -> Result<Option<RequestHeader>, ServeError> {
+        let decoded = if self.rules.framing == Framing::Extended {
+            let bytes = read_array_or_end(&mut self.stream).await?;
+            bytes.map(|bytes| RequestHeader::decode_extended(&bytes))
+        } else {
+            let bytes = read_array_or_end(&mut self.stream).await?;
+            bytes.map(|bytes| RequestHeader::decode_compact(&bytes))
+        };
+        Ok(decoded.transpose()?)
+    }
+
+    fn units(&self, request: &RequestHeader) -> u64 {
+        match request.command {
+            Command::Read | Command::Write => {
+                request.len.min(u64::from(PAYLOAD_BYTES_MAX)).div_ceil(UNIT_BYTES).max(1)
+            }
+            Command::BlockStatus => self.contexts.len().max(1) as u64,
+            _ => 1,
+        }
+    }
+
+    async fn read_payload(&mut self, request: &RequestHeader, carries: u64) -> Result<Payload, ServeError> {
+        let len = usize::try_from(carries).expect("checked against 32 MiB");
+        match request.command {
+            _ if carries == 0 => Ok(Payload::None),
+            Command::Write => Ok(Payload::Data(read_payload(&mut self.stream, len).await?)),
+            Command::BlockStatus if len <= STATUS_FILTER_BYTES_MAX => {
+                let data = read_payload(&mut self.stream, len).await?;
+                Ok(match proto::decode_status_filter(&data) {
+                    Ok((len, ids)) => Payload::Filter(len, ids),
+                    Err(_) => Payload::Senseless("the list of contexts makes no sense"),
+                })
+            }
+            _ => {
+                skip(&mut self.stream, carries).await?;
+                Ok(Payload::Senseless("a payload that the command does not have"))
             }
         }
-        Ok(())
     }
 
-    /// Waits for room, so that a connection's memory is bounded.
-    async fn responder(&self, request: &RequestHeader) -> Responder {
-        let payload = match request.command {
-            Command::Read | Command::Write => request.len.min(PAYLOAD_BYTES_MAX),
-            _ => 0,
+    fn serve(&self, request: &RequestHeader, payload: Payload, responder: Responder) {
+        let (len, data, filter) = match payload {
+            Payload::Senseless(reason) => return responder.fail(errno::EINVAL, reason),
+            Payload::None => (request.len, Bytes::new(), None),
+            Payload::Data(data) => (request.len, data, None),
+            Payload::Filter(len, ids) => (len, Bytes::new(), Some(ids)),
         };
-        let units = payload.div_ceil(UNIT_BYTES).max(1);
-        Responder {
-            cookie: request.cookie,
-            read_offset: (request.command == Command::Read).then_some(request.offset),
-            structured: self.structured,
-            room: self.room.clone().acquire_many_owned(units).await.ok(),
-            queue: Some(self.queue.clone()),
-            _lifetime: self.lifetime.clone(),
+        match self.rules.check(request, len) {
+            Err((errno, reason)) => responder.fail(errno, reason),
+            Ok(()) if request.command == Command::BlockStatus => {
+                self.submit_block_status(request, len, filter, responder);
+            }
+            Ok(()) => self.submit(request, data, responder),
         }
-    }
-
-    fn check(&self, request: &RequestHeader) -> Result<(), (i32, &'static str)> {
-        let known = command_flag::FUA | command_flag::NO_HOLE | command_flag::DF | command_flag::REQ_ONE;
-        if request.flags & !known != 0 {
-            return Err((errno::EINVAL, "unknown flags"));
-        }
-        let changes = match request.command {
-            Command::Flush => return Ok(()),
-            Command::Write | Command::Trim | Command::WriteZeroes => true,
-            Command::Read | Command::Cache | Command::BlockStatus => false,
-            Command::Disconnect | Command::Unknown(_) => return Err((errno::EINVAL, "unknown command")),
-        };
-        if changes && self.export.read_only {
-            return Err((errno::EPERM, "the export is read-only"));
-        }
-        if request.command == Command::BlockStatus && !self.block_status {
-            return Err((errno::EINVAL, "no metadata context was agreed on"));
-        }
-        if request.len == 0 && matches!(request.command, Command::Read | Command::BlockStatus) {
-            return Err((errno::EINVAL, "an empty range"));
-        }
-        if request.command == Command::Read && request.len > PAYLOAD_BYTES_MAX {
-            return Err((errno::EOVERFLOW, "the read is too large"));
-        }
-        let end = request.offset.checked_add(u64::from(request.len));
-        if end.is_none_or(|end| end > self.export.device.size_bytes()) {
-            let errno = if request.command == Command::Write { errno::ENOSPC } else { errno::EINVAL };
-            return Err((errno, "beyond the end of the export"));
-        }
-        let mask = u64::from(self.export.block_bytes) - 1;
-        if (request.offset | u64::from(request.len)) & mask != 0 {
-            return Err((errno::EINVAL, "not a multiple of the block size"));
-        }
-        Ok(())
     }
 
     fn submit(&self, request: &RequestHeader, data: Bytes, responder: Responder) {
         let RequestHeader { flags, offset, len, .. } = *request;
         let fua = flags & command_flag::FUA != 0;
         let op = match request.command {
-            Command::Read => BlockOp::Read { offset, len },
+            Command::Read => {
+                let len = u32::try_from(len).expect("checked against 32 MiB");
+                BlockOp::Read { offset, len }
+            }
             Command::Write if len > 0 => BlockOp::Write { offset, data, fua },
             Command::Flush => BlockOp::Flush,
-            Command::Trim if len > 0 => BlockOp::Zero { offset, len: u64::from(len), fua, trim: true },
+            Command::Trim if len > 0 => BlockOp::Zero { offset, len, fua, trim: true },
             Command::WriteZeroes if len > 0 => {
-                BlockOp::Zero { offset, len: u64::from(len), fua, trim: flags & command_flag::NO_HOLE == 0 }
+                BlockOp::Zero { offset, len, fua, trim: flags & command_flag::NO_HOLE == 0 }
             }
-            Command::BlockStatus => return self.submit_block_status(request, responder),
-            // A hint that we do not follow, or an empty range.
+            // An empty range, or a hint for a cache: there is none here that could be filled.
             Command::Cache | Command::Write | Command::Trim | Command::WriteZeroes => {
                 return responder.finish(Ok(Bytes::new()));
             }
-            Command::Disconnect | Command::Unknown(_) => {
+            Command::BlockStatus | Command::Disconnect | Command::Unknown(_) => {
                 return responder.fail(errno::EINVAL, "unknown command");
             }
         };
@@ -233,97 +253,28 @@ where
             }
             other => responder.finish(other),
         };
-        self.export.device.submit(op, Box::new(done));
+        self.device.submit(op, Box::new(done));
     }
 
-    fn submit_block_status(&self, request: &RequestHeader, responder: Responder) {
-        let wanted = request.len;
+    /// Asks the contexts named, or all that were chosen. Their numbers count from 1.
+    fn submit_block_status(
+        &self,
+        request: &RequestHeader,
+        len: u64,
+        filter: Option<Vec<u32>>,
+        responder: Responder,
+    ) {
+        let chosen = 1..=u32::try_from(self.contexts.len()).expect("at most 16 contexts");
+        let ids: Vec<u32> = filter.unwrap_or_else(|| chosen.clone().collect());
+        if ids.iter().any(|id| !chosen.contains(id)) {
+            return responder.fail(errno::EINVAL, "a context that was not agreed on");
+        }
         let one = request.flags & command_flag::REQ_ONE != 0;
         let extents_max = if one { 1 } else { STATUS_EXTENTS_MAX };
-        let Some(source) = &self.export.block_status else {
-            return responder.finish_status(&[Extent { len: wanted, hole: false, zero: false }]);
-        };
-        let done = move |result: Result<Vec<Extent>, BlockError>| match result {
-            Ok(mut extents) => {
-                extents.truncate(extents_max);
-                let total: u64 = extents.iter().map(|extent| u64::from(extent.len)).sum();
-                if extents.iter().any(|extent| extent.len == 0) || total == 0 || total > u64::from(wanted) {
-                    responder.fail(errno::EIO, "the device's extents do not fit the request");
-                } else {
-                    responder.finish_status(&extents);
-                }
-            }
-            Err(BlockError(errno)) => responder.fail(errno, ""),
-        };
-        source.block_status(request.offset, wanted, extents_max, Box::new(done));
-    }
-}
-
-/// Answers one request exactly once: with EIO if it is dropped without an answer.
-struct Responder {
-    cookie: u64,
-    read_offset: Option<u64>,
-    structured: bool,
-    room: Option<OwnedSemaphorePermit>,
-    queue: Option<UnboundedSender<Reply>>,
-    _lifetime: Arc<Lifetime>,
-}
-
-impl Responder {
-    fn finish(mut self, result: Result<Bytes, BlockError>) {
-        match result {
-            Err(BlockError(errno)) => self.send_error(errno, ""),
-            Ok(data) => match (self.structured, self.read_offset) {
-                (false, _) => self.send(&proto::encode_simple_reply(self.cookie, 0), &[], data),
-                (true, Some(offset)) => {
-                    let len = u32::try_from(data.len() + 8).expect("reads are at most 32 MiB");
-                    let header = proto::encode_structured_header(self.cookie, chunk::OFFSET_DATA, len);
-                    self.send(&header, &offset.to_be_bytes(), data);
-                }
-                (true, None) => {
-                    self.send(
-                        &proto::encode_structured_header(self.cookie, chunk::NONE, 0),
-                        &[],
-                        Bytes::new(),
-                    );
-                }
-            },
-        }
-    }
-
-    fn finish_status(mut self, extents: &[Extent]) {
-        let data = proto::encode_status_chunk(BASE_ALLOCATION_ID, extents);
-        let len = u32::try_from(data.len()).expect("at most 4,096 extents");
-        self.send(&proto::encode_structured_header(self.cookie, chunk::BLOCK_STATUS, len), &[], data.into());
-    }
-
-    fn fail(mut self, errno: i32, reason: &'static str) {
-        self.send_error(errno, reason);
-    }
-
-    fn send_error(&mut self, errno: i32, reason: &'static str) {
-        let error = errno::to_wire(errno);
-        if self.structured {
-            let data = proto::encode_error_chunk(error, reason);
-            let len = u32::try_from(data.len()).expect("our reasons are short");
-            self.send(&proto::encode_structured_header(self.cookie, chunk::ERROR, len), &[], data.into());
-        } else {
-            self.send(&proto::encode_simple_reply(self.cookie, error), &[], Bytes::new());
-        }
-    }
-
-    fn send(&mut self, head: &[u8], more: &[u8], payload: Bytes) {
-        if let Some(queue) = self.queue.take() {
-            // The writer outlives every responder unless the whole connection was dropped; then nobody waits.
-            let _ = queue.send(Outgoing::new(head, more, payload, self.room.take()));
-        }
-    }
-}
-
-impl Drop for Responder {
-    fn drop(&mut self) {
-        if self.queue.is_some() {
-            self.send_error(errno::EIO, "the device dropped the request");
+        let gather = StatusGather::new(len, extents_max, ids.len(), responder);
+        for id in ids {
+            let source = &self.contexts[id as usize - 1].source;
+            source.block_status(request.offset, len, extents_max, gather.completion(id));
         }
     }
 }

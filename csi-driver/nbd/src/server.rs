@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-use crate::negotiate::{Negotiated, Negotiation};
+use crate::negotiate::{Negotiated, Negotiation, TlsState};
 use crate::proto::DecodeError;
 use crate::provider::{ExportProvider, PeerIdentity};
 use crate::serve;
@@ -16,6 +17,10 @@ use crate::tls::peer_names;
 
 /// Negotiation including TLS takes at most this long; then the connection is closed, so that idle strangers hold nothing.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Connections of one server that may negotiate at once; further ones are closed at once. Those that have opened an export
+/// do not count.
+const NEGOTIATIONS_MAX: usize = 256;
 
 /// Whether and how a server does STARTTLS.
 #[derive(Debug, Clone)]
@@ -35,6 +40,12 @@ pub enum ServeError {
     /// The client broke the protocol; the connection cannot be used any further.
     #[error("the client broke the NBD protocol: {0}")]
     Protocol(String),
+    /// The TLS handshake failed: a certificate that is not trusted, has expired or is missing, or no TLS at all.
+    #[error("the TLS handshake failed: {0}")]
+    Tls(#[source] io::Error),
+    /// Too many connections are negotiating; the one that came was closed.
+    #[error("{0} connections are negotiating already")]
+    Busy(usize),
     /// Negotiation took too long.
     #[error("the client did not finish negotiation within {0} s")]
     HandshakeTimeout(u64),
@@ -51,13 +62,14 @@ impl From<DecodeError> for ServeError {
 pub struct Server {
     provider: Arc<dyn ExportProvider>,
     tls: Option<ServerTls>,
+    negotiations: Arc<Semaphore>,
 }
 
 impl Server {
     /// A server without TLS.
     #[must_use]
     pub fn new(provider: Arc<dyn ExportProvider>) -> Self {
-        Self { provider, tls: None }
+        Self { provider, tls: None, negotiations: Arc::new(Semaphore::new(NEGOTIATIONS_MAX)) }
     }
 
     /// The same with STARTTLS.
@@ -76,34 +88,50 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let late = |_| ServeError::HandshakeTimeout(HANDSHAKE.as_secs());
         let deadline = tokio::time::Instant::now() + HANDSHAKE;
+        let room = self.negotiations.clone().try_acquire_owned();
+        let room = room.map_err(|_| ServeError::Busy(NEGOTIATIONS_MAX))?;
         let mut stream = stream;
-        let mut plain = Negotiation::new(&*self.provider, PeerIdentity::Anonymous, self.tls.as_ref());
-        let negotiated = tokio::time::timeout_at(deadline, async {
+        let tls = self.tls.as_ref().map_or(TlsState::Absent, TlsState::Offered);
+        let mut plain = Negotiation::new(&*self.provider, PeerIdentity::Anonymous, tls);
+        let negotiated = in_time(deadline, async {
             plain.greet(&mut stream).await?;
             plain.run(&mut stream).await
         });
-        match negotiated.await.map_err(late)?? {
+        match negotiated.await? {
             Negotiated::Left => Ok(()),
-            Negotiated::Transmission(agreed) => serve::transmission(stream, agreed).await,
+            Negotiated::Transmission(agreed) => {
+                drop(room);
+                serve::transmission(stream, agreed).await
+            }
             Negotiated::StartTls(config) => {
-                let no_zeroes = plain.no_zeroes();
-                let upgraded = tokio::time::timeout_at(deadline, async {
-                    let mut stream = TlsAcceptor::from(config).accept(stream).await?;
+                let client_flags = plain.client_flags();
+                let upgraded = in_time(deadline, async {
+                    let accepted = TlsAcceptor::from(config).accept(stream).await;
+                    let mut stream = accepted.map_err(ServeError::Tls)?;
                     let peer = tls_peer(&stream);
-                    // What was agreed before TLS is forgotten, as the specification demands.
-                    let mut inner = Negotiation::new(&*self.provider, peer, None).after_tls(no_zeroes);
+                    let mut inner = Negotiation::inside_tls(&*self.provider, peer, client_flags);
                     let negotiated = inner.run(&mut stream).await?;
-                    Ok::<_, ServeError>((stream, negotiated))
+                    Ok((stream, negotiated))
                 });
-                match upgraded.await.map_err(late)?? {
-                    (stream, Negotiated::Transmission(agreed)) => serve::transmission(stream, agreed).await,
+                match upgraded.await? {
+                    (stream, Negotiated::Transmission(agreed)) => {
+                        drop(room);
+                        serve::transmission(stream, agreed).await
+                    }
                     (_, Negotiated::Left | Negotiated::StartTls(_)) => Ok(()),
                 }
             }
         }
     }
+}
+
+async fn in_time<T>(
+    deadline: tokio::time::Instant,
+    negotiation: impl Future<Output = Result<T, ServeError>>,
+) -> Result<T, ServeError> {
+    let late = |_| ServeError::HandshakeTimeout(HANDSHAKE.as_secs());
+    tokio::time::timeout_at(deadline, negotiation).await.map_err(late)?
 }
 
 fn tls_peer<S>(stream: &tokio_rustls::server::TlsStream<S>) -> PeerIdentity {

@@ -1,40 +1,32 @@
-//! Real NBD clients and a real NBD server against ours, over Unix sockets. A tool that is not installed skips visibly.
+//! Real NBD clients against our server, over Unix sockets and over TLS on loopback. A tool that is not installed skips
+//! visibly.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{BLOCK, Listening, call};
+use common::tools::{Certificates, outcome, possible, run};
+use common::{BLOCK, DIRTY, Listening, OneVolume, call};
 use holdfast_io::BlockOp;
-use holdfast_nbd::{Client, ClientOptions};
-use tokio::net::UnixStream;
+use holdfast_nbd::{Client, ClientOptions, PeerIdentity, ServeError, Server, ServerTls, TlsIdentity};
+use tokio::net::{TcpListener, UnixStream};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 const SIZE: usize = 16 << 20;
 
-fn possible(tool: &str) -> bool {
-    let found =
-        ["/usr/bin", "/usr/sbin", "/usr/local/bin"].iter().any(|dir| Path::new(dir).join(tool).exists());
-    if !found {
-        println!("SKIP: {tool} is not installed");
+fn fio_speaks_nbd() -> bool {
+    let engines = Command::new("fio").arg("--enghelp").output().unwrap();
+    let speaks = String::from_utf8_lossy(&engines.stdout).contains("nbd");
+    if !speaks {
+        println!("SKIP: this fio has no nbd engine");
     }
-    found
-}
-
-/// Runs a tool, gives what it printed, and fails unless it succeeds.
-async fn run(program: &str, args: &[&str]) -> String {
-    let mut command = tokio::process::Command::new(program);
-    let running = command.args(args).stdin(Stdio::null()).kill_on_drop(true).output();
-    let output =
-        tokio::time::timeout(Duration::from_secs(60), running).await.expect("the tool ends").unwrap();
-    let text =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {text}");
-    text
+    speaks
 }
 
 fn pattern(len: usize) -> Vec<u8> {
@@ -52,6 +44,10 @@ async fn nbdinfo_reads_the_export_as_we_mean_it() {
         "newstyle-fixed",
         "export-size: 16777216",
         "base:allocation",
+        DIRTY,
+        "can_cache: true",
+        "can_fast_zero: true",
+        "description: a volume in memory",
         "is_read_only: false",
         "can_multi_conn: true",
         "can_fua: true",
@@ -69,6 +65,20 @@ async fn nbdinfo_reads_the_export_as_we_mean_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nbdinfo_maps_what_an_absent_replica_lacks() {
+    if !possible("nbdinfo") {
+        return;
+    }
+    let server = Listening::start(4 << 20);
+    let map = run("nbdinfo", &[&format!("--map={DIRTY}"), &server.uri("vol")]).await;
+    let fields: Vec<Vec<&str>> = map.lines().map(|line| line.split_whitespace().take(3).collect()).collect();
+    let mib = |index: u64| (index << 20).to_string();
+    let expected: Vec<[String; 3]> =
+        (0..4).map(|index| [mib(index), mib(1), (1 - index % 2).to_string()]).collect();
+    assert_eq!(fields, expected, "{map}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nbdinfo_maps_what_is_allocated() {
     if !possible("nbdinfo") {
         return;
@@ -76,7 +86,7 @@ async fn nbdinfo_maps_what_is_allocated() {
     let server = Listening::start(SIZE);
     let stream = UnixStream::connect(&server.socket).await.unwrap();
     let client =
-        Client::connect(stream, ClientOptions { export: "vol".into(), ..Default::default() }).await.unwrap();
+        Client::connect(stream, ClientOptions::new("vol")).await.unwrap();
     let data = Bytes::from(vec![1; BLOCK]);
     call(&client, BlockOp::Write { offset: 1 << 20, data, fua: false }).await.unwrap();
     let map = run("nbdinfo", &["--map", &server.uri("vol")]).await;
@@ -158,9 +168,7 @@ async fn fio_verifies_what_it_wrote_at_depth_32() {
     if !possible("fio") {
         return;
     }
-    let engines = Command::new("fio").arg("--enghelp").output().unwrap();
-    if !String::from_utf8_lossy(&engines.stdout).contains("nbd") {
-        println!("SKIP: this fio has no nbd engine");
+    if !fio_speaks_nbd() {
         return;
     }
     let server = Listening::start(SIZE);
@@ -187,54 +195,112 @@ async fn fio_verifies_what_it_wrote_at_depth_32() {
     assert!(server.volume.device.bytes().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
 }
 
-/// Our client against another server: qemu's, which sends holes and several chunks in one reply.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn our_client_speaks_to_qemu_nbd() {
-    if !possible("qemu-nbd") {
+async fn nbdkit_passes_our_export_on() {
+    if !possible("nbdkit") || !possible("nbdinfo") {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let (image, socket) = (dir.path().join("image"), dir.path().join("sock"));
-    std::fs::File::create(&image).unwrap().set_len(SIZE as u64).unwrap();
-    let mut command = tokio::process::Command::new("qemu-nbd");
-    command
-        .args(["-f", "raw", "-x", "vol", "--discard=unmap", "--persistent", "-k"])
-        .arg(&socket)
-        .arg(&image);
-    let mut process = command.kill_on_drop(true).spawn().unwrap();
-    for _ in 0..500 {
-        if socket.exists() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let server = Listening::start(SIZE);
+    let uri = format!("uri={}", server.uri("vol"));
+    let through = ["--exit-with-parent", "-U", "-", "nbd", &uri, "--run", "nbdinfo --size $uri && nbdinfo --map $uri"];
+    let told = run("nbdkit", &through).await;
+    assert!(told.starts_with("16777216\n"), "{told}");
+    assert!(told.contains("hole,zero"), "{told}");
+}
+
+/// Our server on loopback TCP with TLS required, as "node-b".
+struct TlsListening {
+    volume: Arc<OneVolume>,
+    port: u16,
+    ended: UnboundedReceiver<Result<(), ServeError>>,
+}
+
+impl TlsListening {
+    async fn start(identity: &Path) -> Self {
+        let volume = OneVolume::new(SIZE);
+        let config = TlsIdentity::load(identity).unwrap().server_config().unwrap();
+        let server = Server::new(volume.clone()).with_tls(ServerTls { config, required: true });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (sender, ended) = unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (server, sender) = (server.clone(), sender.clone());
+                tokio::spawn(async move { sender.send(server.serve_connection(stream).await) });
+            }
+        });
+        Self { volume, port, ended }
     }
-    let stream = UnixStream::connect(&socket).await.unwrap();
-    let options = ClientOptions { export: "vol".into(), block_status: true, ..Default::default() };
-    let client = Client::connect(stream, options).await.unwrap();
-    assert!(client.info().block_status);
-    let data = Bytes::from(vec![7; 64 * BLOCK]);
-    call(&client, BlockOp::Write { offset: 1 << 20, data, fua: true }).await.unwrap();
-    call(
-        &client,
-        BlockOp::Zero {
-            offset: (1 << 20) + 16 * BLOCK as u64,
-            len: 16 * BLOCK as u64,
-            fua: false,
-            trim: true,
-        },
-    )
-    .await
-    .unwrap();
-    call(&client, BlockOp::Flush).await.unwrap();
-    let back = call(&client, BlockOp::Read { offset: 0, len: 4 << 20 }).await.unwrap();
-    let mut expected = vec![0; 4 << 20];
-    expected[1 << 20..(1 << 20) + 64 * BLOCK].fill(7);
-    expected[(1 << 20) + 16 * BLOCK..(1 << 20) + 32 * BLOCK].fill(0);
-    assert!(back == expected);
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    client.block_status(0, 4 << 20, Box::new(move |result| drop(sender.send(result))));
-    let extents = receiver.await.unwrap().unwrap();
-    assert!(extents[0].hole && extents[0].zero && extents.len() >= 3, "{extents:?}");
-    drop(client);
-    process.kill().await.unwrap();
+
+    /// `nbds://` with the certificates of `client`.
+    fn uri(&self, client: &Path) -> String {
+        format!("nbds://localhost:{}/vol?tls-certificates={}", self.port, client.display())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn libnbd_s_tools_prove_themselves_by_tls() {
+    if !possible("nbdcopy") || !possible("nbdinfo") {
+        return;
+    }
+    let (ours, others) = (Certificates::new(), Certificates::new());
+    let mut server = TlsListening::start(&ours.issue("node-b")).await;
+    let (client, stranger) = (ours.issue("node-a"), others.issue("node-a"));
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, pattern(SIZE)).unwrap();
+    run("nbdcopy", &["--connections=2", "--flush", source.to_str().unwrap(), &server.uri(&client)]).await;
+    assert!(server.volume.device.bytes() == pattern(SIZE));
+    let node_a = |peer: &PeerIdentity| peer.is_named("node-a");
+    assert!(server.volume.peers.lock().unwrap().iter().all(node_a), "the client's certificate names it");
+
+    let asked = server.volume.peers.lock().unwrap().len();
+    let plain = format!("nbd://localhost:{}/vol", server.port);
+    for uri in [server.uri(&stranger), plain] {
+        let (succeeded, text) = outcome("nbdinfo", &["--size", &uri]).await;
+        assert!(!succeeded && !text.is_empty(), "{uri}: {text}");
+    }
+    assert_eq!(server.volume.peers.lock().unwrap().len(), asked, "neither came as far as an export");
+    let mut tls_errors = 0;
+    while let Ok(ended) = server.ended.try_recv() {
+        tls_errors += usize::from(matches!(ended, Err(ServeError::Tls(_))));
+    }
+    assert!(tls_errors >= 1, "the stranger is told apart from a lost connection");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn qemu_img_proves_itself_by_tls() {
+    if !possible("qemu-img") {
+        return;
+    }
+    let ours = Certificates::new();
+    let server = TlsListening::start(&ours.issue("node-b")).await;
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, pattern(SIZE)).unwrap();
+    let creds = format!("tls-creds-x509,id=tls0,endpoint=client,dir={}", ours.issue("node-a").display());
+    let image = format!(
+        "driver=nbd,server.type=inet,server.host=127.0.0.1,server.port={},export=vol,tls-creds=tls0,tls-hostname=node-b",
+        server.port
+    );
+    let options = ["--object", &creds, "-n", "-f", "raw", "--target-image-opts"];
+    let args: Vec<&str> = ["convert"].iter().chain(&options).copied().chain([source.to_str().unwrap(), &image]).collect();
+    run("qemu-img", &args).await;
+    assert!(server.volume.device.bytes() == pattern(SIZE));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fio_writes_through_tls() {
+    if !possible("fio") || !fio_speaks_nbd() {
+        return;
+    }
+    let ours = Certificates::new();
+    let server = TlsListening::start(&ours.issue("node-b")).await;
+    let uri = format!("--uri={}", server.uri(&ours.issue("node-a")));
+    let job = ["--name=tls", "--ioengine=nbd", "--rw=write", "--bs=64k", "--iodepth=16", "--size=16m"];
+    let check = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"];
+    let args: Vec<&str> = job.iter().chain(&check).copied().chain([uri.as_str()]).collect();
+    run("fio", &args).await;
+    assert!(server.volume.device.bytes().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
 }

@@ -178,6 +178,12 @@ impl Replica {
         &self.meta
     }
 
+    /// What is known of each absent replica's missing blocks.
+    #[must_use]
+    pub fn maps(&self) -> &BTreeMap<ReplicaId, DirtyMap> {
+        &self.maps
+    }
+
     /// Regions in the intent log.
     #[must_use]
     pub fn logged_regions(&self) -> usize {

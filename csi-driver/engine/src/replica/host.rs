@@ -96,6 +96,12 @@ impl ReplicaHost {
         self.lock().replicas.get(&replica).map(|hosted| Arc::clone(&hosted.actor))
     }
 
+    /// The replicas that are open here, with their volumes.
+    #[must_use]
+    pub fn served(&self) -> Vec<(VolumeId, ReplicaId)> {
+        self.lock().replicas.iter().map(|(replica, hosted)| (hosted.volume_id, *replica)).collect()
+    }
+
     /// Every replica in the pool, open or not.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! One replica of this node: the core's state machine with its requests, connections and disk.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use holdfast_io::{BlockError, BlockOp, Completion};
 use holdfast_nbd::ConnectionSet;
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken, SnapshotId};
+use holdfast_storage_core::dirty_map::DirtyMap;
+use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId, SessionToken, SnapshotId};
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRefusal, OpenReply, OpenRequest, Replica,
     ReplicaAction, ReplicaCall, ReplicaEvent, ReplicaReply, RequestRefusal, SessionKey,
@@ -152,6 +153,11 @@ impl ReplicaMachine {
     /// Whether the caller of a control request owns the session it names.
     pub fn is_owner(&self, token: SessionToken, names: &[String]) -> bool {
         self.sessions.get(&token).is_none_or(|session| owned_by(&session.caller, names))
+    }
+
+    /// What each absent replica lacks.
+    pub fn maps(&self) -> &BTreeMap<ReplicaId, DirtyMap> {
+        self.core.maps()
     }
 
     fn call(&mut self) -> ReplicaCall {

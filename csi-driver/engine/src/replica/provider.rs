@@ -1,18 +1,27 @@
-//! What the NBD server gives to targets: a session's connections to a replica, by the name `volume/replica/token`, and to
-//! a snapshot of it, read-only, by the name `volume/replica/token@snapshot`.
+//! What the NBD servers give of this node's replicas: to targets a session's connections, by the name
+//! `volume/replica/token`, and to a snapshot of it, read-only, by the name `volume/replica/token@snapshot`; to people on this
+//! machine each replica as it is, read-only, by the name `volume/replica`.
 
 use std::sync::{Arc, Weak};
 
 use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
-use holdfast_nbd::{BlockStatus, Export, ExportProvider, Extent, ExtentsCompletion, OpenError, PeerIdentity};
+use holdfast_nbd::{
+    BlockStatus, Context, Export, ExportProvider, Extent, ExtentsCompletion, OpenError, PeerIdentity,
+};
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId, SessionToken, SnapshotId, VolumeId};
+use holdfast_storage_core::dirty_map::Dirty;
+use holdfast_storage_core::ids::{ReplicaId, SessionToken, SnapshotId, VolumeId};
 use holdfast_store::AllocState;
 
 use crate::errno;
 
 use super::host::ReplicaHost;
 use super::machine::{ReplicaActor, ReplicaInput};
+
+/// Longest range whose allocation is looked up for one request: the tables of so much are read from the disk.
+const ALLOCATION_BYTES_MAX: u64 = 1 << 30;
+/// Regions with dirty blocks that are looked at for one request, under the replica's lock.
+const DIRTY_REGIONS_MAX: usize = 256;
 
 /// Gives out sessions of this node's replicas.
 pub struct ReplicaExports {
@@ -37,15 +46,17 @@ impl ExportProvider for ReplicaExports {
             PeerIdentity::Named(names) => names,
         };
         let connections = actor.peek(|machine| machine.connections(token, names)).ok_or_else(unknown)?;
-        let device = Arc::new(SessionDevice { actor, token, at });
+        let device = Arc::new(SessionDevice { actor: Arc::clone(&actor), token, at });
         // A snapshot that is not here has no size.
         if at.is_some() && device.size_bytes() == 0 {
             return Err(unknown());
         }
         Ok(Export {
-            block_status: Some(Arc::clone(&device) as Arc<dyn BlockStatus>),
+            contexts: contexts(&actor, at),
             read_only: at.is_some(),
             multi_conn: true,
+            // Entries in tables, and space given back: no data is written.
+            fast_zero: true,
             connections,
             ..Export::new(device)
         })
@@ -72,11 +83,7 @@ pub struct SessionDevice {
 
 impl BlockDevice for SessionDevice {
     fn size_bytes(&self) -> u64 {
-        let disk = &self.actor.env.disk;
-        match self.at {
-            None => disk.size_bytes(),
-            Some(snapshot) => disk.snapshot_size_bytes(snapshot).unwrap_or(0),
-        }
+        size_of(&self.actor.env.disk, self.at)
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {
@@ -84,32 +91,146 @@ impl BlockDevice for SessionDevice {
     }
 }
 
-impl BlockStatus for SessionDevice {
-    fn block_status(&self, offset: u64, len: u32, extents_max: usize, done: ExtentsCompletion) {
-        let end = (offset + u64::from(len)).min(self.size_bytes());
-        if offset >= end {
-            return done(Err(BlockError(errno::EINVAL)));
-        }
-        let range = BlockRange::covering(offset, end - offset);
-        let answer =
-            move |result: Result<Vec<holdfast_store::Extent>, holdfast_store::StoreError>| match result {
-                Ok(extents) => done(Ok(extents.iter().take(extents_max.max(1)).map(extent).collect())),
-                Err(error) => done(Err(BlockError(error.errno()))),
-            };
-        self.actor.env.disk.allocation_at(self.at, range, Box::new(answer));
+/// Tells what a replica, or a snapshot of it, has allocated.
+struct AllocationOf(Arc<ReplicaActor>, Option<SnapshotId>);
+
+impl BlockStatus for AllocationOf {
+    fn block_status(&self, offset: u64, len: u64, extents_max: usize, done: ExtentsCompletion) {
+        allocation(&self.0.env.disk, self.1, offset, len, extents_max, done);
     }
+}
+
+/// Bytes of a replica, or of a snapshot of it; 0 for a snapshot that is not here.
+fn size_of(disk: &holdfast_store::Replica, at: Option<SnapshotId>) -> u64 {
+    match at {
+        None => disk.size_bytes(),
+        Some(snapshot) => disk.snapshot_size_bytes(snapshot).unwrap_or(0),
+    }
+}
+
+/// The allocation states of a prefix of the range, in the bits of `base:allocation`.
+pub fn allocation(
+    disk: &holdfast_store::Replica,
+    at: Option<SnapshotId>,
+    offset: u64,
+    len: u64,
+    extents_max: usize,
+    done: ExtentsCompletion,
+) {
+    let size_bytes = size_of(disk, at);
+    let len = len.min(ALLOCATION_BYTES_MAX).min(size_bytes.saturating_sub(offset));
+    if len == 0 {
+        return done(Err(BlockError(errno::EINVAL)));
+    }
+    let range = BlockRange::covering(offset, len);
+    let answer = move |result: Result<Vec<holdfast_store::Extent>, holdfast_store::StoreError>| match result {
+        Ok(extents) => done(Ok(extents.iter().take(extents_max.max(1)).map(extent).collect())),
+        Err(error) => done(Err(BlockError(error.errno()))),
+    };
+    disk.allocation_at(at, range, Box::new(answer));
 }
 
 /// Absent blocks are holes, blocks that were zeroed are allocated zeroes: R36 must tell them apart.
 fn extent(extent: &holdfast_store::Extent) -> Extent {
-    let (hole, zero) = match extent.state {
-        AllocState::Absent => (true, true),
-        AllocState::Zero => (false, true),
-        AllocState::Data => (false, false),
+    let state = match extent.state {
+        AllocState::Absent => Extent::HOLE | Extent::ZERO,
+        AllocState::Zero => Extent::ZERO,
+        AllocState::Data => 0,
     };
-    let bytes = extent.range.count.saturating_mul(BLOCK_BYTES);
-    // Shortened extents are allowed: the client asks again from where they end.
-    Extent { len: u32::try_from(bytes).unwrap_or(u32::MAX / 4096 * 4096), hole, zero }
+    Extent { len: extent.range.len_bytes(), state }
+}
+
+/// Tells what an absent replica lacks, as this one knows it.
+struct DirtyBlocks {
+    actor: Arc<ReplicaActor>,
+    absent: ReplicaId,
+}
+
+impl BlockStatus for DirtyBlocks {
+    fn block_status(&self, offset: u64, len: u64, extents_max: usize, done: ExtentsCompletion) {
+        let range = BlockRange::covering(offset, len);
+        let runs = self.actor.peek(|machine| {
+            machine.maps().get(&self.absent).map(|map| match &map.dirty {
+                // R21: everything, never nothing.
+                Dirty::Void => vec![(range, true)],
+                Dirty::Blocks(blocks) => blocks.runs_in(range, extents_max, DIRTY_REGIONS_MAX),
+            })
+        });
+        let extent = |(run, dirty): &(BlockRange, bool)| Extent {
+            len: run.len_bytes(),
+            state: if *dirty { Extent::DIRTY } else { 0 },
+        };
+        // The replica came back or was replaced meanwhile: its map is gone, which is not "nothing is missing".
+        let told = runs.ok_or(BlockError(errno::EIO));
+        done(told.map(|runs| runs.iter().map(extent).collect()));
+    }
+}
+
+/// The contexts of a replica: what is allocated, and what each absent replica lacks; of a snapshot the first alone.
+fn contexts(actor: &Arc<ReplicaActor>, at: Option<SnapshotId>) -> Vec<Context> {
+    let mut contexts = vec![Context::allocation(Arc::new(AllocationOf(Arc::clone(actor), at)))];
+    if at.is_none() {
+        let absent: Vec<ReplicaId> = actor.peek(|machine| machine.maps().keys().copied().collect());
+        contexts.extend(absent.into_iter().map(|absent| {
+            Context::dirty(absent, Arc::new(DirtyBlocks { actor: Arc::clone(actor), absent }))
+        }));
+    }
+    contexts
+}
+
+/// Gives out this node's replicas for a look: read-only, outside every session, so that looking disturbs none. What is read
+/// is what this replica holds at that moment, also while writes go on or another replica holds newer data.
+pub struct InspectExports(Weak<ReplicaHost>);
+
+impl InspectExports {
+    /// Exports of `host`, as long as it lives.
+    #[must_use]
+    pub fn new(host: &Arc<ReplicaHost>) -> Self {
+        Self(Arc::downgrade(host))
+    }
+}
+
+impl ExportProvider for InspectExports {
+    fn open(&self, name: &str, _: &PeerIdentity) -> Result<Export, OpenError> {
+        let unknown = || OpenError::Unknown(name.to_owned());
+        let host = self.0.upgrade().ok_or_else(unknown)?;
+        let known = host.served().into_iter().find(|(volume, replica)| format!("{volume}/{replica}") == name);
+        let (volume, replica) = known.ok_or_else(unknown)?;
+        let actor = host.get(replica).ok_or_else(unknown)?;
+        Ok(Export {
+            contexts: contexts(&actor, None),
+            description: format!("replica {replica} of volume {volume} as it is on this node"),
+            read_only: true,
+            ..Export::new(Arc::new(InspectDevice(actor)))
+        })
+    }
+
+    fn list(&self, _: &PeerIdentity) -> Vec<String> {
+        let served = self.0.upgrade().map(|host| host.served()).unwrap_or_default();
+        served.iter().map(|(volume, replica)| format!("{volume}/{replica}")).collect()
+    }
+}
+
+/// A replica's disk, for reads alone.
+struct InspectDevice(Arc<ReplicaActor>);
+
+impl BlockDevice for InspectDevice {
+    fn size_bytes(&self) -> u64 {
+        self.0.env.disk.size_bytes()
+    }
+
+    fn submit(&self, op: BlockOp, done: Completion) {
+        match op {
+            BlockOp::Read { offset, len } => {
+                let answer = move |result: Result<_, holdfast_store::StoreError>| {
+                    done(result.map_err(|error| BlockError(error.errno())));
+                };
+                self.0.env.disk.read(offset, len, Box::new(answer));
+            }
+            BlockOp::Flush => done(Ok(bytes::Bytes::new())),
+            BlockOp::Write { .. } | BlockOp::Zero { .. } => done(Err(BlockError(errno::EPERM))),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use holdfast_nbd::{Client, ClientOptions};
+use holdfast_nbd::{BASE_ALLOCATION, Client, ClientOptions};
 use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::ids::{RecordVersion, ReplicaId};
 use holdfast_storage_core::record::VolumeRecord;
@@ -193,7 +193,8 @@ async fn open_remote(actor: &Arc<TargetActor>, wanted: &OpenSession, request: Op
     let options = ClientOptions {
         export: wire::export_name(request.volume_id, request.replica_id, reply.token),
         tls: tls.map_err(|error| OpenError::Nbd(error.to_string()))?,
-        block_status: true,
+        contexts: vec![BASE_ALLOCATION.to_owned()],
+        compact_headers: false,
     };
     // The connection lives where the volume's I/O is done, so that a request crosses no thread.
     let connecting = AbortOnDrop(env.data.spawn(connect_nbd(info.nbd_address, options)));

@@ -3,12 +3,17 @@
 use std::sync::Arc;
 
 use holdfast_io::{BlockDevice, BlockOp, Completion};
-use holdfast_nbd::{Export, ExportProvider, OpenError, PeerIdentity};
+use holdfast_nbd::{
+    BlockStatus, Context, Export, ExportProvider, ExtentsCompletion, OpenError, PeerIdentity,
+};
 
+use super::allocation::AllocationQuery;
 use super::machine::{TargetActor, TargetInput};
 
 /// Smallest unit that clients may use; the target completes blocks itself.
 const CLIENT_BLOCK_BYTES: u32 = 512;
+/// Longest range of one allocation query: writes to it wait meanwhile. Clients ask on from where an answer ends.
+const STATUS_BYTES_MAX: u64 = 64 << 20;
 
 /// Takes client requests for a target. It keeps answering (with errors) after the target ended.
 pub struct TargetDevice {
@@ -34,10 +39,19 @@ impl BlockDevice for TargetDevice {
     }
 }
 
+impl BlockStatus for TargetDevice {
+    /// Allocation on the member that would answer a read, in the order of reads: under the range lock, after the range's
+    /// regions are reconciled, and under the ack set's leases. A client takes "reads as zeroes" for what it has read.
+    fn block_status(&self, offset: u64, len: u64, extents_max: usize, done: ExtentsCompletion) {
+        let query = AllocationQuery { offset, len: len.min(STATUS_BYTES_MAX), extents_max };
+        self.actor.post(TargetInput::Allocation(query, done));
+    }
+}
+
 /// Serves one target to local NBD clients, under any export name: the socket names the volume.
 pub struct TargetExport {
     /// The target.
-    pub device: Arc<dyn BlockDevice>,
+    pub device: Arc<TargetDevice>,
     /// The volume is published read-only.
     pub read_only: bool,
 }
@@ -49,7 +63,10 @@ impl ExportProvider for TargetExport {
             // One state machine sees the requests of all connections: a flush covers every write answered before.
             multi_conn: true,
             block_bytes: CLIENT_BLOCK_BYTES,
-            ..Export::new(Arc::clone(&self.device))
+            // Whole blocks are entries in every replica's tables.
+            fast_zero: true,
+            contexts: vec![Context::allocation(Arc::clone(&self.device) as Arc<dyn BlockStatus>)],
+            ..Export::new(Arc::clone(&self.device) as Arc<dyn BlockDevice>)
         })
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
-use holdfast_nbd::Client;
+use holdfast_nbd::{BASE_ALLOCATION, Client, ExtentsCompletion};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::block_range::BlockRange;
@@ -19,12 +19,9 @@ use tokio::sync::oneshot;
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::replica::grpc;
 use crate::replica::machine::{ReplicaActor, ReplicaInput};
+use crate::replica::{grpc, provider};
 use crate::{errno, wire};
-
-/// Bytes asked about in one NBD block status request.
-const STATUS_BYTES_MAX: u64 = 1 << 30;
 
 /// One open session. Closed when it is dropped.
 pub struct Link {
@@ -111,6 +108,18 @@ impl Link {
                 actor.post(ReplicaInput::Data { token: key.token, at: None, op, done });
             }
             Path::Remote(remote) => remote.client.submit(op, done),
+        }
+    }
+
+    /// Asks for allocation states, as [`holdfast_nbd::BlockStatus`] does; no request of the session's, as nothing waits for
+    /// it and nothing is changed: the target returns the answer under its leases (R4).
+    pub fn block_status(&self, range: BlockRange, extents_max: usize, done: ExtentsCompletion) {
+        let (offset, len) = (range.offset_bytes(), range.len_bytes());
+        match &self.path {
+            Path::Local { actor, .. } => {
+                provider::allocation(&actor.env.disk, None, offset, len, extents_max, done);
+            }
+            Path::Remote(remote) => remote.client.block_status(BASE_ALLOCATION, offset, len, false, done),
         }
     }
 
@@ -242,20 +251,18 @@ impl RemoteLink {
         let mut extents = Vec::new();
         let mut at = range.start.0;
         while at < range.end() {
-            let bytes = ((range.end() - at) * BLOCK_BYTES).min(STATUS_BYTES_MAX);
-            let len = u32::try_from(bytes).expect("1 GiB fits 32 bits");
             let (sender, receiver) = oneshot::channel();
             let then = Box::new(move |result| drop(sender.send(result)));
-            self.client.block_status(at * BLOCK_BYTES, len, then);
+            let len = (range.end() - at) * BLOCK_BYTES;
+            // The answer is as long as the replica cares to make it, and no longer than the question.
+            self.client.block_status(BASE_ALLOCATION, at * BLOCK_BYTES, len, false, then);
             let before = at;
             for extent in receiver.await.unwrap_or(Err(BlockError(errno::ENOTCONN)))? {
-                let blocks = u64::from(extent.len) / BLOCK_BYTES;
-                // The last extent may reach beyond what was asked for.
-                let count = blocks.min(range.end() - at);
+                let count = extent.len / BLOCK_BYTES;
                 if count == 0 {
                     break;
                 }
-                let allocation = match (extent.hole, extent.zero) {
+                let allocation = match (extent.is_hole(), extent.is_zero()) {
                     (true, _) => Allocation::Absent,
                     (false, true) => Allocation::Zero,
                     (false, false) => Allocation::Data,

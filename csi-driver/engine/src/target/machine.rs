@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use holdfast_io::{BlockError, BlockOp, Completion};
+use holdfast_nbd::{Extent, ExtentsCompletion};
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{Epoch, Generation, NodeName, RecordVersion, ReplicaId, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
@@ -22,6 +24,7 @@ use crate::errno;
 use crate::peers::Peers;
 use crate::replica::host::ReplicaHost;
 
+use super::allocation::{AllocationQuery, PendingQuery};
 use super::buffers::{ClientRequest, is_zero};
 use super::calls;
 use super::link::{Link, is_session_error};
@@ -57,6 +60,10 @@ pub enum TargetInput {
     Core(Box<TargetEvent>),
     /// A client's request.
     Request(BlockOp, Completion),
+    /// A local client asks what is allocated.
+    Allocation(AllocationQuery, ExtentsCompletion),
+    /// A replica told what is allocated.
+    AllocationTold(IoTag, Result<Vec<Extent>, BlockError>),
     /// An I/O on a replica ended; a read gives its data.
     IoDone(IoTag, Result<Bytes, BlockError>),
     /// A session is open and its connection is up.
@@ -95,8 +102,12 @@ pub enum TargetWork {
     Control(CallId, SessionId, ReplicaId, Arc<Link>, Control),
     /// Send an I/O.
     Io(IoTag, Arc<Link>, BlockOp),
+    /// Ask what is allocated, in so many extents at most.
+    Allocation(IoTag, Arc<Link>, BlockRange, usize),
     /// Answer a client.
     Complete(Completion, Result<Bytes, BlockError>),
+    /// Tell a client what is allocated.
+    TellAllocation(ExtentsCompletion, Result<Vec<Extent>, BlockError>),
     /// Tell the state, under which generation and epoch.
     State(TargetState, Generation, Epoch),
 }
@@ -107,6 +118,9 @@ pub struct TargetMachine {
     next_request: u64,
     // Bounded by what the front ends have in flight (each limits its own).
     requests: HashMap<RequestId, ClientRequest>,
+    // Bounded by what the NBD server lets each local client have in flight. Their numbers are of one series with those
+    // of the requests.
+    queries: HashMap<RequestId, PendingQuery>,
     // Bounded by the core's COPIES_MAX.
     copies: HashMap<CopyId, Bytes>,
     sessions: HashMap<SessionId, SessionSlot>,
@@ -125,6 +139,7 @@ impl TargetMachine {
             core,
             next_request: 0,
             requests: HashMap::new(),
+            queries: HashMap::new(),
             copies: HashMap::new(),
             sessions: HashMap::new(),
         }
@@ -161,6 +176,34 @@ impl TargetMachine {
         let (client, op) = ClientRequest::new(op, done);
         self.requests.insert(request, client);
         self.core.handle_event(now_ms, TargetEvent::Request { request, op });
+    }
+
+    fn on_allocation(&mut self, now_ms: u64, query: AllocationQuery, done: ExtentsCompletion) {
+        self.next_request += 1;
+        let request = RequestId(self.next_request);
+        let (pending, op) = PendingQuery::new(query, done);
+        self.queries.insert(request, pending);
+        self.core.handle_event(now_ms, TargetEvent::Request { request, op });
+    }
+
+    fn on_allocation_told(&mut self, now_ms: u64, tag: IoTag, result: Result<Vec<Extent>, BlockError>) {
+        let told = result.map(|extents| {
+            if let Payload::Request(request) = tag.payload
+                && let Some(query) = self.queries.get_mut(&request)
+            {
+                query.put(extents);
+            }
+            Bytes::new()
+        });
+        self.on_io_done(now_ms, tag, told);
+    }
+
+    /// The query that an I/O of the core's stands for.
+    fn query_of(&self, payload: Payload) -> Option<&PendingQuery> {
+        match payload {
+            Payload::Request(request) => self.queries.get(&request),
+            Payload::Edge { .. } | Payload::Copy(_) | Payload::None => None,
+        }
     }
 
     fn on_io_done(&mut self, now_ms: u64, tag: IoTag, result: Result<Bytes, BlockError>) {
@@ -278,9 +321,17 @@ impl TargetMachine {
                     payload,
                     is_read: matches!(op, DataOp::Read(_) | DataOp::ReadSnapshot { .. }),
                 };
+                if let Some((range, extents_max)) = self.query_of(payload).map(PendingQuery::wanted) {
+                    return Some(TargetWork::Allocation(tag, link, range, extents_max));
+                }
                 TargetWork::Io(tag, link, self.block_op(op, payload))
             }
             TargetAction::Complete { request, result } => {
+                if let Some(query) = self.queries.remove(&request) {
+                    let (done, extents) = query.finish();
+                    let result = result.map(|()| extents).map_err(request_error);
+                    return Some(TargetWork::TellAllocation(done, result));
+                }
                 let client = self.requests.remove(&request)?;
                 match result {
                     Ok(()) => {
@@ -319,6 +370,8 @@ impl Machine for TargetMachine {
                 self.core.handle_event(now_ms, *event);
             }
             TargetInput::Request(op, done) => self.on_request(now_ms, op, done),
+            TargetInput::Allocation(query, done) => self.on_allocation(now_ms, query, done),
+            TargetInput::AllocationTold(tag, result) => self.on_allocation_told(now_ms, tag, result),
             TargetInput::IoDone(tag, result) => self.on_io_done(now_ms, tag, result),
             TargetInput::SessionUp(session, link, opened) => {
                 // A try that was given up meanwhile: its link closes as it is dropped.
@@ -346,14 +399,21 @@ impl Machine for TargetMachine {
         for (_, client) in self.requests.drain() {
             work.push(TargetWork::Complete(client.into_completion(), Err(BlockError(errno::EIO))));
         }
+        for (_, query) in self.queries.drain() {
+            work.push(TargetWork::TellAllocation(query.done, Err(BlockError(errno::EIO))));
+        }
         self.copies.clear();
     }
 
     fn reject(event: TargetInput) {
         match event {
             TargetInput::Request(_, done) => done(Err(BlockError(errno::EIO))),
+            TargetInput::Allocation(_, done) => done(Err(BlockError(errno::EIO))),
             // Dropping a fresh session's link closes it.
-            TargetInput::Core(_) | TargetInput::IoDone(..) | TargetInput::SessionUp(..) => {}
+            TargetInput::Core(_)
+            | TargetInput::IoDone(..)
+            | TargetInput::AllocationTold(..)
+            | TargetInput::SessionUp(..) => {}
         }
     }
 
@@ -365,7 +425,13 @@ impl Machine for TargetMachine {
                 let target = me();
                 link.submit(op, Box::new(move |result| target.post(TargetInput::IoDone(tag, result))));
             }
+            TargetWork::Allocation(tag, link, range, extents_max) => {
+                let target = me();
+                let told = move |result| target.post(TargetInput::AllocationTold(tag, result));
+                link.block_status(range, extents_max, Box::new(told));
+            }
             TargetWork::Complete(done, result) => done(result),
+            TargetWork::TellAllocation(done, result) => done(result),
             TargetWork::Heartbeat(session, link, sequence) => {
                 env.control.spawn(calls::heartbeat(me(), link, session, sequence));
             }

@@ -1,5 +1,6 @@
 //! The target: serves an attached volume's I/O and fans writes out to its replicas.
 
+pub mod allocation;
 mod buffers;
 mod calls;
 pub mod device;

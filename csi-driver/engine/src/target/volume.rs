@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 use crate::clock::now_ms;
 use crate::config::FrontEndKind;
 use crate::host::{listen_unix, remove_if_present};
+use crate::nbd_listener;
 use crate::node::NodeContext;
 use crate::thread_runtime::ThreadRuntime;
 
@@ -194,9 +195,10 @@ impl Volume {
     pub async fn expose(&self, node: &NodeContext, read_only: bool) -> Result<(), AttachError> {
         let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
         let size = self.actor.peek(TargetMachine::size_bytes).unwrap_or_default();
-        let device: Arc<dyn BlockDevice> = Arc::new(TargetDevice::new(Arc::clone(&self.actor), size));
+        let target = Arc::new(TargetDevice::new(Arc::clone(&self.actor), size));
+        let device: Arc<dyn BlockDevice> = Arc::clone(&target) as Arc<dyn BlockDevice>;
         if let Some(dir) = &node.config.nbd_client_dir {
-            let socket = self.serve_clients(dir, &device, read_only).map_err(|e| failed(e.to_string()))?;
+            let socket = self.serve_clients(dir, &target, read_only).map_err(|e| failed(e.to_string()))?;
             self.outside().client_socket = Some(socket);
         }
         self.outside().device = Some(Arc::clone(&device));
@@ -220,7 +222,7 @@ impl Volume {
     fn serve_clients(
         &self,
         dir: &Path,
-        device: &Arc<dyn BlockDevice>,
+        device: &Arc<TargetDevice>,
         read_only: bool,
     ) -> std::io::Result<PathBuf> {
         let path = dir.join(format!("{}.sock", self.volume_id));
@@ -228,16 +230,7 @@ impl Volume {
         let runtime = self.runtime();
         let _inside = runtime.handle().enter();
         let listener = listen_unix(&path)?;
-        runtime.handle().spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let server = server.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = server.serve_connection(stream).await {
-                        tracing::info!(%error, "a local NBD client's connection ended");
-                    }
-                });
-            }
-        });
+        runtime.handle().spawn(nbd_listener::serve_unix(listener, server));
         Ok(path)
     }
 

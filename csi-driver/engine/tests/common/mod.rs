@@ -122,7 +122,7 @@ impl Cluster {
             control_advertise: None,
             nbd_advertise: None,
             data_socket: dir.join("run/data.sock"),
-            nbd_client_dir: self.client_dir.clone(),
+            nbd_client_dir: self.client_dir.as_ref().map(|dir| dir.join(&node.name.0)),
             run_dir: dir.join("run/mounts"),
             tls: node.tls_dir.as_deref().map(|dir| TlsMaterial::load(dir).unwrap()),
             front_end: FrontEndKind::None,
@@ -132,6 +132,11 @@ impl Cluster {
 
     /// Makes a volume with one replica on each node, as the controller does.
     pub async fn create_volume(&self, size_bytes: u64) -> VolumeId {
+        self.create_volume_on(&(0..self.nodes.len()).collect::<Vec<_>>(), size_bytes).await
+    }
+
+    /// The same on some nodes only.
+    pub async fn create_volume_on(&self, nodes: &[usize], size_bytes: u64) -> VolumeId {
         let volume_id = VolumeId(rand::rng().random());
         let record = transitions::create(NewVolume {
             volume_id,
@@ -139,14 +144,15 @@ impl Cluster {
             lineage: Lineage(rand::rng().random()),
             size_bytes,
             epoch_nonce: rand::rng().random(),
-            replicas: self.nodes.iter().map(|n| (ReplicaId(rand::rng().random()), n.name.clone())).collect(),
+            replicas: nodes.iter().map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone())).collect(),
             params: VolumeParams {
-                replicas: u32::try_from(self.nodes.len()).unwrap(),
+                replicas: u32::try_from(nodes.len()).unwrap(),
                 fs_type: String::new(),
                 min_in_sync: 1,
             },
         });
-        for (index, node) in self.nodes.iter().enumerate() {
+        for &index in nodes {
+            let node = &self.nodes[index];
             let (replica, _) = record.replicas.iter().find(|(_, r)| r.node == node.name).unwrap();
             let request = pb::CreateReplicaRequest {
                 volume_id: volume_id.to_string(),

@@ -5,23 +5,92 @@
 //! length it names against a limit of this module, and only then read what follows.
 
 mod negotiation;
-mod transmission;
+mod replies;
+mod request;
+mod status;
 
 pub use negotiation::{
-    BlockSizes, ClientOption, ExportSummary, InfoReply, MAGIC_GREETING, MAGIC_OPTION, OPTION_BYTES_MAX,
-    OptionHeader, OptionReplyHeader, decode_info_reply, decode_meta_context_reply, encode_export_name_answer,
-    encode_greeting, encode_info_block_size, encode_info_export, encode_meta_context_reply,
-    encode_option_reply, encode_server_reply, info, option, reply,
+    BlockSizes, ClientOption, EXPORT_NAME_ZEROES, ExportSummary, InfoReply, MAGIC_GREETING, MAGIC_OPTION, OPTION_BYTES_MAX,
+    OptionHeader, OptionReplyHeader, decode_export_name_answer, decode_info_reply, decode_meta_context_reply,
+    decode_server_reply, encode_export_name_answer, encode_greeting, encode_info_block_size,
+    encode_info_export, encode_info_text, encode_meta_context_reply, encode_option_reply,
+    encode_server_reply, info, option, reply,
 };
-pub use transmission::{
-    Command, ERROR_TEXT_BYTES_MAX, REQUEST_BYTES, ReplyHeader, RequestHeader, SIMPLE_REPLY_BYTES,
-    STATUS_EXTENTS_MAX, STRUCTURED_REPLY_BYTES, chunk, chunk_flag, command_flag, decode_error_chunk,
-    decode_status_chunk, encode_error_chunk, encode_simple_reply, encode_status_chunk,
-    encode_structured_header,
+pub use replies::{
+    ChunkHeader, ERROR_TEXT_BYTES_MAX, ReplyHeader, chunk, chunk_flag, decode_error_chunk,
+    encode_error_chunk, encode_simple_reply,
+};
+pub use request::{Command, RequestHeader, command_flag};
+pub use status::{
+    STATUS_EXTENTS_MAX, STATUS_FILTER_BYTES_MAX, decode_status_chunk, decode_status_filter,
+    encode_status_chunk, encode_status_filter, status_chunk_bytes_max,
 };
 
 /// Longest name (of an export, a context) that the specification allows.
 pub const NAME_BYTES_MAX: usize = 4096;
+/// Metadata contexts that one connection may choose; a client that asks for more is refused with NBD_REP_ERR_TOO_BIG.
+pub const CONTEXTS_MAX: usize = 16;
+
+/// How requests and replies look, as agreed on during negotiation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// Compact requests, simple replies.
+    Simple,
+    /// Compact requests, replies in chunks (NBD_OPT_STRUCTURED_REPLY).
+    Structured,
+    /// Requests and replies with 64 bits of length (NBD_OPT_EXTENDED_HEADERS).
+    Extended,
+}
+
+impl Framing {
+    /// Whether headers are extended.
+    #[must_use]
+    pub fn is_extended(self) -> bool {
+        self == Self::Extended
+    }
+
+    /// Whether replies come in chunks.
+    #[must_use]
+    pub fn has_chunks(self) -> bool {
+        self != Self::Simple
+    }
+}
+
+/// Bytes of one header.
+#[derive(Debug, Clone, Copy)]
+pub struct HeaderBytes {
+    bytes: [u8; Self::MAX],
+    len: u8,
+}
+
+impl Default for HeaderBytes {
+    fn default() -> Self {
+        Self { bytes: [0; Self::MAX], len: 0 }
+    }
+}
+
+impl HeaderBytes {
+    /// Longest header: an extended chunk's with the offset of its data.
+    pub const MAX: usize = 40;
+
+    /// Appends a field.
+    ///
+    /// # Panics
+    /// More than [`HeaderBytes::MAX`] bytes.
+    pub fn put(&mut self, field: &[u8]) {
+        let at = usize::from(self.len);
+        self.bytes[at..at + field.len()].copy_from_slice(field);
+        self.len = u8::try_from(at + field.len()).expect("a header is at most 40 bytes");
+    }
+}
+
+impl std::ops::Deref for HeaderBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+}
 
 /// Bytes on the wire that are not NBD.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,9 +106,12 @@ pub enum DecodeError {
     /// A length field contradicts another, or a limit.
     #[error("the length of {0} makes no sense")]
     Length(&'static str),
-    /// A text is not UTF-8.
-    #[error("{0} is not UTF-8")]
+    /// A text is not UTF-8, or has a NUL in it.
+    #[error("{0} is not UTF-8 without NUL")]
     Text(&'static str),
+    /// A field has a value that it must not have.
+    #[error("{0} has a value that makes no sense")]
+    Value(&'static str),
 }
 
 /// Handshake flags, sent by the server.
@@ -70,6 +142,10 @@ pub mod transmission_flag {
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     /// NBD_CMD_CACHE is understood.
     pub const SEND_CACHE: u16 = 1 << 10;
+    /// NBD_CMD_FLAG_FAST_ZERO is understood.
+    pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    /// A block status request may name the contexts it wants; with extended headers only.
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Error numbers on the wire; they are Linux's own.
@@ -175,7 +251,10 @@ impl<'a> Fields<'a> {
 }
 
 pub(crate) fn text(bytes: &[u8], what: &'static str) -> Result<String, DecodeError> {
-    std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| DecodeError::Text(what))
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err(DecodeError::Text(what)),
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ const MAGIC_OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
 /// Longest data of an option or of an option's reply that we read; an option beyond it is refused with
 /// NBD_REP_ERR_TOO_BIG and skipped, a reply beyond it ends the connection. Three names and change fit.
 pub const OPTION_BYTES_MAX: u32 = 16 << 10;
+/// Zero bytes after the answer to NBD_OPT_EXPORT_NAME, where the two sides did not agree to leave them out.
+pub const EXPORT_NAME_ZEROES: usize = 124;
 /// Queries or requests in one option; more are refused as invalid.
 const OPTION_ITEMS_MAX: usize = 64;
 
@@ -34,6 +36,8 @@ pub mod option {
     pub const LIST_META_CONTEXT: u32 = 9;
     /// Chooses an export's metadata contexts.
     pub const SET_META_CONTEXT: u32 = 10;
+    /// Agrees on extended headers.
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Kinds of replies to options.
@@ -60,14 +64,20 @@ pub mod reply {
     pub const ERR_UNKNOWN: u32 = ERROR | 6;
     /// The server cannot serve it now.
     pub const ERR_SHUTDOWN: u32 = ERROR | 7;
-    /// The option's data is too long.
+    /// The option's data is too long, or asks for too much.
     pub const ERR_TOO_BIG: u32 = ERROR | 9;
+    /// Extended headers are agreed on, or needed.
+    pub const ERR_EXT_HEADER_REQD: u32 = ERROR | 10;
 }
 
 /// Kinds of information about an export.
 pub mod info {
     /// Size and flags.
     pub const EXPORT: u16 = 0;
+    /// The export's own name.
+    pub const NAME: u16 = 1;
+    /// A text for people.
+    pub const DESCRIPTION: u16 = 2;
     /// Smallest, preferred and largest request.
     pub const BLOCK_SIZE: u16 = 3;
 }
@@ -121,6 +131,8 @@ pub enum ClientOption {
     },
     /// NBD_OPT_STRUCTURED_REPLY.
     StructuredReply,
+    /// NBD_OPT_EXTENDED_HEADERS.
+    ExtendedHeaders,
     /// NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT.
     MetaContext {
         /// SET: the contexts answered are chosen.
@@ -152,6 +164,7 @@ impl ClientOption {
             option::LIST => Self::List,
             option::STARTTLS => Self::StartTls,
             option::STRUCTURED_REPLY => Self::StructuredReply,
+            option::EXTENDED_HEADERS => Self::ExtendedHeaders,
             option::INFO | option::GO => {
                 let name = fields.name("an export name")?;
                 let count = usize::from(fields.u16("a list of information requests")?);
@@ -188,6 +201,7 @@ impl ClientOption {
             Self::Open { go: true, .. } => option::GO,
             Self::Open { go: false, .. } => option::INFO,
             Self::StructuredReply => option::STRUCTURED_REPLY,
+            Self::ExtendedHeaders => option::EXTENDED_HEADERS,
             Self::MetaContext { set: true, .. } => option::SET_META_CONTEXT,
             Self::MetaContext { set: false, .. } => option::LIST_META_CONTEXT,
             Self::Unknown(number) => *number,
@@ -199,7 +213,12 @@ impl ClientOption {
         let mut data = Vec::new();
         match self {
             Self::ExportName(name) => data.extend_from_slice(name.as_bytes()),
-            Self::Abort | Self::List | Self::StartTls | Self::StructuredReply | Self::Unknown(_) => {}
+            Self::Abort
+            | Self::List
+            | Self::StartTls
+            | Self::StructuredReply
+            | Self::ExtendedHeaders
+            | Self::Unknown(_) => {}
             Self::Open { name, wants, .. } => {
                 put_name(&mut data, name);
                 data.extend_from_slice(&u16::try_from(wants.len()).unwrap_or(u16::MAX).to_be_bytes());
@@ -289,11 +308,27 @@ pub struct BlockSizes {
     pub max: u32,
 }
 
+impl BlockSizes {
+    /// Whether they are what the specification allows: powers of two that fit each other, the smallest at most 64 KiB.
+    #[must_use]
+    pub fn make_sense(&self) -> bool {
+        self.min.is_power_of_two()
+            && self.min <= 1 << 16
+            && self.preferred.is_power_of_two()
+            && self.preferred >= self.min.max(512)
+            && self.max >= self.preferred
+    }
+}
+
 /// One piece of information about an export.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InfoReply {
     /// NBD_INFO_EXPORT.
     Export(ExportSummary),
+    /// NBD_INFO_NAME.
+    Name(String),
+    /// NBD_INFO_DESCRIPTION.
+    Description(String),
     /// NBD_INFO_BLOCK_SIZE.
     BlockSizes(BlockSizes),
     /// One that we do not use.
@@ -303,7 +338,7 @@ pub enum InfoReply {
 /// Reads the data of an NBD_REP_INFO.
 ///
 /// # Errors
-/// A length that does not fit the kind.
+/// A length that does not fit the kind, or block sizes that the specification forbids.
 pub fn decode_info_reply(data: &[u8]) -> Result<InfoReply, DecodeError> {
     const WHAT: &str = "information about an export";
     let mut fields = Fields::new(data);
@@ -312,11 +347,16 @@ pub fn decode_info_reply(data: &[u8]) -> Result<InfoReply, DecodeError> {
         info::EXPORT => {
             InfoReply::Export(ExportSummary { size_bytes: fields.u64(WHAT)?, flags: fields.u16(WHAT)? })
         }
-        info::BLOCK_SIZE => InfoReply::BlockSizes(BlockSizes {
-            min: fields.u32(WHAT)?,
-            preferred: fields.u32(WHAT)?,
-            max: fields.u32(WHAT)?,
-        }),
+        info::BLOCK_SIZE => {
+            let sizes =
+                BlockSizes { min: fields.u32(WHAT)?, preferred: fields.u32(WHAT)?, max: fields.u32(WHAT)? };
+            if !sizes.make_sense() {
+                return Err(DecodeError::Value(WHAT));
+            }
+            InfoReply::BlockSizes(sizes)
+        }
+        info::NAME => return Ok(InfoReply::Name(bounded_text(fields.rest(), WHAT)?)),
+        info::DESCRIPTION => return Ok(InfoReply::Description(bounded_text(fields.rest(), WHAT)?)),
         other => return Ok(InfoReply::Other(other)),
     };
     fields.end(WHAT)?;
@@ -330,7 +370,25 @@ pub fn decode_info_reply(data: &[u8]) -> Result<InfoReply, DecodeError> {
 pub fn decode_meta_context_reply(data: &[u8]) -> Result<(u32, String), DecodeError> {
     let mut fields = Fields::new(data);
     let id = fields.u32("a metadata context")?;
-    Ok((id, text(fields.rest(), "a metadata context")?))
+    Ok((id, bounded_text(fields.rest(), "a metadata context")?))
+}
+
+/// Reads the data of an NBD_REP_SERVER: an export's name. What may follow it is for people and not looked at.
+///
+/// # Errors
+/// A length that lies, or a name that is not UTF-8.
+pub fn decode_server_reply(data: &[u8]) -> Result<String, DecodeError> {
+    Fields::new(data).name("an export's name")
+}
+
+/// Reads the answer to NBD_OPT_EXPORT_NAME, without the zeroes that may follow.
+#[must_use]
+pub fn decode_export_name_answer(bytes: [u8; 10]) -> ExportSummary {
+    let [size @ .., flags_high, flags_low] = bytes;
+    ExportSummary {
+        size_bytes: u64::from_be_bytes(size),
+        flags: u16::from_be_bytes([flags_high, flags_low]),
+    }
 }
 
 /// Appends a reply to `option`.
@@ -368,6 +426,13 @@ pub fn encode_info_block_size(out: &mut Vec<u8>, option: u32, sizes: BlockSizes)
     encode_option_reply(out, option, reply::INFO, &data);
 }
 
+/// Appends an NBD_REP_INFO with a text: [`info::NAME`] or [`info::DESCRIPTION`].
+pub fn encode_info_text(out: &mut Vec<u8>, option: u32, kind: u16, text: &str) {
+    let mut data = kind.to_be_bytes().to_vec();
+    data.extend_from_slice(text.as_bytes());
+    encode_option_reply(out, option, reply::INFO, &data);
+}
+
 /// Appends an NBD_REP_META_CONTEXT.
 pub fn encode_meta_context_reply(out: &mut Vec<u8>, option: u32, id: u32, context: &str) {
     let mut data = id.to_be_bytes().to_vec();
@@ -380,8 +445,15 @@ pub fn encode_export_name_answer(out: &mut Vec<u8>, summary: ExportSummary, no_z
     out.extend_from_slice(&summary.size_bytes.to_be_bytes());
     out.extend_from_slice(&summary.flags.to_be_bytes());
     if !no_zeroes {
-        out.extend_from_slice(&[0; 124]);
+        out.extend_from_slice(&[0; EXPORT_NAME_ZEROES]);
     }
+}
+
+fn bounded_text(bytes: &[u8], what: &'static str) -> Result<String, DecodeError> {
+    if bytes.len() > NAME_BYTES_MAX {
+        return Err(DecodeError::Length(what));
+    }
+    text(bytes, what)
 }
 
 fn put_name(out: &mut Vec<u8>, name: &str) {
