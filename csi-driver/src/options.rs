@@ -154,7 +154,8 @@ pub struct DataOptions {
     /// Folder of the continuity cookies; must be a tmpfs, so that a reboot empties it.
     #[arg(long, default_value = "/run/holdfast/cookies")]
     pub cookie_dir: PathBuf,
-    /// Folder in which each attached volume is also served to local NBD clients as VOLUME_ID.sock.
+    /// Folder in which each attached volume is also served to local NBD clients as VOLUME_ID.sock, and this node's
+    /// replicas, to be looked at, as replicas.sock.
     #[arg(long)]
     pub nbd_client_dir: Option<PathBuf>,
     /// Folder for the front ends' own mounts.

@@ -18,6 +18,7 @@ use holdfast_nbd::Server as NbdServer;
 use holdfast_proto::storage::data_server::DataServer;
 use holdfast_proto::storage::pool_server::PoolServer;
 use holdfast_proto::storage::replica_server::ReplicaServer;
+use holdfast_service::serve;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record_store::RecordStore;
@@ -25,7 +26,7 @@ use holdfast_storage_core::target::TargetStatus;
 use holdfast_storage_core::timers;
 use holdfast_store::{Pool, PoolOptions};
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::config::{ANNOUNCE_INTERVAL, DataConfig, FrontEndKind};
@@ -42,6 +43,7 @@ use crate::replica::provider::{InspectExports, ReplicaExports};
 use crate::target::table::Volumes;
 use crate::target::volume::AttachError;
 use crate::thread_runtime::ThreadRuntime;
+use crate::tls::TlsMaterial;
 use crate::wire;
 
 /// How long the pool's lock is waited for: a killed predecessor's last I/O must land first (R3).
@@ -84,9 +86,6 @@ pub enum StartError {
     /// The kernel gives no thread.
     #[error("a thread cannot be started: {0}")]
     Thread(std::io::Error),
-    /// gRPC refuses the TLS material.
-    #[error("the TLS material is refused: {0}")]
-    Tls(#[from] tonic::transport::Error),
 }
 
 /// A running data process. Dropping it without [`DataProcess::shutdown`] is a crash: no lease is released.
@@ -146,7 +145,7 @@ impl DataProcess {
             control: control.handle().clone(),
         });
         let volumes = Arc::new(Volumes::new(Arc::clone(&node)));
-        serve(&node, &volumes, listeners, &control, &nbd, nbd_address.port())?;
+        start_services(&node, &volumes, listeners, &control, &nbd, nbd_address.port());
         control.handle().spawn(announce(Arc::clone(&node), directory, info));
         tracing::info!(node = %node.config.node, control = %control_address, nbd = %nbd_address, "the data process serves");
         Ok(Self { node, volumes, control, nbd, control_address, nbd_address })
@@ -290,30 +289,31 @@ fn address_of(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
 }
 
-fn serve(
+fn start_services(
     node: &Arc<NodeContext>,
     volumes: &Arc<Volumes>,
     listeners: Listeners,
     control: &ThreadRuntime,
     nbd: &ThreadRuntime,
     nbd_port: u16,
-) -> Result<(), StartError> {
-    let replica_service = ReplicaService { host: Arc::clone(&node.replicas), nbd_port };
+) {
+    let tls = node.config.tls.as_ref();
+    let replica_service = ReplicaService { host: Arc::clone(&node.replicas), nbd_port, tls: tls.is_some() };
     let replica_service = ReplicaServer::new(replica_service)
         .max_decoding_message_size(wire::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(wire::MESSAGE_BYTES_MAX);
-    let pool_service = PoolService { node: node.config.node.clone(), host: Arc::clone(&node.replicas) };
-    let mut server = Server::builder().tcp_nodelay(true);
+    let pool_service =
+        PoolService { node: node.config.node.clone(), host: Arc::clone(&node.replicas), tls: tls.is_some() };
     let mut nbd_server = NbdServer::new(Arc::new(ReplicaExports::new(&node.replicas)));
-    if let Some(tls) = &node.config.tls {
-        server = server.tls_config(tls.tonic_server())?;
+    if let Some(tls) = tls {
         nbd_server = nbd_server.with_tls(tls.nbd_server());
     }
-    let control_server = server
-        .add_service(replica_service)
-        .add_service(PoolServer::new(pool_service))
-        .serve_with_incoming(TcpListenerStream::new(listeners.control));
-    control.handle().spawn(report("control", control_server));
+    let control_server =
+        serve::server().add_service(replica_service).add_service(PoolServer::new(pool_service));
+    let grpc_tls = tls.map(TlsMaterial::grpc_server);
+    // It ends with its runtime.
+    let serving = serve::serve_tcp(control_server, listeners.control, grpc_tls, std::future::pending());
+    control.handle().spawn(report("control", serving));
     let data_service = DataService { volumes: Arc::clone(volumes) };
     let data_server = Server::builder()
         .add_service(DataServer::new(data_service))
@@ -324,7 +324,6 @@ fn serve(
         let server = NbdServer::new(Arc::new(InspectExports::new(&node.replicas)));
         nbd.handle().spawn(nbd_listener::serve_unix(listener, server));
     }
-    Ok(())
 }
 
 async fn report(service: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {

@@ -10,6 +10,7 @@ use holdfast_store::PoolError;
 use tonic::{Request, Response, Status};
 
 use crate::replica::host::{HostError, ReplicaHost};
+use crate::tls::Caller;
 use crate::wire;
 
 /// Serves the controller.
@@ -18,6 +19,8 @@ pub struct PoolService {
     pub node: NodeName,
     /// Its replicas.
     pub host: Arc<ReplicaHost>,
+    /// Callers come with certificates, and only the controller's is let in.
+    pub tls: bool,
 }
 
 impl PoolService {
@@ -34,7 +37,11 @@ impl PoolService {
 
 #[tonic::async_trait]
 impl Pool for PoolService {
-    async fn get_pool(&self, _: Request<pb::GetPoolRequest>) -> Result<Response<pb::GetPoolReply>, Status> {
+    async fn get_pool(
+        &self,
+        request: Request<pb::GetPoolRequest>,
+    ) -> Result<Response<pb::GetPoolReply>, Status> {
+        Caller::of(&request, self.tls)?.must_be_controller()?;
         let (space, replicas) = self.blocking(|host| Ok((host.space()?, host.list()?))).await?;
         Ok(Response::new(pb::GetPoolReply {
             node: self.node.0.clone(),
@@ -48,6 +55,7 @@ impl Pool for PoolService {
         &self,
         request: Request<pb::CreateReplicaRequest>,
     ) -> Result<Response<pb::CreateReplicaReply>, Status> {
+        Caller::of(&request, self.tls)?.must_be_controller()?;
         let request = request.into_inner();
         let size_bytes = request.size_bytes;
         if size_bytes == 0 || !size_bytes.is_multiple_of(REGION_BYTES) {
@@ -71,6 +79,7 @@ impl Pool for PoolService {
         &self,
         request: Request<pb::DeleteReplicaRequest>,
     ) -> Result<Response<pb::DeleteReplicaReply>, Status> {
+        Caller::of(&request, self.tls)?.must_be_controller()?;
         let request = request.into_inner();
         let volume = wire::id(&request.volume_id)?;
         let replica = wire::id(&request.replica_id)?;

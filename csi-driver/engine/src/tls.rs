@@ -2,12 +2,24 @@
 //!
 //! A certificate names its node (DNS name); whoever connects to a node demands that name, whoever serves demands a
 //! certificate of the same authority and learns the name from it.
+//!
+//! | request | who may |
+//! |---|---|
+//! | Pool | the controller |
+//! | Replica, Open | the node that the request names as the target's |
+//! | Replica, anything else; NBD | the node whose Open made the session |
+//!
+//! Not checked: whether the record names that node as the attached one, which a replica cannot know. A node with a
+//! certificate can therefore fence another one's target by an Open with a higher generation; it cannot use its session.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use holdfast_nbd::{ClientTls, ServerTls, TlsIdentity, peer_names};
-use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use holdfast_service::tls::CONTROLLER_NAME;
+use rustls::ServerConfig;
+use tonic::Status;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 /// Why TLS material could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +45,7 @@ pub struct TlsMaterial {
     key_pem: Arc<Vec<u8>>,
     identity: Arc<TlsIdentity>,
     server: ServerTls,
+    grpc: Arc<ServerConfig>,
 }
 
 impl std::fmt::Debug for TlsMaterial {
@@ -54,12 +67,15 @@ impl TlsMaterial {
         };
         let identity = TlsIdentity::load(dir)?;
         let server = ServerTls { config: identity.server_config()?, required: true };
+        let mut grpc = ServerConfig::clone(&server.config);
+        grpc.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Self {
             ca_pem: read("ca.pem")?,
             cert_pem: read("node.pem")?,
             key_pem: read("node.key")?,
             identity: Arc::new(identity),
             server,
+            grpc: Arc::new(grpc),
         })
     }
 
@@ -77,12 +93,10 @@ impl TlsMaterial {
         Ok(self.identity.client(name)?)
     }
 
-    /// For a gRPC server: clients without a certificate of the authority are refused.
+    /// For a gRPC server: TLS 1.3, clients without a certificate of the authority are refused.
     #[must_use]
-    pub fn tonic_server(&self) -> ServerTlsConfig {
-        ServerTlsConfig::new()
-            .identity(Identity::from_pem(self.cert_pem.as_slice(), self.key_pem.as_slice()))
-            .client_ca_root(Certificate::from_pem(self.ca_pem.as_slice()))
+    pub fn grpc_server(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.grpc)
     }
 
     /// For a gRPC client of the node `name`.
@@ -95,9 +109,114 @@ impl TlsMaterial {
     }
 }
 
-/// The names in the certificate of a gRPC caller; empty without TLS.
-#[must_use]
-pub fn caller_names<T>(request: &tonic::Request<T>) -> Vec<String> {
-    let certificates = request.peer_certs();
-    certificates.as_deref().and_then(|chain| chain.first()).map(peer_names).unwrap_or_default()
+/// Who calls over gRPC.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Caller {
+    /// The service is plain text: whoever reaches its port.
+    Anybody,
+    /// The holder of a certificate with these names, at least one.
+    Named(Vec<String>),
+}
+
+impl Caller {
+    /// Who sent a request; with `tls` it must have come with a certificate.
+    ///
+    /// # Errors
+    /// The certificate names nobody.
+    pub fn of<T>(request: &tonic::Request<T>, tls: bool) -> Result<Self, Status> {
+        if !tls {
+            return Ok(Self::Anybody);
+        }
+        let certificates = request.peer_certs();
+        let names =
+            certificates.as_deref().and_then(|chain| chain.first()).map(peer_names).unwrap_or_default();
+        if names.is_empty() {
+            return Err(Status::unauthenticated(
+                "the caller's certificate carries no DNS name: it must name its node",
+            ));
+        }
+        Ok(Self::Named(names))
+    }
+
+    /// Refuses everybody but the controller.
+    ///
+    /// # Errors
+    /// The certificate names somebody else.
+    pub fn must_be_controller(&self) -> Result<(), Status> {
+        match self {
+            Self::Anybody => Ok(()),
+            Self::Named(names) if names.iter().any(|name| name == CONTROLLER_NAME) => Ok(()),
+            Self::Named(names) => Err(denied(format!(
+                "only {CONTROLLER_NAME} makes and removes replicas; the caller's certificate names {}",
+                names.join(", ")
+            ))),
+        }
+    }
+
+    /// The owner of a session that a target on `node` asks for, in the terms of [`Caller::names`]: that node and nobody
+    /// else.
+    ///
+    /// # Errors
+    /// The certificate names another node, or the controller, which runs no targets.
+    pub fn must_be_node(self, node: &str) -> Result<Vec<String>, Status> {
+        match self {
+            Self::Anybody => Ok(Vec::new()),
+            Self::Named(names) if node != CONTROLLER_NAME && names.iter().any(|name| name == node) => {
+                Ok(vec![node.to_owned()])
+            }
+            Self::Named(names) => Err(denied(format!(
+                "a target on node \"{node}\" asks for a session, but the caller's certificate names {}",
+                names.join(", ")
+            ))),
+        }
+    }
+
+    /// Its names; none for [`Caller::Anybody`].
+    #[must_use]
+    pub fn names(self) -> Vec<String> {
+        match self {
+            Self::Anybody => Vec::new(),
+            Self::Named(names) => names,
+        }
+    }
+}
+
+fn denied(sentence: String) -> Status {
+    tracing::warn!("{sentence}");
+    Status::permission_denied(sentence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(names: &[&str]) -> Caller {
+        Caller::Named(names.iter().map(|&name| name.to_owned()).collect())
+    }
+
+    #[test]
+    fn only_the_controller_may_touch_the_pool() {
+        assert!(named(&[CONTROLLER_NAME]).must_be_controller().is_ok());
+        assert!(Caller::Anybody.must_be_controller().is_ok());
+        let refused = named(&["node-a"]).must_be_controller().unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+        assert!(refused.message().contains("names node-a"), "{refused}");
+    }
+
+    #[test]
+    fn a_session_is_for_the_node_that_the_certificate_names() {
+        assert_eq!(named(&["node-a", "localhost"]).must_be_node("node-a").unwrap(), ["node-a"]);
+        assert!(Caller::Anybody.must_be_node("node-a").unwrap().is_empty());
+        for (names, node) in [("node-b", "node-a"), ("node-a", ""), (CONTROLLER_NAME, CONTROLLER_NAME)] {
+            let refused = named(&[names]).must_be_node(node).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{names} for {node}");
+        }
+    }
+
+    #[test]
+    fn a_request_without_a_certificate_is_nobody_s() {
+        let refused = Caller::of(&tonic::Request::new(()), true).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+        assert_eq!(Caller::of(&tonic::Request::new(()), false).unwrap(), Caller::Anybody);
+    }
 }

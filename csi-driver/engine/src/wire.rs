@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_proto::storage as pb;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
-use holdfast_storage_core::ids::{Epoch, Generation, Region, ReplicaId};
+use holdfast_storage_core::ids::{Epoch, Generation, NodeName, Region, ReplicaId};
 use holdfast_storage_core::replica::{OpenRefusal, OpenReply, OpenRequest, SessionKey};
 use tonic::Status;
 
@@ -62,8 +62,9 @@ pub fn open_request(request: pb::OpenRequest) -> Result<OpenRequest, Status> {
     })
 }
 
-pub fn open_request_pb(request: &OpenRequest) -> pb::OpenRequest {
+pub fn open_request_pb(request: &OpenRequest, node: &NodeName) -> pb::OpenRequest {
     pb::OpenRequest {
+        node: node.0.clone(),
         session: Some(pb::Session {
             volume_id: request.volume_id.to_string(),
             replica_id: request.replica_id.to_string(),

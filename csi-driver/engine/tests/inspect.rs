@@ -68,17 +68,24 @@ async fn map_of_target(cluster: &Cluster, sockets: &Path, volume: VolumeId) {
     let odd = map(&client, BASE_ALLOCATION, MIB - 512, MIB + 4096 + 512).await;
     assert_eq!(odd, [(512, HOLE), (4096, 0), (512, Extent::ZERO)], "bytes that are no whole blocks");
 
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    if let Some(told) = nbdinfo_map("--map", &uri).await {
+        let expected = [["1048576", "4096", "0"], ["1052672", "4096", "2"]];
+        assert!(expected.iter().all(|line| told.iter().any(|fields| fields == line)), "{told:?}");
+    }
+}
+
+/// Offset, length and state of each line that nbdinfo prints.
+async fn nbdinfo_map(map: &str, uri: &str) -> Option<Vec<Vec<String>>> {
     if !Path::new("/usr/bin/nbdinfo").exists() {
         println!("SKIP: nbdinfo is not installed");
-        return;
+        return None;
     }
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let running = tokio::process::Command::new("nbdinfo").args(["--map", &uri]).kill_on_drop(true).output();
+    let running = tokio::process::Command::new("nbdinfo").args([map, uri]).kill_on_drop(true).output();
     let output = tokio::time::timeout(Duration::from_secs(60), running).await.unwrap().unwrap();
     let told = String::from_utf8(output.stdout).unwrap();
-    let fields: Vec<Vec<&str>> = told.lines().map(|line| line.split_whitespace().take(3).collect()).collect();
-    let expected = [["1048576", "4096", "0"], ["1052672", "4096", "2"]];
-    assert!(expected.iter().all(|line| fields.iter().any(|told| told == line)), "{told}");
+    let fields = |line: &str| line.split_whitespace().take(3).map(str::to_owned).collect();
+    Some(told.lines().map(fields).collect())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,6 +127,10 @@ async fn what_an_absent_replica_lacks_can_be_seen_and_looking_disturbs_nobody() 
     let dirty = map(&client, &context, 0, SIZE).await;
     // What was in flight or logged when the replica left counts as dirty too; nothing had been written.
     assert_eq!(dirty, [(5 * MIB, 0), (8192, Extent::DIRTY), (SIZE - 5 * MIB - 8192, 0)]);
+    let uri = format!("nbd+unix:///{export}?socket={}", socket.display());
+    if let Some(told) = nbdinfo_map(&format!("--map={context}"), &uri).await {
+        assert_eq!(told[1], ["5242880", "8192", "1"], "{told:?}");
+    }
     let client: Arc<dyn BlockDevice> = Arc::new(client);
     assert_eq!(common::read(&client, 5 * MIB, 8192).await.unwrap(), pattern(5, 1, 8192));
     assert!(write(&client, 0, vec![1; 4096]).await.is_err(), "a look changes nothing");

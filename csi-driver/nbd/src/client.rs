@@ -123,9 +123,8 @@ impl Client {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let stream: Box<dyn Stream> = Box::new(stream);
-        let opened = in_time(async {
-            Handshake::begin(stream, options.tls.as_ref()).await?.open(&options).await
-        });
+        let opened =
+            in_time(async { Handshake::begin(stream, options.tls.as_ref()).await?.open(&options).await });
         let opened = opened.await?;
         Ok(Self {
             info: opened.info,
@@ -225,8 +224,7 @@ impl Client {
         if len > self.info.payload_bytes_max {
             return done(Err(BlockError(errno::EINVAL)));
         }
-        let request =
-            RequestHeader { flags, command: Command::Read, cookie: 0, offset, len: u64::from(len) };
+        let request = RequestHeader { flags, command: Command::Read, cookie: 0, offset, len: u64::from(len) };
         self.connection.send(request, Bytes::new(), Content::Data(len), Waiter::Data(done));
     }
 
@@ -256,7 +254,8 @@ impl Client {
             return self.connection.send(request, Bytes::new(), Content::Nothing, Waiter::Data(done));
         }
         let state = SplitState { next: 0, in_flight: 0, error: None, done: Some(done) };
-        let split = Arc::new(Split { connection: self.connection.clone(), request, state: Mutex::new(state) });
+        let split =
+            Arc::new(Split { connection: self.connection.clone(), request, state: Mutex::new(state) });
         for _ in 0..PIECES_IN_FLIGHT {
             split.clone().send_next();
         }
@@ -344,7 +343,11 @@ impl Split {
             state.in_flight -= 1;
             state.error = state.error.or(error);
             let over = state.error.is_some() || state.next == self.request.len;
-            if over && state.in_flight == 0 { state.done.take().map(|done| (done, state.error)) } else { None }
+            if over && state.in_flight == 0 {
+                state.done.take().map(|done| (done, state.error))
+            } else {
+                None
+            }
         };
         match finished {
             Some((done, error)) => done(error.map_or(Ok(Bytes::new()), Err)),

@@ -96,11 +96,7 @@ impl Connection {
     }
 }
 
-async fn run(
-    connection: Arc<Connection>,
-    stream: Box<dyn Stream>,
-    queued: UnboundedReceiver<Outgoing<()>>,
-) {
+async fn run(connection: Arc<Connection>, stream: Box<dyn Stream>, queued: UnboundedReceiver<Outgoing<()>>) {
     let (read_half, mut write_half) = tokio::io::split(stream);
     let stream = BufReader::with_capacity(READ_BUFFER_BYTES, read_half);
     let mut replies = Replies::new(connection.clone(), stream);

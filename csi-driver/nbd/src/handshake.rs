@@ -223,9 +223,7 @@ impl Told {
             size_bytes: summary.size_bytes,
             flags: summary.flags,
             block_bytes_min: self.sizes.map_or(1, |sizes| sizes.min),
-            payload_bytes_max: self
-                .sizes
-                .map_or(PAYLOAD_BYTES_MAX, |sizes| sizes.max.min(PAYLOAD_BYTES_MAX)),
+            payload_bytes_max: self.sizes.map_or(PAYLOAD_BYTES_MAX, |sizes| sizes.max.min(PAYLOAD_BYTES_MAX)),
             extended_headers: framing.is_extended(),
         })
     }

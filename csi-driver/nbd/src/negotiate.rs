@@ -73,7 +73,11 @@ impl<'a> Negotiation<'a> {
     }
 
     /// The greeting is not repeated inside TLS; its flags are taken over. Nothing else is, as the specification demands.
-    pub(crate) fn inside_tls(provider: &'a dyn ExportProvider, peer: PeerIdentity, client_flags: u32) -> Self {
+    pub(crate) fn inside_tls(
+        provider: &'a dyn ExportProvider,
+        peer: PeerIdentity,
+        client_flags: u32,
+    ) -> Self {
         Self { client_flags, ..Self::new(provider, peer, TlsState::Active) }
     }
 
@@ -169,7 +173,8 @@ impl<'a> Negotiation<'a> {
     }
 
     fn answer_option(&mut self, number: u32, option: ClientOption, out: &mut Vec<u8>) -> Answered {
-        let mut acknowledge = |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
+        let mut acknowledge =
+            |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
         match option {
             ClientOption::Abort => {
                 acknowledge(reply::ACK, "");
@@ -268,8 +273,7 @@ impl<'a> Negotiation<'a> {
         queries: &[String],
         out: &mut Vec<u8>,
     ) {
-        let mut refused =
-            |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
+        let mut refused = |kind, text: &str| proto::encode_option_reply(out, number, kind, text.as_bytes());
         if set {
             self.chosen = None;
         }

@@ -187,7 +187,9 @@ where
         match content {
             Content::Nothing => self.complete(cookie, Ok(Bytes::new())),
             Content::Data(len) => match partial.data {
-                Some(data) if partial.received == u64::from(len) => self.complete(cookie, Ok(data.into_bytes())),
+                Some(data) if partial.received == u64::from(len) => {
+                    self.complete(cookie, Ok(data.into_bytes()))
+                }
                 _ => Err(out_of_step("a read reply that does not cover its request")),
             },
             Content::Extents { len, .. } => {

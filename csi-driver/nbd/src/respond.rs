@@ -10,7 +10,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::checks::wire_error;
 use crate::outgoing::Outgoing;
-use crate::proto::{self, ChunkHeader, Command, Framing, RequestHeader, chunk, chunk_flag, command_flag, errno};
+use crate::proto::{
+    self, ChunkHeader, Command, Framing, RequestHeader, chunk, chunk_flag, command_flag, errno,
+};
 use crate::provider::{Extent, ExtentsCompletion, Membership};
 
 /// Ends when the last request of a connection has completed.
@@ -137,7 +139,12 @@ struct GatherState {
 }
 
 impl StatusGather {
-    pub(crate) fn new(wanted_len: u64, extents_max: usize, contexts: usize, responder: Responder) -> Arc<Self> {
+    pub(crate) fn new(
+        wanted_len: u64,
+        extents_max: usize,
+        contexts: usize,
+        responder: Responder,
+    ) -> Arc<Self> {
         let state = GatherState { missing: contexts, found: Vec::new(), responder: Some(responder) };
         Arc::new(Self { wanted_len, extents_max, state: Mutex::new(state) })
     }
@@ -153,7 +160,11 @@ impl StatusGather {
             extents.truncate(self.extents_max);
             let sum = extents.iter().try_fold(0_u64, |sum, extent| sum.checked_add(extent.len));
             let fits = sum.is_some_and(|sum| (1..=self.wanted_len).contains(&sum));
-            if fits && extents.iter().all(|extent| extent.len > 0) { Ok(extents) } else { Err(BlockError(errno::EIO)) }
+            if fits && extents.iter().all(|extent| extent.len > 0) {
+                Ok(extents)
+            } else {
+                Err(BlockError(errno::EIO))
+            }
         });
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;

@@ -152,7 +152,7 @@ async fn use_everything(stream: DuplexStream, compact_headers: bool) {
 
 #[tokio::test]
 async fn both_sides_survive_a_network_that_changes_bytes() {
-    rounds(600, |seed| async move {
+    rounds(200, |seed| async move {
         let mut random = StdRng::seed_from_u64(seed);
         let volume = OneVolume::new(SIZE);
         let (near, between) = tokio::io::duplex(16 << 10);

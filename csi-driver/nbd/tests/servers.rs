@@ -110,7 +110,8 @@ async fn errors_of_nbdkit_s_error_filter_fail_their_requests_alone() {
     let switch = tempfile::tempdir().unwrap();
     let file = switch.path().join("fail");
     let file_arg = format!("error-file={}", file.display());
-    let server = nbdkit(&["--filter=error", "memory", "16M", "error=ENOSPC", "error-rate=100%", &file_arg]).await;
+    let server =
+        nbdkit(&["--filter=error", "memory", "16M", "error=ENOSPC", "error-rate=100%", &file_arg]).await;
     let client = connect(&server, ClientOptions::new("")).await;
     call(&client, write(0, 1, BLOCK)).await.unwrap();
     std::fs::write(&file, []).unwrap();
@@ -175,7 +176,8 @@ async fn qemu_nbd_serves_an_image() {
     let server = Foreign::start("qemu-nbd", |socket, dir| {
         let image = format!("{dir}/image");
         std::fs::File::create(&image).unwrap().set_len(SIZE as u64).unwrap();
-        let args = ["-f", "raw", "-x", "vol", "--discard=unmap", "--persistent", "-e", "4", "-k", socket, &image];
+        let args =
+            ["-f", "raw", "-x", "vol", "--discard=unmap", "--persistent", "-e", "4", "-k", socket, &image];
         args.map(str::to_owned).to_vec()
     })
     .await;

@@ -85,8 +85,7 @@ async fn nbdinfo_maps_what_is_allocated() {
     }
     let server = Listening::start(SIZE);
     let stream = UnixStream::connect(&server.socket).await.unwrap();
-    let client =
-        Client::connect(stream, ClientOptions::new("vol")).await.unwrap();
+    let client = Client::connect(stream, ClientOptions::new("vol")).await.unwrap();
     let data = Bytes::from(vec![1; BLOCK]);
     call(&client, BlockOp::Write { offset: 1 << 20, data, fua: false }).await.unwrap();
     let map = run("nbdinfo", &["--map", &server.uri("vol")]).await;
@@ -202,7 +201,8 @@ async fn nbdkit_passes_our_export_on() {
     }
     let server = Listening::start(SIZE);
     let uri = format!("uri={}", server.uri("vol"));
-    let through = ["--exit-with-parent", "-U", "-", "nbd", &uri, "--run", "nbdinfo --size $uri && nbdinfo --map $uri"];
+    let through =
+        ["--exit-with-parent", "-U", "-", "nbd", &uri, "--run", "nbdinfo --size $uri && nbdinfo --map $uri"];
     let told = run("nbdkit", &through).await;
     assert!(told.starts_with("16777216\n"), "{told}");
     assert!(told.contains("hole,zero"), "{told}");
@@ -285,22 +285,8 @@ async fn qemu_img_proves_itself_by_tls() {
         server.port
     );
     let options = ["--object", &creds, "-n", "-f", "raw", "--target-image-opts"];
-    let args: Vec<&str> = ["convert"].iter().chain(&options).copied().chain([source.to_str().unwrap(), &image]).collect();
+    let args: Vec<&str> =
+        ["convert"].iter().chain(&options).copied().chain([source.to_str().unwrap(), &image]).collect();
     run("qemu-img", &args).await;
     assert!(server.volume.device.bytes() == pattern(SIZE));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fio_writes_through_tls() {
-    if !possible("fio") || !fio_speaks_nbd() {
-        return;
-    }
-    let ours = Certificates::new();
-    let server = TlsListening::start(&ours.issue("node-b")).await;
-    let uri = format!("--uri={}", server.uri(&ours.issue("node-a")));
-    let job = ["--name=tls", "--ioengine=nbd", "--rw=write", "--bs=64k", "--iodepth=16", "--size=16m"];
-    let check = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"];
-    let args: Vec<&str> = job.iter().chain(&check).copied().chain([uri.as_str()]).collect();
-    run("fio", &args).await;
-    assert!(server.volume.device.bytes().chunks(BLOCK).all(|block| block.iter().any(|byte| *byte != 0)));
 }

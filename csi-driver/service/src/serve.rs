@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
 use tonic::transport::server::Router;
@@ -111,7 +112,10 @@ pub async fn serve_tcp(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
     match tls {
-        None => router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown).await,
+        None => {
+            let incoming = TcpListenerStream::new(listener).map(|stream| stream.inspect(set_nodelay));
+            router.serve_with_incoming_shutdown(incoming, shutdown).await
+        }
         Some(config) => {
             let (sender, receiver) = mpsc::channel(1);
             let accepting = tokio::spawn(accept_tls(listener, TlsAcceptor::from(config), sender));
@@ -138,6 +142,7 @@ async fn accept_tls(
                 continue;
             }
         };
+        set_nodelay(&stream);
         let (acceptor, sender) = (acceptor.clone(), sender.clone());
         tokio::spawn(async move {
             let _permit = permit;
@@ -148,6 +153,13 @@ async fn accept_tls(
                 Err(_) => tracing::warn!(%peer, "a TLS handshake took too long"),
             }
         });
+    }
+}
+
+/// Small calls must not wait for the answers to earlier ones.
+fn set_nodelay(stream: &TcpStream) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
 }
 

@@ -12,7 +12,7 @@ use holdfast_storage_core::replica::{
 use tokio::sync::{oneshot, watch};
 use tonic::{Request, Response, Status};
 
-use crate::tls::caller_names;
+use crate::tls::Caller;
 use crate::wire;
 
 use super::host::ReplicaHost;
@@ -24,6 +24,8 @@ pub struct ReplicaService {
     pub host: Arc<ReplicaHost>,
     /// Where their data is served; told in Open's answer.
     pub nbd_port: u16,
+    /// Callers come with certificates, and a session is used by the node that opened it.
+    pub tls: bool,
 }
 
 /// Opens a replica for a target; gives `None` if the replica fails first. Dropping the future takes the Open back.
@@ -82,6 +84,7 @@ impl ReplicaService {
         let (replica, key) = wire::session(session)?;
         let actor = self.find(replica)?;
         if !actor.peek(|machine| machine.is_owner(key.token, names)) {
+            tracing::warn!(%replica, ?names, "a control request for another node's session was refused");
             return Err(Status::permission_denied("the session belongs to another node"));
         }
         control(&actor, key, op).await.ok_or_else(session_over)
@@ -124,7 +127,7 @@ fn watch_connections(actor: &Arc<ReplicaActor>, token: SessionToken, mut live: w
 #[tonic::async_trait]
 impl Replica for ReplicaService {
     async fn open(&self, request: Request<pb::OpenRequest>) -> Result<Response<pb::OpenReply>, Status> {
-        let caller = caller_names(&request);
+        let caller = Caller::of(&request, self.tls)?.must_be_node(&request.get_ref().node)?;
         let request = wire::open_request(request.into_inner())?;
         let replica = request.replica_id;
         let actor = self.find(replica)?;
@@ -132,7 +135,7 @@ impl Replica for ReplicaService {
             .await
             .ok_or_else(|| Status::unavailable(format!("replica {replica} failed meanwhile")))?;
         if let Ok(opened) = &result
-            && let Some(set) = actor.peek(|machine| machine.connections(opened.token, &caller))
+            && let Some(Ok(set)) = actor.peek(|machine| machine.connections(opened.token, &caller))
         {
             watch_connections(&actor, opened.token, set.watch_live());
         }
@@ -140,7 +143,7 @@ impl Replica for ReplicaService {
     }
 
     async fn lease(&self, request: Request<pb::LeaseRequest>) -> Result<Response<pb::LeaseReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         match self.control(request.session, &names, ControlOp::Lease).await? {
             ReplicaReply::Lease(Ok(cache_lost)) => {
@@ -157,7 +160,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::ReleaseRequest>,
     ) -> Result<Response<pb::ReleaseReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         self.done(request.into_inner().session, &names, ControlOp::Release).await?;
         Ok(Response::new(pb::ReleaseReply {}))
     }
@@ -166,7 +169,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::SetEpochRequest>,
     ) -> Result<Response<pb::SetEpochReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let absent = request.absent.iter().map(|absent| {
             let left = wire::epoch(wire::required(absent.left_epoch, "left_epoch")?);
@@ -185,7 +188,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::ClearLogRequest>,
     ) -> Result<Response<pb::ClearLogReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let regions = request.regions.iter().map(|region| Region(region.region)).collect();
         self.done(request.session, &names, ControlOp::ClearLog(regions)).await?;
@@ -196,7 +199,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::ReadMapRequest>,
     ) -> Result<Response<pb::ReadMapReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::ReadMap(wire::id(&request.absent_replica_id)?);
         match self.control(request.session, &names, op).await? {
@@ -212,7 +215,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::FillMapRequest>,
     ) -> Result<Response<pb::FillMapReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::FillMap(wire::id(&request.absent_replica_id)?);
         self.done(request.session, &names, op).await?;
@@ -223,7 +226,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::ClearMapRequest>,
     ) -> Result<Response<pb::ClearMapReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::ClearMap {
             absent: wire::id(&request.absent_replica_id)?,
@@ -237,7 +240,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::MergeMapRequest>,
     ) -> Result<Response<pb::MergeMapReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::MergeMaps {
             epoch: wire::epoch(wire::required(request.epoch, "epoch")?),
@@ -248,7 +251,7 @@ impl Replica for ReplicaService {
     }
 
     async fn freeze(&self, request: Request<pb::FreezeRequest>) -> Result<Response<pb::FreezeReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::Freeze { snapshot: wire::id(&request.snapshot_id)? };
         self.done(request.session, &names, op).await?;
@@ -259,7 +262,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::DropSnapshotRequest>,
     ) -> Result<Response<pb::DropSnapshotReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::DropSnapshot { snapshot: wire::id(&request.snapshot_id)? };
         self.done(request.session, &names, op).await?;
@@ -267,7 +270,7 @@ impl Replica for ReplicaService {
     }
 
     async fn grow(&self, request: Request<pb::GrowRequest>) -> Result<Response<pb::GrowReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let op = ControlOp::Grow { size_bytes: request.size_bytes };
         self.done(request.session, &names, op).await?;

@@ -144,10 +144,15 @@ impl ReplicaMachine {
         Self { core, next_call: 0, calls: HashMap::new(), sessions: HashMap::new() }
     }
 
-    /// The connections of a live session, if its owner carries one of these names (any name without TLS).
-    pub fn connections(&self, token: SessionToken, names: &[String]) -> Option<ConnectionSet> {
+    /// The connections of a live session, if its owner carries one of these names (any name without TLS); else the owner.
+    pub fn connections(
+        &self,
+        token: SessionToken,
+        names: &[String],
+    ) -> Option<Result<ConnectionSet, String>> {
         let session = self.sessions.get(&token).filter(|_| self.core.accepts(token))?;
-        owned_by(&session.caller, names).then(|| session.set.clone())
+        let owned = owned_by(&session.caller, names);
+        Some(if owned { Ok(session.set.clone()) } else { Err(session.caller.join(", ")) })
     }
 
     /// Whether the caller of a control request owns the session it names.

@@ -45,7 +45,12 @@ impl ExportProvider for ReplicaExports {
             PeerIdentity::Anonymous => &[][..],
             PeerIdentity::Named(names) => names,
         };
-        let connections = actor.peek(|machine| machine.connections(token, names)).ok_or_else(unknown)?;
+        let session = actor.peek(|machine| machine.connections(token, names)).ok_or_else(unknown)?;
+        let connections = session.map_err(|owner| {
+            let names = names.join(", ");
+            tracing::warn!(%replica, owner, names, "an NBD connection to another node's session was refused");
+            OpenError::NotAllowed(format!("node {owner} opened the session, the certificate names {names}"))
+        })?;
         let device = Arc::new(SessionDevice { actor: Arc::clone(&actor), token, at });
         // A snapshot that is not here has no size.
         if at.is_some() && device.size_bytes() == 0 {

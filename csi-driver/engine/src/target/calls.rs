@@ -179,7 +179,7 @@ async fn open_remote(actor: &Arc<TargetActor>, wanted: &OpenSession, request: Op
     let mut rpc = ReplicaClient::new(channel)
         .max_decoding_message_size(wire::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(wire::MESSAGE_BYTES_MAX);
-    let open_pb = wire::open_request_pb(&request);
+    let open_pb = wire::open_request_pb(&request, &env.node);
     let mut session = open_pb.session.clone().unwrap_or_default();
     let reply = rpc.open(open_pb).await.map_err(|status| unreachable(status.to_string()))?;
     let reply = wire::open_reply(reply.into_inner()).map_err(|status| unreachable(status.to_string()))?;

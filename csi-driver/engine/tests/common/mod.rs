@@ -13,12 +13,13 @@ use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial};
 use holdfast_io::{BlockDevice, BlockError, BlockOp};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_client::PoolClient;
+use holdfast_service::tls::CONTROLLER_NAME;
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::record::VolumeParams;
 use holdfast_storage_core::transitions::{self, NewVolume};
 use rand::Rng;
 use store::MemStore;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -28,7 +29,8 @@ pub struct Cluster {
     pub cookies: tempfile::TempDir,
     pub store: Arc<MemStore>,
     pub nodes: Vec<Node>,
-    pub tls: bool,
+    /// Issued the nodes' certificates; none where everything is plain text.
+    pub authority: Option<Authority>,
     pub client_dir: Option<PathBuf>,
 }
 
@@ -63,16 +65,12 @@ impl Cluster {
             .with_test_writer()
             .try_init();
         let cookies = tempfile::tempdir_in("/dev/shm").unwrap();
-        let mut cluster =
-            Self { dir, cookies, store: Arc::new(MemStore::default()), nodes: Vec::new(), tls, client_dir };
         let authority = tls.then(Authority::new);
+        let store = Arc::new(MemStore::default());
+        let mut cluster = Self { dir, cookies, store, nodes: Vec::new(), authority, client_dir };
         for index in 0..count {
             let name = NodeName(format!("node-{}", char::from(b'a' + u8::try_from(index).unwrap())));
-            let tls_dir = authority.as_ref().map(|authority| {
-                let tls_dir = cluster.dir.path().join(&name.0).join("tls");
-                authority.issue(&name.0, &tls_dir);
-                tls_dir
-            });
+            let tls_dir = cluster.issue(&name.0);
             let view = cut::View::new(name.clone(), cluster.store.clone());
             cluster.nodes.push(Node {
                 name,
@@ -144,7 +142,10 @@ impl Cluster {
             lineage: Lineage(rand::rng().random()),
             size_bytes,
             epoch_nonce: rand::rng().random(),
-            replicas: nodes.iter().map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone())).collect(),
+            replicas: nodes
+                .iter()
+                .map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone()))
+                .collect(),
             params: VolumeParams {
                 replicas: u32::try_from(nodes.len()).unwrap(),
                 fs_type: String::new(),
@@ -168,18 +169,36 @@ impl Cluster {
         volume_id
     }
 
-    pub async fn pool_client(&self, index: usize) -> PoolClient<tonic::transport::Channel> {
+    /// A folder with a certificate for `name`, if the cluster has certificates.
+    pub fn issue(&self, name: &str) -> Option<PathBuf> {
+        let dir = self.dir.path().join(name).join("tls");
+        if !dir.exists() {
+            self.authority.as_ref()?.issue(name, &dir);
+        }
+        Some(dir)
+    }
+
+    /// A node's pool, as the controller reaches it.
+    pub async fn pool_client(&self, index: usize) -> PoolClient<Channel> {
+        let tls = self.issue(CONTROLLER_NAME);
+        PoolClient::new(self.channel(index, tls.as_deref()).await.unwrap())
+    }
+
+    /// A channel to a node's control services with the certificate in a folder, or in plain text.
+    pub async fn channel(
+        &self,
+        index: usize,
+        tls: Option<&Path>,
+    ) -> Result<Channel, tonic::transport::Error> {
         let address = self.process(index).control_address();
-        let endpoint = if let Some(dir) = &self.nodes[index].tls_dir {
-            let tls = TlsMaterial::load(dir).unwrap();
-            Endpoint::from_shared(format!("https://{address}"))
-                .unwrap()
-                .tls_config(tls.tonic_client(&self.nodes[index].name.0))
-                .unwrap()
-        } else {
-            Endpoint::from_shared(format!("http://{address}")).unwrap()
+        let endpoint = match tls {
+            None => Endpoint::from_shared(format!("http://{address}"))?,
+            Some(dir) => {
+                let tls = TlsMaterial::load(dir).unwrap().tonic_client(&self.nodes[index].name.0);
+                Endpoint::from_shared(format!("https://{address}"))?.tls_config(tls)?
+            }
         };
-        PoolClient::new(endpoint.connect().await.unwrap())
+        endpoint.connect().await
     }
 
     /// Publishes the volume to a node, wherever it was, as the controller does.
@@ -312,9 +331,15 @@ impl Authority {
     }
 
     pub fn issue(&self, name: &str, dir: &Path) {
+        self.issue_until(name, dir, 4096);
+    }
+
+    /// Issues a certificate that is no longer good from `year` on.
+    pub fn issue_until(&self, name: &str, dir: &Path, year: i32) {
         std::fs::create_dir_all(dir).unwrap();
         let key = rcgen::KeyPair::generate().unwrap();
-        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let mut params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.not_after = rcgen::date_time_ymd(year, 1, 1);
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         std::fs::write(dir.join("ca.pem"), &self.pem).unwrap();
         std::fs::write(dir.join("node.pem"), cert.pem()).unwrap();

@@ -10,11 +10,11 @@ mod request;
 mod status;
 
 pub use negotiation::{
-    BlockSizes, ClientOption, EXPORT_NAME_ZEROES, ExportSummary, InfoReply, MAGIC_GREETING, MAGIC_OPTION, OPTION_BYTES_MAX,
-    OptionHeader, OptionReplyHeader, decode_export_name_answer, decode_info_reply, decode_meta_context_reply,
-    decode_server_reply, encode_export_name_answer, encode_greeting, encode_info_block_size,
-    encode_info_export, encode_info_text, encode_meta_context_reply, encode_option_reply,
-    encode_server_reply, info, option, reply,
+    BlockSizes, ClientOption, EXPORT_NAME_ZEROES, ExportSummary, InfoReply, MAGIC_GREETING, MAGIC_OPTION,
+    OPTION_BYTES_MAX, OptionHeader, OptionReplyHeader, decode_export_name_answer, decode_info_reply,
+    decode_meta_context_reply, decode_server_reply, encode_export_name_answer, encode_greeting,
+    encode_info_block_size, encode_info_export, encode_info_text, encode_meta_context_reply,
+    encode_option_reply, encode_server_reply, info, option, reply,
 };
 pub use replies::{
     ChunkHeader, ERROR_TEXT_BYTES_MAX, ReplyHeader, chunk, chunk_flag, decode_error_chunk,

@@ -385,10 +385,7 @@ pub fn decode_server_reply(data: &[u8]) -> Result<String, DecodeError> {
 #[must_use]
 pub fn decode_export_name_answer(bytes: [u8; 10]) -> ExportSummary {
     let [size @ .., flags_high, flags_low] = bytes;
-    ExportSummary {
-        size_bytes: u64::from_be_bytes(size),
-        flags: u16::from_be_bytes([flags_high, flags_low]),
-    }
+    ExportSummary { size_bytes: u64::from_be_bytes(size), flags: u16::from_be_bytes([flags_high, flags_low]) }
 }
 
 /// Appends a reply to `option`.

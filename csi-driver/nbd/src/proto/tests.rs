@@ -72,8 +72,18 @@ fn every_option_survives_its_wire_form() {
 
 fn mk_request(random: &mut StdRng, framing: Framing) -> RequestHeader {
     use Command::{BlockStatus, Cache, Disconnect, Flush, Read, Trim, Unknown, Write, WriteZeroes};
-    let commands =
-        [Read, Write, Disconnect, Flush, Trim, Cache, WriteZeroes, BlockStatus, Unknown(8), Unknown(u16::MAX)];
+    let commands = [
+        Read,
+        Write,
+        Disconnect,
+        Flush,
+        Trim,
+        Cache,
+        WriteZeroes,
+        BlockStatus,
+        Unknown(8),
+        Unknown(u16::MAX),
+    ];
     let len = mk_number(random);
     RequestHeader {
         flags: random.random(),
@@ -248,8 +258,8 @@ fn an_extended_chunk_has_the_bytes_that_the_specification_draws() {
         len: 24,
     };
     let drawn = [
-        0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 6, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0,
-        0, 24,
+        0x6e, 0x8a, 0x27, 0x8c, 0, 1, 0, 6, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0,
+        0, 0, 24,
     ];
     assert_eq!(*chunk.encode(Framing::Extended), drawn);
     let extents = [Extent { len: 1 << 33, state: Extent::HOLE | Extent::ZERO }];

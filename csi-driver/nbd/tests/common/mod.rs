@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
 use holdfast_nbd::{
-    BlockStatus, Client, ConnectionSet, Context, Export, ExportProvider, Extent, ExtentsCompletion, OpenError,
-    PeerIdentity, Server,
+    BlockStatus, Client, ConnectionSet, Context, Export, ExportProvider, Extent, ExtentsCompletion,
+    OpenError, PeerIdentity, Server,
 };
 use tokio::net::UnixListener;
 
@@ -189,11 +189,7 @@ impl OneVolume {
     }
 
     fn of(device: Arc<MemoryDevice>) -> Arc<Self> {
-        Arc::new(Self {
-            device,
-            connections: ConnectionSet::new(),
-            peers: Mutex::new(Vec::new()),
-        })
+        Arc::new(Self { device, connections: ConnectionSet::new(), peers: Mutex::new(Vec::new()) })
     }
 }
 

@@ -64,8 +64,7 @@ pub fn mk_reply(random: &mut StdRng, offset: u64, framing: Framing, cookie: u64)
     if spoiled {
         spoil(random, &mut pieces);
     }
-    let mut judge =
-        Judge { data: vec![None; READ_BYTES as usize], error: None, broken: false };
+    let mut judge = Judge { data: vec![None; READ_BYTES as usize], error: None, broken: false };
     let mut bytes = Vec::new();
     let last = pieces.len().saturating_sub(1);
     let closing_chunk = pieces.is_empty() || random.random();

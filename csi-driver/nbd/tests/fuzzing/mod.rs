@@ -3,23 +3,43 @@
 pub mod chunks;
 pub mod streams;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
 use holdfast_nbd::proto::{self, Framing, option, reply};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+/// The relay hangs up when nothing has passed for so long: a changed length may have both sides wait for the other.
+const QUIET: Duration = Duration::from_millis(25);
 
 /// Carries bytes both ways and changes some of one way's from byte `at` on.
 pub async fn relay(client: DuplexStream, server: DuplexStream, spoils_answers: bool, at: usize, seed: u64) {
     let (client_reader, client_writer) = tokio::io::split(client);
     let (server_reader, server_writer) = tokio::io::split(server);
     let (answers_at, requests_at) = if spoils_answers { (at, usize::MAX) } else { (usize::MAX, at) };
-    tokio::join!(
-        carry(client_reader, server_writer, requests_at, seed),
-        carry(server_reader, client_writer, answers_at, seed)
-    );
+    let passed = AtomicUsize::new(0);
+    let carrying = async {
+        tokio::join!(
+            carry(client_reader, server_writer, requests_at, seed, &passed),
+            carry(server_reader, client_writer, answers_at, seed, &passed)
+        );
+    };
+    let quiet = async {
+        let mut before = usize::MAX;
+        while before != passed.load(Ordering::Relaxed) {
+            before = passed.load(Ordering::Relaxed);
+            tokio::time::sleep(QUIET).await;
+        }
+    };
+    tokio::select! {
+        () = carrying => {}
+        () = quiet => {}
+    }
 }
 
-async fn carry<R, W>(mut from: R, mut to: W, spoil_at: usize, seed: u64)
+async fn carry<R, W>(mut from: R, mut to: W, spoil_at: usize, seed: u64, total: &AtomicUsize)
 where
     R: tokio::io::AsyncRead + Unpin,
     W: tokio::io::AsyncWrite + Unpin,
@@ -30,10 +50,12 @@ where
     while let Ok(got @ 1..) = from.read(&mut buffer).await {
         for (index, byte) in buffer[..got].iter_mut().enumerate() {
             if passed + index == spoil_at || (passed + index > spoil_at && random.random_bool(0.002)) {
-                *byte = [*byte ^ 1 << random.random_range(0..8), 0, 0xff, random.random()][random.random_range(0..4)];
+                *byte = [*byte ^ 1 << random.random_range(0..8), 0, 0xff, random.random()]
+                    [random.random_range(0..4)];
             }
         }
         passed += got;
+        total.fetch_add(got, Ordering::Relaxed);
         if to.write_all(&buffer[..got]).await.is_err() {
             break;
         }

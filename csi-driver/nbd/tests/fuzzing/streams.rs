@@ -86,7 +86,8 @@ pub fn mk_session(random: &mut StdRng, size_bytes: u64) -> Session {
 /// A request that is well formed, though not always sensible, with its payload.
 fn mk_request(random: &mut StdRng, framing: Framing, cookie: u64, size_bytes: u64) -> Vec<u8> {
     use Command::{BlockStatus, Cache, Flush, Read, Trim, Unknown, Write, WriteZeroes};
-    let command = [Read, Write, Flush, Trim, Cache, WriteZeroes, BlockStatus, Unknown(9)][random.random_range(0..8)];
+    let command =
+        [Read, Write, Flush, Trim, Cache, WriteZeroes, BlockStatus, Unknown(9)][random.random_range(0..8)];
     let block = 4096;
     let offset = random.random_range(0..=size_bytes / block) * block;
     let len = match random.random_range(0..6) {
