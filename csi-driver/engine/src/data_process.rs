@@ -334,16 +334,26 @@ async fn report(service: &'static str, server: impl Future<Output = Result<(), t
 
 /// Makes this node known, and the other nodes known here, until the process ends.
 async fn announce(node: Arc<NodeContext>, directory: Arc<dyn NodeDirectory>, mut info: NodeInfo) {
+    let mut trouble = None;
     loop {
         let replicas = Arc::clone(&node.replicas);
         if let Ok(Ok(space)) = tokio::task::spawn_blocking(move || replicas.space()).await {
             info.capacity_bytes = space.capacity_bytes;
             info.available_bytes = space.available_bytes;
         }
-        match tokio::time::timeout(ANNOUNCE_INTERVAL, directory.announce(info.clone())).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "the node could not be announced"),
-            Err(_) => tracing::debug!("the registry did not take the announcement in time"),
+        let announced = match tokio::time::timeout(ANNOUNCE_INTERVAL, directory.announce(info.clone())).await
+        {
+            Ok(announced) => announced.map_err(|error| error.to_string()),
+            Err(_) => Err("no answer in time".to_owned()),
+        };
+        // Once per cause: a registry that is away for long, or a foreign certificate, would fill the log.
+        match announced {
+            Ok(()) => trouble = None,
+            Err(sentence) if trouble.as_ref() == Some(&sentence) => {}
+            Err(sentence) => {
+                tracing::warn!(node = %info.name, error = %sentence, "the registry does not take this node's announcement; it is tried on");
+                trouble = Some(sentence);
+            }
         }
         node.peers.refresh().await;
         tokio::time::sleep(ANNOUNCE_INTERVAL).await;
