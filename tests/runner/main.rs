@@ -23,13 +23,30 @@ use crate::targets::{Target, build_tests};
 const TIERS: [&str; 6] = ["unit", "sim", "conformance", "cluster", "vm", "kubernetes"];
 /// A test program that runs longer hangs; it is ended and counts as failed.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// The same with `--long`.
+const LONG_PROGRAM_TIMEOUT: Duration = Duration::from_secs(3 * 60 * 60);
+/// Set for test programs by `--long`.
+const LONG_VARIABLE: &str = "HOLDFAST_LONG";
+
+/// What is to be run.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    /// Tiers; none: all.
+    tiers: Vec<String>,
+    /// Random tests run long.
+    long: bool,
+    /// Part of the names of the tests that run; none: all.
+    only: Option<String>,
+}
 
 fn main() -> ExitCode {
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(unknown) = wanted.iter().find(|tier| !TIERS.contains(&tier.as_str())) {
-        eprintln!("there is no tier {unknown}; there are: {}", TIERS.join(", "));
-        return ExitCode::from(2);
-    }
+    let wanted = match parse(std::env::args().skip(1)) {
+        Ok(wanted) => wanted,
+        Err(sentence) => {
+            eprintln!("{sentence}");
+            return ExitCode::from(2);
+        }
+    };
     let mut summary = Summary::default();
     if let Err(error) = run_tiers(&wanted, &mut summary) {
         println!("{error:#}");
@@ -39,9 +56,26 @@ fn main() -> ExitCode {
     if summary.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_tiers(wanted: &[String], summary: &mut Summary) -> Result<()> {
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Wanted, String> {
+    let mut wanted = Wanted::default();
+    let mut arguments = arguments;
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--long" => wanted.long = true,
+            "--only" => wanted.only = Some(arguments.next().ok_or("--only needs a part of a test's name")?),
+            tier if TIERS.contains(&tier) => wanted.tiers.push(argument),
+            _ => return Err(format!("there is no tier {argument}; there are: {}", TIERS.join(", "))),
+        }
+    }
+    Ok(wanted)
+}
+
+fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
     let targets = build_tests()?;
-    for tier in TIERS.into_iter().filter(|tier| wanted.is_empty() || wanted.iter().any(|name| name == tier)) {
+    for tier in TIERS
+        .into_iter()
+        .filter(|tier| wanted.tiers.is_empty() || wanted.tiers.iter().any(|name| name == tier))
+    {
         println!("\n#### tier {tier}");
         let in_tier: Vec<&Target> = targets.iter().filter(|target| target.tier() == tier).collect();
         if in_tier.is_empty() {
@@ -54,19 +88,24 @@ fn run_tiers(wanted: &[String], summary: &mut Summary) -> Result<()> {
                 // A test that skips itself says so in output that libtest hides otherwise.
                 command.arg("--show-output");
             }
-            run_program(&target.title(), command, summary)?;
+            command.args(&wanted.only);
+            if wanted.long {
+                command.env(LONG_VARIABLE, "1");
+            }
+            let timeout = if wanted.long { LONG_PROGRAM_TIMEOUT } else { PROGRAM_TIMEOUT };
+            run_program(&target.title(), command, timeout, summary)?;
         }
-        if tier == "unit" {
+        if tier == "unit" && wanted.only.is_none() {
             let mut command = Command::new(targets::cargo());
             command.args(["test", "--release", "--workspace", "--doc", "--quiet"]);
-            run_program("examples in the documentation", command, summary)?;
+            run_program("examples in the documentation", command, PROGRAM_TIMEOUT, summary)?;
         }
     }
     Ok(())
 }
 
 /// Runs one test program, shows what it says and counts its results.
-fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Result<()> {
+fn run_program(title: &str, mut command: Command, timeout: Duration, summary: &mut Summary) -> Result<()> {
     println!("\n## {title}");
     std::io::stdout().flush()?;
     let (start, failed_before) = (Instant::now(), summary.failed());
@@ -75,7 +114,7 @@ fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Resu
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot run {command:?}"))?;
-    let (done, watchdog) = watch(child.id().cast_signed());
+    let (done, watchdog) = watch(child.id().cast_signed(), timeout);
     let (mut counted, mut in_successes) = (false, false);
     for line in BufReader::new(child.stdout.take().context("the program has no output")?).lines() {
         let line = line?;
@@ -92,7 +131,7 @@ fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Resu
     let timed_out = watchdog.join().unwrap_or(false);
     println!("   {:.1} s", start.elapsed().as_secs_f64());
     if timed_out {
-        summary.fail(&format!("{title}: ended after {} s without an end", PROGRAM_TIMEOUT.as_secs()));
+        summary.fail(&format!("{title}: ended after {} s without an end", timeout.as_secs()));
     } else if !status.success() && summary.failed() == failed_before {
         summary.fail(&format!("{title}: {status}"));
     } else if !counted && !title.starts_with("examples") {
@@ -101,16 +140,32 @@ fn run_program(title: &str, mut command: Command, summary: &mut Summary) -> Resu
     Ok(())
 }
 
-/// Ends the process after [`PROGRAM_TIMEOUT`] unless the sender is dropped before.
-fn watch(pid: i32) -> (std::sync::mpsc::Sender<()>, std::thread::JoinHandle<bool>) {
+/// Ends the process after a time unless the sender is dropped before.
+fn watch(pid: i32, timeout: Duration) -> (std::sync::mpsc::Sender<()>, std::thread::JoinHandle<bool>) {
     let (sender, receiver) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || {
-        let timed_out =
-            receiver.recv_timeout(PROGRAM_TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+        let timed_out = receiver.recv_timeout(timeout) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
         if timed_out {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         timed_out
     });
     (sender, thread)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiers_and_options_come_in_any_order_and_an_unknown_word_is_refused() {
+        let words = |text: &str| parse(text.split_whitespace().map(str::to_owned));
+
+        let wanted = words("cluster --only power --long vm").unwrap();
+
+        assert_eq!(wanted.tiers, ["cluster", "vm"]);
+        assert!(wanted.long && wanted.only.as_deref() == Some("power"));
+        assert_eq!(words(""), Ok(Wanted::default()));
+        assert!(words("clutser").is_err() && words("--only").is_err());
+    }
 }
