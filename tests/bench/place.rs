@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use holdfast_tests::cleanup::{self, Logs};
-use holdfast_tests::{Namespaces, Program, ProgramSpec, Work};
+use holdfast_tests::{Namespaces, Program, ProgramSpec, Work, process};
 
 /// How long a program may take to open its socket.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -37,15 +36,7 @@ impl Place {
     /// Starts a program that runs until the end; its output goes to a log.
     pub fn start(&self, name: &str, program: &Path, arguments: Vec<String>) -> Result<Program> {
         let log = self.work.folder("logs")?.join(format!("{name}.log"));
-        let template = self.spaces.command(program);
-        let mut line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
-        line.extend(arguments.into_iter().map(Into::into));
-        let command = Arc::new(move || {
-            let mut command = Command::new("nsenter");
-            command.args(&line).stdin(std::process::Stdio::null());
-            std::os::unix::process::CommandExt::process_group(&mut command, 0);
-            command
-        });
+        let command = process::maker(&self.spaces.command(program), arguments);
         Program::start(ProgramSpec { name: name.to_owned(), log, command })
     }
 

@@ -69,11 +69,7 @@ fn power_cut(story: &mut Story) -> Result<()> {
 
 /// Replicas away from the target die one at a time, at moments drawn from the seed, also in the middle of their resync.
 fn kill_at_random(story: &mut Story) -> Result<()> {
-    let seed = match std::env::var("HOLDFAST_SEED") {
-        Ok(text) => text.parse().context("HOLDFAST_SEED is no number")?,
-        Err(_) => rand::random::<u64>(),
-    };
-    println!("seed {seed}; to replay: HOLDFAST_SEED={seed}");
+    let seed = crate::effort::seed()?;
     let mut random = StdRng::seed_from_u64(seed);
     story.provision()?;
     story.run_pods()?;

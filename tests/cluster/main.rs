@@ -4,10 +4,17 @@
 //! an earlier step runs it.
 
 mod bad_input;
+mod database;
 mod demo;
+mod effort;
 mod faults;
+mod file_systems;
+mod fio_verify;
 mod machine;
+mod power_cut;
+mod stale;
 mod steps;
+mod wrong_input;
 
 use std::process::ExitCode;
 
@@ -28,7 +35,12 @@ fn main() -> ExitCode {
     trials.extend(machine::trials());
     trials.extend(steps::trials());
     trials.extend(bad_input::trials());
+    trials.extend(wrong_input::trials());
     trials.extend(faults::trials());
+    trials.extend(database::trials());
+    trials.extend(fio_verify::trials());
+    trials.extend(power_cut::trials());
+    trials.extend(file_systems::trials());
     trials.extend(demo::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -81,7 +81,12 @@ pub fn leftovers(state: &State, dir: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let marks = [dir.display().to_string()];
     for line in mounts.lines() {
-        if marks.iter().chain(&state.volume_ids).any(|mark| line.contains(mark.as_str())) {
+        if marks
+            .iter()
+            .chain(&state.volume_ids)
+            .chain(&state.disk_marks)
+            .any(|mark| line.contains(mark.as_str()))
+        {
             left.push(format!("mount {line}"));
         }
     }
@@ -228,7 +233,7 @@ fn our_loops(state: &State) -> Vec<String> {
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
-        if state.volume_ids.iter().any(|id| backing.contains(id.as_str())) {
+        if state.volume_ids.iter().chain(&state.disk_marks).any(|mark| backing.contains(mark.as_str())) {
             ours.push(format!("/dev/{name}"));
         }
     }

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -13,10 +12,11 @@ use holdfast_proto::csi as csi_proto;
 use crate::certs::Authority;
 use crate::cleanup::{self, Guard, Logs};
 use crate::csi::{self, Socket};
+use crate::forgetful::{Cut, Disks, DisksOptions, Tear};
 use crate::namespaces::Namespaces;
 use crate::node::{Node, NodeBuilder};
 use crate::objects::Objects;
-use crate::process::{Program, ProgramSpec, run, wait_until};
+use crate::process::{Program, ProgramSpec, maker, run, wait_until};
 use crate::work::{Work, binaries_dir};
 
 /// How long the processes of a new cluster may take until they answer.
@@ -46,12 +46,14 @@ pub struct ClusterOptions {
     pub pool_bytes: u64,
     /// Length of each node's pod range.
     pub pod_prefix: u8,
+    /// Disks of the tests' own under the pools, whose power can be cut; none: the pools lie on the host's disk.
+    pub disks: Option<DisksOptions>,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let nodes = ["node-a", "node-b", "node-c"].map(str::to_owned).to_vec();
-        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30, pod_prefix: 24 }
+        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30, pod_prefix: 24, disks: None }
     }
 }
 
@@ -63,6 +65,7 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     /// The objects that the agents watch.
     pub objects: Objects,
+    disks: Option<Disks>,
     work: Work,
     underlay: Namespaces,
     authority: Authority,
@@ -128,6 +131,12 @@ impl Cluster {
         self.nodes.iter_mut().find(|node| node.name == name).expect("the cluster was made with this node")
     }
 
+    /// Where the controller's registry listens, HOST:PORT.
+    #[must_use]
+    pub fn registry_address(&self) -> String {
+        format!("{}:{REGISTRY_PORT}", controller_address())
+    }
+
     /// Creates a volume and remembers it for the clean-up.
     ///
     /// # Errors
@@ -171,11 +180,61 @@ impl Cluster {
         Ok(())
     }
 
+    /// Cuts the power of every node and its disk at once; what was not flushed is dropped or torn, memory is gone. The
+    /// controller is elsewhere and lives on.
+    ///
+    /// # Errors
+    /// The nodes have no such disks, or something of them stays.
+    pub fn cut_power_of_all(&mut self, tear: Tear) -> Result<Cut> {
+        let disks = self.disks()?;
+        let cut = disks.cut(tear)?;
+        // Dead before their requests are let go: nobody may act on an error that a machine without power never sees.
+        for node in &self.nodes {
+            node.spaces.kill();
+        }
+        disks.fail()?;
+        for node in std::mem::take(&mut self.nodes) {
+            let _ = run(self.underlay.network_command("ip").args(["link", "delete", &port_name(&node.name)]));
+        }
+        self.disks()?.on()?;
+        Ok(cut)
+    }
+
+    /// The disks under the pools.
+    ///
+    /// # Errors
+    /// The cluster was made without.
+    pub fn disks(&self) -> Result<&Disks> {
+        self.disks.as_ref().context("the cluster was made without disks of its own")
+    }
+
     /// Starts a node that was powered off, with the disk it had.
     ///
     /// # Errors
     /// Something does not start.
     pub fn power_on(&mut self, name: &str) -> Result<()> {
+        let mut node = self.start_node(name)?;
+        node.wait_for_all()?;
+        self.nodes.push(node);
+        Ok(())
+    }
+
+    /// Starts every node that was powered off.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn power_on_all(&mut self) -> Result<()> {
+        let first_new = self.nodes.len();
+        for name in self.options.nodes.clone() {
+            if self.nodes.iter().all(|node| node.name != name) {
+                let node = self.start_node(&name)?;
+                self.nodes.push(node);
+            }
+        }
+        self.nodes[first_new..].iter_mut().try_for_each(Node::wait_for_all)
+    }
+
+    fn start_node(&self, name: &str) -> Result<Node> {
         let mut numbered = (1u8..=9).zip(&self.options.nodes);
         let (index, _) = numbered.find(|(_, other)| *other == name).context("there is no such node")?;
         let builder = NodeBuilder {
@@ -183,13 +242,9 @@ impl Cluster {
             underlay: &self.underlay,
             objects: &self.objects,
             options: &self.options,
+            disks: self.disks.as_ref(),
         };
-        let mut node = builder.start(index, name, &self.authority, &self.runtime)?;
-        node.wait_for_data()?;
-        node.wait_for_csi()?;
-        node.wait_for_netd()?;
-        self.nodes.push(node);
-        Ok(())
+        builder.start(index, name, &self.authority, &self.runtime)
     }
 
     /// Ends everything and checks that nothing is left.
@@ -241,25 +296,36 @@ impl Cluster {
             run(underlay.network_command("ip").args(arguments))?;
         }
         let controller = start_controller(&work, &underlay, &authority, &runtime)?;
-        let mut nodes = Vec::new();
-        for (index, name) in (1u8..=9).zip(&options.nodes) {
-            let builder = NodeBuilder { work: &work, underlay: &underlay, objects: &objects, options };
-            nodes.push(builder.start(index, name, &authority, &runtime)?);
-        }
+        let disks = options
+            .disks
+            .as_ref()
+            .map(|wanted| Disks::start(&work, &options.nodes, wanted.clone()))
+            .transpose()?;
         let options = options.clone();
-        let mut cluster =
-            Self { controller, nodes, objects, work, underlay, authority, options, runtime, guard: None };
+        let nodes = Vec::new();
+        let mut cluster = Self {
+            controller,
+            nodes,
+            objects,
+            disks,
+            work,
+            underlay,
+            authority,
+            options,
+            runtime,
+            guard: None,
+        };
+        for name in cluster.options.nodes.clone() {
+            let node = cluster.start_node(&name)?;
+            cluster.nodes.push(node);
+        }
         cluster.wait_until_ready()?;
         Ok(cluster)
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
         wait_for_probe(&mut self.controller.program, &self.controller.csi)?;
-        for node in &mut self.nodes {
-            wait_for_probe(&mut node.csi, &node.csi_socket)?;
-            wait_for_socket(&mut node.data, &node.spaces.host_path(DATA_SOCKET))?;
-            wait_for_socket(&mut node.netd, &node.spaces.host_path(NETD_SOCKET))?;
-        }
+        self.nodes.iter_mut().try_for_each(Node::wait_for_all)?;
         wait_until(START_TIMEOUT, || Ok(self.largest_volume_bytes(self.nodes.len())? > 0))
             .context("not every node is announced to the controller")?;
         Ok(())
@@ -329,15 +395,7 @@ pub(crate) fn start_program(
     arguments: Vec<String>,
 ) -> Result<Program> {
     let log = work.folder("logs")?.join(format!("{name}.log"));
-    let template = spaces.command(binaries_dir()?.join(binary));
-    let mut line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
-    line.extend(arguments.into_iter().map(Into::into));
-    let command = Arc::new(move || {
-        let mut command = Command::new("nsenter");
-        command.args(&line).stdin(std::process::Stdio::null());
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-    });
+    let command = maker(&spaces.command(binaries_dir()?.join(binary)), arguments);
     Program::start(ProgramSpec { name: name.to_owned(), log, command })
 }
 

@@ -38,6 +38,25 @@ impl DirectOutcome {
     }
 }
 
+/// Memory aligned to blocks, as direct I/O wants it: a part of a larger buffer.
+pub(crate) struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    pub(crate) fn new(len: usize) -> Self {
+        let memory = vec![0; len + BLOCK_BYTES];
+        let start = memory.as_ptr().align_offset(BLOCK_BYTES);
+        Self { memory, start, len }
+    }
+
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
 /// Reads the block at `offset` of `device` on a node.
 ///
 /// # Errors
@@ -67,10 +86,8 @@ pub(crate) fn direct_io_main(arguments: &[String]) -> Result<ExitCode> {
         [_, device, offset, ..] => (Path::new(device), offset.parse::<u64>()?),
         _ => bail!("usage: read|write DEVICE OFFSET [BYTE]"),
     };
-    // Direct I/O wants the memory aligned: take an aligned part of a larger buffer.
-    let mut memory = vec![0u8; BLOCK_BYTES * 2];
-    let start = memory.as_ptr().align_offset(BLOCK_BYTES);
-    let block = &mut memory[start..start + BLOCK_BYTES];
+    let mut memory = Aligned::new(BLOCK_BYTES);
+    let block = memory.bytes();
     let outcome = match arguments[0].as_str() {
         "read" => open(device, false).and_then(|file| file.read_exact_at(block, offset)),
         "write" => {

@@ -20,6 +20,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
         "probe" => crate::probe::probe_main(rest),
         "ledger" => crate::ledger::client_main(rest),
         "direct-io" => crate::direct_io::direct_io_main(rest),
+        "forgetful-disks" => crate::forgetful::disks_main(rest),
+        "garbage" => crate::garbage::garbage_main(rest),
         other => Err(anyhow::anyhow!("there is no helper {other}")),
     };
     Some(outcome.unwrap_or_else(|error| {

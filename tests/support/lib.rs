@@ -17,12 +17,16 @@
 //!
 //! What it does not do: limit a node's memory or processor, or give a node devices of its own (`/dev` is shared).
 
+pub mod blocks;
 mod certs;
 pub mod cleanup;
 pub mod cluster;
 pub mod cni;
 pub mod csi;
 mod direct_io;
+pub mod files;
+pub mod forgetful;
+pub mod garbage;
 pub mod helper;
 mod ledger;
 mod namespaces;
@@ -32,6 +36,7 @@ pub mod pod;
 pub mod postgres;
 mod probe;
 pub mod process;
+pub mod raw_volume;
 pub mod report;
 pub mod story;
 pub mod work;

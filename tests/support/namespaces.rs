@@ -113,6 +113,11 @@ impl Namespaces {
         run(self.command(program).args(arguments)).with_context(|| format!("on {}", self.name))
     }
 
+    /// Kills everything inside without waiting for the end: what waits for a disk ends when that answers.
+    pub(crate) fn kill(&self) {
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+    }
+
     /// Lets the namespaces outlive this process.
     ///
     /// # Errors
@@ -143,7 +148,7 @@ impl Namespaces {
 impl Drop for Namespaces {
     fn drop(&mut self) {
         // Killing the first process of a PID namespace kills all others before this returns from wait.
-        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        self.kill();
         drop(self.pipe.take());
         let _ = self.starter.wait();
     }

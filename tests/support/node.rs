@@ -1,7 +1,7 @@
 //! One node: its namespaces and its three processes.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -11,6 +11,7 @@ use crate::cluster::{
     plug_in, start_program, wait_for_probe, wait_for_socket,
 };
 use crate::csi::Socket;
+use crate::forgetful::Disks;
 use crate::namespaces::Namespaces;
 use crate::objects::Objects;
 use crate::process::Program;
@@ -20,6 +21,9 @@ use crate::work::Work;
 const CONTROL_PORT: u16 = 9471;
 /// Port of NBD on each node.
 const NBD_PORT: u16 = 9472;
+
+/// Folder of a node in which its disk is mounted, where it has one of its own.
+const DISK_FOLDER: &str = "disk";
 
 /// One node.
 pub struct Node {
@@ -37,6 +41,8 @@ pub struct Node {
     pub csi: Program,
     /// `holdfast-netd`.
     pub netd: Program,
+    /// Its folder on the host.
+    dir: PathBuf,
     /// Socket of the data process.
     pub data_socket: Socket,
     /// Socket of the CSI node service.
@@ -44,6 +50,22 @@ pub struct Node {
 }
 
 impl Node {
+    /// Folder of its pool on the host; empty where the node has a disk of its own, which only the node sees.
+    #[must_use]
+    pub fn pool_dir(&self) -> PathBuf {
+        pool_dir(&self.dir)
+    }
+
+    /// Waits until every process of a node that was just started answers.
+    ///
+    /// # Errors
+    /// One ended, or does not answer.
+    pub fn wait_for_all(&mut self) -> Result<()> {
+        self.wait_for_data()?;
+        self.wait_for_csi()?;
+        self.wait_for_netd()
+    }
+
     /// Waits until the data process answers again, after a restart.
     ///
     /// # Errors
@@ -77,6 +99,7 @@ pub(crate) struct NodeBuilder<'a> {
     pub(crate) underlay: &'a Namespaces,
     pub(crate) objects: &'a Objects,
     pub(crate) options: &'a ClusterOptions,
+    pub(crate) disks: Option<&'a Disks>,
 }
 
 impl NodeBuilder<'_> {
@@ -99,6 +122,9 @@ impl NodeBuilder<'_> {
             authority.issue(name, &tls)?;
         }
         let dir = self.work.folder(name)?;
+        if let Some(disks) = self.disks {
+            disks.mount(&spaces, &dir.join(DISK_FOLDER))?;
+        }
         let data = self.start_role(
             &spaces,
             name,
@@ -124,6 +150,7 @@ impl NodeBuilder<'_> {
             data,
             csi,
             netd,
+            dir,
             data_socket,
             csi_socket,
         })
@@ -141,6 +168,10 @@ impl NodeBuilder<'_> {
     }
 }
 
+fn pool_dir(node_dir: &Path) -> PathBuf {
+    node_dir.join(DISK_FOLDER).join("pool")
+}
+
 fn data_arguments(
     name: &str,
     address: Ipv4Addr,
@@ -151,7 +182,7 @@ fn data_arguments(
     vec![
         "data".to_owned(),
         format!("--node={name}"),
-        format!("--pool-dir={}", dir.join("pool").display()),
+        format!("--pool-dir={}", pool_dir(dir).display()),
         format!("--pool-capacity={}", options.pool_bytes),
         "--cookie-dir=/run/holdfast/cookies".to_owned(),
         format!("--control-listen={address}:{CONTROL_PORT}"),

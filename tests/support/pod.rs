@@ -3,7 +3,6 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -13,7 +12,7 @@ use crate::cni::{self, Answer, Call};
 use crate::helper;
 use crate::node::Node;
 use crate::objects::PodObject;
-use crate::process::{Program, ProgramSpec};
+use crate::process::{Program, ProgramSpec, maker};
 
 /// Kubernetes namespace of the harness's pods.
 pub const NAMESPACE: &str = "default";
@@ -176,15 +175,7 @@ fn start_in_pod(
     arguments: Vec<String>,
 ) -> Result<Program> {
     let log = cluster.work().folder("logs")?.join(format!("{name}.log"));
-    let mut line: Vec<_> =
-        node.spaces.command_in(netns, program).get_args().map(std::ffi::OsStr::to_owned).collect();
-    line.extend(arguments.into_iter().map(Into::into));
-    let command = Arc::new(move || {
-        let mut command = Command::new("nsenter");
-        command.args(&line).stdin(std::process::Stdio::null());
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-    });
+    let command = maker(&node.spaces.command_in(netns, program), arguments);
     Program::start(ProgramSpec { name: name.to_owned(), log, command })
 }
 

@@ -26,6 +26,21 @@ pub struct ProgramSpec {
     pub command: Arc<dyn Fn() -> Command + Send + Sync>,
 }
 
+/// How a program is started, again and again: the command's own arguments followed by more.
+#[must_use]
+pub fn maker(template: &Command, arguments: Vec<String>) -> Arc<dyn Fn() -> Command + Send + Sync> {
+    let program = template.get_program().to_owned();
+    let mut line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
+    line.extend(arguments.into_iter().map(Into::into));
+    Arc::new(move || {
+        let mut command = Command::new(&program);
+        command.args(&line).stdin(Stdio::null());
+        // Ctrl-C in the terminal is the driver's to handle.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+    })
+}
+
 /// A running program.
 pub struct Program {
     spec: ProgramSpec,
@@ -61,6 +76,14 @@ impl Program {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.spec.name
+    }
+
+    /// Everything that it and its forerunners wrote.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn log(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&fs::read(&self.spec.log)?).into_owned())
     }
 
     /// The end of its log, for messages.

@@ -18,6 +18,9 @@ pub struct State {
     pub holders: Vec<HolderState>,
     /// Volumes that were created; loop devices name them.
     pub volume_ids: Vec<String>,
+    /// Parts of the file names of disks that were made; their loop devices show them.
+    #[serde(default)]
+    pub disk_marks: Vec<String>,
     /// The cluster outlives its driver (`--keep`).
     pub kept: bool,
 }

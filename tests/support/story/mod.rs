@@ -43,6 +43,7 @@ const DB_PORT: u16 = 5432;
 mod client;
 mod faults;
 mod network;
+mod pgbench;
 mod volume;
 
 /// The story so far.
@@ -54,6 +55,7 @@ pub struct Story {
     volume: Option<Volume>,
     pods: Option<Pods>,
     client: Option<Client>,
+    pgbench: Option<pgbench::Pgbench>,
     /// The database on the node that was cut off: it runs on until the node can be told to end it.
     stranded: Option<(Pod, Postgres)>,
 }
@@ -92,7 +94,7 @@ impl Story {
         for node in &cluster.nodes {
             report.block(&format!("{}  {}  pods {}", node.name, node.address, node.pod_cidr));
         }
-        Ok(Self { cluster, report, volume: None, pods: None, client: None, stranded: None })
+        Ok(Self { cluster, report, volume: None, pods: None, client: None, pgbench: None, stranded: None })
     }
 
     /// Step 2: a volume with three replicas, published to node a and mounted there.
