@@ -65,6 +65,41 @@ need_test_packages() {
         ping=iputils-ping pgrep=procps xfs_repair=xfsprogs
 }
 
+# What the tier vm uses beside that. Without the kernel its tests are skipped, with the reason.
+need_vm_packages() {
+    need_debian qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio xz=xz-utils dmsetup=dmsetup \
+        strip=binutils
+    need_vm_kernel || echo "There is no kernel for the tier vm: its tests will be skipped."
+}
+
+# Debian's kernel from backports, unpacked beside the build and never installed. Its package list goes to a folder of its
+# own, from the mirror that the machine uses already: the machine's package sources stay as they are.
+need_vm_kernel() {
+    local dir codename mirror keys package options
+    dir="$(release_dir)/../vm"
+    compgen -G "$dir/kernel/boot/vmlinuz-*" >/dev/null && return 0
+    command -v apt-get >/dev/null 2>&1 || return 1
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    # shellcheck disable=SC2016 # apt fills the names in
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' |
+        awk -v codename="$codename" '$2 == codename { print $1; exit }')
+    [ -n "$mirror" ] || return 1
+    keys=/usr/share/keyrings/debian-archive-keyring.gpg
+    mkdir -p "$dir/apt/lists/partial" "$dir/apt/packages"
+    dir=$(cd "$dir" && pwd)
+    echo "deb $([ -e "$keys" ] && echo "[signed-by=$keys]") $mirror $codename-backports main" >"$dir/apt/sources.list"
+    options=(-qq -o "Dir::Etc::SourceList=$dir/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$dir/apt/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root)
+    echo "Downloading a kernel for the tier vm"
+    apt-get "${options[@]}" update </dev/null || return 1
+    package=$(apt-cache "${options[@]}" depends linux-image-cloud-amd64 | awk '/Depends: linux-image-/ { print $2; exit }')
+    [ -n "$package" ] || return 1
+    (cd "$dir/apt/packages" && apt-get "${options[@]}" download "$package" </dev/null) || return 1
+    rm -rf "$dir/kernel.new" &&
+        dpkg-deb -x "$dir/apt/packages/$package"_*.deb "$dir/kernel.new" &&
+        mv "$dir/kernel.new" "$dir/kernel"
+}
+
 # Where release binaries land.
 release_dir() {
     echo "${CARGO_TARGET_DIR:-target}/release"
