@@ -24,12 +24,20 @@ pub struct Guards {
     pub intent: bool,
     /// R20: a reconciled region is flushed on every member before it is read.
     pub recflush: bool,
+    /// R1: every start of a target takes a generation of its own. Off, a start under the same attachment shares it.
+    pub onegen: bool,
     /// R2: the generation is durable before Open answers.
     pub genpersist: bool,
     /// R2: Open waits for the old session's I/O.
     pub drain: bool,
     /// R4: reads need leases; the replica waits for their end.
     pub lease: bool,
+    /// R4: the target ends its leases early by drift and margin.
+    pub drift: bool,
+    /// R4: a wall clock that jumps against the protocol's clock ends the leases.
+    pub walljump: bool,
+    /// R11: nothing is served before every member is open, or swapped out.
+    pub serveall: bool,
     /// R3: a starting replica waits one lease term.
     pub leasewait: bool,
     /// R18: the log is cleared only after a flush of the ack set.
@@ -38,6 +46,8 @@ pub struct Guards {
     pub clearseq: bool,
     /// R19, R14: a replica that lost its cache says so.
     pub instance: bool,
+    /// R19: a lost cache is remembered until it is reconciled. Off, it is told once.
+    pub loststicky: bool,
     /// R12: a replica that lost its cache is no source while another kept its own.
     pub lostsrc: bool,
     /// R9: a replica is swapped out only in favour of one that kept its cache.
@@ -50,6 +60,8 @@ pub struct Guards {
     pub mapflush: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
+    /// R21: a map that was not kept from the start is void, not empty. `mapcopy` hides its lack: both are taken out.
+    pub mapvoid: bool,
     /// R8: a swap without an answer is not taken for refused.
     pub unknown: bool,
     /// R12: under a live client nothing is served from lost caches.
@@ -78,6 +90,8 @@ pub struct Guards {
     pub log_cold_ms: u64,
     /// Not a guard: [`crate::timers::LOG_CLEAR_EVERY_MS`].
     pub log_clear_every_ms: u64,
+    /// Not a guard: [`crate::timers::INTENT_LOG_REGIONS_MAX`].
+    pub log_regions_max: usize,
     /// R13: copies take the range lock.
     pub reglock: bool,
 }
@@ -95,19 +109,25 @@ impl Default for Guards {
             readrec: true,
             intent: true,
             recflush: true,
+            onegen: true,
             genpersist: true,
             drain: true,
             lease: true,
+            drift: true,
+            walljump: true,
+            serveall: true,
             leasewait: true,
             clearrule: true,
             clearseq: true,
             instance: true,
+            loststicky: true,
             lostsrc: true,
             keepgood: true,
             joint: true,
             joinflush: true,
             mapflush: true,
             mapcopy: true,
+            mapvoid: true,
             unknown: true,
             sameatt: true,
             errwrite: true,
@@ -122,6 +142,7 @@ impl Default for Guards {
             tickgap: true,
             log_cold_ms: crate::timers::LOG_COLD_MS,
             log_clear_every_ms: crate::timers::LOG_CLEAR_EVERY_MS,
+            log_regions_max: crate::timers::INTENT_LOG_REGIONS_MAX,
             reglock: true,
         }
     }

@@ -119,7 +119,7 @@ counter!(
     Attachment
 );
 counter!(
-    /// A record's version in its store, for compare-and-swap.
+    /// A record's version in its store, for compare-and-swap; it grows with each change.
     RecordVersion
 );
 

@@ -22,8 +22,8 @@ pub const INTENT_LOG_REGIONS_MAX: usize = 1_000;
 /// Most regions one replica's log has room for: the target's limit counts the union of all logs when it opens, so a
 /// returning replica may hold as many of its own again. Beyond, the replica refuses the write; no correct target asks.
 pub const REPLICA_LOG_REGIONS_MAX: usize = 4 * INTENT_LOG_REGIONS_MAX;
-/// The target starts clearing cold regions, hot or not, when the log holds so many.
-pub const INTENT_LOG_PRESSURE: usize = 800;
+/// The target starts clearing regions, hot or not, when the log is so full.
+pub const INTENT_LOG_PRESSURE_PERCENT: usize = 80;
 /// A logged region is cold after so long without a write.
 pub const LOG_COLD_MS: u64 = 2_000;
 /// The target looks for cold regions this often.
@@ -43,6 +43,8 @@ pub const REOPEN_MAX_MS: u64 = 4_000;
 pub const STORE_RETRY_MIN_MS: u64 = 50;
 /// Longest pause between two tries of a store call.
 pub const STORE_RETRY_MAX_MS: u64 = 1_000;
+/// A record store that gives only versions older than one seen before for so long was restored from a backup.
+pub const OLDER_READS_MS: u64 = 10_000;
 /// Two calls of the core further apart than this, with a timer due between, were a pause of the process: timers then
 /// wait until the queued input was handled (R6).
 pub const TICK_GAP_MS: u64 = 300;

@@ -37,7 +37,8 @@ impl Replica {
             if self.maps.get(replica).is_some_and(|map| map.base == *left) {
                 continue;
             }
-            let dirty = if own.number <= left.number { self.map_of_log() } else { Dirty::Void };
+            let was_there = own.number <= left.number || !self.guards.mapvoid;
+            let dirty = if was_there { self.map_of_log() } else { Dirty::Void };
             ops.push(self.put_map(*replica, DirtyMap { base: *left, dirty }));
         }
         // Only an epoch that names a replica a member ends its map (R24); one that nobody names any more is gone too.

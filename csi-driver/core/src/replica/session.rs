@@ -163,6 +163,9 @@ impl Replica {
             meta.generation = Generation(0);
             meta.target_id = None;
         }
+        if !self.guards.loststicky {
+            meta.cache_lost = false;
+        }
         meta
     }
 
@@ -197,6 +200,9 @@ impl Replica {
             epoch: self.meta.epoch,
             snapshots: self.snapshots.clone(),
         };
+        if !self.guards.loststicky {
+            self.meta.cache_lost = false;
+        }
         self.reply(call, ReplicaReply::Open(Ok(reply)));
     }
 

@@ -328,6 +328,9 @@ pub enum TargetEvent {
         /// What.
         op: ClientOp,
     },
+    /// The wall clock jumped against the clock that `now_ms` comes from, as when the machine was suspended with its
+    /// clocks: every lease is void (R4). To be delivered before anything that arrives after the jump.
+    ClockJumped,
     /// Finish what is in flight, flush, empty the intent log, release the replicas.
     Stop,
     /// [`super::Target::next_timeout`] passed. Deliver all queued events first (R6).

@@ -443,14 +443,10 @@ impl Target {
         catch_up.stage = Stage::Merging;
         let mut maps = std::mem::take(&mut catch_up.others);
         for (other, base) in absent {
-            let empty = Dirty::Blocks(BlockSet::new());
-            let unknown = if self.guards.mapcopy { Dirty::Void } else { empty };
-            maps.entry(other).or_insert(DirtyMap { base, dirty: unknown });
+            maps.entry(other).or_insert(DirtyMap { base, dirty: Dirty::Void });
         }
         if !self.guards.mapcopy {
-            for map in maps.values_mut() {
-                map.dirty = Dirty::Blocks(BlockSet::new());
-            }
+            maps.clear();
         }
         self.send_control(replica, CallKind::Merge, Control::MergeMaps { epoch, maps });
     }

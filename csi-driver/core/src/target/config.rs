@@ -20,6 +20,8 @@ pub(super) struct StoreCall {
     failures: u32,
     /// The record must be read before anything else is decided.
     need_read: bool,
+    /// Since when every read gave an older version than one that was known.
+    older_since_ms: Option<u64>,
 }
 
 /// A swap whose outcome is not known yet (R8). It is repeated word for word until it is: the same version is expected
@@ -95,6 +97,11 @@ impl Target {
     fn propose_take(&mut self) {
         let Some(Versioned { version, record }) = &self.record else { return };
         let (expected, new_attachment) = (*version, record.attachment > record.generation_attachment);
+        let shared = record.target_id.filter(|_| !self.guards.onegen && !new_attachment);
+        if let Some(shared) = shared {
+            self.config.target_id = shared;
+            return self.taken(false);
+        }
         let config = &self.config;
         match transitions::take_generation(record, &config.node, config.attachment, config.target_id) {
             Ok(proposed) => {
@@ -139,6 +146,9 @@ impl Target {
         let (opened, unopened): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_open(*r));
         let (lost, good): (Vec<_>, Vec<_>) = opened.into_iter().partition(|r| cache_lost(self, r));
         if !good.is_empty() {
+            if !self.guards.serveall {
+                return Some(lost);
+            }
             let waiting = unopened.iter().any(|r| !self.patience_ended(*r));
             return (!waiting).then(|| unopened.into_iter().chain(lost).collect());
         }
@@ -180,7 +190,8 @@ impl Target {
         let members = self.members();
         let (good, bad): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_good(*r));
         if !good.is_empty() {
-            return bad;
+            let still_opens = |r: &ReplicaId| !self.guards.serveall && !self.patience_ended(*r);
+            return bad.into_iter().filter(|r| !still_opens(r)).collect();
         }
         if bad.iter().all(|r| self.peers.get(r).is_some_and(|p| p.cache_lost)) && self.guards.sameatt {
             self.fail("every in-sync replica lost its write cache: publish the volume anew".to_owned());
@@ -205,9 +216,13 @@ impl Target {
         self.store.outstanding = None;
         self.dirty = true;
         match result {
+            Ok(read) if self.record.as_ref().is_some_and(|known| read.version < known.version) => {
+                self.read_older();
+            }
             Ok(read) => {
                 self.store.failures = 0;
                 self.store.need_read = false;
+                self.store.older_since_ms = None;
                 self.learn(read);
             }
             Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
@@ -219,6 +234,16 @@ impl Target {
                 | StoreError::Conflict(_),
             ) => self.retry_store(),
         }
+    }
+
+    /// R7: an older version than the one known says nothing, least of all that a pending swap was not applied. A store
+    /// that gives nothing else for long was restored (R35).
+    fn read_older(&mut self) {
+        let since_ms = *self.store.older_since_ms.get_or_insert(self.now_ms);
+        if self.now_ms.saturating_sub(since_ms) < timers::OLDER_READS_MS {
+            return self.retry_store();
+        }
+        self.fail("the record store gives an older record than before: it was restored".to_owned());
     }
 
     fn learn(&mut self, read: Versioned) {
@@ -354,7 +379,9 @@ impl Target {
             return;
         }
         self.tell();
-        let ready = self.members().iter().all(|r| self.is_open(*r) && self.told.contains(r));
+        let members = self.members();
+        let all_open = members.iter().all(|r| self.is_open(*r)) || !self.guards.serveall;
+        let ready = all_open && members.iter().all(|r| self.told.contains(r) || !self.is_open(*r));
         if self.state == TargetState::Settling
             && self.pending.is_none()
             && ready

@@ -79,7 +79,7 @@ impl Target {
                 None => new += 1,
             }
         }
-        if new > 0 && self.logged.len() + new > timers::INTENT_LOG_REGIONS_MAX {
+        if new > 0 && self.logged.len() + new > self.guards.log_regions_max {
             if self.clear_round.is_none() && self.stopping.is_none() && !self.is_joining() {
                 self.start_clear_round(false);
             }
@@ -92,7 +92,7 @@ impl Target {
             entry.by_members |= by_members;
             entry.chosen = false;
         }
-        if self.logged.len() > timers::INTENT_LOG_PRESSURE && self.clear_round.is_none() {
+        if self.log_is_pressed() && self.clear_round.is_none() {
             self.dirty = true;
         }
         true
@@ -107,8 +107,12 @@ impl Target {
         }
     }
 
+    fn log_is_pressed(&self) -> bool {
+        self.logged.len() * 100 > self.guards.log_regions_max * timers::INTENT_LOG_PRESSURE_PERCENT
+    }
+
     pub(super) fn pump_log(&mut self) {
-        let pressed = self.logged.len() > timers::INTENT_LOG_PRESSURE;
+        let pressed = self.log_is_pressed();
         let due = self.now_ms >= self.next_clear_ms || pressed;
         if due
             && self.clear_round.is_none()
@@ -123,7 +127,7 @@ impl Target {
     /// `all`: of a target that stops; nothing is in flight.
     pub(super) fn start_clear_round(&mut self, all: bool) {
         self.next_clear_ms = self.now_ms + self.guards.log_clear_every_ms;
-        let pressed = self.logged.len() > timers::INTENT_LOG_PRESSURE;
+        let pressed = self.log_is_pressed();
         let mut regions: Vec<(u64, Region)> = self
             .logged
             .iter()

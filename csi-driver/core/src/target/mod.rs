@@ -217,6 +217,7 @@ impl Target {
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),
             TargetEvent::Stop => self.on_stop(),
+            TargetEvent::ClockJumped => self.on_clock_jumped(),
             TargetEvent::Tick => self.on_tick(),
         }
         self.settle_all();

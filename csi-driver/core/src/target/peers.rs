@@ -407,14 +407,16 @@ impl Target {
 
     pub(super) fn on_heartbeat_answered(&mut self, session: SessionId, sequence: u64, cache_lost: bool) {
         let Some(replica) = self.replica_of(session) else { return };
-        let now = self.now_ms;
+        let (now, drift) = (self.now_ms, self.guards.drift);
         let Some(open) = self.peers.get_mut(&replica).and_then(Peer::session_mut) else { return };
         let Some(at) = open.heartbeats.iter().position(|(number, _)| *number == sequence) else { return };
         let (_, sent_ms) = open.heartbeats[at];
         open.heartbeats.drain(..=at);
         open.last_heard_ms = now;
         // R4: counted from sending.
-        open.lease_end_ms = open.lease_end_ms.max(timers::lease_end_at_target(sent_ms));
+        let end_ms =
+            if drift { timers::lease_end_at_target(sent_ms) } else { sent_ms + timers::LEASE_MS };
+        open.lease_end_ms = open.lease_end_ms.max(end_ms);
         if !cache_lost && let Some(peer) = self.peers.get_mut(&replica) {
             // R19: it ends at the replica once what was lost is reconciled there.
             peer.cache_lost = false;
@@ -428,6 +430,23 @@ impl Target {
             self.peers.get(replica).and_then(Peer::session).map_or(0, |session| session.lease_end_ms)
         };
         self.leases_until_ms = self.ack_set.iter().map(end).min().unwrap_or(0);
+    }
+
+    /// R4: this machine's clocks stood still, for how long nobody knows: no lease counts any more, nor one whose
+    /// heartbeat was sent before. Nobody is called silent for what this machine slept through (R6).
+    pub(super) fn on_clock_jumped(&mut self) {
+        if !self.guards.walljump {
+            return;
+        }
+        let now = self.now_ms;
+        self.patient_until_ms = now + timers::TICK_GAP_MS;
+        for session in self.peers.values_mut().filter_map(Peer::session_mut) {
+            session.lease_end_ms = 0;
+            session.heartbeats.clear();
+            session.next_heartbeat_ms = now;
+        }
+        self.tick_peers();
+        self.recompute_leases();
     }
 
     /// R4: whether the leases of the whole ack set hold now.

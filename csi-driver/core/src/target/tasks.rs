@@ -1,10 +1,13 @@
 //! One piece of work under the range lock: a read, a write, a part of a zeroing, a copy.
 //!
 //! ```text
-//! region ─> lock ─┬─> read ─> lease ─────────────> done        reads
-//!                 └─> edges ─> gate ─> write ────> done        writes (edges only if unaligned)
-//!                     gate ─> copy read ─> write > done        copies
+//! region ─────────> lock ─> read ─> lease ───────────────> done        reads
+//! region ─> log ──> lock ─> edges ─> gate ─> write ──────> done        writes (region and edges only if unaligned)
+//!           log ──> lock ─> gate ─> copy read ─> write ──> done        copies
 //! ```
+//!
+//! Room in the intent log is taken before the range lock: a task that waited for room with the lock in hand could keep
+//! out the very copy whose end would make room.
 
 use std::collections::BTreeSet;
 
@@ -28,6 +31,8 @@ pub(super) enum Work {
 pub(super) enum Stage {
     /// Waits until its regions are reconciled, without the lock, which the reconciling copy needs (R20).
     Region,
+    /// Waits until the configuration allows it and the intent log has room for its regions (R18).
+    Log,
     /// Waits for the range lock.
     Lock,
     /// A read, or the read of a copy.
@@ -36,7 +41,7 @@ pub(super) enum Stage {
     Lease,
     /// Edge blocks are being read; so many are out.
     Edges(u32),
-    /// Waits until the configuration and the intent log let it begin.
+    /// Waits until the configuration lets it begin.
     Gate,
     /// Sent.
     Write,
@@ -142,6 +147,10 @@ impl Target {
         if reads && self.guards.readrec && self.wait_for_regions(id, range) {
             return;
         }
+        let Some(task) = self.tasks.get(&id) else { return };
+        if !matches!(task.work, Work::Read { .. }) && !task.counted && !self.take_log_room(id, range) {
+            return self.gated.push_back(id);
+        }
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Lock;
         let exclusive = !matches!(task.work, Work::Read { .. });
@@ -153,6 +162,18 @@ impl Target {
         if skip || self.locks.acquire(id, range, exclusive) {
             self.ready.push_back(id);
         }
+    }
+
+    /// R18: its regions are in the log's budget.
+    fn take_log_room(&mut self, id: u64, range: BlockRange) -> bool {
+        let Some(task) = self.tasks.get(&id) else { return false };
+        let by_members = !matches!(task.work, Work::Copy { why: CopyFor::CatchUp(_), .. });
+        let room = self.gates.begin && self.count_in_log(range, by_members);
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.stage = Stage::Log;
+            task.counted = room;
+        }
+        room
     }
 
     /// The lock is held.
@@ -170,6 +191,7 @@ impl Target {
     pub(super) fn try_advance(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
         match task.stage {
+            Stage::Log => self.ask_lock(id),
             Stage::Read => self.send_read(id),
             Stage::Edges(0) => self.send_edges(id),
             Stage::Gate => self.try_begin(id),
@@ -229,17 +251,14 @@ impl Target {
         }
     }
 
-    /// R8, R10, R18: a write begins only in a settled configuration, with its regions in the log's budget.
+    /// R8, R10: a write begins only in a settled configuration.
     fn try_begin(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let range = task.range;
-        let by_members = !matches!(task.work, Work::Copy { why: CopyFor::CatchUp(_), .. });
-        if !self.gates.begin || !self.count_in_log(range, by_members) {
+        if !self.gates.begin {
             return self.gated.push_back(id);
         }
-        let Some(task) = self.tasks.get_mut(&id) else { return };
-        task.counted = true;
         if let Work::Copy { .. } = task.work {
+            let Some(task) = self.tasks.get_mut(&id) else { return };
             task.stage = Stage::Read;
             return self.send_copy_read(id);
         }
@@ -292,7 +311,7 @@ impl Target {
                 set_answer(&mut task.answers, replica, answer);
                 self.check_write(id);
             }
-            Stage::Region | Stage::Lock | Stage::Lease | Stage::Gate => {}
+            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Gate => {}
         }
     }
 
@@ -317,7 +336,7 @@ impl Target {
                 }
             }
             Stage::Write => set_answer(&mut task.answers, replica, Answer::Missing),
-            Stage::Region | Stage::Lock | Stage::Lease | Stage::Gate => {}
+            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Gate => {}
         }
     }
 

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::actor::{Actor, Machine};
+use crate::clock::JumpWatch;
 use crate::errno;
 use crate::peers::Peers;
 use crate::replica::host::ReplicaHost;
@@ -115,6 +116,7 @@ pub enum TargetWork {
 /// The machine: the core's target and the engine's books.
 pub struct TargetMachine {
     core: Target,
+    clock: JumpWatch,
     next_request: u64,
     // Bounded by what the front ends have in flight (each limits its own).
     requests: HashMap<RequestId, ClientRequest>,
@@ -137,6 +139,7 @@ impl TargetMachine {
     pub fn new(core: Target) -> Self {
         Self {
             core,
+            clock: JumpWatch::new(),
             next_request: 0,
             requests: HashMap::new(),
             queries: HashMap::new(),
@@ -359,6 +362,10 @@ impl Machine for TargetMachine {
     type Env = TargetEnv;
 
     fn handle(&mut self, now_ms: u64, event: TargetInput, work: &mut Vec<TargetWork>) {
+        if self.clock.jumped(now_ms) {
+            // R4: before whatever came after the jump.
+            self.core.handle_event(now_ms, TargetEvent::ClockJumped);
+        }
         match event {
             TargetInput::Core(event) => {
                 match &*event {
