@@ -1,8 +1,9 @@
 //! What goes wrong: drawn per seed, so that some runs see much of one thing and others a little of everything.
 
 use rand::Rng;
-use rand::rngs::StdRng;
 
+use crate::coverage::Scenario;
+use crate::traps::{Deed, Step};
 use crate::world::{Event, NODES, REPLICAS, STORE, TargetNumber, World};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,90 +23,25 @@ pub enum Trouble {
     StoreDown,
     UnrelatedWriter,
     SlowDisk,
+    HungDisk,
     FullDisk,
     PauseEverything,
+    /// A node with its clocks, as a virtual machine that is suspended.
+    StopClock,
+    /// A target's node is cut off or sleeps, replicas elsewhere restart, and the volume moves.
+    Depose,
+    /// A target is started beside one of the same attachment.
+    SecondStart,
+    /// Trouble at a step that is yet to come.
+    Trap,
+    /// The next Epoch is late.
+    LateEpoch,
+    /// The next three targets die, each within a step.
+    ChainOfDeaths,
 }
 
-const ALL: [Trouble; 17] = [
-    Trouble::KillReplica,
-    Trouble::PowerLoss,
-    Trouble::PowerLossOfAll,
-    Trouble::FailFlush,
-    Trouble::Cut,
-    Trouble::OneWayCut,
-    Trouble::Isolate,
-    Trouble::PauseTarget,
-    Trouble::PauseReplica,
-    Trouble::KillTarget,
-    Trouble::Move,
-    Trouble::StopTarget,
-    Trouble::StoreDown,
-    Trouble::UnrelatedWriter,
-    Trouble::SlowDisk,
-    Trouble::FullDisk,
-    Trouble::PauseEverything,
-];
-
-#[derive(Debug)]
-pub struct Chaos {
-    weights: Vec<(Trouble, u32)>,
-    gap_us: u64,
-    /// Longest time a trouble lasts.
-    lasts_us: u64,
-    pub store_flaky: f64,
-    pub client_gap_us: u64,
-    /// A killed process counts as a lost cache, as with our store.
-    pub kill_loses_cache: bool,
-    pub log_cold_ms: u64,
-    pub log_clear_every_ms: u64,
-    pub until_us: u64,
-}
-
-impl Chaos {
-    pub fn draw(rng: &mut StdRng) -> Self {
-        let mut weights: Vec<(Trouble, u32)> =
-            ALL.iter().map(|trouble| (*trouble, [0, 0, 1, 1, 4][rng.random_range(0..5)])).collect();
-        // A client is only told of lost caches when all lost them: too often, and nothing else is ever checked.
-        for (trouble, weight) in &mut weights {
-            if *trouble == Trouble::PowerLossOfAll {
-                *weight = (*weight).min(1) * u32::from(rng.random_bool(0.4));
-            }
-        }
-        weights.push((Trouble::KillReplica, 1));
-        Self {
-            weights,
-            gap_us: [100_000, 400_000, 1_500_000, 3_000_000][rng.random_range(0..4)],
-            lasts_us: [300_000, 1_500_000, 5_000_000][rng.random_range(0..3)],
-            store_flaky: [0.0, 0.02, 0.2][rng.random_range(0..3)],
-            client_gap_us: [600, 2_000, 10_000][rng.random_range(0..3)],
-            kill_loses_cache: rng.random_bool(0.5),
-            log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
-            log_clear_every_ms: [5, 20, 100, 1_000][rng.random_range(0..4)],
-            until_us: 1_000_000 + rng.random_range(5_000_000..25_000_000),
-        }
-    }
-}
-
-/// Seeds from here on see one kind of trouble only, for chains that mixed trouble seldom completes.
-pub const FOCUSED: u64 = 1_000_000;
-
-impl Chaos {
-    /// Narrows what was drawn.
-    pub fn focus(&mut self, seed: u64) {
-        if seed < FOCUSED {
-            return;
-        }
-        self.lasts_us = 5_000_000;
-        self.client_gap_us = 2_000;
-        (self.weights, self.gap_us) = if seed.is_multiple_of(2) {
-            (vec![(Trouble::Isolate, 1), (Trouble::Move, 1)], 700_000)
-        } else {
-            (self.log_cold_ms, self.log_clear_every_ms, self.lasts_us) = (0, 5, 400_000);
-            self.client_gap_us = 6_000;
-            (vec![(Trouble::KillReplica, 6), (Trouble::Cut, 1)], 150_000)
-        };
-    }
-}
+/// From here on a pause counts as one of minutes.
+pub const MINUTE_US: u64 = 60_000_000;
 
 impl World {
     pub fn chaos_strikes(&mut self) {
@@ -136,12 +72,7 @@ impl World {
                 self.schedule(lasts, Event::StartProcess { node });
             }
             Trouble::PowerLoss => self.power_off(node, lasts),
-            Trouble::PowerLossOfAll => {
-                for node in 0..NODES {
-                    let lasts = lasts / (node as u64 + 1);
-                    self.power_off(node, lasts);
-                }
-            }
+            Trouble::PowerLossOfAll => self.power_off_all(lasts),
             Trouble::FailFlush => self.nodes[node].disk.fail_flush = true,
             Trouble::Cut | Trouble::OneWayCut | Trouble::Isolate => self.cut(trouble, node, lasts),
             Trouble::PauseTarget => {
@@ -150,20 +81,20 @@ impl World {
                 }
             }
             Trouble::PauseReplica => self.pause_replica(node, lasts),
-            Trouble::PauseEverything => {
-                self.pause_replica(node, lasts);
-                let here: Vec<TargetNumber> = self
-                    .targets
-                    .iter()
-                    .filter(|(_, host)| host.node == node)
-                    .map(|(number, _)| *number)
-                    .collect();
-                for target in here {
-                    self.pause_target(target, lasts);
-                }
+            Trouble::PauseEverything => self.pause_node(node, lasts),
+            Trouble::StopClock => {
+                self.nodes[node].stands_since.get_or_insert(self.now);
+                self.schedule(lasts, Event::ResumeClock { node });
+                self.pause_node(node, lasts);
             }
+            Trouble::Depose => self.depose(),
+            Trouble::SecondStart => self.second_start(),
+            Trouble::Trap => self.traps.arm(&mut self.rng),
+            Trouble::LateEpoch => self.traps.push(Step::TellEpoch, Deed::DelayMessage),
+            Trouble::ChainOfDeaths => self.traps.arm_chain(&mut self.rng),
             Trouble::KillTarget => {
                 if let Some(target) = self.any_target() {
+                    self.note_death(target, Step::Write);
                     self.kill_target(target, true);
                 }
             }
@@ -173,10 +104,82 @@ impl World {
                     self.target_event(target, holdfast_storage_core::target::TargetEvent::Stop);
                 }
             }
-            Trouble::StoreDown => self.store.down_until = self.now + lasts,
-            Trouble::UnrelatedWriter => self.store.version = self.store.version.next(),
+            Trouble::StoreDown => {
+                self.store.down_since = self.now;
+                self.store.down_until = self.now + self.chaos.store_down_us.unwrap_or(lasts);
+                self.schedule(self.store.down_until - self.now, Event::StoreUp);
+            }
+            Trouble::UnrelatedWriter => {
+                self.store.version = self.store.version.next();
+                self.store.unrelated = self.store.version;
+            }
             Trouble::SlowDisk => self.nodes[node].slow_until = self.now + lasts + 3_000_000,
+            Trouble::HungDisk => self.nodes[node].hung_until = self.now + lasts + 4_000_000,
             Trouble::FullDisk => self.nodes[node].disk.full = !self.nodes[node].disk.full,
+        }
+    }
+
+    fn pause_node(&mut self, node: usize, lasts: u64) {
+        self.pause_replica(node, lasts);
+        let here: Vec<TargetNumber> =
+            self.targets.iter().filter(|(_, host)| host.node == node).map(|(number, _)| *number).collect();
+        for target in here {
+            self.pause_target(target, lasts);
+        }
+    }
+
+    /// The old target does not know that it was replaced: it sleeps about as long as a lease, or is cut off, while those
+    /// that could have told it restart, and the next one is started at once.
+    fn depose(&mut self) {
+        let Some((number, node)) =
+            self.current.and_then(|number| self.targets.get(&number).map(|host| (number, host.node)))
+        else {
+            return;
+        };
+        let cut_off = self.rng.random_bool(0.8);
+        if cut_off {
+            let lasts = self.rng.random_range(1_500_000..5_000_000);
+            self.cut(Trouble::Isolate, node, lasts);
+        }
+        if self.rng.random_bool(0.8) {
+            // Around the end of the lease it sleeps with, the rest of the time anything.
+            let lasts = match self.rng.random_range(0..3) {
+                0 => self.rng.random_range(100_000..2_500_000),
+                1 => self.rng.random_range(800_000..1_900_000),
+                _ => self.rng.random_range(1_700_000..2_060_000),
+            };
+            self.pause_target(number, lasts);
+        }
+        let (mut died, all) = (0, self.rng.random_bool(0.4));
+        for other in self.other_replicas(node) {
+            if !all && self.rng.random_bool(0.6) {
+                continue;
+            }
+            died += 1;
+            let at_most = if self.rng.random_bool(0.5) { 20_000 } else { 2_000_000 };
+            let lasts = self.rng.random_range(1_000..at_most);
+            if self.rng.random_bool(0.3) {
+                self.power_off(other, lasts);
+            } else {
+                self.kill_process(other, true);
+                self.schedule(lasts, Event::StartProcess { node: other });
+            }
+        }
+        if cut_off && died == self.other_replicas(node).count() {
+            self.saw(Scenario::PowerLossOfAllButOne);
+        }
+        if self.rng.random_bool(0.8) {
+            let to = (node + self.rng.random_range(1..NODES)) % NODES;
+            self.publish(to);
+        }
+    }
+
+    /// As an upgrade does that believes the old process gone.
+    fn second_start(&mut self) {
+        let attached = self.current.and_then(|number| self.targets.get(&number)).map(|host| host.node);
+        if let Some(node) = attached.filter(|_| !self.starting) {
+            self.saw(Scenario::SecondStart);
+            self.start_target(node);
         }
     }
 
@@ -201,17 +204,43 @@ impl World {
         }
     }
 
-    fn pause_target(&mut self, target: TargetNumber, lasts: u64) {
-        let until = self.now + lasts;
+    pub fn pause_target(&mut self, target: TargetNumber, lasts: u64) {
+        let (now, until) = (self.now, self.now + lasts);
         if let Some(host) = self.targets.get_mut(&target) {
-            host.paused_until = until;
+            if host.paused_until <= now {
+                host.paused_from = now;
+            }
+            host.paused_until = host.paused_until.max(until);
             self.schedule(lasts, Event::ResumeTarget { target });
         }
     }
 
     fn pause_replica(&mut self, node: usize, lasts: u64) {
-        self.nodes[node].paused_until = self.now + lasts;
+        let (now, host) = (self.now, &mut self.nodes[node]);
+        if host.paused_until <= now {
+            host.paused_from = now;
+        }
+        host.paused_until = host.paused_until.max(now + lasts);
         self.schedule(lasts, Event::ResumeReplica { node });
+    }
+
+    /// The clocks go on; whoever runs there notices before anything else reaches it (R4).
+    pub fn resume_clock(&mut self, node: usize) {
+        let Some(since) = self.nodes[node].stands_since else { return };
+        if self.nodes[node].paused_until > self.now {
+            let delay = self.nodes[node].paused_until - self.now;
+            return self.schedule(delay, Event::ResumeClock { node });
+        }
+        self.nodes[node].stands_since = None;
+        self.nodes[node].stood_still_us += self.now - since;
+        if self.now - since >= MINUTE_US {
+            self.saw(Scenario::VmPausedForMinutes);
+        }
+        let here: Vec<TargetNumber> =
+            self.targets.iter().filter(|(_, host)| host.node == node).map(|(number, _)| *number).collect();
+        for target in here {
+            self.clock_jumped(target);
+        }
     }
 
     pub fn power_off(&mut self, node: usize, lasts: u64) {
@@ -225,6 +254,9 @@ impl World {
             self.kill_target(target, false);
         }
         self.nodes[node].powered = false;
+        self.nodes[node].off_since = self.now;
+        self.nodes[node].off_in_epoch = self.is_in_sync(node).then_some(self.store.record.epoch.number);
+        self.trimmed_crashed.append(&mut self.trimmed.clone());
         let disk = &mut self.nodes[node].disk;
         disk.lose_cache(&mut self.rng);
         disk.tmpfs_cookie = None;
@@ -242,14 +274,19 @@ impl World {
     /// Ends all troubles; what is broken gets repaired.
     pub fn heal(&mut self) {
         self.log(|| "-- everything heals".to_owned());
+        self.coverage.close();
+        self.traps.disarm();
         self.cuts.clear();
         self.store.down_until = 0;
         self.store.flaky = 0.0;
+        self.store.stale = 0.0;
         for node in 0..NODES {
             self.nodes[node].slow_until = 0;
+            self.nodes[node].hung_until = 0;
             self.nodes[node].disk.full = false;
             self.nodes[node].disk.fail_flush = false;
-            self.nodes[node].paused_until = 0;
+            self.nodes[node].paused_until = self.now.min(self.nodes[node].paused_until);
+            self.schedule(0, Event::ResumeClock { node });
             self.schedule(0, Event::ResumeReplica { node });
             if !self.nodes[node].powered {
                 self.schedule(0, Event::PowerOn { node });
@@ -258,10 +295,11 @@ impl World {
                 self.schedule(1_000_000, Event::StartProcess { node });
             }
         }
+        let now = self.now;
         let targets: Vec<TargetNumber> = self.targets.keys().copied().collect();
         for target in targets {
             if let Some(host) = self.targets.get_mut(&target) {
-                host.paused_until = 0;
+                host.paused_until = host.paused_until.min(now);
             }
             self.schedule(0, Event::ResumeTarget { target });
         }

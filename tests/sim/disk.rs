@@ -138,13 +138,17 @@ impl Disk {
         self.layers.lose_cache(rng);
     }
 
-    /// A write that was under way when its process died: any of its blocks may have landed.
-    pub fn tear(&mut self, range: BlockRange, data: &Blocks, rng: &mut StdRng) {
+    /// A write that was under way when its process died: any of its blocks may have landed. Tells whether some did and
+    /// some did not.
+    pub fn tear(&mut self, range: BlockRange, data: &Blocks, rng: &mut StdRng) -> bool {
+        let mut landed = 0;
         for block in range.start.0..range.end() {
             if rng.random_bool(0.5) {
+                landed += 1;
                 self.write_block(block, data.get(&block).copied().unwrap_or_default(), false);
             }
         }
+        (1..range.count).contains(&landed)
     }
 
     pub fn apply_meta(&mut self, op: &DiskOp) {

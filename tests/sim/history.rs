@@ -124,6 +124,10 @@ impl History {
         self.losses.insert(generation);
     }
 
+    pub fn flushes_acknowledged(&self) -> u64 {
+        self.flushes.len() as u64
+    }
+
     pub fn losses(&self) -> u64 {
         self.losses.len() as u64
     }

@@ -1,25 +1,32 @@
 //! Seeded simulation of the write path: the very `Target` and `Replica` of the data process, under simulated clocks,
-//! network, disks and record store. Each failing seed prints the line that replays it.
+//! network, disks and record store. docs/simulator.md says what is shared with the data process and what is modelled.
 //!
-//! `HOLDFAST_SIM_SEEDS=N` runs N seeds, `HOLDFAST_SIM_SEED=S` runs one with a trace of what happened.
+//! `scripts/test sim --seeds N` runs N mixed seeds and N / 8 of each family; `HOLDFAST_SIM_SEED=S scripts/test sim` runs
+//! one with a trace of what happened. Each failing seed prints the line that replays it.
 
 #![allow(clippy::print_stderr, missing_docs)]
 
 mod bites;
 mod chaos;
+mod coverage;
 mod disk;
+mod families;
 mod history;
 mod layers;
 mod replica_host;
 mod run;
 mod target_host;
+mod traps;
 mod world;
 
-use chaos::FOCUSED;
+use families::Family;
 use holdfast_storage_core::guards::Guards;
 
-/// Seeds of a plain run; about a minute on two slow cores in release mode.
+/// Mixed seeds of a plain run; a few minutes on two slow cores in release mode.
 const SEEDS: u64 = if cfg!(debug_assertions) { 150 } else { 1_500 };
+
+/// Client operations that CI's share has at least.
+const OPERATIONS: u64 = 1_000_000;
 
 /// Seeds that once found something, kept for good.
 const REGRESSIONS: [u64; 0] = [];
@@ -36,8 +43,10 @@ fn promises_hold_under_every_seed() {
         return;
     }
     let count = env("HOLDFAST_SIM_SEEDS").unwrap_or(SEEDS);
-    let focused = FOCUSED..FOCUSED + count / 8;
-    let seeds: Vec<u64> = REGRESSIONS.into_iter().chain(0..count).chain(focused).collect();
+    let mut seeds: Vec<u64> = REGRESSIONS.to_vec();
+    for family in Family::ALL {
+        seeds.extend(family.seeds(if family == Family::Mixed { count } else { count / 8 }));
+    }
     let total = run::in_parallel(&seeds, Guards::default(), |seed, outcome| {
         if !outcome.violations.is_empty() {
             eprintln!("seed {seed}: {:#?}", outcome.violations);
@@ -45,15 +54,22 @@ fn promises_hold_under_every_seed() {
         }
     });
     eprintln!(
-        "{} seeds: {} writes acknowledged, {} reads checked, {} starts of a target, {} changes of the in-sync set, {} \
-         losses of all caches",
+        "{} seeds: {} client operations ({} writes, {} reads, {} flushes), {} starts of a target, {} changes of the \
+         in-sync set, {} losses of all caches",
         seeds.len(),
+        total.operations(),
         total.writes,
         total.reads,
+        total.flushes,
         total.targets,
         total.epochs,
         total.losses
     );
+    total.coverage.print();
     assert!(total.failed.is_empty(), "failing seeds: {:?}", total.failed);
-    assert!(total.writes > seeds.len() as u64 * 50, "the runs did too little to prove anything");
+    if count >= SEEDS && !cfg!(debug_assertions) {
+        assert!(total.operations() >= OPERATIONS, "the runs did too little");
+        let missing = total.coverage.missing();
+        assert!(missing.is_empty(), "scenarios that never happened: {missing:?}");
+    }
 }

@@ -11,6 +11,8 @@ use holdfast_storage_core::replica::{
 use holdfast_storage_core::target::{CallId, IoError, IoId, Opened, SessionId, TargetEvent};
 use rand::Rng;
 
+use crate::chaos::MINUTE_US;
+use crate::coverage::Scenario;
 use crate::disk::{Blocks, data_op};
 use crate::target_host::ToTarget;
 use crate::world::{Event, TargetNumber, World};
@@ -64,7 +66,7 @@ enum Context {
     Open,
     Heartbeat(u64),
     Control(CallId),
-    Data { io: IoId, data: Blocks },
+    Data { io: IoId, data: Blocks, wrote: bool },
 }
 
 #[derive(Debug)]
@@ -73,6 +75,7 @@ pub struct PendingDisk {
     op: DiskOp,
     flush_mark: u64,
     data: Blocks,
+    since: u64,
     /// It is over; the process slept and has not heard yet.
     result: Option<Result<(), DiskError>>,
 }
@@ -96,10 +99,18 @@ impl World {
         if !self.nodes[node].powered || self.nodes[node].process.is_some() {
             return;
         }
+        if self.nodes[node].stands_since.is_some() {
+            return self.schedule(100_000, Event::StartProcess { node });
+        }
         let now_ms = self.clock_ms(node);
         let start = self.nodes[node].disk.start();
         let replica = Replica::with_guards(now_ms, start, self.guards);
         self.nodes[node].processes += 1;
+        let epoch = self.store.record.epoch.number;
+        let (off_since, off_in) = (self.nodes[node].off_since, self.nodes[node].off_in_epoch.take());
+        if off_in == Some(epoch) && self.now - off_since < 800_000 {
+            self.saw(Scenario::RebootWithinDeadline);
+        }
         let number = self.nodes[node].processes;
         self.nodes[node].process = Some(Process {
             number,
@@ -119,12 +130,19 @@ impl World {
         let Some(process) = self.nodes[node].process.take() else { return };
         self.log(|| format!("n{node}: replica process dies"));
         let mut in_order = true;
+        let writes = process.disk.iter().filter(|p| data_op(&p.op).is_some_and(|op| op.is_write())).count();
+        if writes > 0 && tell {
+            self.saw(Scenario::KilledWithIoLanding);
+        }
         for pending in &process.disk {
             match data_op(&pending.op) {
                 Some(DataOp::Write { range, .. } | DataOp::Zero { range, .. })
                     if !self.nodes[node].disk.full =>
                 {
-                    self.nodes[node].disk.tear(range, &pending.data, &mut self.rng);
+                    let torn = self.nodes[node].disk.tear(range, &pending.data, &mut self.rng);
+                    if torn && !tell {
+                        self.coverage.saw(Scenario::PowerLossTornWrite);
+                    }
                 }
                 Some(_) => {}
                 // A process killed between a failed flush and the removal of the cookie: a store that keeps its cache
@@ -163,13 +181,14 @@ impl World {
         self.send_to_target(node, caller.target, ToTarget::of_session(caller.session, event));
     }
 
-    pub fn at_replica(&mut self, node: usize, message: ToReplica) {
+    pub fn at_replica(&mut self, node: usize, message: ToReplica, number: u64) {
         if !self.nodes[node].powered {
             return;
         }
         if self.nodes[node].paused_until > self.now {
-            return self.nodes[node].deferred.push_back(Event::AtReplica { node, message });
+            return self.nodes[node].deferred.push_back(Event::AtReplica { node, message, number });
         }
+        self.note_arrival(node, &message, number);
         let Some(process) = &mut self.nodes[node].process else {
             let (ToReplica::Open { caller, .. }
             | ToReplica::Close { caller, .. }
@@ -210,7 +229,10 @@ impl World {
                 return self.tell_extents(node, caller, call, range, accepted);
             }
             ToReplica::Data { caller, io, token, op, data } => {
-                process.calls.insert(call, (caller, Context::Data { io, data }));
+                if !process.replica.accepts(token) && !process.sessions.is_empty() {
+                    self.coverage.saw(Scenario::LateBytesOfOldSession);
+                }
+                process.calls.insert(call, (caller, Context::Data { io, data, wrote: op.is_write() }));
                 ReplicaEvent::Data { call, token, op }
             }
         };
@@ -265,6 +287,12 @@ impl World {
         if self.nodes[node].paused_until > self.now {
             return;
         }
+        if self.nodes[node].process.is_some()
+            && self.nodes[node].paused_until - self.nodes[node].paused_from >= MINUTE_US
+        {
+            self.nodes[node].paused_from = self.nodes[node].paused_until;
+            self.saw(Scenario::ReplicaPausedForMinutes);
+        }
         for event in std::mem::take(&mut self.nodes[node].deferred) {
             self.dispatch(event);
         }
@@ -299,6 +327,7 @@ impl World {
     }
 
     fn start_disk(&mut self, node: usize, id: DiskId, op: DiskOp) {
+        self.spring_at_disk(node, &op);
         let slow = self.nodes[node].slow_until > self.now;
         let mut delay = match self.rng.random_range(0..100) {
             0..4 => self.rng.random_range(2_000..60_000),
@@ -309,10 +338,13 @@ impl World {
         }
         let flush_mark = self.nodes[node].disk.flush_mark();
         let now = self.now;
+        let hung = self.nodes[node].hung_until.saturating_sub(now);
         let Some(process) = &mut self.nodes[node].process else { return };
         if data_op(&op).is_none() {
-            process.meta_busy_until = process.meta_busy_until.max(now) + delay.min(100_000);
+            process.meta_busy_until = process.meta_busy_until.max(now + hung) + delay.min(100_000);
             delay = process.meta_busy_until - now;
+        } else {
+            delay += hung;
         }
         let data = match &op {
             DiskOp::Data { call, .. } => match process.calls.get(call) {
@@ -322,7 +354,7 @@ impl World {
             _ => Blocks::new(),
         };
         let number = process.number;
-        process.disk.push(PendingDisk { id, op, flush_mark, data, result: None });
+        process.disk.push(PendingDisk { id, op, flush_mark, data, since: now, result: None });
         self.schedule(delay, Event::DiskDone { node, process: number, id: id.0 });
     }
 
@@ -333,9 +365,14 @@ impl World {
         let host = &mut self.nodes[node];
         let Some(process) = &mut host.process else { return };
         let Some(at) = process.disk.iter().position(|pending| pending.id.0 == id) else { return };
-        let PendingDisk { id, op, flush_mark, data, result } = process.disk.remove(at);
+        let PendingDisk { id, op, flush_mark, data, since, result } = process.disk.remove(at);
         if let Some(result) = result {
             return self.replica_event(node, ReplicaEvent::DiskDone { id, result });
+        }
+        match self.now - since {
+            5_000_000.. => self.coverage.saw(Scenario::HungDisk),
+            1_000_000.. => self.coverage.saw(Scenario::SlowDisk),
+            _ => {}
         }
         let disk = &mut host.disk;
         let result = match data_op(&op) {
@@ -360,12 +397,16 @@ impl World {
                 }
                 read.map(|_| ()).ok_or(DiskError::NoSnapshot)
             }
-            Some(DataOp::Write { .. }) if disk.full => Err(DiskError::NoSpace),
+            Some(DataOp::Write { .. }) if disk.full => {
+                self.coverage.saw(Scenario::FullDisk);
+                Err(DiskError::NoSpace)
+            }
             Some(DataOp::Write { range, fua } | DataOp::Zero { range, fua, .. }) => {
                 disk.write(range, &data, fua);
                 Ok(())
             }
             Some(DataOp::Flush) if disk.fail_flush => {
+                self.coverage.saw(Scenario::FailedFsync);
                 disk.fail_flush = false;
                 disk.lose_cache(&mut self.rng);
                 Err(DiskError::Device)
@@ -394,7 +435,7 @@ impl World {
         // Without effect if the process dies before it wakes.
         let (op, number) = (DiskOp::LogRemove(vec![]), process.number);
         let data = Blocks::new();
-        process.disk.push(PendingDisk { id, op, flush_mark: 0, data, result: Some(result) });
+        process.disk.push(PendingDisk { id, op, flush_mark: 0, data, since: self.now, result: Some(result) });
         self.nodes[node].deferred.push_back(Event::DiskDone { node, process: number, id: id.0 });
     }
 
@@ -432,11 +473,12 @@ impl World {
             (Context::Control(call), ReplicaReply::Map(Ok(map))) => {
                 ToTarget::of_session(caller.session, TargetEvent::MapRead { call, map })
             }
-            (Context::Data { io, data }, ReplicaReply::Done(result)) => match result {
-                Ok(()) => ToTarget::IoDone { session: caller.session, io, result: Ok(()), data },
+            (Context::Data { io, data, wrote }, ReplicaReply::Done(result)) => match result {
+                Ok(()) => ToTarget::IoDone { session: caller.session, io, result: Ok(()), data, wrote },
                 Err(RequestRefusal::Disk(error)) => {
                     let error = if error == DiskError::NoSpace { IoError::NoSpace } else { IoError::Failed };
-                    ToTarget::IoDone { session: caller.session, io, result: Err(error), data: Blocks::new() }
+                    let (session, data) = (caller.session, Blocks::new());
+                    ToTarget::IoDone { session, io, result: Err(error), data, wrote: false }
                 }
                 Err(RequestRefusal::Invalid) => {
                     self.history.violations.push("a replica refused a request as invalid".to_owned());

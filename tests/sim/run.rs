@@ -7,6 +7,7 @@ use holdfast_storage_core::guards::Guards;
 use holdfast_storage_core::ids::BLOCK_BYTES;
 use holdfast_storage_core::target::{ClientOp, TargetEvent, TargetState};
 
+use crate::coverage::Coverage;
 use crate::world::{Event, NODES, REPLICAS, World};
 
 /// Longest time the volume may take to be whole again once everything works.
@@ -17,9 +18,11 @@ pub struct Outcome {
     pub violations: Vec<String>,
     pub writes: u64,
     pub reads: u64,
+    pub flushes: u64,
     pub targets: u64,
     pub epochs: u64,
     pub losses: u64,
+    pub coverage: Coverage,
 }
 
 #[derive(Debug, Default)]
@@ -27,12 +30,30 @@ pub struct Total {
     pub failed: Vec<u64>,
     pub writes: u64,
     pub reads: u64,
+    pub flushes: u64,
     pub targets: u64,
     pub epochs: u64,
     pub losses: u64,
+    pub coverage: Coverage,
 }
 
+impl Total {
+    /// Client operations that were answered.
+    pub fn operations(&self) -> u64 {
+        self.writes + self.reads + self.flushes
+    }
+}
+
+/// Runs a seed; a panic of the code under test is a violation too.
 pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
+    std::panic::catch_unwind(|| run_unguarded(seed, guards, trace)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Outcome { violations: vec![format!("panic: {}", text.unwrap_or_default())], ..Outcome::default() }
+    })
+}
+
+fn run_unguarded(seed: u64, guards: Guards, trace: bool) -> Outcome {
     let mut world = World::new(seed, guards, trace);
     world.schedule(300_000, Event::Chaos);
     let until = world.chaos.until_us;
@@ -52,9 +73,11 @@ pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
         violations: std::mem::take(&mut world.history.violations),
         writes: world.history.writes_acknowledged,
         reads: world.history.reads_answered,
+        flushes: world.history.flushes_acknowledged(),
         targets: world.next_target,
         epochs: world.store.record.epoch.number,
         losses: world.history.losses(),
+        coverage: world.coverage,
     }
 }
 
@@ -75,9 +98,11 @@ pub fn in_parallel(seeds: &[u64], guards: Guards, each: impl Fn(u64, &Outcome) +
                     }
                     total.writes += outcome.writes;
                     total.reads += outcome.reads;
+                    total.flushes += outcome.flushes;
                     total.targets += outcome.targets;
                     total.epochs += outcome.epochs;
                     total.losses += outcome.losses;
+                    total.coverage.add(&outcome.coverage);
                 }
             });
         }

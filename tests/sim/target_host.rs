@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{BLOCK_BYTES, SessionToken, TargetId};
+use holdfast_storage_core::record::ReplicaState;
 use holdfast_storage_core::replica::{ControlOp, DataOp, OpenRequest, SessionKey};
 use holdfast_storage_core::target::{
     ClientOp, Control, CopyId, Edge, IoError, IoId, OpenSession, Opened, Payload, RequestId, SessionId,
@@ -13,9 +14,13 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::disk::{BlockData, Blocks};
+use crate::chaos::MINUTE_US;
+use crate::coverage::Scenario;
+use crate::families::Drift;
 use crate::history::{Moment, Register};
 use crate::replica_host::{Caller, ToReplica};
-use crate::world::{Event, TargetNumber, VOLUME_BYTES, World, node_name, node_of};
+use crate::traps::JoinStep;
+use crate::world::{Event, TargetNumber, VOLUME_BYTES, World, node_name, node_of, replica_id};
 
 /// Blocks that clients use: few, so that requests meet; on both sides of region boundaries.
 const HOT_BLOCKS: [u64; 10] = [0, 1, 2, 3, 254, 255, 256, 511, 512, 900];
@@ -27,7 +32,7 @@ const READS_MAX: usize = 4;
 pub enum ToTarget {
     Event { session: Option<SessionId>, event: Box<TargetEvent> },
     Opened { session: SessionId, token: SessionToken, opened: Opened },
-    IoDone { session: SessionId, io: IoId, result: Result<(), IoError>, data: Blocks },
+    IoDone { session: SessionId, io: IoId, result: Result<(), IoError>, data: Blocks, wrote: bool },
 }
 
 impl ToTarget {
@@ -68,7 +73,12 @@ pub struct TargetHost {
     copies: BTreeMap<CopyId, Blocks>,
     tick_at: u64,
     pub paused_until: u64,
+    pub paused_from: u64,
     deferred: VecDeque<Event>,
+    pub join_step: JoinStep,
+    /// Writes in flight by I/O, and per request whether a member refused it and whether one did it.
+    writes: BTreeMap<IoId, RequestId>,
+    outcomes: BTreeMap<RequestId, (bool, bool)>,
 }
 
 impl TargetHost {
@@ -79,6 +89,9 @@ impl TargetHost {
 
 impl World {
     pub fn start_target(&mut self, node: usize) {
+        if self.nodes[node].stands_since.is_some() {
+            return self.schedule(100_000, Event::StartTarget { node });
+        }
         self.starting = false;
         if !self.nodes[node].powered || self.store.record.attached_to != Some(node_name(node)) {
             return;
@@ -106,7 +119,11 @@ impl World {
             copies: BTreeMap::new(),
             tick_at: u64::MAX,
             paused_until: 0,
+            paused_from: 0,
             deferred: VecDeque::new(),
+            join_step: JoinStep::None,
+            writes: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
         };
         self.targets.insert(number, host);
         self.current = Some(number);
@@ -135,6 +152,12 @@ impl World {
         if host.paused_until > now {
             return host.deferred.push_back(Event::AtTarget { target: number, message });
         }
+        if matches!(&message, ToTarget::IoDone { wrote: false, .. }) && self.spring_at_read(number) {
+            // It sleeps before it has looked at its leases.
+            let Some(host) = self.targets.get_mut(&number) else { return };
+            return host.deferred.push_back(Event::AtTarget { target: number, message });
+        }
+        let Some(host) = self.targets.get_mut(&number) else { return };
         let event = match message {
             ToTarget::Event { session, event } => {
                 if session.is_some_and(|session| !host.sessions.contains_key(&session)) {
@@ -145,12 +168,17 @@ impl World {
             ToTarget::Opened { session, token, opened } => {
                 let Some(entry) = host.sessions.get_mut(&session) else { return };
                 entry.token = Some(token);
+                self.note_opened(number, &opened, session);
                 TargetEvent::Opened { session, opened }
             }
-            ToTarget::IoDone { session, io, result, data } => {
+            ToTarget::IoDone { session, io, result, data, .. } => {
                 if !host.sessions.contains_key(&session) {
                     return;
                 }
+                if let Some(request) = host.writes.remove(&io) {
+                    self.note_half_failed(number, request, result.is_err());
+                }
+                let Some(host) = self.targets.get_mut(&number) else { return };
                 if let (Ok(()), Some((payload, range))) = (result, host.ios.remove(&io)) {
                     host.keep(payload, range, &data);
                 }
@@ -180,24 +208,28 @@ impl World {
         {
             host.tick_at = at_ms;
             let delay = self.until_ms(node, at_ms);
-            self.schedule(delay, Event::TargetTick { target: number });
+            self.schedule(delay, Event::TargetTick { target: number, at_ms });
         }
     }
 
-    pub fn target_tick(&mut self, number: TargetNumber) {
+    pub fn target_tick(&mut self, number: TargetNumber, at_ms: u64) {
         let now = self.now;
         let Some(host) = self.targets.get_mut(&number) else { return };
         if host.paused_until > now {
-            return host.deferred.push_back(Event::TargetTick { target: number });
+            return host.deferred.push_back(Event::TargetTick { target: number, at_ms });
         }
-        let (node, at) = (host.node, host.tick_at);
-        // Timers that were overtaken by an earlier one are skipped.
-        if self.clock_ms(node) >= at {
+        let (node, tick_at) = (host.node, host.tick_at);
+        if self.clock_ms(node) >= tick_at {
             if let Some(host) = self.targets.get_mut(&number) {
                 host.tick_at = u64::MAX;
             }
             self.target_event(number, TargetEvent::Tick);
+        } else if at_ms == tick_at {
+            // Its clock stood still meanwhile.
+            let delay = self.until_ms(node, at_ms);
+            self.schedule(delay, Event::TargetTick { target: number, at_ms });
         }
+        // Timers that were overtaken by an earlier one are skipped.
     }
 
     pub fn resume_target(&mut self, number: TargetNumber) {
@@ -205,6 +237,10 @@ impl World {
         let Some(host) = self.targets.get_mut(&number) else { return };
         if host.paused_until > now {
             return;
+        }
+        if host.paused_until - host.paused_from >= MINUTE_US {
+            host.paused_from = host.paused_until;
+            self.coverage.saw(Scenario::TargetPausedForMinutes);
         }
         // R6: the queued input first, timers last.
         let (ticks, input): (Vec<Event>, Vec<Event>) = std::mem::take(&mut host.deferred)
@@ -214,11 +250,56 @@ impl World {
             self.dispatch(event);
         }
         if !ticks.is_empty() {
+            if let Some(host) = self.targets.get_mut(&number) {
+                host.tick_at = u64::MAX;
+            }
             self.target_event(number, TargetEvent::Tick);
         }
     }
 
+    /// R4: its node's clock stood still.
+    pub fn clock_jumped(&mut self, number: TargetNumber) {
+        if self.targets.get(&number).is_some_and(|host| *host.target.state() == TargetState::Serving) {
+            self.saw(Scenario::ClockJumpVoidedLeases);
+        }
+        self.target_event(number, TargetEvent::ClockJumped);
+    }
+
+    /// A replica with a log of its own that comes back epochs later.
+    fn note_opened(&mut self, number: TargetNumber, opened: &Opened, session: SessionId) {
+        let Some(node) = self.targets.get(&number).and_then(|host| host.sessions.get(&session)).map(|s| s.node)
+        else {
+            return;
+        };
+        let record = &self.store.record;
+        if let Some(ReplicaState::Offline { left_epoch }) =
+            record.replicas.get(&replica_id(node)).map(|replica| replica.state)
+            && record.epoch.number >= left_epoch.number + 3
+            && !opened.logged.is_empty()
+        {
+            self.saw(Scenario::BackAfterThreeEpochs);
+        }
+    }
+
+    /// Whether a write failed on one member and was done by another.
+    fn note_half_failed(&mut self, number: TargetNumber, request: RequestId, failed: bool) {
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        if !host.requests.contains_key(&request) {
+            return;
+        }
+        let (refused, done) = host.outcomes.entry(request).or_default();
+        let before = *refused && *done;
+        *refused |= failed;
+        *done |= !failed;
+        if *refused && *done && !before {
+            self.saw(Scenario::HalfFailedRequest);
+        }
+    }
+
     fn target_action(&mut self, number: TargetNumber, action: TargetAction) {
+        if self.spring_at_target(number, &action) {
+            return;
+        }
         let Some(host) = self.targets.get_mut(&number) else { return };
         let node = host.node;
         match action {
@@ -255,6 +336,7 @@ impl World {
                 self.send_io(number, io, session, op, payload)
             }
             TargetAction::Complete { request, result } => {
+                host.outcomes.remove(&request);
                 if let Some(request) = host.requests.remove(&request)
                     && result.is_ok()
                 {
@@ -273,6 +355,10 @@ impl World {
         let Some(host) = self.targets.get_mut(&number) else { return };
         let status = host.target.status();
         host.generation = status.generation.0;
+        let serving = self.targets.values().filter(|host| *host.target.state() == TargetState::Serving);
+        if *state == TargetState::Serving && serving.count() > 1 {
+            self.saw(Scenario::TwoTargetsServe);
+        }
         if *state == TargetState::Serving && status.possible_loss {
             self.log(|| format!("t{number}: goes on from lost caches"));
             self.history.loss(status.generation.0);
@@ -326,7 +412,12 @@ impl World {
                 DataOp::Read(_) | DataOp::ReadSnapshot { .. } => {
                     host.ios.insert(io, (payload, range));
                 }
-                DataOp::Write { .. } => data = host.payload(payload, range),
+                DataOp::Write { .. } => {
+                    if let Payload::Request(request) = payload {
+                        host.writes.insert(io, request);
+                    }
+                    data = host.payload(payload, range);
+                }
                 DataOp::Zero { .. } => data = host.zeroing(range),
                 DataOp::Flush => {}
             }
@@ -359,13 +450,14 @@ impl World {
         }
         let reads = host.requests.values().filter(|r| matches!(r.op, ClientOp::Read { .. })).count();
         let (may_read, may_write) = (reads < READS_MAX, host.requests.len() - reads < WRITES_MAX);
-        let (mut offset, mut len) = draw_range(&mut self.rng);
+        let wide = self.chaos.wide && self.rng.random_bool(0.7);
+        let (mut offset, mut len) = draw_range(&mut self.rng, wide);
         // Reads of what no write holds show whether a target that is stuck still serves.
         for _ in 0..4 {
             if may_write || !host.writes_overlap(offset, len) {
                 break;
             }
-            (offset, len) = draw_range(&mut self.rng);
+            (offset, len) = draw_range(&mut self.rng, wide);
         }
         let fua = self.rng.random_bool(0.1);
         let op = match self.rng.random_range(0..100) {
@@ -388,6 +480,19 @@ impl World {
         host.next_request += 1;
         let id = RequestId(host.next_request);
         let mut request = Request { op, start, generation, written: Vec::new(), data: Blocks::new() };
+        let (overlaps, unreconciled) = match op {
+            ClientOp::Read { offset, len } => (host.writes_overlap(offset, len), false),
+            ClientOp::Write { offset, len, .. } if !(offset | len).is_multiple_of(BLOCK_BYTES) => {
+                (false, host.target.status().unreconciled_regions > 0)
+            }
+            ClientOp::Write { .. } | ClientOp::Zero { .. } | ClientOp::Flush => (false, false),
+        };
+        if overlaps {
+            self.coverage.saw(Scenario::ReadWriteOverlap);
+        }
+        if unreconciled {
+            self.coverage.saw(Scenario::UnalignedWriteUnreconciled);
+        }
         // The checker needs unique values, so a zeroing stores some too; the core cannot tell.
         if let ClientOp::Write { offset, len, .. } | ClientOp::Zero { offset, len, .. } = op {
             for register in offset / HALF..(offset + len) / HALF {
@@ -403,15 +508,42 @@ impl World {
         self.target_event(number, TargetEvent::Request { request: id, op });
     }
 
+    fn note_read(&mut self, offset: u64, len: u64) {
+        let range = BlockRange::covering(offset, len);
+        match self.chaos.drift {
+            Drift::Mild => {}
+            Drift::AtBound => self.saw(Scenario::DriftAtBound),
+            Drift::PastBound => self.saw(Scenario::DriftPastBound),
+        }
+        if self.trimmed_crashed.range(range.start.0..range.end()).next().is_some() {
+            self.saw(Scenario::TrimCrashRead);
+        }
+    }
+
+    fn note_change(&mut self, offset: u64, len: u64, trim: bool) {
+        let range = BlockRange::covering(offset, len);
+        for block in range.start.0..range.end() {
+            self.trimmed_crashed.remove(&block);
+            if trim {
+                self.trimmed.insert(block);
+            } else {
+                self.trimmed.remove(&block);
+            }
+        }
+    }
+
     fn completed(&mut self, request: Request) {
         match request.op {
             ClientOp::Read { offset, len } => {
                 let values: Vec<(Register, u64)> = (offset / HALF..(offset + len) / HALF)
                     .map(|r| (r, request.data.get(&(r / 2)).copied().unwrap_or_default()[half(r)]))
                     .collect();
+                self.note_read(offset, len);
                 self.history.read_answered(&values, request.start, request.generation);
             }
-            ClientOp::Write { fua, .. } | ClientOp::Zero { fua, .. } => {
+            ClientOp::Write { offset, len, fua } | ClientOp::Zero { offset, len, fua, .. } => {
+                let trim = matches!(request.op, ClientOp::Zero { trim: true, .. });
+                self.note_change(offset, len, trim);
                 self.history.write_acknowledged(&request.written, request.start, request.generation, fua);
             }
             ClientOp::Flush => self.history.flush_acknowledged(request.start, request.generation),
@@ -496,8 +628,9 @@ impl TargetHost {
     }
 }
 
-fn draw_range(rng: &mut StdRng) -> (u64, u64) {
-    let block = HOT_BLOCKS[rng.random_range(0..HOT_BLOCKS.len())];
+fn draw_range(rng: &mut StdRng, wide: bool) -> (u64, u64) {
+    let hot = HOT_BLOCKS[rng.random_range(0..HOT_BLOCKS.len())];
+    let block = if wide { rng.random_range(0..VOLUME_BYTES / BLOCK_BYTES) } else { hot };
     let mut offset = block * BLOCK_BYTES;
     let mut len = rng.random_range(1..=3) * BLOCK_BYTES;
     if rng.random_bool(0.2) {

@@ -1,7 +1,7 @@
 //! The simulated world: three nodes with clocks that drift, a network that delays, loses and cuts, a record store that
 //! forgets to answer. It runs the very `Target` and `Replica` that the data process runs.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use holdfast_storage_core::guards::Guards;
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, RecordVersion, ReplicaId, VolumeId};
@@ -13,11 +13,13 @@ use holdfast_storage_core::transitions::{self, NewVolume};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::chaos::Chaos;
+use crate::families::Chaos;
+use crate::coverage::{Coverage, Scenario};
 use crate::disk::Disk;
 use crate::history::History;
 use crate::replica_host::{Process, ToReplica};
 use crate::target_host::{TargetHost, ToTarget};
+use crate::traps::{Deed, Step, Traps};
 
 pub const REPLICAS: usize = 3;
 /// The last one holds no replica: a target there reads from all of them.
@@ -35,6 +37,8 @@ pub enum Event {
     AtReplica {
         node: usize,
         message: ToReplica,
+        /// In the order of sending.
+        number: u64,
     },
     AtTarget {
         target: TargetNumber,
@@ -56,6 +60,8 @@ pub enum Event {
     },
     TargetTick {
         target: TargetNumber,
+        /// What the clock must show.
+        at_ms: u64,
     },
     ResumeTarget {
         target: TargetNumber,
@@ -63,11 +69,24 @@ pub enum Event {
     ResumeReplica {
         node: usize,
     },
+    /// A node's clocks go on.
+    ResumeClock {
+        node: usize,
+    },
     AtStore {
         target: TargetNumber,
         call: CallId,
         swap: Option<(RecordVersion, Box<VolumeRecord>)>,
         answer: bool,
+    },
+    /// The store may be up again.
+    StoreUp,
+    /// A trap has sprung.
+    Deed {
+        deed: Deed,
+        step: Step,
+        target: TargetNumber,
+        node: Option<usize>,
     },
     Client {
         target: TargetNumber,
@@ -92,10 +111,19 @@ pub struct Node {
     pub process: Option<Process>,
     pub processes: u64,
     /// Parts per million by which its clock is fast.
-    rate_ppm: i64,
+    pub rate_ppm: i64,
+    /// Microseconds for which its clocks stood still.
+    pub stood_still_us: u64,
+    /// Since when they stand still.
+    pub stands_since: Option<u64>,
     pub paused_until: u64,
+    pub paused_from: u64,
     pub deferred: VecDeque<Event>,
     pub slow_until: u64,
+    pub hung_until: u64,
+    pub off_since: u64,
+    /// The epoch when its power went, if it was in sync then.
+    pub off_in_epoch: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -103,8 +131,15 @@ pub struct Store {
     pub version: RecordVersion,
     pub record: VolumeRecord,
     pub down_until: u64,
+    pub down_since: u64,
     /// Chance that an answer is lost, with the change made, not made, or made late.
     pub flaky: f64,
+    /// Chance that a read gives an older version.
+    pub stale: f64,
+    /// The version before the last change.
+    pub before: Option<Versioned>,
+    /// The version that an unrelated writer made last.
+    pub unrelated: RecordVersion,
 }
 
 #[derive(Debug)]
@@ -126,6 +161,18 @@ pub struct World {
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub history: History,
     pub chaos: Chaos,
+    pub traps: Traps,
+    pub coverage: Coverage,
+    /// The in-sync sets as they followed each other.
+    pub sets: Vec<Vec<usize>>,
+    /// Blocks whose last acknowledged change was a trim, and those of them that a power loss came over.
+    pub trimmed: BTreeSet<u64>,
+    pub trimmed_crashed: BTreeSet<u64>,
+    /// The next message is late by this, in microseconds.
+    pub late_by: u64,
+    /// Messages to replicas, numbered, for telling which overtook which.
+    pub next_message: u64,
+    pub data_on_the_way: BTreeSet<(TargetNumber, usize, u64)>,
     pub client_load: bool,
     pub trace: bool,
     /// With `trace`: every disk operation on this block is shown.
@@ -156,12 +203,24 @@ impl World {
             replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
             params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
         });
-        let nodes = (0..NODES).map(|node| mk_node(node, &record, &mut rng)).collect();
-        let mut chaos = Chaos::draw(&mut rng);
-        chaos.focus(seed);
-        let guards =
-            Guards { log_cold_ms: chaos.log_cold_ms, log_clear_every_ms: chaos.log_clear_every_ms, ..guards };
-        let store = Store { version: RecordVersion(1), record, down_until: 0, flaky: chaos.store_flaky };
+        let chaos = Chaos::of_seed(seed, &mut rng);
+        let nodes = (0..NODES).map(|node| mk_node(node, &record, &chaos, &mut rng)).collect();
+        let guards = Guards {
+            log_cold_ms: chaos.log_cold_ms,
+            log_clear_every_ms: chaos.log_clear_every_ms,
+            log_regions_max: chaos.log_regions_max,
+            ..guards
+        };
+        let store = Store {
+            version: RecordVersion(1),
+            record,
+            down_until: 0,
+            down_since: 0,
+            flaky: chaos.store_flaky,
+            stale: chaos.store_stale,
+            before: None,
+            unrelated: RecordVersion(0),
+        };
         let mut world = Self {
             now: 1_000_000,
             rng,
@@ -177,6 +236,14 @@ impl World {
             cuts: BTreeMap::new(),
             history: History::default(),
             chaos,
+            traps: Traps::default(),
+            coverage: Coverage::default(),
+            sets: Vec::new(),
+            trimmed: BTreeSet::new(),
+            trimmed_crashed: BTreeSet::new(),
+            late_by: 0,
+            next_message: 0,
+            data_on_the_way: BTreeSet::new(),
             client_load: true,
             trace,
             watch: std::env::var("HOLDFAST_SIM_BLOCK")
@@ -188,7 +255,23 @@ impl World {
             world.schedule(0, Event::StartProcess { node });
         }
         world.schedule(0, Event::Controller);
+        world.note_set();
         world
+    }
+
+    pub fn is_in_sync(&self, node: usize) -> bool {
+        node < REPLICAS && self.store.record.in_sync.contains(&replica_id(node))
+    }
+
+    fn store_up(&mut self) {
+        let was = self.store.down_until.saturating_sub(self.store.down_since);
+        if self.store.down_until == self.now && was >= 10 * crate::chaos::MINUTE_US {
+            self.saw(Scenario::StoreDownTenMinutes);
+        }
+    }
+
+    pub fn saw(&mut self, scenario: Scenario) {
+        self.coverage.saw(scenario);
     }
 
     pub fn log(&self, what: impl FnOnce() -> String) {
@@ -204,15 +287,17 @@ impl World {
 
     /// A node's monotonic clock, in milliseconds.
     pub fn clock_ms(&self, node: usize) -> u64 {
-        let rate = 1_000_000 + self.nodes[node].rate_ppm;
-        u64::try_from(i128::from(self.now) * i128::from(rate) / 1_000_000_000).expect("positive")
+        let host = &self.nodes[node];
+        let rate = 1_000_000 + host.rate_ppm;
+        let running = host.stands_since.unwrap_or(self.now) - host.stood_still_us;
+        u64::try_from(i128::from(running) * i128::from(rate) / 1_000_000_000).expect("positive")
             + 1_000 * node as u64
     }
 
     /// Microseconds until a node's clock shows `at_ms`.
     pub fn until_ms(&self, node: usize, at_ms: u64) -> u64 {
         // A little late rather than early: an early tick is repeated for nothing.
-        at_ms.saturating_sub(self.clock_ms(node)) * 1_005 + 1
+        at_ms.saturating_sub(self.clock_ms(node)) * 1_025 + 1
     }
 
     /// Runs until `until`, or until nothing is left to do.
@@ -230,16 +315,19 @@ impl World {
 
     pub fn dispatch(&mut self, event: Event) {
         match event {
-            Event::AtReplica { node, message } => self.at_replica(node, message),
+            Event::AtReplica { node, message, number } => self.at_replica(node, message, number),
             Event::AtTarget { target, message } => self.at_target(target, message),
             Event::DiskDone { node, process, id } => self.disk_done(node, process, id),
             Event::ConnectionsClosed { node, process, token } => {
                 self.connections_closed(node, process, token)
             }
             Event::ReplicaTick { node, process } => self.replica_tick(node, process),
-            Event::TargetTick { target } => self.target_tick(target),
+            Event::TargetTick { target, at_ms } => self.target_tick(target, at_ms),
             Event::ResumeTarget { target } => self.resume_target(target),
             Event::ResumeReplica { node } => self.resume_replica(node),
+            Event::ResumeClock { node } => self.resume_clock(node),
+            Event::StoreUp => self.store_up(),
+            Event::Deed { deed, step, target, node } => self.do_deed(deed, step, target, node),
             Event::AtStore { target, call, swap, answer } => self.at_store(target, call, swap, answer),
             Event::Client { target } => self.client(target),
             Event::StartProcess { node } => self.start_process(node),
@@ -265,7 +353,12 @@ impl World {
                 _ => self.rng.random_range(80..900),
             }
         };
-        match self.cut_until(from, to) {
+        let delay = delay + std::mem::take(&mut self.late_by);
+        let cut = self.cut_until(from, to);
+        if cut.is_some() && self.cut_until(to, from).is_none() {
+            self.saw(Scenario::OneWayCut);
+        }
+        match cut {
             None => Some(delay),
             // Bytes of an old session may arrive when the cut is over.
             Some(until) if self.rng.random_bool(0.5) => Some(until - self.now + delay),
@@ -274,15 +367,38 @@ impl World {
     }
 
     pub fn send_to_replica(&mut self, from: usize, node: usize, message: ToReplica) {
-        if let Some(delay) = self.message_delay(from, node) {
-            self.schedule(delay, Event::AtReplica { node, message });
+        let Some(delay) = self.message_delay(from, node) else { return };
+        self.next_message += 1;
+        let number = self.next_message;
+        if let ToReplica::Data { caller, .. } = &message {
+            self.data_on_the_way.insert((caller.target, node, number));
+        }
+        self.schedule(delay, Event::AtReplica { node, message, number });
+    }
+
+    /// Whether data that was sent before is still on its way.
+    pub fn note_arrival(&mut self, node: usize, message: &ToReplica, number: u64) {
+        match message {
+            ToReplica::Data { caller, .. } => {
+                self.data_on_the_way.remove(&(caller.target, node, number));
+            }
+            ToReplica::Control { caller, .. } => {
+                let earlier = (caller.target, node, 0)..(caller.target, node, number);
+                if self.data_on_the_way.range(earlier).next().is_some() {
+                    self.saw(Scenario::ControlOvertookData);
+                }
+            }
+            ToReplica::Open { .. } | ToReplica::Close { .. } | ToReplica::Heartbeat { .. } => {}
         }
     }
 
     pub fn send_to_target(&mut self, from: usize, target: TargetNumber, message: ToTarget) {
         let Some(node) = self.targets.get(&target).map(|host| host.node) else { return };
-        if let Some(delay) = self.message_delay(from, node) {
-            self.schedule(delay, Event::AtTarget { target, message });
+        let written = matches!(&message, ToTarget::IoDone { result: Ok(()), wrote: true, .. });
+        match self.message_delay(from, node) {
+            Some(delay) => self.schedule(delay, Event::AtTarget { target, message }),
+            None if written => self.saw(Scenario::AnswerLostAfterApply),
+            None => {}
         }
     }
 
@@ -318,6 +434,9 @@ impl World {
         swap: Option<(RecordVersion, Box<VolumeRecord>)>,
         answer: bool,
     ) {
+        if swap.is_some() && !answer && swap.as_ref().is_some_and(|(v, _)| *v == self.store.version) {
+            self.saw(Scenario::StoreAppliedLate);
+        }
         let down = self.store.down_until > self.now;
         let lost = answer && self.rng.random_bool(self.store.flaky);
         let is_swap = swap.is_some();
@@ -328,21 +447,28 @@ impl World {
                 self.schedule(delay, Event::AtStore { target, call, swap, answer: false });
             }
             if answer {
+                if is_swap {
+                    self.saw(Scenario::StoreAnswerLostNotApplied);
+                }
                 self.store_is_silent(target, call, is_swap);
             }
             return;
         }
         let event = match swap {
-            None => {
-                let read = Versioned { version: self.store.version, record: self.store.record.clone() };
-                TargetEvent::RecordRead { call, result: Ok(read) }
-            }
+            None => TargetEvent::RecordRead { call, result: Ok(self.read_record()) },
             Some((expected, record)) => {
+                let unrelated = self.store.unrelated.0 == expected.0 + 1;
                 let result = self.swap_record(expected, *record);
+                if unrelated && result.is_err() {
+                    self.saw(Scenario::StoreUnrelatedWriter);
+                }
                 TargetEvent::SwapAnswered { call, result }
             }
         };
         if lost {
+            if is_swap {
+                self.saw(Scenario::StoreAnswerLostApplied);
+            }
             self.store_is_silent(target, call, is_swap);
         } else if answer {
             let Some(node) = self.targets.get(&target).map(|host| host.node) else { return };
@@ -353,6 +479,17 @@ impl World {
                 None => self.store_is_silent(target, call, is_swap),
             }
         }
+    }
+
+    /// The newest record, or by chance the one before.
+    fn read_record(&mut self) -> Versioned {
+        if let Some(before) = self.store.before.clone()
+            && self.rng.random_bool(self.store.stale)
+        {
+            self.saw(Scenario::StoreStaleRead);
+            return before;
+        }
+        Versioned { version: self.store.version, record: self.store.record.clone() }
     }
 
     pub fn swap_record(
@@ -372,13 +509,17 @@ impl World {
                 record.generation, record.epoch.number, record.in_sync
             )
         });
+        let before = Versioned { version: self.store.version, record: self.store.record.clone() };
+        self.store.before = Some(before);
         self.store.version = self.store.version.next();
         self.store.record = record;
+        self.note_set();
         Ok(self.store.version)
     }
 
     /// ControllerUnpublish and ControllerPublish: asks nothing of the old node.
     pub fn publish(&mut self, node: usize) {
+        let node = if self.chaos.prefers_diskless { NODES - 1 } else { node };
         let bare = transitions::unpublish(&self.store.record, None).expect("unpublish never fails");
         let record = transitions::publish(&bare, &node_name(node), false).expect("not attached any more");
         let _ = self.swap_record(self.store.version, record);
@@ -392,9 +533,17 @@ impl World {
         self.store.record.attachment
     }
 
+    fn note_full_log(&mut self) {
+        let Some(host) = self.current.and_then(|number| self.targets.get(&number)) else { return };
+        if host.target.status().logged_regions >= self.guards.log_regions_max {
+            self.saw(Scenario::FullIntentLog);
+        }
+    }
+
     /// Keeps a target running for the attached node, and republishes what cannot go on.
     fn controller(&mut self) {
         self.schedule(50_000, Event::Controller);
+        self.note_full_log();
         if self.starting {
             return;
         }
@@ -429,7 +578,7 @@ impl World {
     }
 }
 
-fn mk_node(node: usize, record: &VolumeRecord, rng: &mut StdRng) -> Node {
+fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) -> Node {
     let meta =
         ReplicaMeta::new(record.volume_id, replica_id(node), record.lineage, VOLUME_BYTES, record.epoch);
     Node {
@@ -437,9 +586,15 @@ fn mk_node(node: usize, record: &VolumeRecord, rng: &mut StdRng) -> Node {
         disk: Disk::new(meta),
         process: None,
         processes: 0,
-        rate_ppm: rng.random_range(-5_000..5_000),
+        rate_ppm: chaos.draw_rate_ppm(rng),
+        stood_still_us: 0,
+        stands_since: None,
         paused_until: 0,
+        paused_from: 0,
         deferred: VecDeque::new(),
         slow_until: 0,
+        hung_until: 0,
+        off_since: 0,
+        off_in_epoch: None,
     }
 }

@@ -1,0 +1,237 @@
+//! Families of seeds: each a distribution of trouble. Within a family the seed decides everything.
+//!
+//! Seed `f * FAMILY_SEEDS + i` is the i-th of family f. Family 0 mixes everything; the others make chains likely that
+//! mixed trouble seldom completes.
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::chaos::Trouble;
+
+/// Seeds of one family.
+pub const FAMILY_SEEDS: u64 = 1_000_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// A little of everything.
+    Mixed,
+    /// Nodes are cut off and the volume moves.
+    Movers,
+    /// Replicas are killed, with a log that is cleared at once.
+    Kills,
+    /// Targets that do not know that they were replaced.
+    Deposed,
+    /// Targets started beside one of the same attachment.
+    SecondStarts,
+    /// Trouble at chosen steps, mostly of joins.
+    Steps,
+    /// Pauses and cuts of minutes.
+    Minutes,
+    /// Targets are killed again and again.
+    Restarts,
+}
+
+impl Family {
+    pub const ALL: [Self; 8] = [
+        Self::Mixed,
+        Self::Movers,
+        Self::Kills,
+        Self::Deposed,
+        Self::SecondStarts,
+        Self::Steps,
+        Self::Minutes,
+        Self::Restarts,
+    ];
+
+    pub fn of(seed: u64) -> Self {
+        let at = usize::try_from(seed / FAMILY_SEEDS).unwrap_or(usize::MAX);
+        Self::ALL.get(at).copied().unwrap_or(Self::Mixed)
+    }
+
+    /// The first seeds of the family.
+    pub fn seeds(self, count: u64) -> std::ops::Range<u64> {
+        let first = self as u64 * FAMILY_SEEDS;
+        first..first + count.min(FAMILY_SEEDS)
+    }
+}
+
+/// How far clocks go apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drift {
+    Mild,
+    /// Each as far from true as is assumed: 1 %.
+    AtBound,
+    /// Twice as far; the margin on top of the bound still covers it.
+    PastBound,
+}
+
+#[derive(Debug)]
+pub struct Chaos {
+    pub weights: Vec<(Trouble, u32)>,
+    pub gap_us: u64,
+    /// Longest time a trouble lasts.
+    pub lasts_us: u64,
+    /// How long the store is down, if not as long as any other trouble.
+    pub store_down_us: Option<u64>,
+    pub store_flaky: f64,
+    pub store_stale: f64,
+    pub client_gap_us: u64,
+    /// Clients use all blocks, not only a few hot ones: what a replica misses is seldom written again.
+    pub wide: bool,
+    /// The volume is published to the node that has no replica.
+    pub prefers_diskless: bool,
+    pub drift: Drift,
+    /// A killed process counts as a lost cache, as with our store.
+    pub kill_loses_cache: bool,
+    pub log_cold_ms: u64,
+    pub log_clear_every_ms: u64,
+    pub log_regions_max: usize,
+    pub until_us: u64,
+}
+
+const MIXED: [Trouble; 23] = [
+    Trouble::KillReplica,
+    Trouble::PowerLoss,
+    Trouble::PowerLossOfAll,
+    Trouble::FailFlush,
+    Trouble::Cut,
+    Trouble::OneWayCut,
+    Trouble::Isolate,
+    Trouble::PauseTarget,
+    Trouble::PauseReplica,
+    Trouble::KillTarget,
+    Trouble::Move,
+    Trouble::StopTarget,
+    Trouble::StoreDown,
+    Trouble::UnrelatedWriter,
+    Trouble::SlowDisk,
+    Trouble::HungDisk,
+    Trouble::FullDisk,
+    Trouble::PauseEverything,
+    Trouble::StopClock,
+    Trouble::Depose,
+    Trouble::SecondStart,
+    Trouble::Trap,
+    Trouble::ChainOfDeaths,
+];
+
+impl Chaos {
+    /// What goes wrong under a seed.
+    pub fn of_seed(seed: u64, rng: &mut StdRng) -> Self {
+        let mut chaos = Self::mixed(rng);
+        chaos.narrow(Family::of(seed), rng);
+        chaos
+    }
+
+    fn mixed(rng: &mut StdRng) -> Self {
+        let mut weights: Vec<(Trouble, u32)> =
+            MIXED.iter().map(|trouble| (*trouble, [0, 0, 1, 1, 4][rng.random_range(0..5)])).collect();
+        // A client is only told of lost caches when all lost them: too often, and nothing else is ever checked.
+        for (trouble, weight) in &mut weights {
+            if *trouble == Trouble::PowerLossOfAll {
+                *weight = (*weight).min(1) * u32::from(rng.random_bool(0.4));
+            }
+        }
+        weights.push((Trouble::KillReplica, 1));
+        Self {
+            weights,
+            gap_us: [100_000, 400_000, 1_500_000, 3_000_000][rng.random_range(0..4)],
+            lasts_us: [300_000, 1_500_000, 5_000_000][rng.random_range(0..3)],
+            store_down_us: None,
+            store_flaky: [0.0, 0.02, 0.2][rng.random_range(0..3)],
+            store_stale: [0.0, 0.0, 0.1][rng.random_range(0..3)],
+            client_gap_us: [600, 2_000, 10_000][rng.random_range(0..3)],
+            wide: rng.random_bool(0.4),
+            prefers_diskless: false,
+            drift: [Drift::Mild, Drift::Mild, Drift::AtBound, Drift::PastBound][rng.random_range(0..4)],
+            kill_loses_cache: rng.random_bool(0.5),
+            log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
+            log_clear_every_ms: [5, 20, 100, 1_000][rng.random_range(0..4)],
+            log_regions_max: [2, 3, 1_000, 1_000][rng.random_range(0..4)],
+            until_us: 1_000_000 + rng.random_range(5_000_000..25_000_000),
+        }
+    }
+
+    fn narrow(&mut self, family: Family, rng: &mut StdRng) {
+        match family {
+            Family::Mixed => {}
+            Family::Movers => {
+                self.weights = vec![(Trouble::Isolate, 1), (Trouble::Move, 1)];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (700_000, 5_000_000, 2_000);
+                // What only the one that is cut off has must not be in the others' logs by other writes to the region.
+                if self.wide {
+                    (self.log_cold_ms, self.log_clear_every_ms, self.client_gap_us) = (0, 5, 8_000);
+                }
+            }
+            Family::Kills => {
+                self.weights = vec![(Trouble::KillReplica, 6), (Trouble::Cut, 1), (Trouble::LateEpoch, 3)];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (150_000, 400_000, 6_000);
+                (self.log_cold_ms, self.log_clear_every_ms) = (0, 5);
+            }
+            Family::Deposed => {
+                self.weights = vec![(Trouble::Depose, 6), (Trouble::StopClock, 1), (Trouble::Move, 1)];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (1_500_000, 3_000_000, 1_500);
+                self.drift = Drift::AtBound;
+                self.store_flaky = 0.0;
+            }
+            Family::SecondStarts => {
+                self.weights = vec![
+                    (Trouble::SecondStart, 4),
+                    (Trouble::PauseTarget, 3),
+                    (Trouble::Cut, 2),
+                    (Trouble::KillTarget, 1),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (300_000, 1_500_000, 1_500);
+            }
+            Family::Steps => {
+                self.weights = vec![
+                    (Trouble::Trap, 8),
+                    (Trouble::ChainOfDeaths, 1),
+                    (Trouble::KillReplica, 2),
+                    (Trouble::Isolate, 1),
+                    (Trouble::Move, u32::from(rng.random_bool(0.5))),
+                ];
+                (self.gap_us, self.lasts_us) = (250_000, 1_500_000);
+            }
+            Family::Restarts => {
+                self.weights = vec![
+                    (Trouble::KillTarget, 6),
+                    (Trouble::KillReplica, 1),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::Isolate, 1),
+                    (Trouble::ChainOfDeaths, 1),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (300_000, 1_500_000, 800);
+                self.store_flaky = 0.0;
+                // Without a replica on its node a target reads from all of them.
+                self.prefers_diskless = rng.random_bool(0.6);
+            }
+            Family::Minutes => {
+                self.weights = vec![
+                    (Trouble::PauseTarget, 2),
+                    (Trouble::PauseReplica, 1),
+                    (Trouble::PauseEverything, 1),
+                    (Trouble::StopClock, 2),
+                    (Trouble::Isolate, 1),
+                    (Trouble::StoreDown, 1),
+                    (Trouble::Trap, 3),
+                    (Trouble::Move, 2),
+                    (Trouble::KillReplica, 2),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (30_000_000, 240_000_000, 100_000);
+                self.store_down_us = Some(630_000_000);
+                self.log_clear_every_ms = self.log_clear_every_ms.max(100);
+                self.until_us = rng.random_range(300_000_000..1_500_000_000);
+            }
+        }
+    }
+
+    /// Parts per million by which a node's clock is fast.
+    pub fn draw_rate_ppm(&self, rng: &mut StdRng) -> i64 {
+        match self.drift {
+            Drift::Mild => rng.random_range(-5_000..5_000),
+            Drift::AtBound => [-10_000, 10_000][rng.random_range(0..2)],
+            Drift::PastBound => [-20_000, 20_000][rng.random_range(0..2)],
+        }
+    }
+}
