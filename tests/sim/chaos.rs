@@ -30,6 +30,8 @@ pub enum Trouble {
     StopClock,
     /// A target's node is cut off or sleeps, replicas elsewhere restart, and the volume moves.
     Depose,
+    /// A target on the node with the slow clock is cut off and sleeps until just before its lease ends by that clock.
+    SleepToTheEdge,
     /// A target is started beside one of the same attachment.
     SecondStart,
     /// Trouble at a step that is yet to come.
@@ -88,6 +90,7 @@ impl World {
                 self.pause_node(node, lasts);
             }
             Trouble::Depose => self.depose(),
+            Trouble::SleepToTheEdge => self.sleep_to_the_edge(),
             Trouble::SecondStart => self.second_start(),
             Trouble::Trap => self.traps.arm(&mut self.rng),
             Trouble::LateEpoch => self.traps.push(Step::TellEpoch, Deed::DelayMessage),
@@ -169,6 +172,28 @@ impl World {
             self.saw(Scenario::PowerLossOfAllButOne);
         }
         if self.rng.random_bool(0.8) {
+            let to = (node + self.rng.random_range(1..NODES)) % NODES;
+            self.publish(to);
+        }
+    }
+
+    /// With the next heartbeat; only on the node with the slow clock.
+    fn sleep_to_the_edge(&mut self) {
+        let at = self.current.and_then(|number| self.targets.get(&number)).map(|host| host.node);
+        let (Some(node), Some(slow)) = (at, self.chaos.slow_node) else { return };
+        if node == slow {
+            self.traps.push(Step::Heartbeat, Deed::SleepToTheEdge);
+        } else {
+            self.publish(slow);
+        }
+    }
+
+    pub fn fall_asleep(&mut self, number: TargetNumber) {
+        let Some(node) = self.targets.get(&number).map(|host| host.node) else { return };
+        self.cut(Trouble::Isolate, node, 3_000_000);
+        let lasts = self.rng.random_range(1_940_000..2_030_000);
+        self.pause_target(number, lasts);
+        if self.current == Some(number) {
             let to = (node + self.rng.random_range(1..NODES)) % NODES;
             self.publish(to);
         }

@@ -7,6 +7,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::chaos::Trouble;
+use crate::world::REPLICAS;
 
 /// Seeds of one family.
 pub const FAMILY_SEEDS: u64 = 1_000_000;
@@ -29,10 +30,12 @@ pub enum Family {
     Minutes,
     /// Targets are killed again and again.
     Restarts,
+    /// A slow clock, and a sleep that ends about when a lease does.
+    Edge,
 }
 
 impl Family {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -41,6 +44,7 @@ impl Family {
         Self::Steps,
         Self::Minutes,
         Self::Restarts,
+        Self::Edge,
     ];
 
     pub fn of(seed: u64) -> Self {
@@ -81,6 +85,8 @@ pub struct Chaos {
     /// The volume is published to the node that has no replica.
     pub prefers_diskless: bool,
     pub drift: Drift,
+    /// The one node whose clock is slow.
+    pub slow_node: Option<usize>,
     /// A killed process counts as a lost cache, as with our store.
     pub kill_loses_cache: bool,
     pub log_cold_ms: u64,
@@ -143,6 +149,7 @@ impl Chaos {
             client_gap_us: [600, 2_000, 10_000][rng.random_range(0..3)],
             wide: rng.random_bool(0.4),
             prefers_diskless: false,
+            slow_node: None,
             drift: [Drift::Mild, Drift::Mild, Drift::AtBound, Drift::PastBound][rng.random_range(0..4)],
             kill_loses_cache: rng.random_bool(0.5),
             log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
@@ -169,10 +176,22 @@ impl Chaos {
                 (self.log_cold_ms, self.log_clear_every_ms) = (0, 5);
             }
             Family::Deposed => {
-                self.weights = vec![(Trouble::Depose, 6), (Trouble::StopClock, 1), (Trouble::Move, 1)];
+                self.weights = vec![
+                    (Trouble::Depose, 4),
+                    (Trouble::StopClock, 2),
+                    (Trouble::Move, 1),
+                ];
                 (self.gap_us, self.lasts_us, self.client_gap_us) = (1_500_000, 3_000_000, 1_500);
                 self.drift = Drift::AtBound;
                 self.store_flaky = 0.0;
+            }
+            Family::Edge => {
+                self.weights = vec![(Trouble::SleepToTheEdge, 1)];
+                (self.gap_us, self.client_gap_us) = (4_000_000, 1_500);
+                self.drift = Drift::AtBound;
+                self.slow_node = Some(rng.random_range(0..REPLICAS));
+                self.store_flaky = 0.0;
+                self.until_us = 40_000_000;
             }
             Family::SecondStarts => {
                 self.weights = vec![
@@ -227,8 +246,10 @@ impl Chaos {
     }
 
     /// Parts per million by which a node's clock is fast.
-    pub fn draw_rate_ppm(&self, rng: &mut StdRng) -> i64 {
+    pub fn draw_rate_ppm(&self, node: usize, rng: &mut StdRng) -> i64 {
         match self.drift {
+            Drift::AtBound if self.slow_node == Some(node) => -10_000,
+            Drift::AtBound if self.slow_node.is_some() => 10_000,
             Drift::Mild => rng.random_range(-5_000..5_000),
             Drift::AtBound => [-10_000, 10_000][rng.random_range(0..2)],
             Drift::PastBound => [-20_000, 20_000][rng.random_range(0..2)],

@@ -31,6 +31,7 @@ pub enum Step {
     JoinEpoch,
     ClearLog,
     Write,
+    Heartbeat,
     /// Freeze, drop or grow.
     Layers,
     DiskMeta,
@@ -73,6 +74,8 @@ pub enum Deed {
     LoseMessage,
     DelayMessage,
     Cut,
+    /// The target is cut off and sleeps about as long as a lease lasts, and the volume moves.
+    SleepToTheEdge,
 }
 
 const TARGET_DEEDS: [Deed; 9] = [
@@ -174,8 +177,9 @@ impl World {
                 let step = match op {
                     Control::SetEpoch { .. } if join >= JoinStep::Swapping => Step::JoinEpoch,
                     Control::SetEpoch { .. } => Step::TellEpoch,
-                    Control::ClearLog(_) => Step::ClearLog,
-                    Control::ReadMap(_) => Step::ReadMaps,
+                    Control::ClearLog(_) | Control::ClearMap { .. } => Step::ClearLog,
+                    Control::ReadMap(_) | Control::FillMap(_) => Step::ReadMaps,
+                    Control::ReadExtents(_) => Step::CatchUpCopy,
                     Control::MergeMaps { .. } => Step::MergeMaps,
                     Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => Step::Layers,
                     Control::Release => return None,
@@ -193,6 +197,7 @@ impl World {
             TargetAction::Io { op: DataOp::Write { .. }, replica, .. } => {
                 (Step::Write, Some(node_of(*replica)))
             }
+            TargetAction::Heartbeat { .. } => (Step::Heartbeat, None),
             _ => return None,
         })
     }
@@ -232,7 +237,11 @@ impl World {
             self.late_by = self.rng.random_range(2_000..300_000);
             return false;
         }
-        let delay = self.short_delay();
+        let delay = match deed {
+            // The answers are to arrive first.
+            Deed::SleepToTheEdge => self.rng.random_range(2_000..20_000),
+            _ => self.short_delay(),
+        };
         self.schedule(delay, Event::Deed { deed, step, target: number, node });
         false
     }
@@ -313,6 +322,7 @@ impl World {
                     self.cut_for(target, node, lasts);
                 }
             }
+            Deed::SleepToTheEdge => self.fall_asleep(target),
             Deed::LoseMessage | Deed::DelayMessage => {}
         }
     }

@@ -296,8 +296,9 @@ impl World {
 
     /// Microseconds until a node's clock shows `at_ms`.
     pub fn until_ms(&self, node: usize, at_ms: u64) -> u64 {
-        // A little late rather than early: an early tick is repeated for nothing.
-        at_ms.saturating_sub(self.clock_ms(node)) * 1_025 + 1
+        // By the node's own rate and no later: what waits for a lease to end must not get a reserve that no protocol gave.
+        let rate = u64::try_from(1_000_000 + self.nodes[node].rate_ppm).expect("clocks run forward");
+        at_ms.saturating_sub(self.clock_ms(node)) * 1_000_000_000 / rate + 1
     }
 
     /// Runs until `until`, or until nothing is left to do.
@@ -388,7 +389,10 @@ impl World {
                     self.saw(Scenario::ControlOvertookData);
                 }
             }
-            ToReplica::Open { .. } | ToReplica::Close { .. } | ToReplica::Heartbeat { .. } => {}
+            ToReplica::Open { .. }
+            | ToReplica::Close { .. }
+            | ToReplica::Heartbeat { .. }
+            | ToReplica::Extents { .. } => {}
         }
     }
 
@@ -586,7 +590,7 @@ fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) 
         disk: Disk::new(meta),
         process: None,
         processes: 0,
-        rate_ppm: chaos.draw_rate_ppm(rng),
+        rate_ppm: chaos.draw_rate_ppm(node, rng),
         stood_still_us: 0,
         stands_since: None,
         paused_until: 0,

@@ -60,6 +60,8 @@ pub struct Guards {
     pub mapflush: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
+    /// R24: only an epoch that names a replica a member ends its maps. Off, reading a map does.
+    pub mapend: bool,
     /// R21: a map that was not kept from the start is void, not empty. `mapcopy` hides its lack: both are taken out.
     pub mapvoid: bool,
     /// R8: a swap without an answer is not taken for refused.
@@ -127,6 +129,7 @@ impl Default for Guards {
             joinflush: true,
             mapflush: true,
             mapcopy: true,
+            mapend: true,
             mapvoid: true,
             unknown: true,
             sameatt: true,

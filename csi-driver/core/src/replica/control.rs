@@ -162,6 +162,10 @@ impl Replica {
     pub(super) fn on_read_map(&mut self, call: ReplicaCall, absent: ReplicaId) {
         let missing = DirtyMap { base: Epoch::default(), dirty: Dirty::Void };
         let map = self.maps.get(&absent).cloned().unwrap_or(missing);
+        if !self.guards.mapend {
+            let ended = DirtyMap { base: map.base, dirty: Dirty::Blocks(BlockSet::new()) };
+            self.maps.insert(absent, ended);
+        }
         self.reply(call, ReplicaReply::Map(Ok(map)));
     }
 

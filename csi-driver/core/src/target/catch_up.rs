@@ -43,7 +43,7 @@ pub(super) struct CatchUp {
     /// A copy waits for the throttle until then.
     wait_until_ms: Option<u64>,
     next_checkpoint_ms: u64,
-    /// Writes that began before the ack set included the replica (R24 step 2).
+    /// Writes that began before the replica received any, then before the ack set included it (R24 step 2).
     drain: BTreeSet<u64>,
     /// Maps of those that stay absent.
     others: BTreeMap<ReplicaId, DirtyMap>,
@@ -52,8 +52,10 @@ pub(super) struct CatchUp {
 /// Asking source and replica, part by part, where there is nothing.
 #[derive(Debug, Default)]
 struct Extents {
-    /// Regions before it are known.
+    /// Regions before it are known, but for the part under way.
     next: u64,
+    /// Who was asked about the part under way and has not answered.
+    waiting: BTreeSet<ReplicaId>,
     /// In the part under way: not absent at the source or at the replica.
     present: BlockSet,
     /// In the part under way: without data at the source.
@@ -199,16 +201,17 @@ impl Target {
     /// From here on it receives new writes; those begun before are copied.
     pub(super) fn catch_up_opened(&mut self, replica: ReplicaId) {
         self.forget_answers(replica);
-        let begun: Vec<BlockRange> = self.begun_tasks().map(|(_, range)| range).collect();
+        let begun: BTreeMap<u64, BlockRange> = self.begun_tasks().collect();
         let logged =
             self.peers.get(&replica).and_then(Peer::session).map(|s| s.logged.clone()).unwrap_or_default();
         let own = self.guards.ownlog;
         let Some(catch_up) = &mut self.catch_up else { return };
         catch_up.stage = Stage::Maps;
         let to_copy = catch_up.plan.to_copy_mut();
-        for range in begun {
-            to_copy.insert(range);
+        for range in begun.values() {
+            to_copy.insert(*range);
         }
+        catch_up.drain = begun.into_keys().collect();
         // R23: what it has and nobody else is in its own log, whether its cache survived or not.
         for region in logged.into_iter().filter(|_| own) {
             to_copy.insert_region(region);
@@ -288,10 +291,11 @@ impl Target {
         }
     }
 
-    /// Leaves out what is absent at a member and at the replica: both read as zeroes there. Whatever was written since
-    /// the replica was opened went to both, so neither answer can be too old.
+    /// Leaves out what is absent at a member and at the replica: both read as zeroes there. Whatever is written from the
+    /// replica's open on goes to both; what began before goes to members only, and must have reached them before one is
+    /// asked, or its answer is too old.
     fn pump_extents(&mut self) {
-        if self.has_calls(|kind| kind == CallKind::Extents) {
+        if self.has_calls(|kind| kind == CallKind::Extents) || !self.is_drained() {
             return;
         }
         let size_bytes = self.size_bytes().unwrap_or(0);
@@ -302,7 +306,12 @@ impl Target {
             let part = known(catch_up.extents.next - timers::EXTENTS_REGIONS)..known(catch_up.extents.next);
             let present = std::mem::take(&mut catch_up.extents.present);
             let holes = std::mem::take(&mut catch_up.extents.holes);
-            catch_up.plan.leave_out(part, &present, holes);
+            if catch_up.extents.waiting.is_empty() {
+                catch_up.plan.leave_out(part, &present, holes);
+            } else {
+                // The source was lost before it answered: no answer is not "nothing there".
+                catch_up.extents.next -= timers::EXTENTS_REGIONS;
+            }
         }
         let next = catch_up.plan.to_copy().first_region_from(known(catch_up.extents.next));
         let Some(next) = next else { return self.start_copying() };
@@ -311,6 +320,7 @@ impl Target {
         let end = (start + timers::EXTENTS_REGIONS * BLOCKS_PER_REGION).min(size_bytes / BLOCK_BYTES);
         catch_up.extents.next = (part + 1) * timers::EXTENTS_REGIONS;
         let (replica, range) = (catch_up.replica, BlockRange::new(start, end - start));
+        catch_up.extents.waiting = BTreeSet::from([source, replica]);
         for of in [source, replica] {
             self.send_control(of, CallKind::Extents, Control::ReadExtents(range));
         }
@@ -319,6 +329,7 @@ impl Target {
     pub(super) fn on_extents_read(&mut self, call: CallId, extents: &[(BlockRange, Allocation)]) {
         let Some(Call { replica: of, kind: CallKind::Extents }) = self.take_call(call) else { return };
         let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.stage == Stage::Extents) else { return };
+        catch_up.extents.waiting.remove(&of);
         for (range, allocation) in extents {
             if *allocation != Allocation::Absent {
                 catch_up.extents.present.insert(*range);
@@ -342,21 +353,23 @@ impl Target {
         let now = self.now_ms;
         let busy = self.throttle.is_busy(now);
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
-        while let Some(catch_up) = &mut self.catch_up {
+        while let Some(catch_up) = &self.catch_up {
+            let prefer = self.logged_region_to_copy(catch_up.plan.to_copy());
+            let Some(catch_up) = &mut self.catch_up else { return };
             // While a checkpoint is under way only so much may gather for the next.
             let backlog =
                 self.clear_round.is_some() && catch_up.plan.fresh() >= 2 * timers::CHECKPOINT_REGIONS;
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
                 break;
             }
-            let Some(blocks) = catch_up.plan.next_blocks(blocks_max) else { break };
+            let Some(blocks) = catch_up.plan.next_blocks(blocks_max, prefer) else { break };
             let cost = (blocks * BLOCK_BYTES).max(timers::COPY_COST_MIN_BYTES);
             catch_up.wait_until_ms = self.throttle.take(now, cost).err();
             if catch_up.wait_until_ms.is_some() {
                 break;
             }
             let replica = catch_up.replica;
-            let Some(range) = catch_up.plan.next(blocks_max) else { break };
+            let Some(range) = catch_up.plan.next(blocks_max, prefer) else { break };
             self.start_copy(CopyFor::CatchUp(replica), range);
         }
         self.pump_checkpoint();
@@ -403,14 +416,20 @@ impl Target {
         self.dirty = true;
     }
 
+    fn is_drained(&mut self) -> bool {
+        let tasks = &self.tasks;
+        self.catch_up.as_mut().is_some_and(|catch_up| {
+            catch_up.drain.retain(|id| tasks.contains_key(id));
+            catch_up.drain.is_empty()
+        })
+    }
+
     /// R24 step 2, then step 3: whose maps are to be taken over.
     fn drained(&mut self) {
-        let tasks = &self.tasks;
-        let Some(catch_up) = &mut self.catch_up else { return };
-        catch_up.drain.retain(|id| tasks.contains_key(id));
-        if !catch_up.drain.is_empty() {
+        if !self.is_drained() {
             return;
         }
+        let Some(catch_up) = &mut self.catch_up else { return };
         catch_up.stage = Stage::OtherMaps;
         let replica = catch_up.replica;
         let absent: Vec<ReplicaId> = self.absent_but(replica).into_iter().map(|(absent, _)| absent).collect();

@@ -70,10 +70,11 @@ impl CopyPlan {
         self.in_flight == 0 && self.runs.is_empty() && self.to_copy.is_empty()
     }
 
-    /// Blocks of the next run, if there is one.
-    pub(super) fn next_blocks(&mut self, blocks_max: u64) -> Option<u64> {
+    /// Blocks of the next run, if there is one. `prefer`: the region to begin next, if it is still to be copied.
+    pub(super) fn next_blocks(&mut self, blocks_max: u64, prefer: Option<Region>) -> Option<u64> {
         while self.runs.is_empty() {
-            let region = self.to_copy.first_region()?;
+            let preferred = prefer.filter(|region| self.to_copy.touches(*region));
+            let region = preferred.or_else(|| self.to_copy.first_region())?;
             let bits = self.to_copy.take_region(region)?;
             let holes = self.holes.take_region(region).unwrap_or_default();
             let part = |of: fn(u64, u64) -> u64| {
@@ -90,8 +91,8 @@ impl CopyPlan {
 
     /// The next run of at most `blocks_max` blocks; it is under way until [`Self::ended`]. Runs are exact: a clean block
     /// between two dirty ones is not copied along, however many requests that takes.
-    pub(super) fn next(&mut self, blocks_max: u64) -> Option<BlockRange> {
-        let blocks = self.next_blocks(blocks_max)?;
+    pub(super) fn next(&mut self, blocks_max: u64, prefer: Option<Region>) -> Option<BlockRange> {
+        let blocks = self.next_blocks(blocks_max, prefer)?;
         let run = self.runs.pop_front()?;
         self.in_flight += 1;
         if run.count > blocks {
@@ -156,7 +157,7 @@ mod tests {
     fn r23_exactly_the_dirty_blocks_are_copied_and_counted() {
         let mut plan = mk_plan(&[(0, 1), (2, 1), (250, 20)]);
         let mut copied = Vec::new();
-        while let Some(run) = plan.next(256) {
+        while let Some(run) = plan.next(256, None) {
             copied.push(run);
             plan.ended(run);
         }
@@ -175,14 +176,14 @@ mod tests {
         holes.insert(BlockRange::new(4, 2));
         holes.insert(BlockRange::new(10, 246));
         plan.leave_out(Region(0)..Region(1), &present, holes);
-        let runs: Vec<BlockRange> = std::iter::from_fn(|| plan.next(256)).collect();
+        let runs: Vec<BlockRange> = std::iter::from_fn(|| plan.next(256, None)).collect();
         assert_eq!(runs, [(0, 4), (6, 4), (4, 2)].map(|(start, count)| BlockRange::new(start, count)));
     }
 
     #[test]
     fn a_region_is_copied_when_the_last_of_its_pieces_is() {
         let mut plan = mk_plan(&[(0, 10)]);
-        let pieces = [plan.next(4).unwrap(), plan.next(4).unwrap(), plan.next(4).unwrap()];
+        let pieces = [plan.next(4, None).unwrap(), plan.next(4, None).unwrap(), plan.next(4, None).unwrap()];
         assert_eq!(pieces.map(|piece| piece.count), [4, 4, 2]);
         plan.ended(pieces[2]);
         plan.ended(pieces[0]);

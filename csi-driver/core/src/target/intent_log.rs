@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use crate::block_range::BlockRange;
+use crate::dirty_map::BlockSet;
 use crate::ids::{Region, ReplicaId};
 use crate::timers;
 
@@ -105,6 +106,12 @@ impl Target {
                 entry.last_ms = self.now_ms;
             }
         }
+    }
+
+    /// The log keeps what is to be copied, and a copy needs the log: when that is full, copies of what it has go first.
+    pub(super) fn logged_region_to_copy(&self, to_copy: &BlockSet) -> Option<Region> {
+        let wanted = |region: &&Region| to_copy.touches(**region);
+        if self.log_is_pressed() { self.logged.keys().find(wanted).copied() } else { None }
     }
 
     fn log_is_pressed(&self) -> bool {
