@@ -176,11 +176,7 @@ impl Chaos {
                 (self.log_cold_ms, self.log_clear_every_ms) = (0, 5);
             }
             Family::Deposed => {
-                self.weights = vec![
-                    (Trouble::Depose, 4),
-                    (Trouble::StopClock, 2),
-                    (Trouble::Move, 1),
-                ];
+                self.weights = vec![(Trouble::Depose, 4), (Trouble::StopClock, 2), (Trouble::Move, 1)];
                 (self.gap_us, self.lasts_us, self.client_gap_us) = (1_500_000, 3_000_000, 1_500);
                 self.drift = Drift::AtBound;
                 self.store_flaky = 0.0;

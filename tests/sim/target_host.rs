@@ -13,9 +13,9 @@ use holdfast_storage_core::target::{
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::disk::{BlockData, Blocks};
 use crate::chaos::MINUTE_US;
 use crate::coverage::Scenario;
+use crate::disk::{BlockData, Blocks};
 use crate::families::Drift;
 use crate::history::{Moment, Register};
 use crate::replica_host::{Caller, ToReplica};
@@ -267,7 +267,8 @@ impl World {
 
     /// A replica with a log of its own that comes back epochs later.
     fn note_opened(&mut self, number: TargetNumber, opened: &Opened, session: SessionId) {
-        let Some(node) = self.targets.get(&number).and_then(|host| host.sessions.get(&session)).map(|s| s.node)
+        let Some(node) =
+            self.targets.get(&number).and_then(|host| host.sessions.get(&session)).map(|s| s.node)
         else {
             return;
         };

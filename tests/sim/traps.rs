@@ -181,7 +181,9 @@ impl World {
                     Control::ReadMap(_) | Control::FillMap(_) => Step::ReadMaps,
                     Control::ReadExtents(_) => Step::CatchUpCopy,
                     Control::MergeMaps { .. } => Step::MergeMaps,
-                    Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => Step::Layers,
+                    Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => {
+                        Step::Layers
+                    }
                     Control::Release => return None,
                 };
                 (step, Some(node_of(*replica)))
@@ -264,7 +266,9 @@ impl World {
             (Some(DataOp::Flush), _) => Step::DiskFlush,
             (Some(DataOp::Read(_) | DataOp::ReadSnapshot { .. }), _) => return,
             (None, DiskOp::LogAdd(_) | DiskOp::LogRemove(_)) => Step::DiskLog,
-            (None, DiskOp::MapPut { .. } | DiskOp::MapUpdate { .. } | DiskOp::MapDrop { .. }) => Step::DiskMap,
+            (None, DiskOp::MapPut { .. } | DiskOp::MapUpdate { .. } | DiskOp::MapDrop { .. }) => {
+                Step::DiskMap
+            }
             (None, _) => Step::DiskMeta,
         };
         if let Some(deed) = self.traps.spring(step) {

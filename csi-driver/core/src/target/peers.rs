@@ -414,8 +414,7 @@ impl Target {
         open.heartbeats.drain(..=at);
         open.last_heard_ms = now;
         // R4: counted from sending.
-        let end_ms =
-            if drift { timers::lease_end_at_target(sent_ms) } else { sent_ms + timers::LEASE_MS };
+        let end_ms = if drift { timers::lease_end_at_target(sent_ms) } else { sent_ms + timers::LEASE_MS };
         open.lease_end_ms = open.lease_end_ms.max(end_ms);
         if !cache_lost && let Some(peer) = self.peers.get_mut(&replica) {
             // R19: it ends at the replica once what was lost is reconciled there.
