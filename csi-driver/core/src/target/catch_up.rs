@@ -56,6 +56,8 @@ struct Extents {
     next: u64,
     /// Who was asked about the part under way and has not answered.
     waiting: BTreeSet<ReplicaId>,
+    /// In the part under way: answers of source and replica.
+    answers: u32,
     /// In the part under way: not absent at the source or at the replica.
     present: BlockSet,
     /// In the part under way: without data at the source.
@@ -307,7 +309,12 @@ impl Target {
             let present = std::mem::take(&mut catch_up.extents.present);
             let holes = std::mem::take(&mut catch_up.extents.holes);
             if catch_up.extents.waiting.is_empty() {
+                if std::mem::take(&mut catch_up.extents.answers) == 2 {
                 catch_up.plan.leave_out(part, &present, holes);
+            } else {
+                // The source is gone, and with it what it has that the replica lacks: another is asked.
+                catch_up.extents.next -= timers::EXTENTS_REGIONS;
+            }
             } else {
                 // The source was lost before it answered: no answer is not "nothing there".
                 catch_up.extents.next -= timers::EXTENTS_REGIONS;
@@ -330,6 +337,7 @@ impl Target {
         let Some(Call { replica: of, kind: CallKind::Extents }) = self.take_call(call) else { return };
         let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.stage == Stage::Extents) else { return };
         catch_up.extents.waiting.remove(&of);
+        catch_up.extents.answers += 1;
         for (range, allocation) in extents {
             if *allocation != Allocation::Absent {
                 catch_up.extents.present.insert(*range);
