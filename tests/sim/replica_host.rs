@@ -67,6 +67,7 @@ enum Context {
     Heartbeat(u64),
     Control(CallId),
     Data { io: IoId, data: Blocks, wrote: bool },
+    Verified { call: CallId, blocks: Vec<Option<u64>> },
 }
 
 #[derive(Debug)]
@@ -388,6 +389,17 @@ impl World {
                 }
                 Ok(())
             }
+            Some(DataOp::Verify(range)) => {
+                if let DiskOp::Data { call, .. } = &op
+                    && let Some((_, context)) = process.calls.get_mut(call)
+                    && let Context::Control(call) = *context
+                {
+                    *context = Context::Verified { call, blocks: disk.verify(range) };
+                }
+                Ok(())
+            }
+            // Nothing on this disk fails to verify.
+            Some(DataOp::MarkBad(_) | DataOp::Adopt(_)) => Ok(()),
             Some(DataOp::ReadSnapshot { snapshot, range }) => {
                 let read = disk.read_snapshot(snapshot, range);
                 if let (DiskOp::Data { call, .. }, Some(read)) = (&op, &read)
@@ -469,6 +481,9 @@ impl World {
                 if error.is_refusal() =>
             {
                 ToTarget::of_session(caller.session, TargetEvent::ControlRefused { call, error })
+            }
+            (Context::Verified { call, blocks }, ReplicaReply::Done(Ok(()))) => {
+                ToTarget::of_session(caller.session, TargetEvent::Verified { call, blocks })
             }
             (Context::Control(call), ReplicaReply::Map(Ok(map))) => {
                 ToTarget::of_session(caller.session, TargetEvent::MapRead { call, map })

@@ -347,6 +347,7 @@ impl World {
             TargetAction::CopyDone { copy } => {
                 host.copies.remove(&copy);
             }
+            TargetAction::Found(finding) => self.log(|| format!("t{number}: {finding:?}")),
             TargetAction::State(state) => self.target_state(number, &state),
         }
     }
@@ -420,7 +421,7 @@ impl World {
                     data = host.payload(payload, range);
                 }
                 DataOp::Zero { .. } => data = host.zeroing(range),
-                DataOp::Flush => {}
+                DataOp::Flush | DataOp::Verify(_) | DataOp::MarkBad(_) | DataOp::Adopt(_) => {}
             }
         }
         let Some(data) = data else {
@@ -655,6 +656,9 @@ fn control_op(op: Control) -> ControlOp {
         Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::FillMap(absent) => ControlOp::FillMap(absent),
+        Control::Verify(range) => ControlOp::Data(DataOp::Verify(range)),
+        Control::MarkBad(range) => ControlOp::Data(DataOp::MarkBad(range)),
+        Control::Adopt(range) => ControlOp::Data(DataOp::Adopt(range)),
         Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
         Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
         Control::ReadMap(replica) => ControlOp::ReadMap(replica),

@@ -58,6 +58,10 @@ pub struct Guards {
     pub joinflush: bool,
     /// R23: a bit of a returning replica's map goes only after the replica flushed the block.
     pub mapflush: bool,
+    /// R32: what a crash left unverified is taken from a member where it verifies before it is adopted as it is.
+    pub adoptlast: bool,
+    /// R33: repairs take the range lock.
+    pub repairlock: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
     /// R24: only an epoch that names a replica a member ends its maps. Off, reading a map does.
@@ -128,6 +132,8 @@ impl Default for Guards {
             joint: true,
             joinflush: true,
             mapflush: true,
+            adoptlast: true,
+            repairlock: true,
             mapcopy: true,
             mapend: true,
             mapvoid: true,

@@ -39,6 +39,8 @@ pub const OPEN_PATIENCE_MS: u64 = 6_000;
 pub const REOPEN_MIN_MS: u64 = 250;
 /// Longest pause between two tries to open a replica.
 pub const REOPEN_MAX_MS: u64 = 4_000;
+/// While fewer replicas are in sync than wanted the record is read this often: somebody may have listed a new one.
+pub const RECORD_POLL_MS: u64 = 5_000;
 /// Pause before a store call that gave no answer is repeated; doubled each time.
 pub const STORE_RETRY_MIN_MS: u64 = 50;
 /// Longest pause between two tries of a store call.
@@ -70,11 +72,18 @@ pub const THROTTLE_QUIET_MS: u64 = 150;
 /// That is done this often.
 pub const THROTTLE_QUIET_EVERY_MS: u64 = 3_000;
 /// So many copied regions are flushed at the returning replica and then need not be copied again, whoever dies.
-pub const CHECKPOINT_REGIONS: usize = 32;
+pub const CHECKPOINT_REGIONS: usize = 16;
 /// Fewer of them are after this time.
 pub const CHECKPOINT_MS: u64 = 1_000;
 /// A replica that catches up for so long lets another have its turn, if that one can be opened; it goes on afterwards.
 pub const CATCH_UP_TURN_MS: u64 = 60_000;
+/// Ranges that are checked or repaired in the background at a time. A further one whose read failed on one member waits for
+/// the scrub, or for its next reader.
+pub const CHECKS_MAX: usize = 16;
+/// A pass of the scrub begins so long after the one before, or after the target's start.
+pub const SCRUB_EVERY_MS: u64 = 7 * 24 * 3_600 * 1_000;
+/// Pause after each region that was scrubbed: at most 8 MiB/s of each replica's disk, 1 TiB in 36 hours.
+pub const SCRUB_REGION_EVERY_MS: u64 = 125;
 /// Regions whose allocation is asked for in one call.
 pub const EXTENTS_REGIONS: u64 = 1_024;
 /// Most blocks of one copy; a region.
@@ -106,5 +115,7 @@ pub fn table() -> Vec<(&'static str, u64)> {
         ("copies_max", COPIES_MAX as u64),
         ("copy_rate_min_bytes_per_s", COPY_RATE_MIN_BYTES_PER_S),
         ("catch_up_turn_ms", CATCH_UP_TURN_MS),
+        ("scrub_every_ms", SCRUB_EVERY_MS),
+        ("scrub_region_every_ms", SCRUB_REGION_EVERY_MS),
     ]
 }

@@ -63,6 +63,22 @@ pub enum TransitionError {
         /// What it would have to be.
         expected: &'static str,
     },
+    /// A further replica would be one too many.
+    #[error("volume {volume} has the {wanted} replicas it is to have: replace one of them instead")]
+    EnoughReplicas {
+        /// The volume.
+        volume: VolumeId,
+        /// Replicas wanted.
+        wanted: u32,
+    },
+    /// Two replicas on one node die together.
+    #[error("node {node} holds another replica of volume {volume}")]
+    NodeTaken {
+        /// The volume.
+        volume: VolumeId,
+        /// The node.
+        node: NodeName,
+    },
     /// Formatting goes never, formatting, yes, and never back (R36).
     #[error("volume {volume} cannot go from format state {from:?} to {to:?}")]
     Format36 {
@@ -221,6 +237,55 @@ pub fn join(
     Ok(next)
 }
 
+/// Gives up a replica that is not in sync: its id is never used again (R34). It stays listed until [`forget_replica`], as
+/// its node may still have it. One that is given up already: the record unchanged.
+pub fn fault_replica(record: &VolumeRecord, replica: ReplicaId) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    let mut next = record.clone();
+    match next.replicas.get_mut(&replica) {
+        Some(entry) if entry.state != ReplicaState::InSync => entry.state = ReplicaState::Faulted,
+        _ => return Err(wrong_state(record, replica, "out of sync")),
+    }
+    Ok(next)
+}
+
+/// Lists a new, empty replica, to be rebuilt by the volume's target: it left at an epoch before all others, so that no
+/// dirty map says anything about it (R21). It is to be created with that epoch ([`Epoch::default`]), which no record of a
+/// volume has (R35).
+pub fn add_replica(
+    record: &VolumeRecord,
+    replica: ReplicaId,
+    node: &NodeName,
+) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    let volume = record.volume_id;
+    let mut kept = record.replicas.values().filter(|entry| entry.state != ReplicaState::Faulted);
+    if kept.clone().count() >= record.params.replicas as usize {
+        return Err(TransitionError::EnoughReplicas { volume, wanted: record.params.replicas });
+    }
+    if kept.any(|entry| entry.node == *node) {
+        return Err(TransitionError::NodeTaken { volume, node: node.clone() });
+    }
+    if record.replicas.contains_key(&replica) {
+        return Err(wrong_state(record, replica, "new"));
+    }
+    let mut next = record.clone();
+    let state = ReplicaState::Offline { left_epoch: Epoch::default() };
+    next.replicas.insert(replica, ReplicaRecord { node: node.clone(), state });
+    Ok(next)
+}
+
+/// Takes a replica that was given up off the list: its node confirmed that it has nothing of it (R34).
+pub fn forget_replica(record: &VolumeRecord, replica: ReplicaId) -> Result<VolumeRecord, TransitionError> {
+    check_format(record)?;
+    let mut next = record.clone();
+    match next.replicas.remove(&replica) {
+        Some(entry) if entry.state == ReplicaState::Faulted => Ok(next),
+        None => Ok(next),
+        Some(_) => Err(wrong_state(record, replica, "faulted")),
+    }
+}
+
 /// Moves the format state on (R36); the state it has already is a success.
 pub fn set_formatted(record: &VolumeRecord, to: Formatted) -> Result<VolumeRecord, TransitionError> {
     check_live(record)?;
@@ -333,6 +398,35 @@ mod tests {
         );
         let back = join(&left, TargetId(7), ReplicaId(1), 2).unwrap();
         assert_eq!(back.in_sync, record.in_sync);
+    }
+
+    #[test]
+    fn r34_a_replica_is_replaced_under_a_new_id_and_no_member_is_given_up() {
+        let record = mk_owned(3);
+        let node = |name: &str| NodeName(name.to_owned());
+        assert!(matches!(
+            add_replica(&record, ReplicaId(4), &node("n4")),
+            Err(TransitionError::EnoughReplicas { wanted: 3, .. })
+        ));
+        assert!(matches!(
+            fault_replica(&record, ReplicaId(1)),
+            Err(TransitionError::ReplicaState { expected: "out of sync", .. })
+        ));
+        let left = swap_out(&record, TargetId(7), &[ReplicaId(1)], 1).unwrap();
+        let faulted = fault_replica(&left, ReplicaId(1)).unwrap();
+        assert_eq!(faulted.epoch, left.epoch, "no change of the in-sync set (R7)");
+        assert!(matches!(
+            add_replica(&faulted, ReplicaId(4), &node("n2")),
+            Err(TransitionError::NodeTaken { .. })
+        ));
+        assert!(add_replica(&faulted, ReplicaId(1), &node("n1")).is_err(), "ids are never reused");
+        let added = add_replica(&faulted, ReplicaId(4), &node("n1")).unwrap();
+        let state = ReplicaState::Offline { left_epoch: Epoch::default() };
+        assert_eq!(added.replicas[&ReplicaId(4)].state, state);
+        let forgotten = forget_replica(&added, ReplicaId(1)).unwrap();
+        assert!(!forgotten.replicas.contains_key(&ReplicaId(1)));
+        assert!(forget_replica(&added, ReplicaId(4)).is_err());
+        assert!(join(&forgotten, TargetId(7), ReplicaId(4), 2).is_ok());
     }
 
     #[test]

@@ -187,6 +187,13 @@ impl DataProcess {
         Some(self.volumes.get(volume)?.status())
     }
 
+    /// Begins a pass of the scrub over an attached volume, as the Data service's Scrub does.
+    pub fn scrub(&self, volume: VolumeId) {
+        if let Some(volume) = self.volumes.get(volume) {
+            volume.scrub();
+        }
+    }
+
     /// Flushes and stops every target, releases its leases, closes the replicas and stops the servers.
     pub async fn shutdown(self) {
         self.volumes.detach_all().await;

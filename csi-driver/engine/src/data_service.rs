@@ -60,6 +60,7 @@ impl Data for DataService {
             state: replica.state.to_owned(),
             resync_bytes_done: replica.resync_bytes_done,
             resync_bytes_total: replica.resync_bytes_total,
+            resync_bytes_copied: replica.resync_bytes_copied,
         };
         Ok(Response::new(pb::GetStatusReply {
             generation: status.generation.0,
@@ -70,7 +71,22 @@ impl Data for DataService {
             writes_acknowledged: status.writes_acknowledged,
             longest_stall_ms: status.longest_stall_ms,
             device: volume.path().map(|path| path.display().to_string()).unwrap_or_default(),
+            corrupt_blocks_found: status.corruption.found,
+            corrupt_blocks_repaired: status.corruption.repaired,
+            corrupt_blocks_unrepairable: status.corruption.unrepairable,
+            differing_blocks: status.corruption.differing,
+            adopted_blocks: status.corruption.adopted,
+            scrub: Some(pb::ScrubStatus {
+                regions_done: status.scrub.regions_done,
+                regions_total: status.scrub.regions_total,
+                passes: status.scrub.passes,
+            }),
         }))
+    }
+
+    async fn scrub(&self, request: Request<pb::ScrubRequest>) -> Result<Response<pb::ScrubReply>, Status> {
+        self.attached(wire::id(&request.into_inner().volume_id)?)?.scrub();
+        Ok(Response::new(pb::ScrubReply {}))
     }
 
     async fn count_allocated(

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_proto::storage as pb;
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
-use holdfast_storage_core::ids::{Epoch, Generation, NodeName, Region, ReplicaId};
+use holdfast_storage_core::ids::{BLOCKS_PER_REGION, Epoch, Generation, NodeName, Region, ReplicaId};
 use holdfast_storage_core::replica::{OpenRefusal, OpenReply, OpenRequest, SessionKey};
 use tonic::Status;
 
@@ -147,6 +148,25 @@ fn refused(refusal: pb::OpenRefusal) -> Result<OpenRefusal, Status> {
         Reason::Busy(_) => OpenRefusal::Busy,
         Reason::DiskFailed(_) => OpenRefusal::DiskFailed,
     })
+}
+
+/// Blocks of one region at most: more is no request of a target's.
+pub fn region_range(start_block: u64, blocks: u64) -> Result<BlockRange, Status> {
+    let allowed = (1..=BLOCKS_PER_REGION).contains(&blocks) && start_block.checked_add(blocks).is_some();
+    let refused = || Status::invalid_argument(format!("{blocks} blocks from block {start_block} on"));
+    if allowed { Ok(BlockRange::new(start_block, blocks)) } else { Err(refused()) }
+}
+
+pub fn verified_pb(blocks: &[Option<u64>]) -> pb::VerifyReply {
+    pb::VerifyReply {
+        verifies: blocks.iter().map(Option::is_some).collect(),
+        digests: blocks.iter().map(|digest| digest.unwrap_or_default()).collect(),
+    }
+}
+
+pub fn verified(reply: &pb::VerifyReply) -> Vec<Option<u64>> {
+    let blocks = reply.verifies.iter().zip(&reply.digests);
+    blocks.map(|(verifies, digest)| verifies.then_some(*digest)).collect()
 }
 
 pub fn map_reply_pb(map: &DirtyMap) -> pb::ReadMapReply {

@@ -11,6 +11,7 @@ use futures::future::select_all;
 use holdfast_proto::csi::controller_server::ControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::node_server::NodeServer;
+use holdfast_proto::storage::operator_server::OperatorServer;
 use holdfast_storage_core::node_directory::NodeDirectory;
 use holdfast_storage_core::record_store::RecordStore;
 use tokio::net::TcpListener;
@@ -93,6 +94,7 @@ impl Process {
         let controller = ControllerService::new(Arc::clone(&store), book, config.tls.clone());
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
+            .add_service(OperatorServer::new(controller.clone()))
             .add_service(ControllerServer::new(controller));
         let registry = RegistryServer::new(store, directory, config.tls.is_some());
         let registry = server().add_service(registry.into_service());

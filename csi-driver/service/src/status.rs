@@ -28,6 +28,8 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::GenerationMoved { .. }
         | TransitionError::LastMember(_)
         | TransitionError::ReplicaState { .. }
+        | TransitionError::EnoughReplicas { .. }
+        | TransitionError::NodeTaken { .. }
         | TransitionError::Format36 { .. } => Status::failed_precondition(sentence),
         TransitionError::Format { .. } => Status::internal(sentence),
     }

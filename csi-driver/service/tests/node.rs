@@ -487,6 +487,13 @@ impl Node {
 
 #[tonic::async_trait]
 impl Data for DataEnd {
+    async fn scrub(
+        &self,
+        _: Request<holdfast_proto::storage::ScrubRequest>,
+    ) -> Result<Response<holdfast_proto::storage::ScrubReply>, Status> {
+        Err(Status::unimplemented("nobody asks for it here"))
+    }
+
     async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachReply>, Status> {
         let mut data = self.0.lock().unwrap();
         assert_eq!(request.get_ref().attachment, 7);

@@ -64,7 +64,8 @@ pub struct UncheckedRead {
     /// The blocks that do not match their checksum or allocation state.
     pub bad_blocks: Vec<Block>,
     /// Those of them in the layer that takes the writes: in a logged region they may come from a write that a crash
-    /// interrupted (R32). What is frozen was durable first, so a bad block there is damage.
+    /// interrupted (R32). What is frozen was durable first, so a bad block there is damage; and what was marked bad
+    /// ([`Replica::mark_bad`]) is never to pass for data.
     pub in_doubt: Vec<Block>,
 }
 
@@ -151,6 +152,12 @@ impl Replica {
     /// were absent at the bottom of the stack stay absent.
     pub fn zero(&self, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
         self.inner.data.zero(offset, len, trim, fua, done);
+    }
+
+    /// Makes whole blocks unreadable until they are written or zeroed again (R25). Logged like a write; their old data goes
+    /// with them.
+    pub fn mark_bad(&self, range: BlockRange, done: Done) {
+        self.inner.data.mark_bad(range, done);
     }
 
     /// Makes every write and zero answered before the call durable, with checksums and allocation map.

@@ -7,6 +7,9 @@ use holdfast_storage_core::ids::{BLOCK_BYTES, VolumeId};
 pub const ABSENT_SUM: u32 = 0;
 /// The sum of a zeroed block.
 pub const ZERO_SUM: u32 = u32::MAX;
+/// With the state of a zero block: marked bad, unreadable until it is written again. No write in flight at a crash leaves
+/// it, but by chance (2^-32).
+pub const BAD_SUM: u32 = 0xbad0_b10c;
 
 /// A sum that data with this one does not have, and that no state without data has.
 pub fn other_sum(sum: u32) -> u32 {

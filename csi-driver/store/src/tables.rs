@@ -6,7 +6,8 @@
 //! |---|---|
 //! | absent (0) | 0 |
 //! | zero (1), zero with its space kept (3) | 0xffff_ffff |
-//! | data (2) | CRC32C of the data; never one of the two above |
+//! | zero (1), zero with its space kept (3), marked bad | 0xbad0_b10c: does not verify |
+//! | data (2) | CRC32C of the data; never absent's or zero's |
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -14,7 +15,7 @@ use holdfast_io::AlignedBuf;
 
 use crate::layout::{PAGE_BYTES, STATES_PER_PAGE, SUMS_PER_PAGE, TablePage};
 use crate::sealed::u32_at;
-use crate::sums::{ABSENT_SUM, ZERO_SUM};
+use crate::sums::{ABSENT_SUM, BAD_SUM, ZERO_SUM};
 
 /// What the allocation map stores for a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,16 @@ impl Entry {
     /// Of a block with data.
     pub fn data(sum: u32) -> Self {
         Self { state: State::Data, sum }
+    }
+
+    /// Of a block marked bad: state and sum disagree, on purpose (R25).
+    pub fn bad(space_kept: bool) -> Self {
+        Self { state: if space_kept { State::ZeroKept } else { State::Zero }, sum: BAD_SUM }
+    }
+
+    /// Whether the block was marked bad.
+    pub fn is_marked_bad(self) -> bool {
+        self == Self::bad(true) || self == Self::bad(false)
     }
 
     /// For a block without data: whether state and sum agree.

@@ -133,6 +133,12 @@ pub enum DataOp {
     },
     /// Everything answered before is on stable storage after.
     Flush,
+    /// Tell of each block whether it verifies, with a digest of its content (R33); the engine adds them to the reply.
+    Verify(BlockRange),
+    /// Make the blocks unreadable until they are written again (R25).
+    MarkBad(BlockRange),
+    /// Give blocks that do not verify, and are not marked bad, a checksum that fits (R32).
+    Adopt(BlockRange),
     /// Read a snapshot, for a returning replica that missed it (R28).
     ReadSnapshot {
         /// Which.
@@ -148,6 +154,9 @@ impl DataOp {
     pub fn range(&self) -> Option<BlockRange> {
         match self {
             Self::Read(range)
+            | Self::Verify(range)
+            | Self::MarkBad(range)
+            | Self::Adopt(range)
             | Self::Write { range, .. }
             | Self::Zero { range, .. }
             | Self::ReadSnapshot { range, .. } => Some(*range),
@@ -158,7 +167,7 @@ impl DataOp {
     /// Whether it changes blocks.
     #[must_use]
     pub fn is_write(&self) -> bool {
-        matches!(self, Self::Write { .. } | Self::Zero { .. })
+        matches!(self, Self::Write { .. } | Self::Zero { .. } | Self::MarkBad(_) | Self::Adopt(_))
     }
 }
 
@@ -182,6 +191,8 @@ pub enum ControlOp {
     ClearLog(Vec<Region>),
     /// The dirty map kept for an absent replica (R23).
     ReadMap(ReplicaId),
+    /// A data request that NBD has no command for: Verify, MarkBad, Adopt.
+    Data(DataOp),
     /// A void map kept for an absent replica becomes one of all blocks (R21).
     FillMap(ReplicaId),
     /// The absent replica has flushed these regions: their bits go (R23).
@@ -387,6 +398,8 @@ pub enum ReplicaReply {
     Lease(Result<bool, RequestRefusal>),
     /// Release, SetEpoch, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
     Done(Result<(), RequestRefusal>),
+    /// Verify: what the engine makes of the success of its data request, see [`DataOp::Verify`].
+    Verified(Vec<Option<u64>>),
     /// ReadMap; a missing map is void.
     Map(Result<DirtyMap, RequestRefusal>),
 }

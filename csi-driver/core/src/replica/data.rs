@@ -119,7 +119,7 @@ impl Replica {
             !session.closing
         });
         match result {
-            Err(DiskError::Device) if !matches!(op, DataOp::Read(_) | DataOp::ReadSnapshot { .. }) => {
+            Err(DiskError::Device) if op.is_write() || op == DataOp::Flush => {
                 self.poison(Some(call), DiskError::Device);
             }
             result if live == Some(true) => {

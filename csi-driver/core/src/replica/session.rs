@@ -252,6 +252,7 @@ impl Replica {
             }
             ControlOp::ClearLog(regions) => self.on_clear_log(call, &regions),
             ControlOp::ReadMap(absent) => self.on_read_map(call, absent),
+            ControlOp::Data(op) => self.on_data(call, key.token, op),
             ControlOp::FillMap(absent) => self.on_fill_map(call, absent),
             ControlOp::ClearMap { absent, regions } => self.on_clear_map(call, absent, &regions),
             ControlOp::MergeMaps { epoch, maps } => self.on_merge_maps(call, epoch, maps),

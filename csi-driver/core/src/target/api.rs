@@ -208,6 +208,12 @@ pub enum Control {
     /// Tell where the replica has data; answered by [`TargetEvent::ExtentsRead`]. Absent is what reads as zeroes because
     /// no layer has anything. Changes nothing, so that it may be answered beside the core.
     ReadExtents(BlockRange),
+    /// Verify each block of the range; answered by [`TargetEvent::Verified`] (R33).
+    Verify(BlockRange),
+    /// Make the blocks unreadable until they are written again: no member can read them (R25).
+    MarkBad(BlockRange),
+    /// Give blocks that do not verify a checksum that fits what the disk holds (R32); not those marked bad.
+    Adopt(BlockRange),
     /// Give a joining replica a member's maps (R24).
     MergeMaps {
         /// The epoch.
@@ -288,7 +294,7 @@ pub enum TargetEvent {
         /// The replica's write cache was lost.
         cache_lost: bool,
     },
-    /// Answer to SetEpoch, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow or Release.
+    /// Answer to SetEpoch, ClearLog, FillMap, ClearMap, MarkBad, Adopt, MergeMaps, Freeze, DropSnapshot, Grow or Release.
     ControlDone {
         /// The call.
         call: CallId,
@@ -314,6 +320,16 @@ pub enum TargetEvent {
         /// The whole range asked for, in order.
         extents: Vec<(BlockRange, Allocation)>,
     },
+    /// Answer to Verify.
+    Verified {
+        /// The call.
+        call: CallId,
+        /// By block of the range: a digest of its content, equal on every replica for equal content, or `None` if it does
+        /// not verify.
+        blocks: Vec<Option<u64>>,
+    },
+    /// Scrub the volume now.
+    Scrub,
     /// An I/O ended.
     IoDone {
         /// Which.
@@ -411,6 +427,8 @@ pub enum TargetAction {
     },
     /// The target's state changed.
     State(TargetState),
+    /// Something about the data's integrity is to be reported.
+    Found(Finding),
 }
 
 /// What Open needs.
@@ -511,10 +529,100 @@ pub struct TargetStatus {
     pub logged_regions: usize,
     /// Regions not yet reconciled.
     pub unreconciled_regions: usize,
+    /// Bytes copied between members to reconcile them since the target started.
+    pub reconcile_bytes_copied: u64,
     /// Unflushed acknowledged writes may have been lost at this start (R12).
     pub possible_loss: bool,
+    /// What was found out about the data's integrity.
+    pub corruption: CorruptionCounts,
+    /// How far the scrub is.
+    pub scrub: ScrubStatus,
     /// The replicas.
     pub replicas: Vec<ReplicaStatus>,
+}
+
+/// Something about the data's integrity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finding {
+    /// Blocks that do not verify on a replica, and are not explained by a crash.
+    Corrupt {
+        /// Where.
+        replica: ReplicaId,
+        /// Which.
+        range: BlockRange,
+    },
+    /// They were written over with what another member has (R33).
+    Repaired {
+        /// Where.
+        replica: ReplicaId,
+        /// Which.
+        range: BlockRange,
+    },
+    /// Blocks that verify on no member: reading them is an error.
+    Unrepairable {
+        /// Which.
+        range: BlockRange,
+    },
+    /// Blocks that verify on several members with different content: nothing was copied (R33).
+    Differing {
+        /// Which.
+        range: BlockRange,
+    },
+    /// Blocks that a crash left without a checksum that fits, on every member: taken as they are (R32).
+    Adopted {
+        /// From whom.
+        replica: ReplicaId,
+        /// Which.
+        range: BlockRange,
+    },
+    /// Blocks that no member could give to a returning replica: an error there too (R25).
+    MarkedBad {
+        /// The returning replica.
+        replica: ReplicaId,
+        /// Which.
+        range: BlockRange,
+    },
+}
+
+/// Blocks by what was found out about them since the target's start; a block counts once for each replica.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CorruptionCounts {
+    /// [`Finding::Corrupt`].
+    pub found: u64,
+    /// [`Finding::Repaired`].
+    pub repaired: u64,
+    /// [`Finding::Unrepairable`] and [`Finding::MarkedBad`].
+    pub unrepairable: u64,
+    /// [`Finding::Differing`].
+    pub differing: u64,
+    /// [`Finding::Adopted`].
+    pub adopted: u64,
+}
+
+impl CorruptionCounts {
+    pub(super) fn count(&mut self, finding: Finding) {
+        let (counter, range) = match finding {
+            Finding::Corrupt { range, .. } => (&mut self.found, range),
+            Finding::Repaired { range, .. } => (&mut self.repaired, range),
+            Finding::Unrepairable { range } | Finding::MarkedBad { range, .. } => {
+                (&mut self.unrepairable, range)
+            }
+            Finding::Differing { range } => (&mut self.differing, range),
+            Finding::Adopted { range, .. } => (&mut self.adopted, range),
+        };
+        *counter += range.count;
+    }
+}
+
+/// How far the scrub is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScrubStatus {
+    /// Regions verified by the pass that runs or ran last.
+    pub regions_done: u64,
+    /// Regions of that pass; 0 before the first.
+    pub regions_total: u64,
+    /// Passes that ended since the target's start.
+    pub passes: u64,
 }
 
 /// One replica of [`TargetStatus`].

@@ -241,6 +241,7 @@ impl Target {
             | CallKind::Clear
             | CallKind::FillMap
             | CallKind::Extents
+            | CallKind::Task(_)
             | CallKind::Merge
             | CallKind::Release => return,
         };
@@ -310,11 +311,11 @@ impl Target {
             let holes = std::mem::take(&mut catch_up.extents.holes);
             if catch_up.extents.waiting.is_empty() {
                 if std::mem::take(&mut catch_up.extents.answers) == 2 {
-                catch_up.plan.leave_out(part, &present, holes);
-            } else {
-                // The source is gone, and with it what it has that the replica lacks: another is asked.
-                catch_up.extents.next -= timers::EXTENTS_REGIONS;
-            }
+                    catch_up.plan.leave_out(part, &present, holes);
+                } else {
+                    // The source is gone, and with it what it has that the replica lacks: another is asked.
+                    catch_up.extents.next -= timers::EXTENTS_REGIONS;
+                }
             } else {
                 // The source was lost before it answered: no answer is not "nothing there".
                 catch_up.extents.next -= timers::EXTENTS_REGIONS;
@@ -365,8 +366,7 @@ impl Target {
             let prefer = self.logged_region_to_copy(catch_up.plan.to_copy());
             let Some(catch_up) = &mut self.catch_up else { return };
             // While a checkpoint is under way only so much may gather for the next.
-            let backlog =
-                self.clear_round.is_some() && catch_up.plan.fresh() >= 2 * timers::CHECKPOINT_REGIONS;
+            let backlog = self.clear_round.is_some() && catch_up.plan.fresh() >= timers::CHECKPOINT_REGIONS;
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
                 break;
             }
@@ -409,6 +409,13 @@ impl Target {
     pub(super) fn checkpointed(&mut self, number: u64, regions: &[Region]) {
         if let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.number == number) {
             catch_up.plan.checkpointed(regions);
+        }
+    }
+
+    /// A run that no member can read whole is copied block by block.
+    pub(super) fn run_was_split(&mut self, replica: ReplicaId, range: BlockRange) {
+        if let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.replica == replica) {
+            catch_up.plan.was_split(range);
         }
     }
 
@@ -521,7 +528,11 @@ impl Target {
             .iter()
             .filter(|(_, c)| match c.kind {
                 CallKind::ReadMap | CallKind::ReadOtherMap(_) | CallKind::FillMap | CallKind::Extents => true,
-                CallKind::Tell(_) | CallKind::Clear | CallKind::Merge | CallKind::Release => false,
+                CallKind::Tell(_)
+                | CallKind::Clear
+                | CallKind::Task(_)
+                | CallKind::Merge
+                | CallKind::Release => false,
             })
             .map(|(id, _)| *id)
             .collect();

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::ids::{Epoch, RecordVersion, ReplicaId};
+use crate::ids::{Epoch, NodeName, RecordVersion, ReplicaId};
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::{StoreError, Versioned};
 use crate::timers;
@@ -22,6 +22,8 @@ pub(super) struct StoreCall {
     need_read: bool,
     /// Since when every read gave an older version than one that was known.
     older_since_ms: Option<u64>,
+    /// While degraded: when the record is read again.
+    next_poll_ms: u64,
 }
 
 /// A swap whose outcome is not known yet (R8). It is repeated word for word until it is: the same version is expected
@@ -51,6 +53,7 @@ impl Target {
         if self.store.outstanding.is_some() || self.store.retry_at_ms.is_some() {
             return;
         }
+        self.poll_record();
         if self.record.is_none() || self.store.need_read {
             let call = CallId(self.new_id());
             self.store.outstanding = Some(call);
@@ -60,6 +63,41 @@ impl Target {
             self.propose();
         }
         self.send_swap();
+    }
+
+    /// Replicas are given up and listed by others than the target (R34); it looks while it lacks some.
+    fn poll_record(&mut self) {
+        let degraded = self.volume().is_some_and(|r| r.in_sync.len() < r.params.replicas as usize);
+        let due = degraded && self.state == TargetState::Serving && self.pending.is_none();
+        if due && self.stopping.is_none() && self.now_ms >= self.store.next_poll_ms {
+            self.store.next_poll_ms = self.now_ms + timers::RECORD_POLL_MS;
+            self.store.need_read = true;
+        }
+    }
+
+    /// Replicas that were listed or given up since the record was read last.
+    fn learn_replicas(&mut self) {
+        let Some(record) = self.volume().filter(|_| self.generation.is_some()) else { return };
+        let listed: BTreeMap<ReplicaId, NodeName> = record
+            .replicas
+            .iter()
+            .filter(|(_, entry)| entry.state != ReplicaState::Faulted)
+            .map(|(replica, entry)| (*replica, entry.node.clone()))
+            .collect();
+        let gone: Vec<ReplicaId> =
+            self.peers.keys().filter(|replica| !listed.contains_key(replica)).copied().collect();
+        let new = listed.keys().any(|replica| !self.peers.contains_key(replica));
+        for replica in &gone {
+            self.lose(*replica);
+            self.peers.remove(replica);
+        }
+        for (replica, node) in listed {
+            self.peers.entry(replica).or_insert_with(|| Peer::new(node));
+        }
+        if new || !gone.is_empty() {
+            // R10: who is absent is told like an epoch.
+            self.told.clear();
+        }
     }
 
     fn send_swap(&mut self) {
@@ -250,6 +288,7 @@ impl Target {
         let Some(pending) = self.pending.take() else {
             if self.check_still_ours(&read.record, None) {
                 self.record = Some(read);
+                self.learn_replicas();
             }
             return;
         };
@@ -266,6 +305,7 @@ impl Target {
         } else if pending.kind == SwapKind::Take || self.check_still_ours(&read.record, None) {
             // The version moved on without it: it can never be applied any more. Decide anew.
             self.record = Some(read);
+            self.learn_replicas();
         }
     }
 

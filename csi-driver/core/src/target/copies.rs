@@ -1,12 +1,18 @@
 //! Copying a range from one replica to others, under the range lock and through the intent log (R13, R18).
+//!
+//! A member that cannot read the range is replaced by another (R25, R32). A range that no member can read whole is cut
+//! into blocks; one that verifies nowhere is adopted where a crash explains it (R32), and else marked bad on the replica
+//! that returns, so that it answers an error there too and never something older (R25).
+
+use std::collections::BTreeSet;
 
 use crate::block_range::BlockRange;
 use crate::ids::{Region, ReplicaId};
 use crate::replica::DataOp;
 
-use super::peers::IoOwner;
-use super::tasks::{Stage, Work};
-use super::{CopyId, Payload, Target, TargetAction};
+use super::peers::{CallKind, IoOwner};
+use super::tasks::{Answer, Stage, Work};
+use super::{Control, CopyId, Finding, Payload, Target, TargetAction};
 
 /// Why something is copied, and to whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,17 +21,34 @@ pub(super) enum CopyFor {
     Reconcile { region: Region, round: u64 },
     /// From any member to the returning replica (R23).
     CatchUp(ReplicaId),
+    /// From any member that verifies to those that do not (R33).
+    Repair,
 }
 
 impl Target {
     pub(super) fn start_copy(&mut self, why: CopyFor, range: BlockRange) {
+        let id = self.prepare_copy(why, range, BTreeSet::new());
+        self.ask_lock(id);
+    }
+
+    /// A copy that has not asked for the lock; it is not read from those `tried`.
+    pub(super) fn prepare_copy(
+        &mut self,
+        why: CopyFor,
+        range: BlockRange,
+        tried: BTreeSet<ReplicaId>,
+    ) -> u64 {
         let copy = CopyId(self.new_id());
-        self.start_task(Work::Copy { copy, why }, range);
+        let id = self.prepare_task(Work::Copy { copy, why, adopted: false }, range);
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.tried = tried;
+        }
+        id
     }
 
     pub(super) fn send_copy_read(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let Work::Copy { copy, why } = task.work else { return };
+        let Work::Copy { copy, why, .. } = task.work else { return };
         let (range, tried) = (task.range, task.tried.clone());
         let source = match why {
             // R20: one source; another member only for what the source cannot read (R32).
@@ -34,16 +57,18 @@ impl Target {
                 .source()
                 .filter(|source| !tried.contains(source) && self.is_open(*source))
                 .or_else(|| if tried.is_empty() { None } else { self.choose_reader(&tried) }),
-            CopyFor::CatchUp(_) => self.choose_reader(&tried),
+            CopyFor::CatchUp(_) | CopyFor::Repair => self.choose_reader(&tried),
         };
-        match source {
+        let given_up =
+            !self.guards.adoptlast && matches!(why, CopyFor::Reconcile { .. }) && !tried.is_empty();
+        match source.filter(|_| !given_up) {
             Some(source) => {
                 if let Some(task) = self.tasks.get_mut(&id) {
-                    task.answers = vec![(source, super::tasks::Answer::Pending)];
+                    task.answers = vec![(source, Answer::Pending)];
                 }
                 self.send_io(source, IoOwner::Task(id), DataOp::Read(range), Payload::Copy(copy));
             }
-            None if self.members().iter().all(|r| tried.contains(r)) => self.copy_unreadable(id),
+            None if given_up || self.members().iter().all(|r| tried.contains(r)) => self.copy_unreadable(id),
             None => self.gated.push_back(id),
         }
     }
@@ -51,40 +76,123 @@ impl Target {
     pub(super) fn copy_was_read(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
         let Work::Copy { why, .. } = task.work else { return };
+        let (range, tried) = (task.range, task.tried.clone());
         let source = task.answers.first().map(|(replica, _)| *replica);
         let dests: Vec<ReplicaId> = match why {
             CopyFor::Reconcile { .. } => {
                 self.ack_set.iter().copied().filter(|r| Some(*r) != source).collect()
             }
             CopyFor::CatchUp(replica) => vec![replica],
+            CopyFor::Repair => {
+                self.checks.to_repair(id).into_iter().filter(|r| self.ack_set.contains(r)).collect()
+            }
         };
+        if let CopyFor::CatchUp(_) = why
+            && !tried.is_empty()
+        {
+            self.check_later(range);
+        }
         self.send_writes(id, &dests);
     }
 
     pub(super) fn copy_was_written(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let (Work::Copy { copy, why }, range) = (task.work.clone(), task.range) else { return };
+        let (Work::Copy { copy, why, .. }, range) = (task.work.clone(), task.range) else { return };
+        let written: Vec<ReplicaId> =
+            task.answers.iter().filter(|(_, a)| *a == Answer::Done).map(|(replica, _)| *replica).collect();
         self.drop_task(id);
         self.emit(TargetAction::CopyDone { copy });
         match why {
-            CopyFor::Reconcile { region, round } => self.region_copied(region, round),
+            CopyFor::Reconcile { region, round } => {
+                self.reconcile_bytes_copied += range.len_bytes() * written.len() as u64;
+                self.region_copied(region, round);
+            }
             CopyFor::CatchUp(replica) => self.range_caught_up(replica, range),
+            CopyFor::Repair => self.repaired(id, range, &written),
         }
     }
 
-    /// No member can read the range.
+    /// No member can read the range as a whole.
     fn copy_unreadable(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let Work::Copy { copy, why } = task.work else { return };
+        let Work::Copy { copy, why, adopted } = task.work else { return };
+        let range = task.range;
         match why {
-            // The members stay as they are; a read of those blocks is an error, never old data (R33).
+            // What was good a moment ago is not now: the next check finds out.
+            CopyFor::Repair => {
+                self.drop_task(id);
+                self.emit(TargetAction::CopyDone { copy });
+                self.repaired(id, range, &[]);
+            }
+            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) if range.count > 1 => self.split_copy(id),
+            CopyFor::Reconcile { .. } if !adopted => self.adopt(id),
+            // The members stay as they are; a read of the block is an error, never old data (R33).
             CopyFor::Reconcile { region, round } => {
                 self.drop_task(id);
                 self.emit(TargetAction::CopyDone { copy });
+                self.found(Finding::Unrepairable { range });
                 self.region_copied(region, round);
             }
-            // The returning replica could serve old data where the members answer an error: it does not join.
-            CopyFor::CatchUp(replica) => self.expel(replica),
+            CopyFor::CatchUp(replica) => {
+                self.found(Finding::MarkedBad { replica, range });
+                self.call_for_copy(id, replica, Control::MarkBad(range));
+            }
+        }
+    }
+
+    /// Block by block: each may verify on another member.
+    fn split_copy(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let Work::Copy { copy, why, .. } = task.work else { return };
+        let range = task.range;
+        self.drop_task(id);
+        self.emit(TargetAction::CopyDone { copy });
+        match why {
+            CopyFor::Reconcile { region, round } => self.region_was_split(region, round, range.count),
+            CopyFor::CatchUp(replica) => self.run_was_split(replica, range),
+            CopyFor::Repair => {}
+        }
+        for block in range.start.0..range.end() {
+            self.start_copy(why, BlockRange::new(block, 1));
+        }
+    }
+
+    /// R32: the block verifies on no member, in a region that was being written at a crash: what the source's disk holds
+    /// is taken for its data, as any disk would.
+    fn adopt(&mut self, id: u64) {
+        let Some(range) = self.tasks.get(&id).map(|task| task.range) else { return };
+        let source = self.reconcile.source().filter(|source| self.is_open(*source));
+        let Some(replica) = source else { return self.gated.push_back(id) };
+        if let Some(task) = self.tasks.get_mut(&id)
+            && let Work::Copy { adopted, .. } = &mut task.work
+        {
+            *adopted = true;
+        }
+        self.found(Finding::Adopted { replica, range });
+        self.call_for_copy(id, replica, Control::Adopt(range));
+    }
+
+    fn call_for_copy(&mut self, id: u64, replica: ReplicaId, op: Control) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.stage = Stage::Calls(1);
+        }
+        self.send_control(replica, CallKind::Task(id), op);
+    }
+
+    /// Adopted: read again. Marked bad: nothing is left to do.
+    pub(super) fn copy_call_ended(&mut self, id: u64) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        match task.work {
+            Work::Copy { why: CopyFor::CatchUp(_), .. } => self.copy_was_written(id),
+            Work::Copy { .. }
+            | Work::Check { .. }
+            | Work::Read { .. }
+            | Work::Write { .. }
+            | Work::Zero { .. } => {
+                task.stage = Stage::Read;
+                task.tried.clear();
+                self.send_copy_read(id);
+            }
         }
     }
 
@@ -94,7 +202,7 @@ impl Target {
             .tasks
             .iter()
             .filter_map(|(id, task)| match task.work {
-                Work::Copy { copy, why: CopyFor::CatchUp(_) } => Some((*id, copy)),
+                Work::Copy { copy, why: CopyFor::CatchUp(_), .. } => Some((*id, copy)),
                 _ => None,
             })
             .collect();

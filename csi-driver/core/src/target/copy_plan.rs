@@ -102,6 +102,13 @@ impl CopyPlan {
         Some(BlockRange::new(run.start.0, blocks))
     }
 
+    /// A run that is under way goes on as one copy for each of its blocks.
+    pub(super) fn was_split(&mut self, run: BlockRange) {
+        let more = run.count - 1;
+        self.in_flight += usize::try_from(more).unwrap_or(usize::MAX);
+        *self.taken.entry(run.start.region()).or_default() += u32::try_from(more).unwrap_or(u32::MAX);
+    }
+
     /// A run is copied.
     pub(super) fn ended(&mut self, run: BlockRange) {
         self.in_flight -= 1;

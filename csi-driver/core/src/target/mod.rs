@@ -5,13 +5,15 @@
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R14, R16, R17), flushes (R15);
 //! - `intent_log`: which regions are logged, and clearing them (R18);
 //! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` (R23, R24) say which, `copy_plan` in what
-//!   order, `throttle` how fast.
+//!   order, `throttle` how fast;
+//! - `checks`: verifying and mending (R33), `scrub`: all of it, slowly.
 //!
 //! Every input changes the state it is about; what follows from it for the volume as a whole is decided in one place,
 //! `settle_all`, which runs only when something other than plain I/O happened.
 
 mod api;
 mod catch_up;
+mod checks;
 mod config;
 mod copies;
 mod copy_plan;
@@ -21,6 +23,7 @@ mod peers;
 mod range_lock;
 mod reconcile;
 mod requests;
+mod scrub;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -37,6 +40,7 @@ use crate::record_store::Versioned;
 use crate::timers;
 
 use catch_up::CatchUp;
+use checks::Checks;
 use config::{PendingSwap, StoreCall};
 use flushes::Flush;
 use intent_log::{ClearRound, LogEntry};
@@ -44,6 +48,7 @@ use peers::{Call, IoEntry, Peer};
 use range_lock::RangeLock;
 use reconcile::Reconcile;
 use requests::Request;
+use scrub::Scrub;
 use tasks::Task;
 use throttle::Throttle;
 
@@ -98,6 +103,9 @@ pub struct Target {
     reconcile: Reconcile,
     catch_up: Option<CatchUp>,
     throttle: Throttle,
+    checks: Checks,
+    reconcile_bytes_copied: u64,
+    scrub: Scrub,
     stopping: Option<Stopping>,
     next_reader: u64,
     writes_acknowledged: u64,
@@ -179,6 +187,9 @@ impl Target {
             reconcile: Reconcile::default(),
             catch_up: None,
             throttle: Throttle::new(now_ms),
+            checks: Checks::default(),
+            reconcile_bytes_copied: 0,
+            scrub: Scrub::default(),
             stopping: None,
             next_reader: 0,
             writes_acknowledged: 0,
@@ -213,6 +224,8 @@ impl Target {
             TargetEvent::ControlDone { call } => self.on_control_done(call),
             TargetEvent::ControlRefused { call, error } => self.on_control_refused(call, error),
             TargetEvent::MapRead { call, map } => self.on_map_read(call, map),
+            TargetEvent::Verified { call, blocks } => self.on_verified(call, blocks),
+            TargetEvent::Scrub => self.on_scrub(),
             TargetEvent::ExtentsRead { call, extents } => self.on_extents_read(call, &extents),
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),
@@ -242,7 +255,7 @@ impl Target {
         if let Some(stopping) = &self.stopping {
             take(stopping.deadline_ms);
         }
-        if let Some(at) = self.catch_up_timeout() {
+        for at in self.catch_up_timeout().into_iter().chain(self.scrub_timeout()) {
             take(at);
         }
         for peer in self.peers.values() {
@@ -287,7 +300,10 @@ impl Target {
             longest_stall_ms: self.longest_stall_ms,
             logged_regions: self.logged.len(),
             unreconciled_regions: self.reconcile.left(),
+            reconcile_bytes_copied: self.reconcile_bytes_copied,
             possible_loss: self.possible_loss,
+            corruption: self.checks.counts,
+            scrub: self.scrub.status(),
             replicas: self.peers.iter().map(|(replica, peer)| self.replica_status(*replica, peer)).collect(),
         }
     }
@@ -364,6 +380,7 @@ impl Target {
             self.pump_sessions();
             self.pump_reconcile();
             self.pump_catch_up();
+            self.pump_scrub();
             self.pump_log();
             self.pump_stop();
             self.recompute();
@@ -399,6 +416,7 @@ impl Target {
         self.ios.clear();
         self.calls.clear();
         self.catch_up = None;
+        self.checks.clear();
         self.set_state(state);
     }
 

@@ -85,6 +85,8 @@ pub(super) enum CallKind {
     ReadMap,
     FillMap,
     Extents,
+    /// Of a task that waits for it.
+    Task(u64),
     /// ReadMap of one that stays absent, for a join.
     ReadOtherMap(ReplicaId),
     Merge,
@@ -334,8 +336,10 @@ impl Target {
         let calls: Vec<CallId> =
             self.calls.iter().filter(|(_, call)| call.replica == replica).map(|(id, _)| *id).collect();
         for call in calls {
-            if let Some(Call { kind: CallKind::Clear, .. }) = self.calls.remove(&call) {
-                self.clear_answered(call);
+            match self.calls.remove(&call).map(|call| call.kind) {
+                Some(CallKind::Clear) => self.clear_answered(call),
+                Some(CallKind::Task(task)) => self.task_call_ended(task),
+                _ => {}
             }
         }
         if self.catching_up() == Some(replica) {
@@ -499,6 +503,7 @@ impl Target {
             }
             CallKind::Clear => self.clear_answered(call),
             CallKind::Merge => self.maps_merged(replica),
+            CallKind::Task(task) => self.task_call_ended(task),
             CallKind::Release
             | CallKind::ReadMap
             | CallKind::FillMap

@@ -16,8 +16,8 @@ pub(super) struct Reconcile {
     todo: BTreeSet<Region>,
     /// Regions that somebody waits for; they go first.
     asked: VecDeque<Region>,
-    /// Regions under way, and whether they are copied; all are flushed together.
-    batch: BTreeMap<Region, bool>,
+    /// Regions under way, and how many copies of each are not over; all are flushed together.
+    batch: BTreeMap<Region, u64>,
     flushing: bool,
     source: Option<ReplicaId>,
     /// +1 whenever the source changes: what an earlier source gave does not count.
@@ -86,7 +86,7 @@ impl Target {
         if self.reconcile.batch.is_empty() {
             self.start_batch();
         }
-        let copied = self.reconcile.batch.values().all(|copied| *copied);
+        let copied = self.reconcile.batch.values().all(|left| *left == 0);
         if copied && !self.reconcile.flushing && !self.reconcile.batch.is_empty() {
             self.reconcile.flushing = true;
             if self.guards.recflush {
@@ -114,24 +114,30 @@ impl Target {
 
     fn start_batch(&mut self) {
         let round = self.reconcile.round;
-        let alone = self.ack_set.len() == 1;
-        let limit = if alone { usize::MAX } else { timers::RECONCILE_BATCH };
-        while self.reconcile.batch.len() < limit {
+        while self.reconcile.batch.len() < timers::RECONCILE_BATCH {
             let Some(region) = self.reconcile.next() else { break };
-            // A single member has nobody to differ from, but its cache must reach its disk.
-            self.reconcile.batch.insert(region, alone);
-            if !alone {
-                self.start_copy(CopyFor::Reconcile { region, round }, BlockRange::of_region(region));
-            }
+            // A single member has nobody to differ from, but what a crash left on it must verify (R32), and its cache
+            // must reach its disk.
+            self.reconcile.batch.insert(region, 1);
+            self.start_copy(CopyFor::Reconcile { region, round }, BlockRange::of_region(region));
         }
     }
 
     pub(super) fn region_copied(&mut self, region: Region, round: u64) {
         if round == self.reconcile.round
-            && let Some(copied) = self.reconcile.batch.get_mut(&region)
+            && let Some(left) = self.reconcile.batch.get_mut(&region)
         {
-            *copied = true;
+            *left -= 1;
             self.dirty = true;
+        }
+    }
+
+    /// A copy of the region goes on as so many.
+    pub(super) fn region_was_split(&mut self, region: Region, round: u64, copies: u64) {
+        if round == self.reconcile.round
+            && let Some(left) = self.reconcile.batch.get_mut(&region)
+        {
+            *left += copies - 1;
         }
     }
 

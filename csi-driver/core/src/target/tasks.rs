@@ -4,6 +4,7 @@
 //! region ─────────> lock ─> read ─> lease ───────────────> done        reads
 //! region ─> log ──> lock ─> edges ─> gate ─> write ──────> done        writes (region and edges only if unaligned)
 //!           log ──> lock ─> gate ─> copy read ─> write ──> done        copies
+//! region ─────────> lock ─> calls ───────────────────────> done        checks
 //! ```
 //!
 //! Room in the intent log is taken before the range lock: a task that waited for room with the lock in hand could keep
@@ -15,16 +16,37 @@ use crate::block_range::BlockRange;
 use crate::ids::{Block, ReplicaId};
 use crate::replica::DataOp;
 
+use super::checks::CheckFor;
 use super::copies::CopyFor;
 use super::peers::IoOwner;
-use super::{CopyId, Edge, IoError, Payload, RequestError, RequestId, Target};
+use super::{CopyId, Edge, IoError, Payload, RequestError, RequestId, Target, TargetAction};
 
 #[derive(Debug, Clone)]
 pub(super) enum Work {
-    Read { request: RequestId },
-    Write { request: RequestId, fua: bool, edges: Vec<(Edge, Block)> },
-    Zero { request: RequestId, fua: bool, trim: bool, edge: Option<(Edge, Block)> },
-    Copy { copy: CopyId, why: CopyFor },
+    Read {
+        request: RequestId,
+    },
+    Write {
+        request: RequestId,
+        fua: bool,
+        edges: Vec<(Edge, Block)>,
+    },
+    Zero {
+        request: RequestId,
+        fua: bool,
+        trim: bool,
+        edge: Option<(Edge, Block)>,
+    },
+    /// `adopted`: its block was adopted, and is read once more.
+    Copy {
+        copy: CopyId,
+        why: CopyFor,
+        adopted: bool,
+    },
+    /// A piece of this check (R33).
+    Check {
+        check: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +63,8 @@ pub(super) enum Stage {
     Lease,
     /// Edge blocks are being read; so many are out.
     Edges(u32),
+    /// So many control calls are out.
+    Calls(usize),
     /// Waits until the configuration lets it begin.
     Gate,
     /// Sent.
@@ -72,6 +96,8 @@ pub(super) struct Task {
     /// Its regions are counted in the intent log.
     counted: bool,
     edges_failed: bool,
+    /// What no member could read whole was checked and mended, where it can be, and is read once more.
+    checked: bool,
 }
 
 impl Task {
@@ -80,7 +106,7 @@ impl Task {
             Work::Read { request } | Work::Write { request, .. } | Work::Zero { request, .. } => {
                 Some(*request)
             }
-            Work::Copy { .. } => None,
+            Work::Copy { .. } | Work::Check { .. } => None,
         }
     }
 
@@ -88,7 +114,7 @@ impl Task {
         match &self.work {
             Work::Write { edges, .. } => edges.clone(),
             Work::Zero { edge, .. } => edge.iter().copied().collect(),
-            Work::Read { .. } | Work::Copy { .. } => Vec::new(),
+            Work::Read { .. } | Work::Copy { .. } | Work::Check { .. } => Vec::new(),
         }
     }
 
@@ -96,7 +122,7 @@ impl Task {
         match &self.work {
             Work::Write { edges, .. } => !edges.is_empty(),
             Work::Zero { edge, .. } => edge.is_some(),
-            Work::Read { .. } | Work::Copy { .. } => false,
+            Work::Read { .. } | Work::Copy { .. } | Work::Check { .. } => false,
         }
     }
 
@@ -116,12 +142,19 @@ impl Task {
             }
             Work::Copy { copy, .. } => (DataOp::Write { range, fua: false }, Payload::Copy(*copy)),
             Work::Read { request } => (DataOp::Read(range), Payload::Request(*request)),
+            Work::Check { .. } => (DataOp::Read(range), Payload::None),
         }
     }
 }
 
 impl Target {
-    pub(super) fn start_task(&mut self, work: Work, range: BlockRange) -> u64 {
+    pub(super) fn start_task(&mut self, work: Work, range: BlockRange) {
+        let id = self.prepare_task(work, range);
+        self.ask_lock(id);
+    }
+
+    /// A task that has asked for nothing yet.
+    pub(super) fn prepare_task(&mut self, work: Work, range: BlockRange) -> u64 {
         let id = self.new_id();
         let task = Task {
             work,
@@ -133,33 +166,38 @@ impl Target {
             answered: false,
             counted: false,
             edges_failed: false,
+            checked: false,
         };
         self.tasks.insert(id, task);
-        self.ask_lock(id);
         id
     }
 
     /// From [`Stage::Region`] on.
     pub(super) fn ask_lock(&mut self, id: u64) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let reads = matches!(task.work, Work::Read { .. }) || task.has_edges();
+        let shared = matches!(task.work, Work::Read { .. } | Work::Check { .. });
+        let reads = shared || task.has_edges();
         let range = task.range;
         if reads && self.guards.readrec && self.wait_for_regions(id, range) {
             return;
         }
         let Some(task) = self.tasks.get(&id) else { return };
-        if !matches!(task.work, Work::Read { .. }) && !task.counted && !self.take_log_room(id, range) {
+        if !matches!(task.work, Work::Read { .. } | Work::Check { .. })
+            && !task.counted
+            && !self.take_log_room(id, range)
+        {
             return self.gated.push_back(id);
         }
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Lock;
-        let exclusive = !matches!(task.work, Work::Read { .. });
         let skip = match task.work {
             Work::Read { .. } => !self.guards.readlock,
+            Work::Check { .. } => false,
+            Work::Copy { why: CopyFor::Repair, .. } => !self.guards.repairlock,
             Work::Write { .. } | Work::Zero { .. } => !self.guards.range,
             Work::Copy { .. } => !self.guards.reglock,
         };
-        if skip || self.locks.acquire(id, range, exclusive) {
+        if skip || self.locks.acquire(id, range, !shared) {
             self.ready.push_back(id);
         }
     }
@@ -180,7 +218,7 @@ impl Target {
     pub(super) fn locked(&mut self, id: u64) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = match &task.work {
-            Work::Read { .. } => Stage::Read,
+            Work::Read { .. } | Work::Check { .. } => Stage::Read,
             Work::Write { .. } | Work::Zero { .. } if task.has_edges() => Stage::Edges(0),
             Work::Write { .. } | Work::Zero { .. } | Work::Copy { .. } => Stage::Gate,
         };
@@ -195,7 +233,8 @@ impl Target {
             Stage::Read => self.send_read(id),
             Stage::Edges(0) => self.send_edges(id),
             Stage::Gate => self.try_begin(id),
-            Stage::Region | Stage::Lock | Stage::Lease | Stage::Edges(_) | Stage::Write => {}
+            Stage::Region | Stage::Lock | Stage::Lease | Stage::Edges(_) | Stage::Calls(_) | Stage::Write => {
+            }
         }
     }
 
@@ -207,8 +246,10 @@ impl Target {
 
     fn send_read(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        if let Work::Copy { .. } = task.work {
-            return self.send_copy_read(id);
+        match task.work {
+            Work::Copy { .. } => return self.send_copy_read(id),
+            Work::Check { .. } => return self.send_verify(id),
+            Work::Read { .. } | Work::Write { .. } | Work::Zero { .. } => {}
         }
         let (op, payload) = task.write_op();
         let tried = task.tried.clone();
@@ -219,9 +260,7 @@ impl Target {
             Some(replica) => {
                 self.send_io(replica, IoOwner::Task(id), op, payload);
             }
-            None if self.members().iter().all(|r| tried.contains(r)) => {
-                self.finish_task(id, Err(RequestError::Failed));
-            }
+            None if self.members().iter().all(|r| tried.contains(r)) => self.unreadable(id),
             None => self.gated.push_back(id),
         }
     }
@@ -244,10 +283,30 @@ impl Target {
                     self.send_io(replica, IoOwner::Task(id), op, Payload::Edge { request, edge, block });
                 }
             }
-            None if self.members().iter().all(|r| tried.contains(r)) => {
-                self.finish_task(id, Err(RequestError::Failed));
-            }
+            None if self.members().iter().all(|r| tried.contains(r)) => self.unreadable(id),
             None => self.gated.push_back(id),
+        }
+    }
+
+    /// No member could read all of it. Each of its blocks may verify somewhere: it is checked and mended without its lock,
+    /// then tried once more (R33).
+    fn unreadable(&mut self, id: u64) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if task.checked {
+            return self.finish_task(id, Err(RequestError::Failed));
+        }
+        task.checked = true;
+        task.stage = Stage::Region;
+        let range = task.range;
+        let granted = self.locks.release(id);
+        self.ready.extend(granted);
+        self.start_check(CheckFor::Reader(id), range);
+    }
+
+    pub(super) fn read_again(&mut self, id: u64) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.tried.clear();
+            self.ask_lock(id);
         }
     }
 
@@ -291,6 +350,10 @@ impl Target {
                 (Ok(()), Work::Copy { .. }) => self.copy_was_read(id),
                 (Ok(()), _) => {
                     task.stage = Stage::Lease;
+                    let (range, failed) = (task.range, !task.tried.is_empty());
+                    if failed {
+                        self.check_later(range);
+                    }
                     self.lease_wait.push_back(id);
                     self.release_reads();
                 }
@@ -311,11 +374,16 @@ impl Target {
                 set_answer(&mut task.answers, replica, answer);
                 self.check_write(id);
             }
-            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Gate => {}
+            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Calls(_) | Stage::Gate => {}
         }
     }
 
     fn edge_ended(&mut self, id: u64, left: u32) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let (range, mended) = (task.range, left == 1 && !task.edges_failed && !task.tried.is_empty());
+        if mended {
+            self.check_later(range);
+        }
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = match (left.saturating_sub(1), task.edges_failed) {
             (0, false) => Stage::Gate,
@@ -336,7 +404,7 @@ impl Target {
                 }
             }
             Stage::Write => set_answer(&mut task.answers, replica, Answer::Missing),
-            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Gate => {}
+            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Calls(_) | Stage::Gate => {}
         }
     }
 
@@ -396,6 +464,13 @@ impl Target {
         let errwrite = self.guards.errwrite;
         let deciding = self.deciding();
         let Some(task) = self.tasks.get_mut(&id) else { return };
+        if let Work::Copy { copy, why: CopyFor::Repair, .. } = task.work {
+            // What was corrupt stays so.
+            let range = task.range;
+            self.drop_task(id);
+            self.emit(TargetAction::CopyDone { copy });
+            return self.repaired(id, range, &[]);
+        }
         if !errwrite {
             task.error = Some(RequestError::Failed);
             for (_, answer) in task.answers.iter_mut().filter(|(_, a)| matches!(a, Answer::Failed(_))) {
@@ -408,7 +483,9 @@ impl Target {
         // can make the write count, or the failure.
         let say: Vec<(ReplicaId, Answer)> =
             task.answers.iter().filter(|(r, _)| deciding.contains(r)).copied().collect();
-        let done = say.iter().any(|(_, a)| *a == Answer::Done);
+        // What is copied is on its source.
+        let copied = matches!(task.work, Work::Copy { .. });
+        let done = copied || say.iter().any(|(_, a)| *a == Answer::Done);
         let missing = say.iter().any(|(_, a)| *a == Answer::Missing);
         if !done && !missing && !say.is_empty() {
             let full = say.iter().all(|(_, a)| *a == Answer::Failed(IoError::NoSpace));

@@ -1,6 +1,7 @@
 //! One test per rule, named after it. The simulation under `tests/sim` covers their interplay.
 
 mod catch_up;
+mod repair;
 
 use std::collections::BTreeSet;
 
@@ -17,6 +18,8 @@ struct Bench {
     now_ms: u64,
     store: Versioned,
     actions: Vec<TargetAction>,
+    /// What a replica says it has logged when it is opened.
+    logged: Vec<Region>,
 }
 
 fn mk_bench(replicas: u128) -> Bench {
@@ -39,7 +42,7 @@ fn mk_bench(replicas: u128) -> Bench {
         seed: 3,
     };
     let store = Versioned { version: RecordVersion(1), record };
-    Bench { target: Target::new(0, config), now_ms: 0, store, actions: Vec::new() }
+    Bench { target: Target::new(0, config), now_ms: 0, store, actions: Vec::new(), logged: Vec::new() }
 }
 
 impl Bench {
@@ -86,8 +89,13 @@ impl Bench {
         let Some(TargetAction::Open(open)) = self.take(wanted) else {
             panic!("replica {replica} is not asked")
         };
-        let opened =
-            Opened { cache_lost, logged: vec![], size_bytes: 8 << 20, epoch: open.epoch, snapshots: vec![] };
+        let opened = Opened {
+            cache_lost,
+            logged: self.logged.clone(),
+            size_bytes: 8 << 20,
+            epoch: open.epoch,
+            snapshots: vec![],
+        };
         self.event(TargetEvent::Opened { session: open.session, opened });
     }
 

@@ -4,6 +4,8 @@ use bytes::Bytes;
 use holdfast_storage_core::replica::{DataOp, DiskError, DiskOp};
 use holdfast_store::{Replica, StoreError};
 
+use super::verify;
+
 /// Starts a data operation. A read answers with its data.
 pub fn submit(
     disk: &Replica,
@@ -29,6 +31,9 @@ pub fn submit(
             let then = Box::new(|result: Result<Bytes, StoreError>| done(result.map_err(disk_error)));
             disk.read_snapshot(snapshot, range.offset_bytes(), len, then);
         }
+        DataOp::Verify(range) => verify::verify(disk, range, done),
+        DataOp::MarkBad(range) => disk.mark_bad(range, Box::new(|result| done(empty(result)))),
+        DataOp::Adopt(range) => verify::adopt(disk, range, done),
     }
 }
 
@@ -55,7 +60,7 @@ fn empty(result: Result<(), StoreError>) -> Result<Bytes, DiskError> {
     result.map(|()| Bytes::new()).map_err(disk_error)
 }
 
-fn disk_error(error: StoreError) -> DiskError {
+pub(super) fn disk_error(error: StoreError) -> DiskError {
     match error {
         StoreError::NoSpace(_) => DiskError::NoSpace,
         // Nothing of the range was changed and other ranges are fine, which is what the core takes from NoSpace.

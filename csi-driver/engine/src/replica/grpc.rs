@@ -6,8 +6,8 @@ use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_server::Replica;
 use holdfast_storage_core::ids::{Region, ReplicaId, SessionToken};
 use holdfast_storage_core::replica::{
-    ControlOp, DiskError, OpenRefusal, OpenReply, OpenRequest, ReplicaCall, ReplicaReply, RequestRefusal,
-    SessionKey,
+    ControlOp, DataOp, DiskError, OpenRefusal, OpenReply, OpenRequest, ReplicaCall, ReplicaReply,
+    RequestRefusal, SessionKey,
 };
 use tokio::sync::{oneshot, watch};
 use tonic::{Request, Response, Status};
@@ -98,7 +98,10 @@ impl ReplicaService {
     ) -> Result<(), Status> {
         match self.control(session, names, op).await? {
             ReplicaReply::Done(result) => result.map_err(refusal_status),
-            ReplicaReply::Open(_) | ReplicaReply::Lease(_) | ReplicaReply::Map(_) => Err(wrong_reply()),
+            ReplicaReply::Open(_)
+            | ReplicaReply::Lease(_)
+            | ReplicaReply::Verified(_)
+            | ReplicaReply::Map(_) => Err(wrong_reply()),
         }
     }
 }
@@ -152,7 +155,10 @@ impl Replica for ReplicaService {
             ReplicaReply::Lease(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => {
                 Err(refusal_status(refusal))
             }
-            ReplicaReply::Open(_) | ReplicaReply::Done(Ok(())) | ReplicaReply::Map(_) => Err(wrong_reply()),
+            ReplicaReply::Open(_)
+            | ReplicaReply::Done(Ok(()))
+            | ReplicaReply::Verified(_)
+            | ReplicaReply::Map(_) => Err(wrong_reply()),
         }
     }
 
@@ -207,8 +213,44 @@ impl Replica for ReplicaService {
             ReplicaReply::Map(Err(refusal)) | ReplicaReply::Done(Err(refusal)) => {
                 Err(refusal_status(refusal))
             }
-            ReplicaReply::Open(_) | ReplicaReply::Done(Ok(())) | ReplicaReply::Lease(_) => Err(wrong_reply()),
+            ReplicaReply::Open(_)
+            | ReplicaReply::Done(Ok(()))
+            | ReplicaReply::Verified(_)
+            | ReplicaReply::Lease(_) => Err(wrong_reply()),
         }
+    }
+
+    async fn verify(&self, request: Request<pb::VerifyRequest>) -> Result<Response<pb::VerifyReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let range = wire::region_range(request.start_block, request.blocks)?;
+        match self.control(request.session, &names, ControlOp::Data(DataOp::Verify(range))).await? {
+            ReplicaReply::Verified(blocks) => Ok(Response::new(wire::verified_pb(&blocks))),
+            ReplicaReply::Done(Err(refusal)) => Err(refusal_status(refusal)),
+            ReplicaReply::Open(_)
+            | ReplicaReply::Done(Ok(()))
+            | ReplicaReply::Map(_)
+            | ReplicaReply::Lease(_) => Err(wrong_reply()),
+        }
+    }
+
+    async fn mark_bad(
+        &self,
+        request: Request<pb::MarkBadRequest>,
+    ) -> Result<Response<pb::MarkBadReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let range = wire::region_range(request.start_block, request.blocks)?;
+        self.done(request.session, &names, ControlOp::Data(DataOp::MarkBad(range))).await?;
+        Ok(Response::new(pb::MarkBadReply {}))
+    }
+
+    async fn adopt(&self, request: Request<pb::AdoptRequest>) -> Result<Response<pb::AdoptReply>, Status> {
+        let names = caller_names(&request);
+        let request = request.into_inner();
+        let range = wire::region_range(request.start_block, request.blocks)?;
+        self.done(request.session, &names, ControlOp::Data(DataOp::Adopt(range))).await?;
+        Ok(Response::new(pb::AdoptReply {}))
     }
 
     async fn fill_map(

@@ -14,7 +14,6 @@ use crate::clock::now_ms;
 use crate::pulse::Pulse;
 
 use super::machine::{ReplicaActor, ReplicaEnv, ReplicaMachine};
-use super::recover;
 
 /// Pause before a replica whose disk failed is opened again; doubled each time.
 const REOPEN_MIN: Duration = Duration::from_millis(500);
@@ -181,10 +180,6 @@ impl ReplicaHost {
     fn open_replica(&self, replica: ReplicaId) -> Result<(), HostError> {
         let disk = self.pool()?.open_replica(replica)?;
         let start = disk.start();
-        let recomputed = recover::recompute(&disk, &start.log)?;
-        if recomputed > 0 {
-            tracing::warn!(%replica, recomputed, "blocks in flight at a crash were given new checksums (R32)");
-        }
         let core = Replica::new(now_ms(), start);
         let me = self.me.clone();
         let env = ReplicaEnv {

@@ -17,7 +17,7 @@ use holdfast_storage_core::replica::{
 use crate::actor::{Actor, Machine};
 use crate::errno;
 
-use super::disk;
+use super::{disk, verify};
 
 /// A replica that takes requests.
 pub type ReplicaActor = Actor<ReplicaMachine>;
@@ -116,9 +116,22 @@ pub struct ReplicaMachine {
 }
 
 enum Pending {
-    Data { token: SessionToken, data: Bytes, done: Completion },
-    Control { token: SessionToken, answer: ControlAnswer },
-    Open { caller: Vec<String>, answer: OpenAnswer, ended: Option<SessionEnded> },
+    Data {
+        token: SessionToken,
+        data: Bytes,
+        done: Completion,
+    },
+    /// `data`: what its data request read, for those that are one.
+    Control {
+        token: SessionToken,
+        data: Bytes,
+        answer: ControlAnswer,
+    },
+    Open {
+        caller: Vec<String>,
+        answer: OpenAnswer,
+        ended: Option<SessionEnded>,
+    },
 }
 
 struct SessionConnections {
@@ -193,7 +206,8 @@ impl ReplicaMachine {
 
     fn on_data_done(&mut self, now_ms: u64, id: DiskId, call: ReplicaCall, result: Result<Bytes, DiskError>) {
         let result = result.map(|read| {
-            if let Some(Pending::Data { data, .. }) = self.calls.get_mut(&call) {
+            let pending = self.calls.get_mut(&call);
+            if let Some(Pending::Data { data, .. } | Pending::Control { data, .. }) = pending {
                 *data = read;
             }
         });
@@ -226,7 +240,11 @@ impl ReplicaMachine {
             Some(Pending::Data { data, done, .. }) => {
                 work.push(ReplicaWork::Complete(done, data_result(data, &reply)));
             }
-            Some(Pending::Control { answer, .. }) => work.push(ReplicaWork::Answer(answer, reply)),
+            Some(Pending::Control { answer, data, .. }) => {
+                let verified = !data.is_empty() && reply == ReplicaReply::Done(Ok(()));
+                let reply = if verified { ReplicaReply::Verified(verify::decode(&data)) } else { reply };
+                work.push(ReplicaWork::Answer(answer, reply));
+            }
             Some(Pending::Open { caller, answer, ended }) => {
                 let ReplicaReply::Open(result) = reply else { return };
                 if let Ok(opened) = &result {
@@ -290,7 +308,7 @@ impl Machine for ReplicaMachine {
             }
             ReplicaInput::Control { key, op, answer } => {
                 let call = self.call();
-                self.calls.insert(call, Pending::Control { token: key.token, answer });
+                self.calls.insert(call, Pending::Control { token: key.token, data: Bytes::new(), answer });
                 self.core.handle_event(now_ms, ReplicaEvent::Control { call, key, op });
             }
             ReplicaInput::ConnectionLost(token) => {
@@ -417,6 +435,7 @@ fn data_result(data: Bytes, reply: &ReplicaReply) -> Result<Bytes, BlockError> {
         ))
         | ReplicaReply::Open(_)
         | ReplicaReply::Lease(_)
+        | ReplicaReply::Verified(_)
         | ReplicaReply::Map(_) => Err(BlockError(errno::EIO)),
     }
 }

@@ -5,4 +5,4 @@ pub mod grpc;
 pub mod host;
 pub mod machine;
 pub mod provider;
-mod recover;
+mod verify;

@@ -89,6 +89,7 @@ pub async fn control(
             Ok(ControlAnswer::Done) => TargetEvent::ControlDone { call },
             Ok(ControlAnswer::Map(map)) => TargetEvent::MapRead { call, map },
             Err(LinkError::Refused(error)) => TargetEvent::ControlRefused { call, error },
+            Ok(ControlAnswer::Verified(blocks)) => TargetEvent::Verified { call, blocks },
             Ok(ControlAnswer::Extents(extents)) => TargetEvent::ExtentsRead { call, extents },
             Err(error) => {
                 tracing::info!(volume = %actor.env.volume_id, %replica, %error, "a control request failed");

@@ -11,7 +11,9 @@ use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::DirtyMap;
 use holdfast_storage_core::ids::BLOCK_BYTES;
-use holdfast_storage_core::replica::{ControlOp, DiskError, ReplicaReply, RequestRefusal, SessionKey};
+use holdfast_storage_core::replica::{
+    ControlOp, DataOp, DiskError, ReplicaReply, RequestRefusal, SessionKey,
+};
 use holdfast_storage_core::target::{Allocation, CallId, Control};
 use holdfast_store::AllocState;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -60,6 +62,8 @@ pub enum ControlAnswer {
     Done,
     /// The dirty map asked for.
     Map(DirtyMap),
+    /// What verifies, with a digest.
+    Verified(Vec<Option<u64>>),
     /// Where there is data.
     Extents(Vec<(BlockRange, Allocation)>),
 }
@@ -153,6 +157,7 @@ impl Link {
             (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
+                Some(ReplicaReply::Verified(blocks)) => Ok(ControlAnswer::Verified(blocks)),
                 Some(ReplicaReply::Done(Err(RequestRefusal::Disk(error)))) if error.is_refusal() => {
                     Err(LinkError::Refused(error))
                 }
@@ -205,6 +210,22 @@ impl RemoteLink {
                 let request = pb::ReadMapRequest { session, absent_replica_id: absent.to_string() };
                 let reply = rpc.read_map(request).await.map_err(link_error)?;
                 return wire::map_reply(reply.get_ref()).map(ControlAnswer::Map).map_err(link_error);
+            }
+            Control::Verify(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                let request = pb::VerifyRequest { session, start_block, blocks };
+                let reply = rpc.verify(request).await.map_err(link_error)?;
+                return Ok(ControlAnswer::Verified(wire::verified(reply.get_ref())));
+            }
+            Control::MarkBad(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                rpc.mark_bad(pb::MarkBadRequest { session, start_block, blocks })
+                    .await
+                    .map_err(link_error)?;
+            }
+            Control::Adopt(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                rpc.adopt(pb::AdoptRequest { session, start_block, blocks }).await.map_err(link_error)?;
             }
             Control::FillMap(absent) => {
                 let request = pb::FillMapRequest { session, absent_replica_id: absent.to_string() };
@@ -310,6 +331,9 @@ async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<Contro
 fn local_op(op: Control) -> ControlOp {
     match op {
         Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
+        Control::Verify(range) => ControlOp::Data(DataOp::Verify(range)),
+        Control::MarkBad(range) => ControlOp::Data(DataOp::MarkBad(range)),
+        Control::Adopt(range) => ControlOp::Data(DataOp::Adopt(range)),
         Control::FillMap(absent) => ControlOp::FillMap(absent),
         Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
         Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },

@@ -12,8 +12,8 @@ use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
 use holdfast_storage_core::replica::DataOp;
 use holdfast_storage_core::target::{
-    CallId, Control, CopyId, IoError, IoId, OpenSession, Opened, Payload, RequestError, RequestId, SessionId,
-    Target, TargetAction, TargetEvent, TargetState, TargetStatus,
+    CallId, Control, CopyId, Finding, IoError, IoId, OpenSession, Opened, Payload, RequestError, RequestId,
+    SessionId, Target, TargetAction, TargetEvent, TargetState, TargetStatus,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -109,6 +109,8 @@ pub enum TargetWork {
     Complete(Completion, Result<Bytes, BlockError>),
     /// Tell a client what is allocated.
     TellAllocation(ExtentsCompletion, Result<Vec<Extent>, BlockError>),
+    /// Report what was found out about the data's integrity.
+    Found(Finding),
     /// Tell the state, under which generation and epoch.
     State(TargetState, Generation, Epoch),
 }
@@ -286,6 +288,9 @@ impl TargetMachine {
                 BlockOp::Zero { offset: range.offset_bytes(), len: range.len_bytes(), fua, trim }
             }
             DataOp::Flush => BlockOp::Flush,
+            DataOp::Verify(_) | DataOp::MarkBad(_) | DataOp::Adopt(_) => {
+                unreachable!("asked for by control requests")
+            }
             DataOp::ReadSnapshot { .. } => unreachable!("no target asks for a layer's data yet"),
         }
     }
@@ -348,6 +353,7 @@ impl TargetMachine {
                 self.copies.remove(&copy);
                 return None;
             }
+            TargetAction::Found(finding) => TargetWork::Found(finding),
             TargetAction::State(state) => {
                 let status = self.core.status();
                 TargetWork::State(state, status.generation, status.epoch)
@@ -470,10 +476,24 @@ impl Machine for TargetMachine {
                     link.close();
                 }
             }
+            TargetWork::Found(finding) => log_finding(env, finding),
             TargetWork::State(state, generation, epoch) => {
                 log_state(env, &state, generation, epoch);
                 env.state.send_replace(state);
             }
+        }
+    }
+}
+
+fn log_finding(env: &TargetEnv, finding: Finding) {
+    let volume = env.volume_id;
+    match finding {
+        Finding::Repaired { .. } | Finding::Adopted { .. } => {
+            tracing::warn!(%volume, ?finding, "blocks that did not verify were mended");
+        }
+        Finding::Corrupt { .. } => tracing::warn!(%volume, ?finding, "blocks do not verify"),
+        Finding::Unrepairable { .. } | Finding::Differing { .. } | Finding::MarkedBad { .. } => {
+            tracing::error!(%volume, ?finding, "blocks cannot be mended: restore them from a backup");
         }
     }
 }

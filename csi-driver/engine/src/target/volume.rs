@@ -252,6 +252,11 @@ impl Volume {
         self.actor.peek(TargetMachine::status)
     }
 
+    /// Begins a pass of the scrub.
+    pub fn scrub(&self) {
+        self.actor.post(TargetInput::core(TargetEvent::Scrub));
+    }
+
     /// The target's machine, for questions to its replicas.
     #[must_use]
     pub fn actor(&self) -> &Arc<TargetActor> {

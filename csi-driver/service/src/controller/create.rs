@@ -65,7 +65,7 @@ impl Inner {
     }
 
     /// Nodes for further replicas, none of them in `taken`.
-    async fn choose_nodes(
+    pub(super) async fn choose_nodes(
         &self,
         replicas: u32,
         size_bytes: u64,

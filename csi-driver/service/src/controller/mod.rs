@@ -9,12 +9,15 @@ mod delete;
 mod list;
 mod pools;
 mod publish;
+mod replace;
 
 use std::sync::Arc;
 
 use holdfast_proto::csi::controller_server::Controller;
 use holdfast_proto::csi::controller_service_capability::{Rpc, Type, rpc};
 use holdfast_proto::csi::*;
+use holdfast_proto::storage::operator_server::Operator;
+use holdfast_proto::storage::{ReplaceReplicaReply, ReplaceReplicaRequest};
 use holdfast_storage_core::record_store::RecordStore;
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
@@ -54,6 +57,17 @@ impl ControllerService {
         let pools = Pools::new(Arc::clone(&book), tls);
         let inner = Inner { store, book, pools, in_flight: InFlight::default(), placing: Mutex::new(()) };
         Self { inner: Arc::new(inner) }
+    }
+}
+
+#[tonic::async_trait]
+impl Operator for ControllerService {
+    async fn replace_replica(
+        &self,
+        request: Request<ReplaceReplicaRequest>,
+    ) -> Result<Response<ReplaceReplicaReply>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.replace_replica(request.into_inner()).await }).await.map(Response::new)
     }
 }
 

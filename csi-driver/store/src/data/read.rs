@@ -170,7 +170,7 @@ fn answer_without_data(range: BlockRange, view: &View) -> UncheckedRead {
     let (mut bad_blocks, mut in_doubt) = (Vec::new(), Vec::new());
     for (block, found) in bad {
         bad_blocks.push(Block(block));
-        in_doubt.extend((found.layer == view.top).then_some(Block(block)));
+        in_doubt.extend(found.is_in_doubt(view.top).then_some(Block(block)));
     }
     UncheckedRead { data, bad_blocks, in_doubt }
 }
@@ -189,7 +189,7 @@ fn verify(range: BlockRange, view: &View, mut buf: AlignedBuf) -> UncheckedRead 
         };
         if !good {
             bad_blocks.push(Block(block));
-            in_doubt.extend((found.layer == view.top).then_some(Block(block)));
+            in_doubt.extend(found.is_in_doubt(view.top).then_some(Block(block)));
         }
     }
     UncheckedRead { data: buf.into_bytes(), bad_blocks, in_doubt }

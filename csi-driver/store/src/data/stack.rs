@@ -129,6 +129,13 @@ pub struct Found {
     pub layer: u32,
 }
 
+impl Found {
+    /// Whether a block that does not verify may come from a write that a crash interrupted.
+    pub fn is_in_doubt(self, top: u32) -> bool {
+        self.layer == top && !self.entry.is_marked_bad()
+    }
+}
+
 /// A layer with data of a request.
 #[derive(Clone)]
 pub struct Home {

@@ -22,12 +22,23 @@ struct Zero {
     range: BlockRange,
     trim: bool,
     fua: bool,
+    /// The blocks are marked bad instead (R25).
+    bad: bool,
     done: Done,
 }
 
 impl DataPath {
     /// See [`crate::Replica::zero`].
     pub fn zero(self: &Arc<Self>, offset: u64, len: u64, trim: bool, fua: bool, done: Done) {
+        self.start_zero(offset, len, (trim, fua, false), done);
+    }
+
+    /// See [`crate::Replica::mark_bad`].
+    pub fn mark_bad(self: &Arc<Self>, range: BlockRange, done: Done) {
+        self.start_zero(range.offset_bytes(), range.len_bytes(), (false, false, true), done);
+    }
+
+    fn start_zero(self: &Arc<Self>, offset: u64, len: u64, (trim, fua, bad): (bool, bool, bool), done: Done) {
         let range = match self.check_range(offset, len) {
             Ok(range) => range,
             Err(error) => return done(Err(error)),
@@ -37,10 +48,11 @@ impl DataPath {
             Err(Refusal::Error(error)) => return done(Err(error)),
             Err(Refusal::Gate) => {
                 let path = Arc::clone(self);
-                return self.when_open(Box::new(move || path.zero(offset, len, trim, fua, done)));
+                return self
+                    .when_open(Box::new(move || path.start_zero(offset, len, (trim, fua, bad), done)));
             }
         };
-        let zero = Zero { request, range, trim, fua, done };
+        let zero = Zero { request, range, trim, fua, bad, done };
         let path = Arc::clone(self);
         self.resolve(Look::LIVE, range, Need::Entries, move |view| match view {
             Err(error) => zero.request.answer(Err(error), zero.done),
@@ -53,7 +65,7 @@ impl DataPath {
         let shadows = {
             let state = self.lock();
             let top = state.stack.top().number;
-            view.found.iter().any(|found| found.layer != top && !reads_as_zero(found.entry))
+            view.found.iter().any(|found| zero.bad || (found.layer != top && !reads_as_zero(found.entry)))
         };
         if !shadows {
             return self.punch_then_mark(zero, view);
@@ -123,6 +135,9 @@ impl DataPath {
                 .zip(&view.found)
                 .filter_map(|(block, found)| {
                     let own = top.entry(block);
+                    if zero.bad {
+                        return Some((block, Entry::bad(own.state.has_space())));
+                    }
                     match own.state {
                         // No data lies below either: the block reads as zeroes already.
                         State::Absent if own.is_absent() && reads_as_zero(found.entry) => None,

@@ -203,3 +203,49 @@ fn one_that_cannot_be_opened_takes_no_turn() {
     bench.event(TargetEvent::OpenFailed { session });
     assert_eq!(bench.target.catching_up(), Some(AWAY));
 }
+
+#[test]
+fn r25_a_block_that_no_member_can_read_is_marked_bad_and_the_catch_up_goes_on() {
+    let mut bench = mk_returning();
+    bench.maps(Some(&[(8, 3)]));
+    bench.extents(&[(0, 2048)]);
+    let mut marked = Vec::new();
+    loop {
+        if let Some((call, of, Control::MarkBad(range))) =
+            bench.control_of(|op| matches!(op, Control::MarkBad(_)))
+        {
+            marked.push((of, range));
+            bench.event(TargetEvent::ControlDone { call });
+        }
+        let ios = bench.ios();
+        if ios.is_empty() || ios.iter().all(|(_, _, _, op)| *op == DataOp::Flush) {
+            break;
+        }
+        for (io, _, _, op) in ios {
+            let bad = matches!(op, DataOp::Read(range) if (range.start.0..range.end()).contains(&9));
+            bench.event(TargetEvent::IoDone { io, result: if bad { Err(IoError::Failed) } else { Ok(()) } });
+        }
+    }
+    assert_eq!(marked, [(AWAY, BlockRange::new(9, 1))]);
+    let status = bench.target.status();
+    assert_eq!(status.replicas[2].resync_bytes_done, 3 * 4096);
+    assert_eq!(status.corruption.unrepairable, 1);
+}
+
+#[test]
+fn r34_a_replica_that_is_listed_anew_is_found_told_as_absent_and_opened() {
+    let mut bench = mk_serving(3);
+    bench.lose(&[3]);
+    let record = transitions::fault_replica(&bench.store.record, AWAY).unwrap();
+    let record = transitions::add_replica(&record, ReplicaId(4), &NodeName("n4".to_owned())).unwrap();
+    bench.store = Versioned { version: bench.store.version.next(), record };
+    bench.wait(timers::RECORD_POLL_MS + 200);
+    bench.store();
+    let told = bench.control_of(|op| matches!(op, Control::SetEpoch { .. }));
+    let Some((call, _, Control::SetEpoch { absent, .. })) = told else { panic!("nobody is told") };
+    assert_eq!(absent.into_iter().collect::<Vec<_>>(), [(ReplicaId(4), Epoch::default())]);
+    bench.event(TargetEvent::ControlDone { call });
+    bench.tell_all();
+    bench.open(4, false);
+    assert_eq!(bench.target.catching_up(), Some(ReplicaId(4)));
+}
