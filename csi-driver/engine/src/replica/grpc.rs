@@ -221,7 +221,7 @@ impl Replica for ReplicaService {
     }
 
     async fn verify(&self, request: Request<pb::VerifyRequest>) -> Result<Response<pb::VerifyReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let range = wire::region_range(request.start_block, request.blocks)?;
         match self.control(request.session, &names, ControlOp::Data(DataOp::Verify(range))).await? {
@@ -238,7 +238,7 @@ impl Replica for ReplicaService {
         &self,
         request: Request<pb::MarkBadRequest>,
     ) -> Result<Response<pb::MarkBadReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let range = wire::region_range(request.start_block, request.blocks)?;
         self.done(request.session, &names, ControlOp::Data(DataOp::MarkBad(range))).await?;
@@ -246,7 +246,7 @@ impl Replica for ReplicaService {
     }
 
     async fn adopt(&self, request: Request<pb::AdoptRequest>) -> Result<Response<pb::AdoptReply>, Status> {
-        let names = caller_names(&request);
+        let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
         let range = wire::region_range(request.start_block, request.blocks)?;
         self.done(request.session, &names, ControlOp::Data(DataOp::Adopt(range))).await?;
