@@ -184,7 +184,9 @@ impl World {
                     Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => {
                         Step::Layers
                     }
-                    Control::Release => return None,
+                    Control::MarkBad(_) => Step::CatchUpCopy,
+                    Control::Adopt(_) => Step::ReconcileCopy,
+                    Control::Verify(_) | Control::Release => return None,
                 };
                 (step, Some(node_of(*replica)))
             }
@@ -262,9 +264,10 @@ impl World {
             return;
         }
         let step = match (data_op(op), op) {
-            (Some(DataOp::Write { .. } | DataOp::Zero { .. }), _) => Step::DiskWrite,
+            (Some(DataOp::Write { .. } | DataOp::Zero { .. }), _)
+            | (Some(DataOp::MarkBad(_) | DataOp::Adopt(_)), _) => Step::DiskWrite,
             (Some(DataOp::Flush), _) => Step::DiskFlush,
-            (Some(DataOp::Read(_) | DataOp::ReadSnapshot { .. }), _) => return,
+            (Some(DataOp::Read(_) | DataOp::ReadSnapshot { .. } | DataOp::Verify(_)), _) => return,
             (None, DiskOp::LogAdd(_) | DiskOp::LogRemove(_)) => Step::DiskLog,
             (None, DiskOp::MapPut { .. } | DiskOp::MapUpdate { .. } | DiskOp::MapDrop { .. }) => {
                 Step::DiskMap
