@@ -66,8 +66,8 @@ pub struct Merger {
     pair: Option<(u32, u32)>,
     /// Moved since the last checkpoint.
     unsaved_bytes: u64,
-    /// Group of the lower file whose tables were reserved last.
-    reserved: Option<(u32, u64)>,
+    /// Layer, group and volume size for which tables were reserved last.
+    reserved: Option<(u32, u64, u64)>,
     /// What the last group that was looked at has.
     scanned: Option<Scanned>,
 }
@@ -365,15 +365,16 @@ impl Merger {
         lower: &LayerHandle,
         block: u64,
     ) -> Result<(), StoreError> {
-        let group = group_of(block);
-        if self.reserved == Some((lower.number, group)) {
+        let (group, size_bytes) = (group_of(block), files.manifest.size_bytes);
+        let wanted = Some((lower.number, group, size_bytes));
+        if self.reserved == wanted {
             return Ok(());
         }
-        for (offset, len) in table_areas(files.manifest.size_bytes, group) {
+        for (offset, len) in table_areas(size_bytes, group) {
             let reserved = lower.file.reserve_now(offset, len);
             reserved.map_err(|error| failed(files, "reserving space for tables", error))?;
         }
-        self.reserved = Some((lower.number, group));
+        self.reserved = wanted;
         Ok(())
     }
 

@@ -51,7 +51,11 @@ impl DataPath {
 
     /// The volume has another size from now on; the top's file has it already.
     pub fn set_size(&self, size_bytes: u64) {
-        self.lock().stack.top_mut().blocks = size_bytes / BLOCK_BYTES;
+        let mut state = self.lock();
+        state.stack.top_mut().blocks = size_bytes / BLOCK_BYTES;
+        // The last group's tables may be longer now than what was reserved for them.
+        state.backed = Backed::new(state.stack.is_layered());
+        drop(state);
         self.size_bytes.store(size_bytes, Ordering::Release);
     }
 
