@@ -3,8 +3,10 @@
 //! ```text
 //!  hf-control   gRPC services and calls, record store, heartbeats; waits for no disk
 //!  hf-pulse     timers of all state machines; waits for nothing else
-//!  hf-nbd       other nodes' sessions to this node's replicas
-//!  hf-vol-*     one per attached volume: its NBD connections, local clients
+//!  hf-accept    takes other nodes' connections
+//!  hf-nbd-*     one per connection of another node's session: its requests and their disk I/O
+//!  hf-vol-*     one per attached volume: its NBD connections, local clients, the local replica's disk I/O
+//!  hf-ring      disk I/O of everything else
 //! ```
 
 use std::net::SocketAddr;
@@ -33,6 +35,7 @@ use crate::config::{ANNOUNCE_INTERVAL, DataConfig, FrontEndKind};
 use crate::data_service::DataService;
 use crate::host;
 use crate::nbd_listener;
+use crate::nbd_threads::NbdThreads;
 use crate::node::NodeContext;
 use crate::peers::Peers;
 use crate::pool_service::PoolService;
@@ -94,6 +97,7 @@ pub struct DataProcess {
     volumes: Arc<Volumes>,
     control: ThreadRuntime,
     nbd: ThreadRuntime,
+    sessions: Arc<NbdThreads>,
     control_address: SocketAddr,
     nbd_address: SocketAddr,
 }
@@ -120,7 +124,7 @@ impl DataProcess {
         }
         make_folders(&config)?;
         let control = ThreadRuntime::start("hf-control").map_err(StartError::Thread)?;
-        let nbd = ThreadRuntime::start("hf-nbd").map_err(StartError::Thread)?;
+        let nbd = ThreadRuntime::start("hf-accept").map_err(StartError::Thread)?;
         let pulse = Pulse::start().map_err(StartError::Thread)?;
         let replicas = open_pool(&config, pulse.clone(), control.handle().clone()).await?;
         clean_stale(&config).await;
@@ -145,10 +149,10 @@ impl DataProcess {
             control: control.handle().clone(),
         });
         let volumes = Arc::new(Volumes::new(Arc::clone(&node)));
-        start_services(&node, &volumes, listeners, &control, &nbd, nbd_address.port());
+        let sessions = start_services(&node, &volumes, listeners, &control, &nbd, nbd_address.port());
         control.handle().spawn(announce(Arc::clone(&node), directory, info));
         tracing::info!(node = %node.config.node, control = %control_address, nbd = %nbd_address, "the data process serves");
-        Ok(Self { node, volumes, control, nbd, control_address, nbd_address })
+        Ok(Self { node, volumes, control, nbd, sessions, control_address, nbd_address })
     }
 
     /// Starts the volume's target for an attachment and exposes it, as the Data service's Attach does.
@@ -207,6 +211,7 @@ impl DataProcess {
         self.volumes.abandon_all();
         self.node.replicas.stop();
         self.nbd.stop();
+        self.sessions.stop();
         self.control.stop();
     }
 
@@ -303,7 +308,7 @@ fn start_services(
     control: &ThreadRuntime,
     nbd: &ThreadRuntime,
     nbd_port: u16,
-) {
+) -> Arc<NbdThreads> {
     let tls = node.config.tls.as_ref();
     let replica_service = ReplicaService { host: Arc::clone(&node.replicas), nbd_port, tls: tls.is_some() };
     let replica_service = ReplicaServer::new(replica_service)
@@ -326,11 +331,13 @@ fn start_services(
         .add_service(DataServer::new(data_service))
         .serve_with_incoming(UnixListenerStream::new(listeners.data));
     control.handle().spawn(report("data", data_server));
-    nbd.handle().spawn(nbd_listener::serve_tcp(listeners.nbd, nbd_server));
+    let nbd_threads = NbdThreads::new(nbd_server);
+    nbd.handle().spawn(Arc::clone(&nbd_threads).accept(listeners.nbd));
     if let Some(listener) = listeners.inspect {
         let server = NbdServer::new(Arc::new(InspectExports::new(&node.replicas)));
         nbd.handle().spawn(nbd_listener::serve_unix(listener, server));
     }
+    nbd_threads
 }
 
 async fn report(service: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {

@@ -19,6 +19,7 @@ mod data_service;
 mod errno;
 pub mod host;
 mod nbd_listener;
+mod nbd_threads;
 mod node;
 pub mod peers;
 mod pool_service;

@@ -9,10 +9,12 @@
 
 mod aligned;
 mod block_device;
+mod core;
 mod file;
 mod flusher;
 mod ring;
 mod ring_thread;
+pub mod thread_ring;
 
 pub use aligned::{AlignedBuf, DIRECT_ALIGN, into_aligned, is_aligned};
 pub use block_device::{BlockDevice, BlockError, BlockOp, Completion};

@@ -6,7 +6,8 @@
 //!                             │ when the thread sleeps            └─ completions ──> callbacks on the ring thread
 //! ```
 //!
-//! A handle is cheap to clone. When the last one is dropped the thread finishes what was submitted and ends.
+//! A handle is cheap to clone. When the last one is dropped the thread finishes what was submitted and ends. What a
+//! thread with a ring of its own submits stays on that thread, see [`crate::thread_ring`].
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,7 +22,7 @@ use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::aligned::AlignedBuf;
-use crate::ring_thread;
+use crate::{ring_thread, thread_ring};
 
 /// Requests that may wait for a place in the kernel's queue; one more is answered `EAGAIN` at once.
 pub const QUEUE_MAX: usize = 16 * 1024;
@@ -53,7 +54,8 @@ pub enum Durability {
     Durable,
 }
 
-/// Called once, on the ring thread; it must not block. It may submit again.
+/// Called once, on the ring thread or on the thread that submitted (see [`crate::thread_ring`]); it must not block. It may
+/// submit again.
 pub type RingDone<T> = Box<dyn FnOnce(Result<T, Errno>) + Send>;
 
 /// Settings of a ring.
@@ -148,6 +150,7 @@ impl Ring {
     }
 
     fn submit(&self, request: Request) {
+        let Some(request) = thread_ring::take(request) else { return };
         let shared = &self.owner.shared;
         let refused = {
             let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -236,6 +239,17 @@ pub(crate) enum Op {
 impl Request {
     pub(crate) fn fd(&self) -> io_uring::types::Fd {
         io_uring::types::Fd(self.file.as_raw_fd())
+    }
+}
+
+impl Request {
+    /// Whether it reads or writes at most so many bytes.
+    pub(crate) fn is_small(&self, bytes_max: usize) -> bool {
+        match &self.op {
+            Op::Read { buf, .. } => buf.len() <= bytes_max,
+            Op::Write { data, .. } => data.len() <= bytes_max,
+            Op::SyncData { .. } | Op::Fallocate { .. } => false,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use holdfast_frontend::{FuseLoop, FuseLoopOptions};
+use holdfast_io::thread_ring::LoneIo;
 use holdfast_io::{BlockDevice, BlockOp};
 use holdfast_nbd::Server;
 use holdfast_storage_core::ids::{Attachment, TargetId, VolumeId};
@@ -120,7 +121,8 @@ impl Volume {
         attachment: Attachment,
     ) -> std::io::Result<Arc<Self>> {
         let id = volume_id.to_string();
-        let runtime = ThreadRuntime::start(&format!("hf-vol-{}", &id[..7]))?;
+        // It never waits for the local disk: when that hangs, the other replicas go on.
+        let runtime = ThreadRuntime::start_with_ring(&format!("hf-vol-{}", &id[..7]), LoneIo::Queued)?;
         let target_id = TargetId(rand::random());
         let config = TargetConfig {
             volume_id,

@@ -382,7 +382,10 @@ impl Drop for InFlight {
         }
         state.in_flight -= 1;
         state.changes_in_flight -= usize::from(self.changed.is_some());
-        if state.in_flight == 0 || (state.gate_closed && state.changes_in_flight == 0) {
+        // Only a closing and a change of the stack wait, and say so first: waking nobody would still be a system call for
+        // each request.
+        let closing_may_end = self.path.is_closed() && state.in_flight == 0;
+        if closing_may_end || (state.gate_closed && state.changes_in_flight == 0) {
             self.path.idle.notify_all();
         }
     }
