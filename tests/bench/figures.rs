@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// One figure of ours beside the peer's.
+/// One figure: ours beside a peer's, or against a limit of our own.
 #[derive(Debug, Clone, Serialize)]
 pub struct Figure {
     /// What was measured.
@@ -10,20 +10,37 @@ pub struct Figure {
     /// Ours.
     pub ours: f64,
     /// The peer's.
-    pub peer: f64,
+    pub peer: Option<f64>,
     /// Ours divided by the peer's.
-    pub ratio: f64,
-    /// Of both.
+    pub ratio: Option<f64>,
+    /// What ours may be at most, where there is no peer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<f64>,
+    /// Of all.
     pub unit: &'static str,
     /// Who the peer is.
-    pub peer_name: String,
+    pub peer_name: Option<String>,
 }
 
 impl Figure {
     /// The medians of both sides' rounds, which must not be empty.
     pub fn of_rounds(name: &str, unit: &'static str, peer_name: &str, ours: &[f64], peer: &[f64]) -> Self {
         let (ours, peer) = (median(ours), median(peer));
-        Self { name: name.to_owned(), ours, peer, ratio: ours / peer, unit, peer_name: peer_name.to_owned() }
+        Self {
+            name: name.to_owned(),
+            ours,
+            peer: Some(peer),
+            ratio: Some(ours / peer),
+            limit: None,
+            unit,
+            peer_name: Some(peer_name.to_owned()),
+        }
+    }
+
+    /// A figure without a peer.
+    pub fn within(name: &str, unit: &'static str, ours: f64, limit: f64) -> Self {
+        let limit = Some(limit);
+        Self { name: name.to_owned(), ours, peer: None, ratio: None, limit, unit, peer_name: None }
     }
 }
 
@@ -37,12 +54,23 @@ pub fn print(figures: &[Figure], json: bool) {
     }
     let width = figures.iter().map(|figure| figure.name.len()).max().unwrap_or(4).max(4);
     println!("{:<width$}  {:>12}  {:>12}  {:>6}  {:<6}  peer is", "name", "ours", "peer", "ratio", "unit");
-    for Figure { name, ours, peer, ratio, unit, peer_name } in figures {
-        println!("{name:<width$}  {ours:>12.1}  {peer:>12.1}  {ratio:>6.2}  {unit:<6}  {peer_name}");
+    let optional =
+        |number: Option<f64>, digits: usize| number.map_or("-".to_owned(), |n| format!("{n:.digits$}"));
+    for Figure { name, ours, peer, ratio, limit, unit, peer_name } in figures {
+        let (peer, ratio) = (optional(*peer, 1), optional(*ratio, 2));
+        // Times and shares are small numbers: two digits for those without a peer.
+        let ours = if limit.is_some() { format!("{ours:.2}") } else { format!("{ours:.1}") };
+        let beside = match (peer_name, limit) {
+            (Some(name), _) => name.clone(),
+            (None, Some(limit)) => format!("none; at most {limit}"),
+            (None, None) => String::new(),
+        };
+        println!("{name:<width$}  {ours:>12}  {peer:>12}  {ratio:>6}  {unit:<6}  {beside}");
     }
 }
 
-fn median(rounds: &[f64]) -> f64 {
+/// The middle of the rounds' figures.
+pub fn median(rounds: &[f64]) -> f64 {
     let mut sorted = rounds.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -66,6 +94,13 @@ mod tests {
     #[test]
     fn the_ratio_is_ours_divided_by_the_peer_s() {
         let figure = Figure::of_rounds("x", "iops", "peer", &[50.0], &[100.0]);
-        assert!((figure.ratio - 0.5).abs() < f64::EPSILON);
+        assert_eq!(figure.ratio, Some(0.5));
+    }
+
+    #[test]
+    fn a_figure_without_a_peer_says_null_and_its_limit() {
+        let json = serde_json::to_value(Figure::within("x", "s", 0.5, 1.0)).unwrap_or_default();
+        assert_eq!(json["peer"], serde_json::Value::Null);
+        assert_eq!(json["limit"], 1.0);
     }
 }

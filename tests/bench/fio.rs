@@ -91,6 +91,42 @@ pub const JOBS: [Job; 5] = [
 
 /// Runs one job and gives its figure.
 pub fn measure(place: &Place, access: &Access, job: &Job, size_mib: u64, seconds: u64) -> Result<f64> {
+    let side = run_timed(place, access, job, size_mib, seconds)?;
+    match job.figure {
+        Wanted::MedianLatencyUs => Ok(number(&side["clat_ns"]["percentile"]["50.000000"])? / 1e3),
+        Wanted::Iops => number(&side["iops"]),
+        Wanted::MebibytesPerSecond => Ok(number(&side["bw_bytes"])? / f64::from(1 << 20)),
+    }
+}
+
+/// How long the writes of a foreground took: 4 KiB at random, some in flight.
+#[derive(Debug, Clone, Copy)]
+pub struct Latencies {
+    /// 99 of 100 took at most so long, in microseconds.
+    pub p99_us: f64,
+    /// The longest, in seconds.
+    pub longest_s: f64,
+}
+
+/// Runs the foreground for some seconds, after one to warm up.
+pub fn foreground(place: &Place, access: &Access, size_mib: u64, seconds: u64) -> Result<Latencies> {
+    let job = Job {
+        name: "foreground",
+        unit: "us",
+        pattern: "randwrite",
+        block: "4k",
+        depth: 4,
+        figure: Wanted::MedianLatencyUs,
+    };
+    let side = run_timed(place, access, &job, size_mib, seconds)?;
+    Ok(Latencies {
+        p99_us: number(&side["clat_ns"]["percentile"]["99.000000"])? / 1e3,
+        longest_s: number(&side["clat_ns"]["max"])? / 1e9,
+    })
+}
+
+/// Runs a job; gives what fio tells of its reads or writes.
+fn run_timed(place: &Place, access: &Access, job: &Job, size_mib: u64, seconds: u64) -> Result<Value> {
     let mut arguments = access.arguments();
     arguments.extend([
         format!("--name={}", job.name),
@@ -107,14 +143,11 @@ pub fn measure(place: &Place, access: &Access, job: &Job, size_mib: u64, seconds
     let output = place.run("fio", &arguments)?;
     let json: Value = serde_json::from_str(output.get(output.find('{').unwrap_or(0)..).unwrap_or(""))
         .with_context(|| format!("fio's answer is no JSON: {output}"))?;
-    let side = &json["jobs"][0][if job.pattern.contains("read") { "read" } else { "write" }];
-    let number =
-        |value: &Value| value.as_f64().with_context(|| format!("fio's answer lacks a figure: {output}"));
-    match job.figure {
-        Wanted::MedianLatencyUs => Ok(number(&side["clat_ns"]["percentile"]["50.000000"])? / 1e3),
-        Wanted::Iops => number(&side["iops"]),
-        Wanted::MebibytesPerSecond => Ok(number(&side["bw_bytes"])? / f64::from(1 << 20)),
-    }
+    Ok(json["jobs"][0][if job.pattern.contains("read") { "read" } else { "write" }].clone())
+}
+
+fn number(value: &Value) -> Result<f64> {
+    value.as_f64().context("fio's answer lacks a figure")
 }
 
 /// Writes the whole range once, so that reads find data and no side measures first-time allocation.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use holdfast_tests::cleanup::{self, Logs};
+use holdfast_tests::direct_io::{self, DirectOutcome};
 use holdfast_tests::{Namespaces, Program, ProgramSpec, Work, process};
 
 /// How long a program may take to open its socket.
@@ -51,6 +52,16 @@ impl Place {
         let stderr = String::from_utf8_lossy(&output.stderr);
         anyhow::ensure!(output.status.success(), "{program} {}: {stderr}{stdout}", arguments.join(" "));
         Ok(stdout)
+    }
+
+    /// Writes a block past every cache; answers when the device has answered.
+    pub fn write_block(&self, device: &str, offset: u64) -> Result<()> {
+        match direct_io::write_block(&self.spaces, device, offset, 1)? {
+            DirectOutcome::Served(_) => Ok(()),
+            refused @ DirectOutcome::Refused(_) => {
+                anyhow::bail!("a write to {device} at {offset} was {}", refused.describe())
+            }
+        }
     }
 
     /// Waits until a program has opened its socket.

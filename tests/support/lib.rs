@@ -23,7 +23,7 @@ pub mod cleanup;
 pub mod cluster;
 pub mod cni;
 pub mod csi;
-mod direct_io;
+pub mod direct_io;
 pub mod files;
 pub mod forgetful;
 pub mod garbage;
