@@ -53,11 +53,19 @@ impl ThreadRuntime {
         mut builder: Builder,
         ring: impl FnOnce() -> Option<Ended> + Send + 'static,
     ) -> io::Result<Self> {
-        let runtime = builder.enable_all().build()?;
-        let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
+        let (report, started) = channel();
         let (tasks, tasks_gone) = channel();
+        // Built on its thread: a runtime may not be dropped within another, should the kernel refuse the thread.
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let runtime = match builder.enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    let _ = report.send(Err(error));
+                    return;
+                }
+            };
+            let _ = report.send(Ok(runtime.handle().clone()));
             runtime.block_on(async {
                 if let Some(ended) = ring() {
                     tokio::spawn(answer_disk_io(ended));
@@ -70,6 +78,8 @@ impl ThreadRuntime {
             drop(tasks);
             thread_ring::drain();
         })?;
+        let handle =
+            started.recv().map_err(|_| io::Error::other("the thread ended before it had started"))??;
         let thread = thread.thread().clone();
         Ok(Self { handle, stop: Some(stop), thread, tasks_gone: Mutex::new(tasks_gone) })
     }

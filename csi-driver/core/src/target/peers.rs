@@ -399,7 +399,8 @@ impl Target {
     fn heartbeat(&mut self, replica: ReplicaId) {
         let now = self.now_ms;
         let Some(session) = self.peers.get_mut(&replica).and_then(Peer::session_mut) else { return };
-        session.next_heartbeat_ms = now + timers::HEARTBEAT_MS;
+        // On the clock's own marks, so that all volumes of a node send theirs at once and wake its threads once.
+        session.next_heartbeat_ms = now - now % timers::HEARTBEAT_MS + timers::HEARTBEAT_MS;
         if session.heartbeats.len() >= HEARTBEATS_MAX {
             return;
         }

@@ -154,6 +154,27 @@ const WRITE: ClientOp = ClientOp::Write { offset: 0, len: 4096, fua: false };
 const READ: ClientOp = ClientOp::Read { offset: 0, len: 4096 };
 
 #[test]
+fn r4_heartbeats_go_out_on_common_marks_whenever_their_sessions_were_opened() {
+    let mut bench = mk_bench(3);
+    bench.store();
+    for (replica, opened_at_ms) in [(1, 130), (2, 210), (3, 240)] {
+        bench.now_ms = opened_at_ms;
+        bench.open(replica, false);
+    }
+    bench.store();
+    bench.beat();
+    let is_heartbeat = |action: &TargetAction| matches!(action, TargetAction::Heartbeat { .. });
+    bench.now_ms = timers::HEARTBEAT_MS - 1;
+    bench.event(TargetEvent::Tick);
+    assert!(bench.take(is_heartbeat).is_none());
+    assert_eq!(bench.target.next_timeout(), Some(timers::HEARTBEAT_MS));
+    bench.now_ms = timers::HEARTBEAT_MS;
+    bench.event(TargetEvent::Tick);
+    let sent = std::iter::from_fn(|| bench.take(is_heartbeat)).count();
+    assert_eq!(sent, 3, "one wake-up sends all");
+}
+
+#[test]
 fn r1_a_start_takes_the_next_generation_and_knows_its_success_by_the_target_id() {
     let mut bench = mk_bench(1);
     let Some(TargetAction::ReadRecord { call }) =
