@@ -8,8 +8,9 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 use tokio::net::UnixListener;
 
 /// Locks the process's memory and marks it as an I/O flusher, so that writeback under memory pressure cannot wait for
-/// itself. Both need privileges; without them the process works, at that risk.
+/// itself. Both need privileges; without them the process works, at that risk. Large buffers cost only what is used of them.
 pub fn protect_from_memory_pressure() {
+    holdfast_io::map_large_buffers();
     // ONFAULT: pages are locked when first touched, so that reserved but unused stacks and arenas cost nothing.
     let flags =
         MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(MCL_ONFAULT);

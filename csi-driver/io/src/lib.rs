@@ -11,7 +11,7 @@ mod aligned;
 mod block_device;
 mod core;
 mod file;
-mod flusher;
+mod process_memory;
 mod ring;
 mod ring_thread;
 pub mod thread_ring;
@@ -22,5 +22,5 @@ pub use file::{
     LockOutcome, OpenMode, free_bytes, is_tmpfs, lock_exclusive, next_data, open_direct, punch_hole,
     reserve_space, unlock, write_durable,
 };
-pub use flusher::set_io_flusher;
+pub use process_memory::{map_large_buffers, set_io_flusher};
 pub use ring::{Durability, Errno, QUEUE_MAX, Ring, RingDone, RingOptions};
