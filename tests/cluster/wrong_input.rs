@@ -23,10 +23,9 @@ const HOME: &str = "node-a";
 /// How long a process may take to say what is wrong.
 const SAY_TIMEOUT: Duration = Duration::from_secs(20);
 const RESYNC_TIMEOUT: Duration = Duration::from_secs(60);
-/// Where a sealed page keeps its version and its checksum, and how long it is: docs/on-disk-format.md.
+/// Where a sealed page keeps its version and its checksum: docs/on-disk-format.md.
 const VERSION_AT: usize = 8;
 const CHECKSUM_AT: usize = 12;
-const PAGE_BYTES: usize = 4096;
 /// A version that no release of ours will reach soon.
 const FUTURE_VERSION: u32 = 999;
 
@@ -190,13 +189,14 @@ fn flip_a_bit(file: &Path) -> Result<()> {
 
 /// As a later release would have written it: intact, with its own version.
 fn raise_version(file: &Path) -> Result<()> {
-    let mut bytes = std::fs::read(file)?;
-    let page = bytes.get_mut(..PAGE_BYTES).context("the file has no whole page")?;
+    // Manifest and superblock are one sealed page each.
+    let mut page = std::fs::read(file)?;
+    ensure!(page.len() > CHECKSUM_AT + 4, "the file has no whole page");
     page[VERSION_AT..VERSION_AT + 4].copy_from_slice(&FUTURE_VERSION.to_le_bytes());
     page[CHECKSUM_AT..CHECKSUM_AT + 4].fill(0);
-    let checksum = crc32c::crc32c(page);
+    let checksum = crc32c::crc32c(&page);
     page[CHECKSUM_AT..CHECKSUM_AT + 4].copy_from_slice(&checksum.to_le_bytes());
-    Ok(std::fs::write(file, bytes)?)
+    Ok(std::fs::write(file, page)?)
 }
 
 /// The victim's process is given another node's certificate: nobody may take it for either of the two.

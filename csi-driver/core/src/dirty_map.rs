@@ -170,10 +170,13 @@ impl BlockSet {
             }
             for run in Self::runs_of(*region, bits) {
                 let (from, to) = (run.start.0.max(range.start.0), run.end().min(end));
-                if from < to && !(push(at.max(base), from, false) && push(from, to, true)) {
+                if from >= to {
+                    continue;
+                }
+                if !(push(at.max(base), from, false) && push(from, to, true)) {
                     return runs;
                 }
-                at = at.max(to);
+                at = to;
             }
             at = at.max(base);
         }
