@@ -159,6 +159,7 @@ impl Chaos {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table, one entry per family")]
     fn narrow(&mut self, family: Family, rng: &mut StdRng) {
         match family {
             Family::Mixed => {}

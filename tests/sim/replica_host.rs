@@ -13,7 +13,7 @@ use rand::Rng;
 
 use crate::chaos::MINUTE_US;
 use crate::coverage::Scenario;
-use crate::disk::{Blocks, data_op};
+use crate::disk::{Blocks, Disk, data_op};
 use crate::target_host::ToTarget;
 use crate::world::{Event, TargetNumber, World};
 
@@ -381,34 +381,11 @@ impl World {
                 disk.apply_meta(&op);
                 Ok(())
             }
-            Some(DataOp::Read(range)) => {
-                if let DiskOp::Data { call, .. } = &op
-                    && let Some((_, Context::Data { data, .. })) = process.calls.get_mut(call)
-                {
-                    *data = disk.read(range);
-                }
-                Ok(())
-            }
-            Some(DataOp::Verify(range)) => {
-                if let DiskOp::Data { call, .. } = &op
-                    && let Some((_, context)) = process.calls.get_mut(call)
-                    && let Context::Control(call) = *context
-                {
-                    *context = Context::Verified { call, blocks: disk.verify(range) };
-                }
-                Ok(())
+            Some(DataOp::Read(_) | DataOp::Verify(_) | DataOp::ReadSnapshot { .. }) => {
+                keep_read(&mut process.calls, disk, &op)
             }
             // Nothing on this disk fails to verify.
             Some(DataOp::MarkBad(_) | DataOp::Adopt(_)) => Ok(()),
-            Some(DataOp::ReadSnapshot { snapshot, range }) => {
-                let read = disk.read_snapshot(snapshot, range);
-                if let (DiskOp::Data { call, .. }, Some(read)) = (&op, &read)
-                    && let Some((_, Context::Data { data, .. })) = process.calls.get_mut(call)
-                {
-                    data.clone_from(read);
-                }
-                read.map(|_| ()).ok_or(DiskError::NoSnapshot)
-            }
             Some(DataOp::Write { .. }) if disk.full => {
                 self.coverage.saw(Scenario::FullDisk);
                 Err(DiskError::NoSpace)
@@ -507,4 +484,27 @@ impl World {
         };
         self.send_to_target(node, caller.target, message);
     }
+}
+
+/// Carries a reading operation out; what it gives waits with its call for the reply.
+fn keep_read(
+    calls: &mut BTreeMap<ReplicaCall, (Caller, Context)>,
+    disk: &Disk,
+    op: &DiskOp,
+) -> Result<(), DiskError> {
+    let DiskOp::Data { call, op } = op else { return Ok(()) };
+    let Some((_, context)) = calls.get_mut(call) else { return Ok(()) };
+    match (op, context) {
+        (DataOp::Read(range), Context::Data { data, .. }) => *data = disk.read(*range),
+        (DataOp::ReadSnapshot { snapshot, range }, Context::Data { data, .. }) => {
+            *data = disk.read_snapshot(*snapshot, *range).ok_or(DiskError::NoSnapshot)?;
+        }
+        (DataOp::Verify(range), context) => {
+            if let Context::Control(call) = *context {
+                *context = Context::Verified { call, blocks: disk.verify(*range) };
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }

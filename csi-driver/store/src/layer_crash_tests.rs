@@ -376,4 +376,4 @@ fn mk_clone_meta() -> ReplicaMeta {
     ReplicaMeta::new(VolumeId(8), CLONE, Lineage(3), GROWN_BYTES, Epoch::default())
 }
 
-const _: () = assert!(SIZE_BYTES / BLOCK_BYTES % BLOCKS_PER_REGION == 0);
+const _: () = assert!((SIZE_BYTES / BLOCK_BYTES).is_multiple_of(BLOCKS_PER_REGION));

@@ -138,7 +138,7 @@ fn rebuild(bench: &mut Bench<'_>) -> Result<Figure> {
         ours.data_program(victim).kill()?;
         fio::fill(place, &access, size_mib)?;
         ours.data_program(victim).start_again()?;
-        wait_until(Duration::from_secs(30), || Ok(is_copying(ours)?)).context("no copying began")?;
+        wait_until(Duration::from_secs(30), || is_copying(ours)).context("no copying began")?;
         with.push(fio::foreground(place, &access, size_mib, seconds)?.p99_us);
         copied.push(!is_copying(ours)?);
         ours.wait_in_sync()?;

@@ -242,10 +242,6 @@ pub enum Control {
 
 /// Inputs. Events of sessions, calls and I/O that the core has given up are ignored, so late ones do no harm.
 #[derive(Debug, Clone)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "taken by value and never stored; the engine boxes what it queues"
-)]
 pub enum TargetEvent {
     /// Answer to [`TargetAction::ReadRecord`].
     RecordRead {

@@ -199,7 +199,7 @@ mod tests {
             }
             if client {
                 throttle.began(now);
-                let disturbed = recent.iter().sum::<u64>() * ms_per_mib >> 20;
+                let disturbed = (recent.iter().sum::<u64>() * ms_per_mib) >> 20;
                 (waited, requests) = (waited + alone_ms + disturbed, requests + 1);
                 ends.push((now + alone_ms + disturbed, now));
             }
@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn a_client_that_copies_do_not_disturb_does_not_slow_them() {
         let (copied, _) = copied_bytes(10_000, 2, 0, true);
-        assert!(copied > 10 * 200 << 20, "{} MiB in 10 s", copied >> 20);
+        assert!(copied > (10 * 200) << 20, "{} MiB in 10 s", copied >> 20);
     }
 
     #[test]

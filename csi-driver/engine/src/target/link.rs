@@ -211,21 +211,8 @@ impl RemoteLink {
                 let reply = rpc.read_map(request).await.map_err(link_error)?;
                 return wire::map_reply(reply.get_ref()).map(ControlAnswer::Map).map_err(link_error);
             }
-            Control::Verify(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                let request = pb::VerifyRequest { session, start_block, blocks };
-                let reply = rpc.verify(request).await.map_err(link_error)?;
-                return Ok(ControlAnswer::Verified(wire::verified(reply.get_ref())));
-            }
-            Control::MarkBad(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                rpc.mark_bad(pb::MarkBadRequest { session, start_block, blocks })
-                    .await
-                    .map_err(link_error)?;
-            }
-            Control::Adopt(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                rpc.adopt(pb::AdoptRequest { session, start_block, blocks }).await.map_err(link_error)?;
+            Control::Verify(_) | Control::MarkBad(_) | Control::Adopt(_) | Control::ReadExtents(_) => {
+                return self.control_blocks(op).await;
             }
             Control::FillMap(absent) => {
                 let request = pb::FillMapRequest { session, absent_replica_id: absent.to_string() };
@@ -236,11 +223,6 @@ impl RemoteLink {
                 let absent_replica_id = absent.to_string();
                 let request = pb::ClearMapRequest { session, absent_replica_id, regions };
                 rpc.clear_map(request).await.map_err(link_error)?;
-            }
-            Control::ReadExtents(range) => {
-                let extents = self.extents(range).await;
-                let silent = |error: BlockError| LinkError::Silent(error.to_string());
-                return extents.map(ControlAnswer::Extents).map_err(silent);
             }
             Control::MergeMaps { epoch, maps } => {
                 let request = pb::MergeMapRequest {
@@ -266,6 +248,36 @@ impl RemoteLink {
             }
         }
         Ok(ControlAnswer::Done)
+    }
+
+    /// Requests about single blocks.
+    async fn control_blocks(&self, op: Control) -> Result<ControlAnswer, LinkError> {
+        let mut rpc = self.rpc.clone();
+        let session = Some(self.session.clone());
+        match op {
+            Control::Verify(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                let request = pb::VerifyRequest { session, start_block, blocks };
+                let reply = rpc.verify(request).await.map_err(link_error)?;
+                Ok(ControlAnswer::Verified(wire::verified(reply.get_ref())))
+            }
+            Control::MarkBad(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                let request = pb::MarkBadRequest { session, start_block, blocks };
+                rpc.mark_bad(request).await.map_err(link_error)?;
+                Ok(ControlAnswer::Done)
+            }
+            Control::Adopt(range) => {
+                let (start_block, blocks) = (range.start.0, range.count);
+                rpc.adopt(pb::AdoptRequest { session, start_block, blocks }).await.map_err(link_error)?;
+                Ok(ControlAnswer::Done)
+            }
+            Control::ReadExtents(range) => {
+                let extents = self.extents(range).await;
+                extents.map(ControlAnswer::Extents).map_err(|error| LinkError::Silent(error.to_string()))
+            }
+            _ => unreachable!("not about blocks"),
+        }
     }
 
     async fn extents(&self, range: BlockRange) -> Result<Vec<(BlockRange, Allocation)>, BlockError> {

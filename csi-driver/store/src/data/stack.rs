@@ -435,7 +435,7 @@ impl DataPath {
     /// Lets go of tables that an idle volume need not keep.
     pub fn trim_tables(&self) {
         let tib = self.size_bytes() >> 30;
-        let keep = (tib * IDLE_PAGES_PER_TIB >> 10).max(IDLE_PAGES_MIN);
+        let keep = ((tib * IDLE_PAGES_PER_TIB) >> 10).max(IDLE_PAGES_MIN);
         self.lock().drop_pages(usize::try_from(keep).expect("a few thousand"));
     }
 
