@@ -27,6 +27,7 @@ const HOT_BLOCKS: [u64; 10] = [0, 1, 2, 3, 254, 255, 256, 511, 512, 900];
 const HALF: u64 = BLOCK_BYTES / 2;
 const WRITES_MAX: usize = 4;
 const READS_MAX: usize = 4;
+const HASTY_TICKS_MAX: u64 = 1_000;
 
 #[derive(Debug)]
 pub enum ToTarget {
@@ -72,6 +73,8 @@ pub struct TargetHost {
     next_request: u64,
     copies: BTreeMap<CopyId, Blocks>,
     tick_at: u64,
+    /// Ticks in a row after which the next was due at once.
+    hasty_ticks: u64,
     pub paused_until: u64,
     pub paused_from: u64,
     deferred: VecDeque<Event>,
@@ -118,6 +121,7 @@ impl World {
             next_request: 0,
             copies: BTreeMap::new(),
             tick_at: u64::MAX,
+            hasty_ticks: 0,
             paused_until: 0,
             paused_from: 0,
             deferred: VecDeque::new(),
@@ -224,12 +228,24 @@ impl World {
                 host.tick_at = u64::MAX;
             }
             self.target_event(number, TargetEvent::Tick);
+            self.count_hasty_tick(number);
         } else if at_ms == tick_at {
             // Its clock stood still meanwhile.
             let delay = self.until_ms(node, at_ms);
             self.schedule(delay, Event::TargetTick { target: number, at_ms });
         }
         // Timers that were overtaken by an earlier one are skipped.
+    }
+
+    /// A timer that stays due whatever the tick does keeps a processor busy for nothing.
+    fn count_hasty_tick(&mut self, number: TargetNumber) {
+        let Some(now_ms) = self.targets.get(&number).map(|host| self.clock_ms(host.node)) else { return };
+        let Some(host) = self.targets.get_mut(&number) else { return };
+        let hasty = host.target.next_timeout().is_some_and(|at_ms| at_ms <= now_ms);
+        host.hasty_ticks = if hasty { host.hasty_ticks + 1 } else { 0 };
+        if host.hasty_ticks == HASTY_TICKS_MAX {
+            self.history.violations.push(format!("a timer of t{number} is due for ever: {:#?}", host.target));
+        }
     }
 
     pub fn resume_target(&mut self, number: TargetNumber) {

@@ -139,10 +139,18 @@ impl Target {
         over.then(|| self.next_to_catch_up(Some(catch_up.replica))).flatten()
     }
 
-    /// When the catch-up wants a tick.
+    /// When the catch-up wants a tick; none while a tick would do nothing, which would only be wanted again at once.
     pub(super) fn catch_up_timeout(&self) -> Option<u64> {
         let catch_up = self.catch_up.as_ref().filter(|c| c.stage == Stage::Copying)?;
-        catch_up.wait_until_ms
+        catch_up.wait_until_ms.filter(|_| self.may_catch_up())
+    }
+
+    fn may_catch_up(&self) -> bool {
+        self.state == TargetState::Serving
+            && self.gates.begin
+            && self.pending.is_none()
+            && self.reconcile.left() == 0
+            && self.stopping.is_none()
     }
 
     pub(super) fn catch_up_progress(&self, replica: ReplicaId) -> Option<(u64, u64)> {
@@ -151,8 +159,7 @@ impl Target {
     }
 
     pub(super) fn pump_catch_up(&mut self) {
-        let settled = self.state == TargetState::Serving && self.gates.begin && self.pending.is_none();
-        if !settled || self.reconcile.left() > 0 || self.stopping.is_some() {
+        if !self.may_catch_up() {
             return;
         }
         let Some(stage) = self.catch_up.as_ref().map(|c| c.stage) else {
@@ -365,6 +372,7 @@ impl Target {
         while let Some(catch_up) = &self.catch_up {
             let prefer = self.logged_region_to_copy(catch_up.plan.to_copy());
             let Some(catch_up) = &mut self.catch_up else { return };
+            catch_up.wait_until_ms = None;
             // While a checkpoint is under way only so much may gather for the next.
             let backlog = self.clear_round.is_some() && catch_up.plan.fresh() >= timers::CHECKPOINT_REGIONS;
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {

@@ -198,11 +198,20 @@ impl Target {
 
     /// Ends the copies to a replica that is gone.
     pub(super) fn cancel_catch_up_copies(&mut self) {
+        self.cancel_copies(|why, _| matches!(why, CopyFor::CatchUp(_)));
+    }
+
+    /// Ends the copies of rounds that are over. What was sent to members goes on, and counts for nothing.
+    pub(super) fn cancel_reconcile_copies(&mut self) {
+        self.cancel_copies(|why, stage| matches!(why, CopyFor::Reconcile { .. }) && stage != Stage::Write);
+    }
+
+    fn cancel_copies(&mut self, cancels: impl Fn(CopyFor, Stage) -> bool) {
         let copies: Vec<(u64, CopyId)> = self
             .tasks
             .iter()
             .filter_map(|(id, task)| match task.work {
-                Work::Copy { copy, why: CopyFor::CatchUp(_), .. } => Some((*id, copy)),
+                Work::Copy { copy, why, .. } if cancels(why, task.stage) => Some((*id, copy)),
                 _ => None,
             })
             .collect();

@@ -83,7 +83,7 @@ impl Target {
             return;
         }
         self.choose_source();
-        if self.reconcile.batch.is_empty() {
+        if self.reconcile.batch.is_empty() && self.reconcile.source.is_some() {
             self.start_batch();
         }
         let copied = self.reconcile.batch.values().all(|left| *left == 0);
@@ -97,7 +97,8 @@ impl Target {
         }
     }
 
-    /// R20: if the source fails, unfinished regions start again from the next.
+    /// R20: if the source fails, unfinished regions start again from the next. While no member is good there is none, and
+    /// nothing starts.
     fn choose_source(&mut self) {
         if self.reconcile.source.is_some_and(|s| self.is_member(s) && self.is_good(s)) {
             return;
@@ -105,11 +106,16 @@ impl Target {
         let good: Vec<ReplicaId> = self.members().into_iter().filter(|r| self.is_good(*r)).collect();
         let local = |r: &&ReplicaId| self.peers.get(r).is_some_and(|p| p.node == self.config.node);
         let reconcile = &mut self.reconcile;
-        reconcile.source = good.iter().find(local).or_else(|| good.first()).copied();
+        let source = good.iter().find(local).or_else(|| good.first()).copied();
+        if source == reconcile.source {
+            return;
+        }
+        reconcile.source = source;
         reconcile.round += 1;
         reconcile.flushing = false;
         let unfinished = std::mem::take(&mut reconcile.batch);
         reconcile.todo.extend(unfinished.into_keys());
+        self.cancel_reconcile_copies();
     }
 
     fn start_batch(&mut self) {
