@@ -370,7 +370,7 @@ impl Target {
         let busy = self.throttle.is_busy(now);
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
         while let Some(catch_up) = &self.catch_up {
-            let prefer = self.logged_region_to_copy(catch_up.plan.to_copy());
+            let region = self.region_to_copy(&catch_up.plan);
             let Some(catch_up) = &mut self.catch_up else { return };
             catch_up.wait_until_ms = None;
             // While a checkpoint is under way only so much may gather for the next.
@@ -378,14 +378,15 @@ impl Target {
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
                 break;
             }
-            let Some(blocks) = catch_up.plan.next_blocks(blocks_max, prefer) else { break };
+            let Some(region) = region else { break };
+            let Some(blocks) = catch_up.plan.next_blocks(region, blocks_max) else { break };
             let cost = (blocks * BLOCK_BYTES).max(timers::COPY_COST_MIN_BYTES);
             catch_up.wait_until_ms = self.throttle.take(now, cost).err();
             if catch_up.wait_until_ms.is_some() {
                 break;
             }
             let replica = catch_up.replica;
-            let Some(range) = catch_up.plan.next(blocks_max, prefer) else { break };
+            let Some(range) = catch_up.plan.next(region, blocks_max) else { break };
             self.start_copy(CopyFor::CatchUp(replica), range);
         }
         self.pump_checkpoint();

@@ -13,8 +13,8 @@ pub(super) struct CopyPlan {
     to_copy: BlockSet,
     /// Blocks that had no data at the source: runs end where they begin, so that zeroes do not travel as data.
     holes: BlockSet,
-    /// Runs of regions that were taken, in order.
-    runs: VecDeque<BlockRange>,
+    /// Runs that are not started, of regions that were taken.
+    runs: BTreeMap<Region, VecDeque<BlockRange>>,
     /// Copies queued or under way, by region.
     taken: BTreeMap<Region, u32>,
     /// Copied, and not known to be flushed at the replica.
@@ -70,34 +70,53 @@ impl CopyPlan {
         self.in_flight == 0 && self.runs.is_empty() && self.to_copy.is_empty()
     }
 
-    /// Blocks of the next run, if there is one. `prefer`: the region to begin next, if it is still to be copied.
-    pub(super) fn next_blocks(&mut self, blocks_max: u64, prefer: Option<Region>) -> Option<u64> {
-        while self.runs.is_empty() {
-            let preferred = prefer.filter(|region| self.to_copy.touches(*region));
-            let region = preferred.or_else(|| self.to_copy.first_region())?;
-            let bits = self.to_copy.take_region(region)?;
-            let holes = self.holes.take_region(region).unwrap_or_default();
-            let part = |of: fn(u64, u64) -> u64| {
-                let mut part = bits;
-                part.iter_mut().zip(holes).for_each(|(word, hole)| *word = of(*word, hole));
-                BlockSet::runs_of(region, &part)
-            };
-            self.runs = part(|word, hole| word & !hole).into();
-            self.runs.extend(part(|word, hole| word & hole));
-            self.taken.insert(region, u32::try_from(self.runs.len()).unwrap_or(u32::MAX));
-        }
-        self.runs.front().map(|run| run.count.min(blocks_max))
+    /// The region to go on with: the first that was taken and has runs left, else the first that was not taken.
+    pub(super) fn next_region(&self) -> Option<Region> {
+        self.runs.keys().next().copied().or_else(|| self.to_copy.first_region())
     }
 
-    /// The next run of at most `blocks_max` blocks; it is under way until [`Self::ended`]. Runs are exact: a clean block
-    /// between two dirty ones is not copied along, however many requests that takes.
-    pub(super) fn next(&mut self, blocks_max: u64, prefer: Option<Region>) -> Option<BlockRange> {
-        let blocks = self.next_blocks(blocks_max, prefer)?;
-        let run = self.runs.pop_front()?;
+    /// Whether the region has runs to start.
+    pub(super) fn has_runs(&self, region: Region) -> bool {
+        self.runs.contains_key(&region) || self.to_copy.touches(region)
+    }
+
+    /// Blocks of the region's next run, if there is one.
+    pub(super) fn next_blocks(&mut self, region: Region, blocks_max: u64) -> Option<u64> {
+        self.take_region(region);
+        let run = self.runs.get(&region)?.front()?;
+        Some(run.count.min(blocks_max))
+    }
+
+    /// Cuts a region into runs.
+    fn take_region(&mut self, region: Region) {
+        if self.runs.contains_key(&region) {
+            return;
+        }
+        let Some(bits) = self.to_copy.take_region(region) else { return };
+        let holes = self.holes.take_region(region).unwrap_or_default();
+        let part = |of: fn(u64, u64) -> u64| {
+            let mut part = bits;
+            part.iter_mut().zip(holes).for_each(|(word, hole)| *word = of(*word, hole));
+            BlockSet::runs_of(region, &part)
+        };
+        let mut runs: VecDeque<BlockRange> = part(|word, hole| word & !hole).into();
+        runs.extend(part(|word, hole| word & hole));
+        self.taken.insert(region, u32::try_from(runs.len()).unwrap_or(u32::MAX));
+        self.runs.insert(region, runs);
+    }
+
+    /// The region's next run of at most `blocks_max` blocks; it is under way until [`Self::ended`]. Runs are exact: a clean
+    /// block between two dirty ones is not copied along, however many requests that takes.
+    pub(super) fn next(&mut self, region: Region, blocks_max: u64) -> Option<BlockRange> {
+        let blocks = self.next_blocks(region, blocks_max)?;
+        let runs = self.runs.get_mut(&region)?;
+        let run = runs.pop_front()?;
         self.in_flight += 1;
         if run.count > blocks {
-            self.runs.push_front(BlockRange::new(run.start.0 + blocks, run.count - blocks));
-            *self.taken.entry(run.start.region()).or_default() += 1;
+            runs.push_front(BlockRange::new(run.start.0 + blocks, run.count - blocks));
+            *self.taken.entry(region).or_default() += 1;
+        } else if runs.is_empty() {
+            self.runs.remove(&region);
         }
         Some(BlockRange::new(run.start.0, blocks))
     }
@@ -160,11 +179,28 @@ mod tests {
         plan
     }
 
+    fn next(plan: &mut CopyPlan, blocks_max: u64) -> Option<BlockRange> {
+        let region = plan.next_region()?;
+        plan.next(region, blocks_max)
+    }
+
+    #[test]
+    fn regions_may_be_begun_in_any_order() {
+        let mut plan = mk_plan(&[(0, 10), (256, 4), (600, 1)]);
+        assert_eq!(next(&mut plan, 4), Some(BlockRange::new(0, 4)));
+        assert!(plan.has_runs(Region(2)) && plan.has_runs(Region(0)) && !plan.has_runs(Region(3)));
+        assert_eq!(plan.next(Region(2), 4), Some(BlockRange::new(600, 1)));
+        assert_eq!(plan.next(Region(2), 4), None);
+        let rest: Vec<BlockRange> = std::iter::from_fn(|| next(&mut plan, 4)).collect();
+        assert_eq!(rest, [(4, 4), (8, 2), (256, 4)].map(|(start, count)| BlockRange::new(start, count)));
+        assert_eq!(plan.in_flight(), 5);
+    }
+
     #[test]
     fn r23_exactly_the_dirty_blocks_are_copied_and_counted() {
         let mut plan = mk_plan(&[(0, 1), (2, 1), (250, 20)]);
         let mut copied = Vec::new();
-        while let Some(run) = plan.next(256, None) {
+        while let Some(run) = next(&mut plan, 256) {
             copied.push(run);
             plan.ended(run);
         }
@@ -183,14 +219,14 @@ mod tests {
         holes.insert(BlockRange::new(4, 2));
         holes.insert(BlockRange::new(10, 246));
         plan.leave_out(Region(0)..Region(1), &present, holes);
-        let runs: Vec<BlockRange> = std::iter::from_fn(|| plan.next(256, None)).collect();
+        let runs: Vec<BlockRange> = std::iter::from_fn(|| next(&mut plan, 256)).collect();
         assert_eq!(runs, [(0, 4), (6, 4), (4, 2)].map(|(start, count)| BlockRange::new(start, count)));
     }
 
     #[test]
     fn a_region_is_copied_when_the_last_of_its_pieces_is() {
         let mut plan = mk_plan(&[(0, 10)]);
-        let pieces = [plan.next(4, None).unwrap(), plan.next(4, None).unwrap(), plan.next(4, None).unwrap()];
+        let pieces = [(); 3].map(|()| next(&mut plan, 4).unwrap());
         assert_eq!(pieces.map(|piece| piece.count), [4, 4, 2]);
         plan.ended(pieces[2]);
         plan.ended(pieces[0]);

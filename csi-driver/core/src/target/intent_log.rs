@@ -6,10 +6,10 @@
 use std::collections::BTreeSet;
 
 use crate::block_range::BlockRange;
-use crate::dirty_map::BlockSet;
 use crate::ids::{Region, ReplicaId};
 use crate::timers;
 
+use super::copy_plan::CopyPlan;
 use super::flushes::FlushFor;
 use super::peers::CallKind;
 use super::{CallId, Control, Target};
@@ -108,10 +108,22 @@ impl Target {
         }
     }
 
-    /// The log keeps what is to be copied, and a copy needs the log: when that is full, copies of what it has go first.
-    pub(super) fn logged_region_to_copy(&self, to_copy: &BlockSet) -> Option<Region> {
-        let wanted = |region: &&Region| to_copy.touches(**region);
-        if self.log_is_pressed() { self.logged.keys().find(wanted).copied() } else { None }
+    /// The region to copy next. The log keeps what is to be copied, and a copy needs the log: when that has no room for
+    /// another region, only a copy in one that it has ends the wait, and no copy begins that would wait for room.
+    pub(super) fn region_to_copy(&self, plan: &CopyPlan) -> Option<Region> {
+        let next = plan.next_region()?;
+        if self.log_has_room(next) && (self.logged.contains_key(&next) || !self.log_is_pressed()) {
+            return Some(next);
+        }
+        let logged = self.logged.iter().filter(|(_, entry)| !entry.clearing).map(|(region, _)| *region);
+        logged.into_iter().find(|region| plan.has_runs(*region)).or(Some(next).filter(|r| self.log_has_room(*r)))
+    }
+
+    fn log_has_room(&self, region: Region) -> bool {
+        match self.logged.get(&region) {
+            Some(entry) => !entry.clearing,
+            None => self.logged.len() < self.guards.log_regions_max,
+        }
     }
 
     fn log_is_pressed(&self) -> bool {
