@@ -496,7 +496,11 @@ impl Target {
         let told = !self.guards.tell || members.iter().all(|r| self.told.contains(r));
         let enough = self.volume().is_some_and(|r| members.len() >= r.params.min_in_sync as usize);
         let all_open = ack_set.iter().all(|r| self.is_open(*r));
-        let acknowledge = serving && !out && told && enough;
+        // R12: a member that lost its cache leaves, or the target fails; until then it counts for nothing, and its log,
+        // which tells the next target so, must not be cleared.
+        let lost = |r: &ReplicaId| self.peers.get(r).is_some_and(|p| p.cache_lost);
+        let kept = !(self.guards.keepgood && self.guards.sameatt) || !members.iter().any(lost);
+        let acknowledge = serving && !out && told && enough && kept;
         self.gates = Gates { begin: acknowledge && all_open, acknowledge, read: serving };
         self.ack_set = ack_set;
         self.recompute_leases();

@@ -116,7 +116,10 @@ impl Target {
             return Some(next);
         }
         let logged = self.logged.iter().filter(|(_, entry)| !entry.clearing).map(|(region, _)| *region);
-        logged.into_iter().find(|region| plan.has_runs(*region)).or(Some(next).filter(|r| self.log_has_room(*r)))
+        logged
+            .into_iter()
+            .find(|region| plan.has_runs(*region))
+            .or(Some(next).filter(|r| self.log_has_room(*r)))
     }
 
     fn log_has_room(&self, region: Region) -> bool {
