@@ -27,6 +27,8 @@ const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 const LONG_PROGRAM_TIMEOUT: Duration = Duration::from_secs(3 * 60 * 60);
 /// Set for test programs by `--long`.
 const LONG_VARIABLE: &str = "HOLDFAST_LONG";
+/// Set for the simulator by `--seeds`.
+const SEEDS_VARIABLE: &str = "HOLDFAST_SIM_SEEDS";
 
 /// What is to be run.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -37,6 +39,8 @@ struct Wanted {
     long: bool,
     /// Part of the names of the tests that run; none: all.
     only: Option<String>,
+    /// How many mixed seeds the simulator runs, in as much time as they take; none: CI's share.
+    seeds: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -63,6 +67,11 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Wanted, String> {
         match argument.as_str() {
             "--long" => wanted.long = true,
             "--only" => wanted.only = Some(arguments.next().ok_or("--only needs a part of a test's name")?),
+            "--seeds" => {
+                let count = arguments.next().and_then(|count| count.parse().ok());
+                wanted.seeds =
+                    Some(count.filter(|count| *count > 0).ok_or("--seeds needs a number of seeds")?);
+            }
             tier if TIERS.contains(&tier) => wanted.tiers.push(argument),
             _ => return Err(format!("there is no tier {argument}; there are: {}", TIERS.join(", "))),
         }
@@ -92,7 +101,11 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
             if wanted.long {
                 command.env(LONG_VARIABLE, "1");
             }
-            let timeout = if wanted.long { LONG_PROGRAM_TIMEOUT } else { PROGRAM_TIMEOUT };
+            if let Some(seeds) = wanted.seeds {
+                command.env(SEEDS_VARIABLE, seeds.to_string());
+            }
+            let timeout =
+                if wanted.long || wanted.seeds.is_some() { LONG_PROGRAM_TIMEOUT } else { PROGRAM_TIMEOUT };
             run_program(&target.title(), command, timeout, summary)?;
         }
         if tier == "unit" && wanted.only.is_none() {
@@ -166,6 +179,8 @@ mod tests {
         assert_eq!(wanted.tiers, ["cluster", "vm"]);
         assert!(wanted.long && wanted.only.as_deref() == Some("power"));
         assert_eq!(words(""), Ok(Wanted::default()));
+        assert_eq!(words("sim --seeds 20000").unwrap().seeds, Some(20_000));
         assert!(words("clutser").is_err() && words("--only").is_err());
+        assert!(words("sim --seeds").is_err() && words("sim --seeds 0").is_err());
     }
 }

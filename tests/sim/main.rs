@@ -1,8 +1,8 @@
 //! Seeded simulation of the write path: the very `Target` and `Replica` of the data process, under simulated clocks,
 //! network, disks and record store. docs/simulator.md says what is shared with the data process and what is modelled.
 //!
-//! `HOLDFAST_SIM_SEEDS=N scripts/test sim --long` runs N mixed seeds and N / 8 of each family; `HOLDFAST_SIM_SEED=S scripts/test sim` runs
-//! one with a trace of what happened. Each failing seed prints the line that replays it.
+//! `scripts/test sim --seeds N` runs N mixed seeds and N / 8 of each family; `HOLDFAST_SIM_SEED=S scripts/test sim` runs one
+//! with a trace of what happened. Each failing seed prints the line that replays it.
 
 #![allow(clippy::print_stderr, missing_docs)]
 
