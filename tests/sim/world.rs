@@ -296,8 +296,9 @@ impl World {
 
     /// Microseconds until a node's clock shows `at_ms`.
     pub fn until_ms(&self, node: usize, at_ms: u64) -> u64 {
-        // A little late rather than early: an early tick is repeated for nothing.
-        at_ms.saturating_sub(self.clock_ms(node)) * 1_025 + 1
+        let rate = i128::from(1_000_000 + self.nodes[node].rate_ppm);
+        let left_ms = i128::from(at_ms.saturating_sub(self.clock_ms(node)));
+        u64::try_from(left_ms * 1_000_000_000 / rate).expect("positive") + 1
     }
 
     /// Runs until `until`, or until nothing is left to do.

@@ -499,8 +499,8 @@ impl Target {
         // R12: a member that lost its cache leaves, or the target fails; until then it counts for nothing, and its log,
         // which tells the next target so, must not be cleared.
         let lost = |r: &ReplicaId| self.peers.get(r).is_some_and(|p| p.cache_lost);
-        let kept = !(self.guards.keepgood && self.guards.sameatt) || !members.iter().any(lost);
-        let acknowledge = serving && !out && told && enough && kept;
+        let lost = self.guards.keepgood && self.guards.sameatt && members.iter().any(lost);
+        let acknowledge = serving && !out && told && enough && !lost;
         self.gates = Gates { begin: acknowledge && all_open, acknowledge, read: serving };
         self.ack_set = ack_set;
         self.recompute_leases();

@@ -487,7 +487,9 @@ impl Target {
         let copied = matches!(task.work, Work::Copy { .. });
         let done = copied || say.iter().any(|(_, a)| *a == Answer::Done);
         let missing = say.iter().any(|(_, a)| *a == Answer::Missing);
-        if !done && !missing && !say.is_empty() {
+        // While a member is missing nothing may be decided; to look again at once would find the same.
+        let decided = !done && !missing && !say.is_empty();
+        if decided {
             let full = say.iter().all(|(_, a)| *a == Answer::Failed(IoError::NoSpace));
             task.error = Some(if full { RequestError::NoSpace } else { RequestError::Failed });
             set_answer(&mut task.answers, say[0].0, Answer::Done);
@@ -511,7 +513,7 @@ impl Target {
             }
             self.expel(replica);
         }
-        self.dirty = true;
+        self.dirty |= decided;
     }
 
     /// Sends again what a resumed member had not answered (R14).
