@@ -161,6 +161,9 @@ pub struct DataOptions {
     /// Folder for the front ends' own mounts.
     #[arg(long, default_value = "/run/holdfast/front-ends")]
     pub run_dir: PathBuf,
+    /// Only for an empty pool that is thrown away afterwards.
+    #[arg(long, hide = true)]
+    pub measure_without_checksums: bool,
     /// How attached volumes become block devices.
     #[arg(long, value_enum, default_value = "fuse-loop")]
     pub front_end: FrontEnd,

@@ -70,6 +70,7 @@ async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
         nbd_client_dir: options.nbd_client_dir,
         run_dir: options.run_dir,
         tls: options.tls.tls_dir.as_deref().map(TlsMaterial::load).transpose()?,
+        without_checksums: options.measure_without_checksums,
         front_end: match options.front_end {
             FrontEnd::FuseLoop => FrontEndKind::FuseLoop,
             FrontEnd::None => FrontEndKind::None,

@@ -27,6 +27,13 @@ pub enum Tls {
     On,
 }
 
+/// Whether blocks have checksums, which are verified by every read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checksums {
+    Off,
+    On,
+}
+
 /// One set of processes.
 #[derive(Debug, Clone, Copy)]
 pub struct Setup {
@@ -35,6 +42,7 @@ pub struct Setup {
     /// The first of seven ports.
     pub first_port: u16,
     pub tls: Tls,
+    pub checksums: Checksums,
     pub volumes: usize,
     /// Of each volume.
     pub size_mib: u64,
@@ -251,6 +259,9 @@ impl Layout {
                 format!("--registry={registry}"),
             ];
             arguments.push(self.tls_argument(&authority, node)?);
+            if self.setup.checksums == Checksums::Off {
+                arguments.push("--measure-without-checksums".to_owned());
+            }
             let mut program = place.start(&format!("{name}-{node}"), &binary, arguments)?;
             place.wait_for(&mut program, &self.data_socket(node))?;
             programs.push(program);

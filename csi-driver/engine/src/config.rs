@@ -47,6 +47,8 @@ pub struct DataConfig {
     pub run_dir: PathBuf,
     /// Mutual TLS for control and NBD; none is plain text.
     pub tls: Option<TlsMaterial>,
+    /// To measure what checksums cost: blocks get none and none is verified. Refused for a pool with replicas.
+    pub without_checksums: bool,
     /// How targets become block devices.
     pub front_end: FrontEndKind,
     /// How long Attach waits for the target to serve.

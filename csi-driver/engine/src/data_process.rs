@@ -248,14 +248,28 @@ async fn open_pool(
         cookie_dir: Some(config.cookie_dir.clone()),
         lock_wait: POOL_LOCK_WAIT,
     };
-    let path = config.pool_dir.clone();
+    let (path, without_checksums) = (config.pool_dir.clone(), config.without_checksums);
     let open = move |path: &Path| {
         let pool = Pool::open(path, options).map_err(|error| error.to_string())?;
+        if without_checksums {
+            stop_checksums(&pool)?;
+        }
         ReplicaHost::open(pool, pulse, control).map_err(|error| error.to_string())
     };
     let dir = path.clone();
     let opened = tokio::task::spawn_blocking(move || open(&dir)).await;
     opened.unwrap_or_else(|error| Err(error.to_string())).map_err(|reason| StartError::Pool { path, reason })
+}
+
+fn stop_checksums(pool: &Pool) -> Result<(), String> {
+    if !pool.list().map_err(|error| error.to_string())?.is_empty() {
+        return Err(
+            "it has replicas: without checksums only an empty pool may be used, for a measurement".to_owned()
+        );
+    }
+    tracing::warn!("checksums are off: what is written to this pool is to be thrown away");
+    holdfast_store::hot::stop_checksums();
+    Ok(())
 }
 
 /// What a killed predecessor left in the kernel: its loop devices answer nothing any more.

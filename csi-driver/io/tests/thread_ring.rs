@@ -113,7 +113,7 @@ fn write_many(ring: &Ring, file: &Arc<File>, answer: impl Fn(Result<(), Errno>) 
     for n in 0..MANY {
         let data = AlignedBuf::copy_of(&[(n & 0xff) as u8; PAGE]).into_bytes();
         let answer = answer.clone();
-        ring.write(file, n * PAGE as u64, data, Durability::Cached, Box::new(move |result| answer(result)));
+        ring.write(file, n * PAGE as u64, data, Durability::Cached, Box::new(answer));
     }
 }
 

@@ -10,7 +10,7 @@ use clap::Args;
 use holdfast_tests::cleanup::Logs;
 
 use crate::figures::{self, Figure};
-use crate::ours::{Ours, Setup, Tls};
+use crate::ours::{Checksums, Ours, Setup, Tls};
 use crate::place::Place;
 
 /// How much is measured.
@@ -77,14 +77,20 @@ impl Bench<'_> {
     fn plain(&mut self) -> Result<&mut Ours> {
         if self.plain.is_none() {
             self.tell("starting a controller and three data processes, TLS off, checksums and intent log on");
-            self.plain = Some(self.start_filled("ours", 9470, Tls::Off)?);
+            self.plain = Some(self.start_filled("ours", 9470, Tls::Off, Checksums::On)?);
         }
         Ok(self.plain.as_mut().expect("just started"))
     }
 
-    fn start_filled(&self, name: &'static str, first_port: u16, tls: Tls) -> Result<Ours> {
+    fn start_filled(
+        &self,
+        name: &'static str,
+        first_port: u16,
+        tls: Tls,
+        checksums: Checksums,
+    ) -> Result<Ours> {
         let size_mib = self.options.size_mib;
-        let setup = Setup { name, first_port, tls, volumes: 1, size_mib };
+        let setup = Setup { name, first_port, tls, checksums, volumes: 1, size_mib };
         let ours = Ours::start(self.place, &self.runtime, setup)?;
         crate::fio::fill(self.place, &ours.nbd(), size_mib)?;
         Ok(ours)

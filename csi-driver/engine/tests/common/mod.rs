@@ -123,6 +123,7 @@ impl Cluster {
             nbd_client_dir: self.client_dir.as_ref().map(|dir| dir.join(&node.name.0)),
             run_dir: dir.join("run/mounts"),
             tls: node.tls_dir.as_deref().map(|dir| TlsMaterial::load(dir).unwrap()),
+            without_checksums: false,
             front_end: FrontEndKind::None,
             attach_timeout: Duration::from_secs(30),
         }
