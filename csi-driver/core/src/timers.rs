@@ -72,7 +72,10 @@ pub const THROTTLE_QUIET_MS: u64 = 150;
 /// That is done this often.
 pub const THROTTLE_QUIET_EVERY_MS: u64 = 3_000;
 /// So many copied regions are flushed at the returning replica and then need not be copied again, whoever dies.
-pub const CHECKPOINT_REGIONS: usize = 16;
+pub const CHECKPOINT_REGIONS: usize = 8;
+/// Most regions that are copied, or being copied, and in no ended checkpoint: what one death may have copied again. At the
+/// limit copies wait for the checkpoint under way. Twice a checkpoint, so that copies go on during its flush.
+pub const AT_STAKE_REGIONS_MAX: usize = 2 * CHECKPOINT_REGIONS;
 /// Fewer of them are after this time.
 pub const CHECKPOINT_MS: u64 = 1_000;
 /// A replica that catches up for so long lets another have its turn, if that one can be opened; it goes on afterwards.

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! *Promised:* a kill of the target, of a member or of the returning replica in the middle loses at most what was copied
-//! since the last checkpoint (`CHECKPOINT_REGIONS`): only then are the bits in the members' maps taken back, after the
-//! replica flushed (R23), and only for regions that nobody wrote since (`intent_log`).
+//! since the last checkpoint that ended, and that is at most `AT_STAKE_REGIONS_MAX` regions, however slow the flush is,
+//! beside those that the client writes to meanwhile. Only at a checkpoint are the bits in the members' maps taken back,
+//! after the replica flushed (R23), and only for regions that nobody wrote since (`intent_log`).
 //!
 //! *Turns:* one replica at a time. One that catches up for `CATCH_UP_TURN_MS` while another waits is interrupted as soon
 //! as that one is open, and goes on where it was when its turn comes again; one that hangs loses its session at the I/O
@@ -369,13 +370,14 @@ impl Target {
         let now = self.now_ms;
         let busy = self.throttle.is_busy(now);
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
+        let in_checkpoint = self.regions_in_checkpoint();
         while let Some(catch_up) = &self.catch_up {
             let region = self.region_to_copy(&catch_up.plan);
             let Some(catch_up) = &mut self.catch_up else { return };
             catch_up.wait_until_ms = None;
-            // While a checkpoint is under way only so much may gather for the next.
-            let backlog = self.clear_round.is_some() && catch_up.plan.fresh() >= timers::CHECKPOINT_REGIONS;
-            if catch_up.plan.in_flight() >= timers::COPIES_MAX || backlog {
+            // What a kill would have copied again: each copy under way is of one region.
+            let at_stake = catch_up.plan.fresh() + catch_up.plan.in_flight() + in_checkpoint;
+            if catch_up.plan.in_flight() >= timers::COPIES_MAX || at_stake >= timers::AT_STAKE_REGIONS_MAX {
                 break;
             }
             let Some(region) = region else { break };
@@ -412,6 +414,10 @@ impl Target {
         let regions = catch_up.plan.begin_checkpoint();
         let (replica, number) = (catch_up.replica, catch_up.number);
         self.start_checkpoint(replica, number, regions);
+        if self.clear_round.is_none() {
+            // The client writes to all of them: none is at stake any more, and copies that waited go on.
+            self.dirty = true;
+        }
     }
 
     /// Regions whose bits are taken back.

@@ -180,6 +180,14 @@ impl Target {
         self.start_round(RoundKind::Checkpoint { catch_up }, vec![replica], regions, self.guards.mapflush);
     }
 
+    /// Copied regions that the checkpoint under way is about.
+    pub(super) fn regions_in_checkpoint(&self) -> usize {
+        match &self.clear_round {
+            Some(ClearRound { kind: RoundKind::Checkpoint { .. }, regions, .. }) => regions.len(),
+            Some(ClearRound { kind: RoundKind::Cold { .. }, .. }) | None => 0,
+        }
+    }
+
     fn start_round(&mut self, kind: RoundKind, replicas: Vec<ReplicaId>, regions: Vec<Region>, flush: bool) {
         if regions.is_empty() {
             return;

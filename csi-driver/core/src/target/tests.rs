@@ -92,7 +92,7 @@ impl Bench {
         let opened = Opened {
             cache_lost,
             logged: self.logged.clone(),
-            size_bytes: 8 << 20,
+            size_bytes: self.store.record.size_bytes,
             epoch: open.epoch,
             snapshots: vec![],
         };
@@ -138,7 +138,10 @@ impl Bench {
 }
 
 fn mk_serving(replicas: u128) -> Bench {
-    let mut bench = mk_bench(replicas);
+    mk_serving_with(mk_bench(replicas), replicas)
+}
+
+fn mk_serving_with(mut bench: Bench, replicas: u128) -> Bench {
     bench.store();
     for replica in 1..=replicas {
         bench.open(replica, false);

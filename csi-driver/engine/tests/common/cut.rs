@@ -1,7 +1,7 @@
 //! Links that can be cut: a proxy that holds bytes back, in both directions, and lets them go when it heals.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use holdfast_engine::DataProcess;
@@ -27,6 +27,12 @@ impl Cut {
     }
 }
 
+struct Proxy {
+    address: String,
+    /// Bytes that the node sent through it.
+    sent: Arc<AtomicU64>,
+}
+
 /// One node's view of the others and of the store, which can be cut off.
 pub struct View {
     node: NodeName,
@@ -36,7 +42,7 @@ pub struct View {
     /// What no byte passes to: nothing, some addresses, or all.
     cut: watch::Sender<Cut>,
     /// Proxies by what is behind them.
-    proxies: Mutex<HashMap<String, String>>,
+    proxies: Mutex<HashMap<String, Proxy>>,
     silent: AtomicBool,
 }
 
@@ -69,25 +75,34 @@ impl View {
         self.cut.send_modify(|state| state.addresses.clear());
     }
 
+    /// Bytes that the node has sent to an address, whichever processes ran on both ends.
+    pub fn sent_to(&self, address: std::net::SocketAddr) -> u64 {
+        let proxies = self.proxies.lock().unwrap();
+        proxies.get(&address.to_string()).map_or(0, |proxy| proxy.sent.load(Ordering::SeqCst))
+    }
+
     fn through(&self, address: String) -> String {
         if let Some(proxy) = self.proxies.lock().unwrap().get(&address) {
-            return proxy.clone();
+            return proxy.address.clone();
         }
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let proxy = listener.local_addr().unwrap().to_string();
-        self.proxies.lock().unwrap().insert(address.clone(), proxy.clone());
+        let sent = Arc::new(AtomicU64::new(0));
+        let entry = Proxy { address: proxy.clone(), sent: sent.clone() };
+        self.proxies.lock().unwrap().insert(address.clone(), entry);
         let cut = self.cut.subscribe();
         self.runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).unwrap();
             while let Ok((near, _)) = listener.accept().await {
-                let (address, cut) = (address.clone(), cut.clone());
+                let (address, cut, sent) = (address.clone(), cut.clone(), sent.clone());
                 tokio::spawn(async move {
                     if let Ok(far) = TcpStream::connect(&address).await {
                         let (near_read, near_write) = near.into_split();
                         let (far_read, far_write) = far.into_split();
-                        let there = pass(near_read, far_write, &address, cut.clone());
-                        tokio::join!(there, pass(far_read, near_write, &address, cut));
+                        let there = pass(near_read, far_write, &address, cut.clone(), &sent);
+                        let back = AtomicU64::new(0);
+                        tokio::join!(there, pass(far_read, near_write, &address, cut, &back));
                     }
                 });
             }
@@ -108,6 +123,7 @@ async fn pass(
     mut to: tokio::net::tcp::OwnedWriteHalf,
     address: &str,
     mut cut: watch::Receiver<Cut>,
+    passed: &AtomicU64,
 ) {
     let mut buffer = vec![0; 65536];
     loop {
@@ -117,6 +133,7 @@ async fn pass(
         if count == 0 || to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
+        passed.fetch_add(count as u64, Ordering::SeqCst);
     }
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::block_range::BlockRange;
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
+use crate::ids::{BLOCK_BYTES, REGION_BYTES};
 use crate::timers;
 
 const AWAY: ReplicaId = ReplicaId(3);
@@ -106,7 +107,10 @@ impl Bench {
 
 /// Three replicas, the third away and opened again.
 fn mk_returning() -> Bench {
-    let mut bench = mk_serving(3);
+    mk_returning_with(mk_serving(3))
+}
+
+fn mk_returning_with(mut bench: Bench) -> Bench {
     bench.lose(&[3]);
     assert_eq!(bench.store.record.in_sync.len(), 2);
     bench.wait(300);
@@ -172,6 +176,44 @@ fn r23_bits_are_taken_back_only_after_the_replica_flushed_and_not_where_somebody
         bench.control_of(|op| matches!(op, Control::ClearLog(_))).map(|(_, of, op)| (of, op)),
         Some((AWAY, Control::ClearLog(vec![Region(0), Region(1)])))
     );
+}
+
+#[test]
+fn r23_however_slow_the_flush_a_death_has_no_more_than_the_limit_copied_again() {
+    // More regions than two checkpoints.
+    let size_bytes = 64 << 20;
+    let mut bench = mk_bench(3);
+    bench.store.record.size_bytes = size_bytes;
+    let mut bench = mk_returning_with(mk_serving_with(bench, 3));
+    let blocks = size_bytes / BLOCK_BYTES;
+    bench.maps(Some(&[(0, blocks)]));
+    bench.extents(&[(0, blocks)]);
+    let mut flushes = Vec::new();
+    let mut copy = |bench: &mut Bench| loop {
+        let (done, flush): (Vec<_>, Vec<_>) =
+            bench.ios().into_iter().partition(|(_, _, _, op)| *op != DataOp::Flush);
+        flushes.extend(flush.into_iter().map(|(io, ..)| io));
+        if done.is_empty() {
+            return std::mem::take(&mut flushes);
+        }
+        done.into_iter().for_each(|(io, ..)| bench.event(TargetEvent::IoDone { io, result: Ok(()) }));
+    };
+    let copied = |bench: &Bench| bench.target.status().replicas[2].resync_bytes_copied;
+    let most = timers::AT_STAKE_REGIONS_MAX as u64 * REGION_BYTES;
+
+    let flush = copy(&mut bench);
+
+    assert_eq!(flush.len(), 1);
+    assert!(copied(&bench) <= most, "{} MiB at stake", copied(&bench) >> 20);
+    assert!(copied(&bench) > timers::CHECKPOINT_REGIONS as u64 * REGION_BYTES, "copies go on during a flush");
+    bench.event(TargetEvent::IoDone { io: flush[0], result: Ok(()) });
+    while let Some((call, ..)) =
+        bench.control_of(|op| matches!(op, Control::ClearMap { .. } | Control::ClearLog(_)))
+    {
+        bench.event(TargetEvent::ControlDone { call });
+    }
+    assert_eq!(copy(&mut bench).len(), 1, "the next checkpoint's");
+    assert!(copied(&bench) > most, "and on after it");
 }
 
 #[test]
