@@ -68,7 +68,7 @@ need_test_packages() {
 # What the tier vm uses beside that. Without the kernel its tests are skipped, with the reason.
 need_vm_packages() {
     need_debian qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio xz=xz-utils dmsetup=dmsetup \
-        strip=binutils
+        nbd-client=nbd-client strip=binutils e2fsck=e2fsprogs
     need_vm_kernel || echo "There is no kernel for the tier vm: its tests will be skipped."
 }
 

@@ -1,4 +1,4 @@
-//! The machine's initramfs: busybox, some of the host's tools with their libraries, kernel modules, and the test program.
+//! The machine's initramfs: busybox, some of the host's tools with their libraries, kernel modules, and our binaries.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,16 +8,25 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::process::run;
+use holdfast_tests::work::binaries_dir;
 
 use crate::guest;
 use crate::machine::kernel_dir;
 
 /// Tools of the host, where Debian puts them.
-const TOOLS: [&str; 1] = ["/usr/sbin/dmsetup"];
+const TOOLS: [&str; 7] = [
+    "/usr/sbin/mkfs.ext4",
+    "/usr/sbin/e2fsck",
+    "/usr/sbin/dmsetup",
+    "/usr/sbin/nbd-client",
+    "/usr/bin/mount",
+    "/usr/bin/umount",
+    "/usr/sbin/blockdev",
+];
 /// Modules in the order of loading, with their parameters; below the package's `kernel/drivers`.
 const MODULES: [(&str, &str); 6] = [
     // Disks in memory, in KiB each.
-    ("block/brd", "rd_nr=3 rd_size=65536"),
+    ("block/brd", "rd_nr=3 rd_size=262144"),
     ("block/loop", ""),
     ("block/nbd", "nbds_max=2"),
     ("block/ublk_drv", ""),
@@ -27,7 +36,7 @@ const MODULES: [(&str, &str); 6] = [
 
 /// Makes the tree below `root` and packs it.
 pub fn make(root: &Path, packed: &Path) -> Result<PathBuf> {
-    for folder in ["bin", "proc", "sys", "dev", "run", "tmp", "modules"] {
+    for folder in ["bin", "proc", "sys", "dev", "run", "tmp", "mnt", "pool", "etc", "modules"] {
         fs::create_dir_all(root.join(folder))?;
     }
     install(root, Path::new("/bin/busybox"), "bin/busybox")?;
@@ -38,14 +47,18 @@ pub fn make(root: &Path, packed: &Path) -> Result<PathBuf> {
         install(root, Path::new(tool), &format!("bin/{name}"))?;
         libraries.extend(libraries_of(Path::new(tool))?);
     }
-    let ours = std::env::current_exe()?;
-    let stripped = root.join("bin/vm-tests");
-    run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&stripped).arg(&ours))?;
-    libraries.extend(libraries_of(&ours)?);
+    let ours =
+        [(binaries_dir()?.join("holdfast-csi"), "holdfast-csi"), (std::env::current_exe()?, "vm-tests")];
+    for (binary, name) in &ours {
+        let stripped = root.join("bin").join(name);
+        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&stripped).arg(binary))?;
+        libraries.extend(libraries_of(binary)?);
+    }
     for library in libraries {
         let relative = library.strip_prefix("/").unwrap_or(&library).display().to_string();
         install(root, &library, &relative)?;
     }
+    fs::write(root.join("etc/mtab"), "")?;
     let init = root.join("init");
     fs::write(&init, init_script(&modules(root)?))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;

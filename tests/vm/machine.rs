@@ -12,9 +12,9 @@ use holdfast_tests::work::{Work, binaries_dir};
 use crate::image;
 
 /// How long one test may take in the emulated machine; it boots in some seconds.
-const RUN_TIMEOUT: Duration = Duration::from_secs(240);
-/// MiB of memory.
-const MEMORY_MIB: &str = "1024";
+const RUN_TIMEOUT: Duration = Duration::from_secs(300);
+/// MiB of memory, disks included.
+const MEMORY_MIB: &str = "2048";
 /// Starts every line of the guest that is for us.
 pub const MARK: &str = "VM: ";
 
@@ -26,7 +26,7 @@ pub fn missing() -> Option<String> {
     let found = |program: &str| {
         ["/usr/bin", "/bin", "/usr/sbin"].iter().any(|dir| PathBuf::from(dir).join(program).exists())
     };
-    let tools = ["qemu-system-x86_64", "busybox", "cpio", "xz", "dmsetup"];
+    let tools = ["qemu-system-x86_64", "busybox", "cpio", "xz", "dmsetup", "nbd-client"];
     let absent: Vec<&str> = tools.into_iter().filter(|tool| !found(tool)).collect();
     (!absent.is_empty()).then(|| format!("not installed: {}", absent.join(", ")))
 }

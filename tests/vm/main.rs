@@ -21,7 +21,12 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let trials = vec![trial("debians_kernel_has_log_writes_nbd_and_ublk", "modules")];
+    let trials = vec![
+        trial("debians_kernel_has_log_writes_nbd_and_ublk", "modules"),
+        trial("a_replica_keeps_at_every_flush_what_was_flushed", "log-writes"),
+        trial("a_replica_on_a_device_that_drops_flushed_writes_is_noticed", "dropped-writes"),
+        trial("the_kernels_nbd_client_uses_our_server", "nbd"),
+    ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

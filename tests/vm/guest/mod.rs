@@ -1,5 +1,9 @@
 //! What runs inside the machine: this same program, started by its init.
 
+mod log;
+mod log_writes;
+mod nbd;
+
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
@@ -26,6 +30,9 @@ pub fn run_if_asked() -> Option<ExitCode> {
 fn run_test(test: &str) -> Result<()> {
     match test {
         "modules" => modules(),
+        "log-writes" => log_writes::keeps_what_was_flushed(),
+        "dropped-writes" => log_writes::notices_dropped_writes(),
+        "nbd" => nbd::client_of_the_kernel(),
         other => bail!("there is no guest test {other}"),
     }
 }
