@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::story::Story;
 use libtest_mimic::Trial;
@@ -10,6 +10,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::effort::{rounds, seed};
+use crate::stale::StaleReplica;
 use crate::trial;
 
 const KILLS_SHORT: u32 = 5;
@@ -19,9 +20,14 @@ const VICTIMS: [&str; 3] = ["node-b", "node-c", "node-a"];
 
 /// Trials of this file, each on a cluster of its own.
 pub fn trials() -> Vec<Trial> {
-    vec![trial("pgbench_and_ledger_lose_nothing_through_kill_after_kill", || {
-        with_database(kill_again_and_again)
-    })]
+    vec![
+        trial("pgbench_and_ledger_lose_nothing_through_kill_after_kill", || {
+            with_database(kill_again_and_again)
+        }),
+        trial("a_database_that_lost_acknowledged_transactions_is_noticed", || {
+            with_database(lose_transactions)
+        }),
+    ]
 }
 
 fn with_database(body: fn(&mut Story) -> Result<()>) -> Result<()> {
@@ -73,5 +79,28 @@ fn kill_again_and_again(story: &mut Story) -> Result<()> {
         last.acknowledged, last.present
     );
     ensure!(last.acknowledged > 0 && transactions > 0, "nothing was committed: no test");
+    Ok(())
+}
+
+/// The same comparison with the database's replica set back to before the last commits: it must be noticed.
+fn lose_transactions(story: &mut Story) -> Result<()> {
+    story.commit_for_a_moment()?;
+    story.check_pgbench()?;
+    let mut stale = None;
+    story.with_database_down(|cluster| {
+        stale = Some(StaleReplica::copy(cluster, "node-a")?);
+        Ok(())
+    })?;
+    let stale = stale.context("no copy was made")?;
+    story.commit_for_a_moment()?;
+    story.check_pgbench()?;
+    story.compare("before the sabotage")?;
+    story.with_database_down(|cluster| stale.put_back(cluster))?;
+    let Err(error) = story.compare("after the sabotage") else {
+        bail!("the ledger did not notice that acknowledged transactions are gone")
+    };
+    let sentence = format!("{error:#}");
+    println!("noticed: {sentence:.200}");
+    ensure!(sentence.contains("acknowledged transactions are lost"), "for another reason: {sentence}");
     Ok(())
 }

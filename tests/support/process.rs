@@ -113,6 +113,14 @@ impl Program {
         self.end_by(Signal::SIGTERM)
     }
 
+    /// SIGINT, and waits until it is gone.
+    ///
+    /// # Errors
+    /// It does not go.
+    pub fn interrupt(&mut self) -> Result<()> {
+        self.end_by(Signal::SIGINT)
+    }
+
     /// Starts it again with the same command; the old one must be gone.
     ///
     /// # Errors

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Story;
-use crate::postgres;
+use super::{PUBLISHED, Story};
+use crate::cluster::Cluster;
+use crate::postgres::{self, Postgres};
 use crate::process::{Program, run_within};
 
 /// How long filling the bank may take.
@@ -69,5 +70,21 @@ impl Story {
         pgbench.seen = count;
         self.report.note(&format!("pgbench: {count} transactions, the bank adds up"));
         Ok(count)
+    }
+
+    /// Stops the database and detaches its volume in order, does something, and brings both back on node a.
+    ///
+    /// # Errors
+    /// A call fails, or the database does not start.
+    pub fn with_database_down(&mut self, work: impl FnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
+        // PostgreSQL's fast shutdown: in order, without waiting for its clients.
+        self.pods.as_mut().context("no pods run yet")?.postgres.program.interrupt()?;
+        self.detach("node-a")?;
+        work(&mut self.cluster)?;
+        self.attach("node-a")?;
+        let pods = self.pods()?;
+        let postgres = Postgres::start(&self.cluster, &pods.database, Path::new(PUBLISHED))?;
+        self.pods.as_mut().context("no pods run yet")?.postgres = postgres;
+        self.wait_for_all_in_sync()
     }
 }
