@@ -7,10 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, TargetId, VolumeId};
+use crate::ids::{
+    Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
+};
 
-/// Version of the record's own shape; a reader refuses a later one.
-pub const RECORD_FORMAT: u32 = 1;
+/// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
+/// swap. Version 2 adds the snapshots; records of version 1 have none and are read as they are.
+pub const RECORD_FORMAT: u32 = 2;
+/// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
+pub const SNAPSHOTS_MAX: usize = 100;
 
 /// One volume, as the record store keeps it (replication reference, section (a) "Record").
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +49,9 @@ pub struct VolumeRecord {
     pub in_sync: BTreeSet<ReplicaId>,
     /// Every replica, members included.
     pub replicas: BTreeMap<ReplicaId, ReplicaRecord>,
+    /// Snapshots, oldest first; the order of the layers on every holder.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotRecord>,
     /// How far formatting went (R36).
     pub formatted: Formatted,
     /// Tombstone: set once deletion began, until every replica confirmed (R34).
@@ -74,6 +82,55 @@ pub enum ReplicaState {
     },
     /// Will be replaced under a new replica id.
     Faulted,
+}
+
+/// One snapshot of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Its id.
+    pub id: SnapshotId,
+    /// Whether it counts.
+    pub state: SnapshotState,
+    /// The volume's size when it was cut, bytes.
+    pub size_bytes: u64,
+    /// Replicas that have its layer, with the same bytes; empty while it is being cut. They keep it while they are
+    /// offline.
+    pub holders: BTreeSet<ReplicaId>,
+    /// Volumes that were made from it, named before they are made (R30).
+    #[serde(default)]
+    pub clones: BTreeSet<VolumeId>,
+}
+
+/// Whether a snapshot counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// The target of this generation is cutting it. Of an older generation: nobody is, and its layers are nothing.
+    Cutting {
+        /// The generation.
+        generation: Generation,
+    },
+    /// It is one instant of the volume, on all its holders.
+    Committed,
+}
+
+impl VolumeRecord {
+    /// A snapshot, cut or being cut.
+    #[must_use]
+    pub fn snapshot(&self, id: SnapshotId) -> Option<&SnapshotRecord> {
+        self.snapshots.iter().find(|snapshot| snapshot.id == id)
+    }
+
+    /// The committed snapshots, oldest first.
+    pub fn committed(&self) -> impl Iterator<Item = &SnapshotRecord> {
+        self.snapshots.iter().filter(|snapshot| snapshot.state == SnapshotState::Committed)
+    }
+
+    /// The committed snapshots that a replica holds.
+    #[must_use]
+    pub fn held_by(&self, replica: ReplicaId) -> BTreeSet<SnapshotId> {
+        self.committed().filter(|s| s.holders.contains(&replica)).map(|s| s.id).collect()
+    }
 }
 
 /// How far a volume's first format went (R36).

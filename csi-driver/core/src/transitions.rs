@@ -2,8 +2,16 @@
 //!
 //! The caller swaps the result in under the version it read; on a conflict it reads again and decides anew (R7).
 
-use crate::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, TargetId, VolumeId};
-use crate::record::{Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeParams, VolumeRecord};
+use crate::ids::{
+    Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
+};
+use crate::record::{
+    Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, SNAPSHOTS_MAX, VolumeParams, VolumeRecord,
+};
+
+mod snapshots;
+
+pub use snapshots::*;
 
 /// Why a record cannot be changed as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +97,57 @@ pub enum TransitionError {
         /// State asked for.
         to: Formatted,
     },
+    /// The snapshot is not there, or not in the needed state.
+    #[error("snapshot {snapshot} of volume {volume} is not {expected}")]
+    SnapshotState {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// What it would have to be.
+        expected: &'static str,
+    },
+    /// Volumes were made from the snapshot (R30).
+    #[error("snapshot {snapshot} of volume {volume} has {clones} clones: delete them first")]
+    SnapshotInUse {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// How many.
+        clones: usize,
+    },
+    /// No further snapshot fits.
+    #[error("volume {0} has {SNAPSHOTS_MAX} snapshots, the most it can have: delete one first")]
+    SnapshotsFull(VolumeId),
+    /// A replica returns without having all snapshots (R28).
+    #[error("replica {replica} of volume {volume} lacks snapshot {snapshot}")]
+    SnapshotMissing {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica.
+        replica: ReplicaId,
+        /// What it lacks.
+        snapshot: SnapshotId,
+    },
+    /// A volume only grows, by whole regions (R31).
+    #[error("volume {volume} of {from_bytes} bytes cannot be made {to_bytes} bytes large")]
+    Size {
+        /// The volume.
+        volume: VolumeId,
+        /// Its size.
+        from_bytes: u64,
+        /// The size asked for.
+        to_bytes: u64,
+    },
+    /// The volume is published, so its target belongs on that node (R7).
+    #[error("volume {volume} is published to node {node}: its target there does the work")]
+    Published {
+        /// The volume.
+        volume: VolumeId,
+        /// Where.
+        node: NodeName,
+    },
 }
 
 /// What [`create`] needs to know.
@@ -132,6 +191,7 @@ pub fn create(volume: NewVolume) -> VolumeRecord {
             .into_iter()
             .map(|(id, node)| (id, ReplicaRecord { node, state: ReplicaState::InSync }))
             .collect(),
+        snapshots: Vec::new(),
         formatted: Formatted::Never,
         deleting: false,
         params: volume.params,
@@ -194,6 +254,23 @@ pub fn take_generation(
     Ok(next)
 }
 
+/// A start of a target for work on a volume that is published to nobody: a snapshot, growth (R7). Generation+1; the
+/// attachment stays, as there is no client.
+pub fn take_detached_generation(
+    record: &VolumeRecord,
+    target_id: TargetId,
+) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    if let Some(node) = &record.attached_to {
+        return Err(TransitionError::Published { volume: record.volume_id, node: node.clone() });
+    }
+    let mut next = record.clone();
+    next.generation = record.generation.next();
+    next.generation_attachment = record.attachment;
+    next.target_id = Some(target_id);
+    Ok(next)
+}
+
 /// Takes members out of the in-sync set: epoch+1. By the current generation's target only (R7, R9).
 pub fn swap_out(
     record: &VolumeRecord,
@@ -217,7 +294,7 @@ pub fn swap_out(
     Ok(next)
 }
 
-/// Takes a caught-up replica into the in-sync set: epoch+1 (R24).
+/// Takes a caught-up replica into the in-sync set: epoch+1 (R24). It has every committed snapshot (R28).
 pub fn join(
     record: &VolumeRecord,
     owner: TargetId,
@@ -225,6 +302,13 @@ pub fn join(
     nonce: u64,
 ) -> Result<VolumeRecord, TransitionError> {
     check_owner(record, owner)?;
+    if let Some(missing) = record.committed().find(|s| !s.holders.contains(&replica)) {
+        return Err(TransitionError::SnapshotMissing {
+            volume: record.volume_id,
+            replica,
+            snapshot: missing.id,
+        });
+    }
     let mut next = record.clone();
     match next.replicas.get_mut(&replica) {
         Some(entry) if matches!(entry.state, ReplicaState::Offline { .. }) => {
@@ -340,10 +424,10 @@ fn wrong_state(record: &VolumeRecord, replica: ReplicaId, expected: &'static str
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn mk_record(replicas: u128) -> VolumeRecord {
+    pub(crate) fn mk_record(replicas: u128) -> VolumeRecord {
         create(NewVolume {
             volume_id: VolumeId(1),
             name: "data".to_owned(),
@@ -355,7 +439,7 @@ mod tests {
         })
     }
 
-    fn mk_owned(replicas: u128) -> VolumeRecord {
+    pub(crate) fn mk_owned(replicas: u128) -> VolumeRecord {
         let published = publish(&mk_record(replicas), &NodeName("n1".to_owned()), false).unwrap();
         take_generation(&published, &NodeName("n1".to_owned()), Attachment(1), TargetId(7)).unwrap()
     }

@@ -30,7 +30,13 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::ReplicaState { .. }
         | TransitionError::EnoughReplicas { .. }
         | TransitionError::NodeTaken { .. }
-        | TransitionError::Format36 { .. } => Status::failed_precondition(sentence),
+        | TransitionError::Format36 { .. }
+        | TransitionError::SnapshotState { .. }
+        | TransitionError::SnapshotInUse { .. }
+        | TransitionError::SnapshotMissing { .. }
+        | TransitionError::Published { .. } => Status::failed_precondition(sentence),
+        TransitionError::SnapshotsFull(_) => Status::resource_exhausted(sentence),
+        TransitionError::Size { .. } => Status::out_of_range(sentence),
         TransitionError::Format { .. } => Status::internal(sentence),
     }
 }

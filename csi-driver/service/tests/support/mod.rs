@@ -138,6 +138,7 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         },
         in_sync,
         replicas,
+        snapshots: Vec::new(),
         formatted: Formatted::Never,
         deleting: false,
     }
