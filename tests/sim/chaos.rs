@@ -229,6 +229,16 @@ impl World {
         }
     }
 
+    /// It does not know whether what it asked for was done, and what it sent may arrive when the cut is over.
+    pub fn cut_off_target(&mut self, target: TargetNumber, lasts: u64) {
+        let Some(node) = self.targets.get(&target).map(|host| host.node) else { return };
+        self.cut(Trouble::Isolate, node, lasts);
+        if self.current == Some(target) {
+            let to = (node + self.rng.random_range(1..NODES)) % NODES;
+            self.publish(to);
+        }
+    }
+
     pub fn pause_target(&mut self, target: TargetNumber, lasts: u64) {
         let (now, until) = (self.now, self.now + lasts);
         if let Some(host) = self.targets.get_mut(&target) {

@@ -32,10 +32,12 @@ pub enum Family {
     Restarts,
     /// A slow clock, and a sleep that ends about when a lease does.
     Edge,
+    /// Snapshots are cut all the time, and death strikes at the steps of a cut.
+    Cuts,
 }
 
 impl Family {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -45,6 +47,7 @@ impl Family {
         Self::Minutes,
         Self::Restarts,
         Self::Edge,
+        Self::Cuts,
     ];
 
     pub fn of(seed: u64) -> Self {
@@ -162,7 +165,7 @@ impl Chaos {
     #[expect(clippy::too_many_lines, reason = "a table, one entry per family")]
     fn narrow(&mut self, family: Family, rng: &mut StdRng) {
         match family {
-            Family::Mixed => {}
+            Family::Mixed | Family::Cuts => {}
             Family::Movers => {
                 self.weights = vec![(Trouble::Isolate, 1), (Trouble::Move, 1)];
                 (self.gap_us, self.lasts_us, self.client_gap_us) = (700_000, 5_000_000, 2_000);

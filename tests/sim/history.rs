@@ -159,6 +159,48 @@ impl History {
         self.violations.append(&mut found);
     }
 
+    /// P6: whether everything a snapshot holds was in place together at some moment of its cut. Each value was in place
+    /// from some moment after its write began until some moment before a later write of the register was seen done.
+    pub fn check_instant(
+        &self,
+        content: &crate::disk::Blocks,
+        generation: u64,
+        begun: Moment,
+        end: Moment,
+    ) -> Result<(), String> {
+        let loss = self.losses.range(..=generation).next_back().copied().unwrap_or(0);
+        let (mut low, mut high) = ((begun, "the cut began".to_owned()), (end, "the cut ended".to_owned()));
+        for (register, ops) in &self.registers {
+            let half = usize::try_from(register % 2).expect("0 or 1");
+            let value = content.get(&(register / 2)).map_or(0, |data| data[half]);
+            let own = ops.iter().find(|op| op.kind == Kind::Write && op.value == value);
+            if value != 0 && own.is_none() {
+                return Err(format!("register {register} holds {value}, which nobody wrote"));
+            }
+            // What survived a loss of all caches is older than everything that was done since.
+            let own = own.filter(|op| op.generation >= loss);
+            if let Some(own) = own.filter(|own| own.start > low.0) {
+                low = (own.start, format!("the write of {value} to register {register} began"));
+            }
+            let settled = |value: u64| {
+                ops.iter().filter(|op| op.value == value).map(|op| op.end).min().unwrap_or(NEVER)
+            };
+            let own_settled = own.map_or(0, |own| settled(own.value));
+            let later = ops
+                .iter()
+                .filter(|op| op.kind == Kind::Write && op.generation >= loss && op.start > own_settled)
+                .map(|op| (settled(op.value), op.value))
+                .min();
+            if let Some((gone, by)) = later.filter(|(gone, _)| *gone < high.0) {
+                high = (gone, format!("{value} in register {register} was replaced by {by}"));
+            }
+        }
+        if low.0 > high.0 {
+            return Err(format!("{} at {}, but {} at {}", low.1, low.0, high.1, high.0));
+        }
+        Ok(())
+    }
+
     fn check_register(&self, ops: &[Op]) -> Result<(), String> {
         // The initial zero was written before everything.
         let mut initial = vec![Op {

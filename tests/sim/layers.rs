@@ -60,6 +60,19 @@ impl Layers {
         self.layers.get_mut(at).map_or(&mut self.top, |above| &mut above.written).extend(gone.written);
     }
 
+    /// Blocks that were written after one snapshot and before another, or before now; none if there is no such snapshot.
+    pub fn changed(&self, from: Option<SnapshotId>, to: Option<SnapshotId>) -> Option<BTreeSet<u64>> {
+        let position = |id: SnapshotId| self.layers.iter().position(|layer| layer.id == id);
+        let first = from.map_or(Some(0), |id| position(id).map(|at| at + 1))?;
+        let last = to.map_or(Some(self.layers.len()), |id| position(id).map(|at| at + 1))?;
+        let mut changed: BTreeSet<u64> =
+            self.layers.get(first..last)?.iter().flat_map(|layer| layer.written.iter().copied()).collect();
+        if to.is_none() {
+            changed.extend(self.top.iter().copied());
+        }
+        Some(changed)
+    }
+
     pub fn flush(&mut self, mark: u64) {
         for layer in &mut self.layers {
             layer.cache.retain(|(number, block, data)| {

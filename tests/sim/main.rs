@@ -15,6 +15,7 @@ mod history;
 mod layers;
 mod replica_host;
 mod run;
+mod snapshots;
 mod target_host;
 mod traps;
 mod world;
@@ -83,6 +84,7 @@ fn promises_hold_under_every_seed() {
         total.losses
     );
     total.coverage.print();
+    eprintln!("{:?}", total.snapshots);
     assert!(total.failed.is_empty(), "failing seeds: {:?}", total.failed);
     if count >= SEEDS && !cfg!(debug_assertions) {
         assert!(total.operations() >= OPERATIONS, "the runs did too little");

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::SessionToken;
+use holdfast_storage_core::dirty_map::BlockSet;
+use holdfast_storage_core::ids::{SessionToken, SnapshotId};
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, DiskId, DiskOp, OpenRequest, Replica, ReplicaAction, ReplicaCall,
     ReplicaEvent, ReplicaReply, RequestRefusal, SessionKey,
@@ -45,6 +46,13 @@ pub enum ToReplica {
         call: CallId,
         key: SessionKey,
         op: ControlOp,
+    },
+    Changes {
+        caller: Caller,
+        call: CallId,
+        token: SessionToken,
+        from: Option<SnapshotId>,
+        to: Option<SnapshotId>,
     },
     Extents {
         caller: Caller,
@@ -196,6 +204,7 @@ impl World {
             | ToReplica::Heartbeat { caller, .. }
             | ToReplica::Control { caller, .. }
             | ToReplica::Extents { caller, .. }
+            | ToReplica::Changes { caller, .. }
             | ToReplica::Data { caller, .. }) = message;
             return self.tell_lost(node, caller);
         };
@@ -225,6 +234,10 @@ impl World {
                 process.calls.insert(call, (caller, Context::Control(id)));
                 ReplicaEvent::Control { call, key, op }
             }
+            ToReplica::Changes { caller, call, token, from, to } => {
+                let accepted = process.replica.accepts(token);
+                return self.tell_changes(node, caller, call, (from, to), accepted);
+            }
             ToReplica::Extents { caller, call, token, range } => {
                 let accepted = process.replica.accepts(token);
                 return self.tell_extents(node, caller, call, range, accepted);
@@ -238,6 +251,24 @@ impl World {
             }
         };
         self.replica_event(node, event);
+    }
+
+    fn tell_changes(
+        &mut self,
+        node: usize,
+        caller: Caller,
+        call: CallId,
+        (from, to): (Option<SnapshotId>, Option<SnapshotId>),
+        accepted: bool,
+    ) {
+        let changed = self.nodes[node].disk.layers.changed(from, to).filter(|_| accepted);
+        let Some(changed) = changed else { return self.tell_lost(node, caller) };
+        let mut blocks = BlockSet::new();
+        for block in changed {
+            blocks.insert(BlockRange::new(block, 1));
+        }
+        let event = TargetEvent::ChangesRead { call, blocks };
+        self.send_to_target(node, caller.target, ToTarget::of_session(caller.session, event));
     }
 
     fn tell_extents(&mut self, node: usize, caller: Caller, call: CallId, range: BlockRange, accepted: bool) {
@@ -377,6 +408,9 @@ impl World {
         }
         let disk = &mut host.disk;
         let result = match data_op(&op) {
+            None if disk.full && matches!(op, DiskOp::Freeze { .. } | DiskOp::Grow { .. }) => {
+                Err(DiskError::NoSpace)
+            }
             None => {
                 disk.apply_meta(&op);
                 Ok(())

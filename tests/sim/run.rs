@@ -4,10 +4,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use holdfast_storage_core::guards::Guards;
-use holdfast_storage_core::ids::BLOCK_BYTES;
+use holdfast_storage_core::ids::{BLOCK_BYTES, REGION_BYTES};
 use holdfast_storage_core::target::{ClientOp, TargetEvent, TargetState};
 
 use crate::coverage::Coverage;
+use crate::snapshots::Counts;
 use crate::world::{Event, NODES, REPLICAS, World};
 
 /// Longest time the volume may take to be whole again once everything works.
@@ -23,6 +24,7 @@ pub struct Outcome {
     pub epochs: u64,
     pub losses: u64,
     pub coverage: Coverage,
+    pub snapshots: Counts,
 }
 
 #[derive(Debug, Default)]
@@ -35,6 +37,7 @@ pub struct Total {
     pub epochs: u64,
     pub losses: u64,
     pub coverage: Coverage,
+    pub snapshots: Counts,
 }
 
 impl Total {
@@ -65,10 +68,12 @@ fn run_unguarded(seed: u64, guards: Guards, trace: bool) -> Outcome {
     if world.wait_until_quiet() {
         world.read_everything();
         world.compare_members("after the resync");
+        world.check_all_hold();
         world.restart_everything();
     }
     world.history.trace = trace;
     world.history.check();
+    world.check_instants();
     Outcome {
         violations: std::mem::take(&mut world.history.violations),
         writes: world.history.writes_acknowledged,
@@ -78,6 +83,7 @@ fn run_unguarded(seed: u64, guards: Guards, trace: bool) -> Outcome {
         epochs: world.store.record.epoch.number,
         losses: world.history.losses(),
         coverage: world.coverage,
+        snapshots: world.snapshots.counts,
     }
 }
 
@@ -103,6 +109,7 @@ pub fn in_parallel(seeds: &[u64], guards: Guards, each: impl Fn(u64, &Outcome) +
                     total.epochs += outcome.epochs;
                     total.losses += outcome.losses;
                     total.coverage.add(&outcome.coverage);
+                    total.snapshots.add(&outcome.snapshots);
                 }
             });
         }
@@ -116,6 +123,7 @@ impl World {
         let status = host.target.status();
         *host.target.state() == TargetState::Serving
             && host.is_idle()
+            && !self.has_jobs()
             && self.store.record.in_sync.len() == REPLICAS
             && status.epoch == self.store.record.epoch
             && status.logged_regions == 0
@@ -144,7 +152,7 @@ impl World {
 
     fn read_everything(&mut self) {
         let Some(target) = self.current else { return };
-        for region in [0, 1, 2, 3] {
+        for region in 0..self.store.record.size_bytes / REGION_BYTES {
             for block in [0, 128] {
                 let offset = (region * 256 + block) * BLOCK_BYTES;
                 self.request(target, ClientOp::Read { offset, len: 128 * BLOCK_BYTES });
@@ -184,12 +192,14 @@ impl World {
             self.power_off(node, 100_000);
         }
         self.compare_members("after a stop and a power loss");
+        self.check_holders("after a stop and a power loss");
         self.current = None;
         let until = self.now + 1_000_000;
         self.run_until(until);
         self.publish(1);
         if self.wait_until_quiet() {
             self.read_everything();
+            self.check_no_leftovers();
         }
     }
 }

@@ -108,6 +108,7 @@ impl World {
             attachment: self.attachment(),
             target_id: TargetId(u128::from(number) << 64 | u128::from(self.rng.random::<u64>())),
             seed: self.rng.random(),
+            detached: false,
         };
         self.log(|| format!("t{number} starts on n{node} for attachment {}", config.attachment));
         let target = Target::with_guards(self.clock_ms(node), config, self.guards);
@@ -139,6 +140,7 @@ impl World {
     pub fn kill_target(&mut self, number: TargetNumber, tell: bool) {
         let Some(host) = self.targets.remove(&number) else { return };
         self.log(|| format!("t{number} dies"));
+        self.jobs_of_target_end(number);
         if tell {
             for (session, entry) in host.sessions {
                 let caller = Caller { target: number, session };
@@ -317,6 +319,7 @@ impl World {
         if self.spring_at_target(number, &action) {
             return;
         }
+        self.job_step(number, &action);
         let Some(host) = self.targets.get_mut(&number) else { return };
         let node = host.node;
         match action {
@@ -344,6 +347,9 @@ impl World {
                         Control::ReadExtents(range) => {
                             ToReplica::Extents { caller, call, token: key.token, range }
                         }
+                        Control::ReadChanges { from, to } => {
+                            ToReplica::Changes { caller, call, token: key.token, from, to }
+                        }
                         op => ToReplica::Control { caller, call, key, op: control_op(op) },
                     };
                     self.send_to_replica(node, to, message);
@@ -364,6 +370,8 @@ impl World {
                 host.copies.remove(&copy);
             }
             TargetAction::Found(finding) => self.log(|| format!("t{number}: {finding:?}")),
+            TargetAction::JobDone { job, result } => self.job_done(job, &result),
+            TargetAction::Grown { size_bytes } => self.log(|| format!("t{number}: {size_bytes} bytes")),
             TargetAction::State(state) => self.target_state(number, &state),
         }
     }
@@ -469,13 +477,14 @@ impl World {
         let reads = host.requests.values().filter(|r| matches!(r.op, ClientOp::Read { .. })).count();
         let (may_read, may_write) = (reads < READS_MAX, host.requests.len() - reads < WRITES_MAX);
         let wide = self.chaos.wide && self.rng.random_bool(0.7);
-        let (mut offset, mut len) = draw_range(&mut self.rng, wide);
+        let size = host.target.size_bytes().unwrap_or(VOLUME_BYTES);
+        let (mut offset, mut len) = draw_range(&mut self.rng, wide, size);
         // Reads of what no write holds show whether a target that is stuck still serves.
         for _ in 0..4 {
             if may_write || !host.writes_overlap(offset, len) {
                 break;
             }
-            (offset, len) = draw_range(&mut self.rng, wide);
+            (offset, len) = draw_range(&mut self.rng, wide, size);
         }
         let fua = self.rng.random_bool(0.1);
         let op = match self.rng.random_range(0..100) {
@@ -646,16 +655,21 @@ impl TargetHost {
     }
 }
 
-fn draw_range(rng: &mut StdRng, wide: bool) -> (u64, u64) {
-    let hot = HOT_BLOCKS[rng.random_range(0..HOT_BLOCKS.len())];
-    let block = if wide { rng.random_range(0..VOLUME_BYTES / BLOCK_BYTES) } else { hot };
+fn draw_range(rng: &mut StdRng, wide: bool, volume_bytes: u64) -> (u64, u64) {
+    let mut block = HOT_BLOCKS[rng.random_range(0..HOT_BLOCKS.len())];
+    if wide {
+        block = rng.random_range(0..volume_bytes / BLOCK_BYTES);
+    } else if volume_bytes > VOLUME_BYTES && block < 2 {
+        // What it grew by.
+        block = volume_bytes / BLOCK_BYTES - 1 - block;
+    }
     let mut offset = block * BLOCK_BYTES;
     let mut len = rng.random_range(1..=3) * BLOCK_BYTES;
     if rng.random_bool(0.2) {
         offset += HALF * rng.random_range(0..2);
         len = rng.random_range(1..=4) * HALF;
     }
-    (offset, len.min(VOLUME_BYTES - offset))
+    (offset, len.min(volume_bytes - offset))
 }
 
 fn overlaps(a: (u64, u64), b: (u64, u64)) -> bool {
@@ -676,7 +690,9 @@ fn control_op(op: Control) -> ControlOp {
         Control::MarkBad(range) => ControlOp::Data(DataOp::MarkBad(range)),
         Control::Adopt(range) => ControlOp::Data(DataOp::Adopt(range)),
         Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
-        Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
+        Control::ReadExtents(_) | Control::ReadChanges { .. } => {
+            unreachable!("answered beside the replica's state machine")
+        }
         Control::ReadMap(replica) => ControlOp::ReadMap(replica),
         Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },
         Control::Freeze { snapshot } => ControlOp::Freeze { snapshot },

@@ -169,6 +169,9 @@ impl World {
             TargetAction::Swap { record, .. } if record.generation != self.store.record.generation => {
                 (Step::Take, None)
             }
+            TargetAction::Swap { record, .. } if record.epoch == self.store.record.epoch => {
+                (Step::Layers, None)
+            }
             TargetAction::Swap { record, .. } => {
                 let joins = record.in_sync.len() > self.store.record.in_sync.len();
                 (if joins { Step::SwapIn } else { Step::SwapOut }, None)
@@ -179,7 +182,7 @@ impl World {
                     Control::SetEpoch { .. } => Step::TellEpoch,
                     Control::ClearLog(_) | Control::ClearMap { .. } => Step::ClearLog,
                     Control::ReadMap(_) | Control::FillMap(_) => Step::ReadMaps,
-                    Control::ReadExtents(_) => Step::CatchUpCopy,
+                    Control::ReadExtents(_) | Control::ReadChanges { .. } => Step::CatchUpCopy,
                     Control::MergeMaps { .. } => Step::MergeMaps,
                     Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => {
                         Step::Layers

@@ -18,6 +18,7 @@ use crate::disk::Disk;
 use crate::families::Chaos;
 use crate::history::History;
 use crate::replica_host::{Process, ToReplica};
+use crate::snapshots::Snapshots;
 use crate::target_host::{TargetHost, ToTarget};
 use crate::traps::{Deed, Step, Traps};
 
@@ -102,6 +103,13 @@ pub enum Event {
     },
     Controller,
     Chaos,
+    /// Somebody wants a snapshot, a clone or a larger volume.
+    Snapshots,
+    /// Death at a step of a job.
+    StrikeJob {
+        target: TargetNumber,
+        node: Option<usize>,
+    },
 }
 
 #[derive(Debug)]
@@ -160,6 +168,7 @@ pub struct World {
     pub starting: bool,
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub history: History,
+    pub snapshots: Snapshots,
     pub chaos: Chaos,
     pub traps: Traps,
     pub coverage: Coverage,
@@ -235,6 +244,7 @@ impl World {
             starting: false,
             cuts: BTreeMap::new(),
             history: History::default(),
+            snapshots: Snapshots::of_seed(seed),
             chaos,
             traps: Traps::default(),
             coverage: Coverage::default(),
@@ -256,6 +266,7 @@ impl World {
         }
         world.schedule(0, Event::Controller);
         world.note_set();
+        world.schedule(400_000, Event::Snapshots);
         world
     }
 
@@ -336,6 +347,8 @@ impl World {
             Event::StartTarget { node } => self.start_target(node),
             Event::Controller => self.controller(),
             Event::Chaos => self.chaos_strikes(),
+            Event::Snapshots => self.snapshot_client(),
+            Event::StrikeJob { target, node } => self.strike_job(target, node),
         }
     }
 
@@ -392,7 +405,8 @@ impl World {
             ToReplica::Open { .. }
             | ToReplica::Close { .. }
             | ToReplica::Heartbeat { .. }
-            | ToReplica::Extents { .. } => {}
+            | ToReplica::Extents { .. }
+            | ToReplica::Changes { .. } => {}
         }
     }
 
@@ -509,14 +523,18 @@ impl World {
         }
         self.log(|| {
             format!(
-                "record: gen {} epoch {} set {:?}",
-                record.generation, record.epoch.number, record.in_sync
+                "record: gen {} epoch {} set {:?} snapshots {:?}",
+                record.generation,
+                record.epoch.number,
+                record.in_sync,
+                record.snapshots.iter().map(|s| (s.id.0, s.state, s.holders.len())).collect::<Vec<_>>()
             )
         });
-        let before = Versioned { version: self.store.version, record: self.store.record.clone() };
-        self.store.before = Some(before);
+        let before_version = self.store.version;
         self.store.version = self.store.version.next();
-        self.store.record = record;
+        let before = std::mem::replace(&mut self.store.record, record);
+        self.check_record(&before);
+        self.store.before = Some(Versioned { version: before_version, record: before });
         self.note_set();
         Ok(self.store.version)
     }

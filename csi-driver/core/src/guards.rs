@@ -86,8 +86,6 @@ pub struct Guards {
     pub cutall: bool,
     /// R28: a returning replica rebuilds the snapshots it missed.
     pub layered: bool,
-    /// R29: no volume of a group is cut before all of them hold their writes.
-    pub holdfirst: bool,
     /// R29: a cut of a group counts only inside its unexpired hold.
     pub unbroken: bool,
     /// R6: a target that slept drains its input first. Off, it drops healthy replicas: a stall, no violation.
@@ -146,7 +144,6 @@ impl Default for Guards {
             ctlfence: true,
             cutall: true,
             layered: true,
-            holdfirst: true,
             unbroken: true,
             tickgap: true,
             log_cold_ms: crate::timers::LOG_COLD_MS,

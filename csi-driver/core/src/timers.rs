@@ -51,6 +51,17 @@ pub const OLDER_READS_MS: u64 = 10_000;
 /// wait until the queued input was handled (R6).
 pub const TICK_GAP_MS: u64 = 300;
 
+/// A cut holds writes at most so long (R27): longer than [`IO_DEADLINE_MS`], so that one member that hangs is swapped
+/// out and the cut goes on. At the limit the writes go on and the cut is given up.
+pub const CUT_HOLD_MS: u64 = 7_000;
+/// Longest hold of a group that a volume accepts (R29).
+pub const GROUP_HOLD_MAX_MS: u64 = 10_000;
+/// A replica that rebuilds a layer empties its intent log whenever so many regions were copied to it; with what it came
+/// with, that is within [`REPLICA_LOG_REGIONS_MAX`].
+pub const LAYER_LOG_REGIONS: usize = INTENT_LOG_REGIONS_MAX;
+/// Jobs (snapshots, growth) that wait at a target; a further one is refused as busy.
+pub const JOBS_MAX: usize = 16;
+
 /// Copies to a returning replica in flight at a time, per volume. Further ones wait.
 pub const COPIES_MAX: usize = 4;
 /// Most blocks of one copy while the client has I/O, which waits behind it: 128 KiB.
@@ -114,6 +125,7 @@ pub fn table() -> Vec<(&'static str, u64)> {
         ("lease_ms", LEASE_MS),
         ("drift_per_mille", DRIFT_PER_MILLE),
         ("cache_grace_ms", CACHE_GRACE_MS),
+        ("cut_hold_ms", CUT_HOLD_MS),
         ("intent_log_regions_max", INTENT_LOG_REGIONS_MAX as u64),
         ("copies_max", COPIES_MAX as u64),
         ("copy_rate_min_bytes_per_s", COPY_RATE_MIN_BYTES_PER_S),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_range::BlockRange;
-use crate::dirty_map::DirtyMap;
+use crate::dirty_map::{BlockSet, DirtyMap};
 use crate::ids::{
     Attachment, Block, Epoch, Generation, Lineage, NodeName, RecordVersion, Region, ReplicaId, SnapshotId,
     TargetId, VolumeId,
@@ -11,6 +11,7 @@ use crate::ids::{
 use crate::record::VolumeRecord;
 use crate::record_store::{StoreError, Versioned};
 use crate::replica::{DataOp, DiskError, OpenRefusal};
+use crate::transitions::TransitionError;
 
 /// What a target is started with.
 #[derive(Debug, Clone)]
@@ -25,6 +26,9 @@ pub struct TargetConfig {
     pub target_id: TargetId,
     /// Random; source of epoch nonces.
     pub seed: u64,
+    /// For jobs on a volume that is published to nobody (R7): there is no client, and the target stays only as long as
+    /// nobody publishes the volume.
+    pub detached: bool,
 }
 
 macro_rules! number {
@@ -55,6 +59,79 @@ number!(
     /// One try to open a replica and, if it succeeds, the session; numbered by the core, never reused.
     SessionId
 );
+
+number!(
+    /// A job, numbered by the engine; never reused.
+    JobId
+);
+
+/// Work on the volume other than I/O: one after the other, while clients go on. Every job may be repeated: what is done
+/// already is a success. A job that ended in [`JobError::Ended`] may have been done or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Job {
+    /// A snapshot of one instant between the call and its answer (R27). Writes wait meanwhile, at most
+    /// [`crate::timers::CUT_HOLD_MS`]; none fails.
+    CreateSnapshot {
+        /// A random id, never used for another instant.
+        snapshot: SnapshotId,
+    },
+    /// Forgets a snapshot; refused while it has clones (R30).
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// Makes the volume larger (R31).
+    Grow {
+        /// The new size, a multiple of the region size.
+        size_bytes: u64,
+    },
+    /// First half of a group's cut (R29): answered once new writes are held and none is in flight. The hold ends with
+    /// [`Job::Cut`], [`Job::Release`] or by itself after `hold_ms`.
+    Hold {
+        /// The snapshot to be cut.
+        snapshot: SnapshotId,
+        /// At most [`crate::timers::GROUP_HOLD_MAX_MS`].
+        hold_ms: u64,
+    },
+    /// Second half: the snapshot of a hold that is still in force; else [`JobError::HoldOver`], and nothing is left.
+    Cut {
+        /// The snapshot that was named in the hold.
+        snapshot: SnapshotId,
+    },
+    /// Gives a hold up. No such hold: success.
+    Release {
+        /// The snapshot that was named in the hold.
+        snapshot: SnapshotId,
+    },
+}
+
+/// Why a job was not done. Nothing of it is left, unless said otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JobError {
+    /// The record does not allow it.
+    #[error(transparent)]
+    Record(#[from] TransitionError),
+    /// A member refused.
+    #[error("replica {replica}: {error}")]
+    Replica {
+        /// Which.
+        replica: ReplicaId,
+        /// Why.
+        error: DiskError,
+    },
+    /// Not every member froze in the time for which writes may be held.
+    #[error("the members did not freeze in time; writes go on, try again")]
+    TooSlow,
+    /// The group's hold ended before the cut (R29).
+    #[error("the hold of the group is over")]
+    HoldOver,
+    /// Too many jobs wait.
+    #[error("too many jobs wait for this volume, try again")]
+    Busy,
+    /// The target is stopping, stopped, fenced or failed: it may have been done or not. Ask the volume's next target.
+    #[error("the target ended before the job did")]
+    Ended,
+}
 
 /// A client's request. Offsets and lengths are bytes of any alignment; the core takes whole blocks, locks, and has the
 /// edges of an unaligned write read first (R13).
@@ -214,6 +291,14 @@ pub enum Control {
     MarkBad(BlockRange),
     /// Give blocks that do not verify a checksum that fits what the disk holds (R32); not those marked bad.
     Adopt(BlockRange),
+    /// Tell which blocks were written after one snapshot (or ever) and before another (or now); answered by
+    /// [`TargetEvent::ChangesRead`]. Changes nothing, so that it may be answered beside the core.
+    ReadChanges {
+        /// After this snapshot; ever, if none.
+        from: Option<SnapshotId>,
+        /// Before this snapshot; until now, if none.
+        to: Option<SnapshotId>,
+    },
     /// Give a joining replica a member's maps (R24).
     MergeMaps {
         /// The epoch.
@@ -326,6 +411,13 @@ pub enum TargetEvent {
     },
     /// Scrub the volume now.
     Scrub,
+    /// Answer to ReadChanges.
+    ChangesRead {
+        /// The call.
+        call: CallId,
+        /// The blocks, at least.
+        blocks: BlockSet,
+    },
     /// An I/O ended.
     IoDone {
         /// Which.
@@ -343,6 +435,13 @@ pub enum TargetEvent {
     /// The wall clock jumped against the clock that `now_ms` comes from, as when the machine was suspended with its
     /// clocks: every lease is void (R4). To be delivered before anything that arrives after the jump.
     ClockJumped,
+    /// A job. It waits until the target serves.
+    Job {
+        /// Its number.
+        job: JobId,
+        /// What.
+        what: Job,
+    },
     /// Finish what is in flight, flush, empty the intent log, release the replicas.
     Stop,
     /// [`super::Target::next_timeout`] passed. Deliver all queued events first (R6).
@@ -415,6 +514,18 @@ pub enum TargetAction {
         request: RequestId,
         /// The answer.
         result: Result<(), RequestError>,
+    },
+    /// A job is over; exactly once per job.
+    JobDone {
+        /// The job.
+        job: JobId,
+        /// How.
+        result: Result<(), JobError>,
+    },
+    /// The volume has this size now (R31); the front end follows.
+    Grown {
+        /// Bytes.
+        size_bytes: u64,
     },
     /// A copy is over: its buffer may go once its I/O ended.
     CopyDone {

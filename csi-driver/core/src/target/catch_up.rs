@@ -1,8 +1,8 @@
 //! Bringing an offline replica back: copy what it misses while it receives all new writes, then join (R23, R24).
 //!
 //! ```text
-//! opening ─> maps ─┬─────────────> extents ─> copying ─> draining ─> other maps ─> merging ─> flushing ─> ready
-//!                  └─> filling ──────^ (no valid map)      (from here on in the ack set)
+//! opening ─> (layers) ─> maps ─┬─────────────> extents ─> copying ─> draining ─> other maps ─> merging ─> flushing ─> ready
+//!                              └─> filling ──────^ (no valid map)   (from here on in the ack set)
 //! ```
 //!
 //! *Promised:* a kill of the target, of a member or of the returning replica in the middle loses at most what was copied
@@ -27,19 +27,25 @@ use crate::timers;
 use super::copies::CopyFor;
 use super::copy_plan::CopyPlan;
 use super::flushes::FlushFor;
+use super::layered::Layered;
 use super::peers::{Call, CallKind, Peer};
 use super::{Allocation, CallId, Control, Target, TargetState};
 
 #[derive(Debug)]
 pub(super) struct CatchUp {
     /// Tells this try from earlier ones.
-    number: u64,
-    replica: ReplicaId,
+    pub(super) number: u64,
+    pub(super) replica: ReplicaId,
     stage: Stage,
     since_ms: u64,
-    plan: CopyPlan,
+    pub(super) plan: CopyPlan,
     /// Some member's map was valid (R21): else everything is copied.
-    valid_map: bool,
+    pub(super) valid_map: bool,
+    /// What the members' maps say.
+    pub(super) mapped: BlockSet,
+    /// What is copied whatever the maps say: the replica's own log, writes under way when it came.
+    pub(super) fixed: BlockSet,
+    pub(super) layers: Layered,
     extents: Extents,
     /// A copy waits for the throttle until then.
     wait_until_ms: Option<u64>,
@@ -55,8 +61,6 @@ pub(super) struct CatchUp {
 struct Extents {
     /// Regions before it are known, but for the part under way.
     next: u64,
-    /// Who was asked about the part under way and has not answered.
-    waiting: BTreeSet<ReplicaId>,
     /// In the part under way: answers of source and replica.
     answers: u32,
     /// In the part under way: not absent at the source or at the replica.
@@ -68,6 +72,8 @@ struct Extents {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Opening,
+    /// Missed snapshots are rebuilt, one after the other, without new writes (R28).
+    Layers,
     /// It receives new writes; the members' maps are being read.
     Maps,
     /// The members turn their void maps into full ones, so that a restart goes on where this try stopped.
@@ -142,7 +148,8 @@ impl Target {
 
     /// When the catch-up wants a tick; none while a tick would do nothing, which would only be wanted again at once.
     pub(super) fn catch_up_timeout(&self) -> Option<u64> {
-        let catch_up = self.catch_up.as_ref().filter(|c| c.stage == Stage::Copying)?;
+        let copies = |stage: Stage| matches!(stage, Stage::Layers | Stage::Copying);
+        let catch_up = self.catch_up.as_ref().filter(|c| copies(c.stage))?;
         catch_up.wait_until_ms.filter(|_| self.may_catch_up())
     }
 
@@ -152,6 +159,12 @@ impl Target {
             && self.pending.is_none()
             && self.reconcile.left() == 0
             && self.stopping.is_none()
+            && !self.cut_wants_quiet()
+    }
+
+    /// The replica that rebuilds snapshots, if that is under way.
+    pub(super) fn rebuilds_layers(&self) -> bool {
+        self.catch_up.as_ref().is_some_and(|c| c.stage == Stage::Layers)
     }
 
     pub(super) fn catch_up_progress(&self, replica: ReplicaId) -> Option<(u64, u64)> {
@@ -170,7 +183,9 @@ impl Target {
             return;
         };
         match stage {
-            Stage::Opening | Stage::Merging | Stage::Flushing | Stage::Ready => {}
+            Stage::Opening => self.opened_and_grown(),
+            Stage::Layers => self.pump_layers(),
+            Stage::Merging | Stage::Flushing | Stage::Ready => {}
             Stage::Maps => self.maps_read(),
             Stage::Filling => self.maps_filled(),
             Stage::Extents => self.pump_extents(),
@@ -189,6 +204,9 @@ impl Target {
             since_ms: self.now_ms,
             plan: CopyPlan::default(),
             valid_map: false,
+            mapped: BlockSet::new(),
+            fixed: BlockSet::new(),
+            layers: Layered::default(),
             extents: Extents::default(),
             wait_until_ms: None,
             next_checkpoint_ms: 0,
@@ -196,9 +214,7 @@ impl Target {
             others: BTreeMap::new(),
         });
         self.dirty = true;
-        if self.is_open(replica) {
-            self.catch_up_opened(replica);
-        }
+        self.opened_and_grown();
     }
 
     /// A replica that waited for its turn is open: whoever catches up makes room. What that one has at its last
@@ -208,28 +224,65 @@ impl Target {
         self.start_catch_up(replica);
     }
 
-    /// From here on it receives new writes; those begun before are copied.
+    /// It had to grow first, perhaps more than once.
+    fn opened_and_grown(&mut self) {
+        let Some(replica) = self.catching_up().filter(|replica| self.is_open(*replica)) else { return };
+        if !self.grow_first(replica) {
+            self.catch_up_opened(replica);
+        }
+    }
+
+    /// It is as large as the volume: first the snapshots that it missed, then what is newer.
     pub(super) fn catch_up_opened(&mut self, replica: ReplicaId) {
         self.forget_answers(replica);
-        let begun: BTreeMap<u64, BlockRange> = self.begun_tasks().collect();
         let logged =
             self.peers.get(&replica).and_then(Peer::session).map(|s| s.logged.clone()).unwrap_or_default();
         let own = self.guards.ownlog;
         let Some(catch_up) = &mut self.catch_up else { return };
-        catch_up.stage = Stage::Maps;
-        let to_copy = catch_up.plan.to_copy_mut();
-        for range in begun.values() {
-            to_copy.insert(*range);
-        }
-        catch_up.drain = begun.into_keys().collect();
         // R23: what it has and nobody else is in its own log, whether its cache survived or not.
         for region in logged.into_iter().filter(|_| own) {
-            to_copy.insert_region(region);
+            catch_up.fixed.insert_region(region);
         }
+        catch_up.stage = Stage::Layers;
+        self.next_layer();
+        if self.rebuilds_layers() {
+            self.ask_maps(replica);
+        }
+    }
+
+    fn ask_maps(&mut self, replica: ReplicaId) {
         for member in self.members() {
             self.send_control(member, CallKind::ReadMap, Control::ReadMap(replica));
         }
         self.dirty = true;
+    }
+
+    /// Every snapshot is there. From here on it receives new writes; those begun before are copied.
+    pub(super) fn receive(&mut self) {
+        let begun: BTreeMap<u64, BlockRange> = self.begun_tasks().collect();
+        let Some(catch_up) = &mut self.catch_up else { return };
+        let replica = catch_up.replica;
+        catch_up.stage = Stage::Maps;
+        catch_up.plan = CopyPlan::default();
+        for range in begun.values() {
+            catch_up.fixed.insert(*range);
+        }
+        catch_up.drain = begun.into_keys().collect();
+        // Those read before do not know what was written meanwhile.
+        catch_up.mapped = BlockSet::new();
+        catch_up.valid_map = false;
+        self.drop_calls(CallKind::ReadMap);
+        self.ask_maps(replica);
+        self.ask_changes();
+    }
+
+    /// Forgets calls whose answers are of no use any more.
+    fn drop_calls(&mut self, kind: CallKind) {
+        let calls: Vec<CallId> =
+            self.calls.iter().filter(|(_, call)| call.kind == kind).map(|(id, _)| *id).collect();
+        for call in calls {
+            self.take_call(call);
+        }
     }
 
     fn left_epoch(&self, replica: ReplicaId) -> Option<Epoch> {
@@ -250,7 +303,12 @@ impl Target {
             | CallKind::FillMap
             | CallKind::Extents
             | CallKind::Task(_)
+            | CallKind::Changes
+            | CallKind::ClearLayerLog
             | CallKind::Merge
+            | CallKind::Freeze
+            | CallKind::Drop(_)
+            | CallKind::Grow(_)
             | CallKind::Release => return,
         };
         // R21: a map with another base, or a void one, says nothing.
@@ -259,7 +317,7 @@ impl Target {
         let Some(catch_up) = self.catch_up.as_mut().filter(|_| valid) else { return };
         if about == replica {
             catch_up.valid_map = true;
-            catch_up.plan.to_copy_mut().merge(&blocks);
+            catch_up.mapped.merge(&blocks);
         } else {
             let other = DirtyMap { base: map.base, dirty: Dirty::Blocks(BlockSet::new()) };
             if let Dirty::Blocks(all) = &mut catch_up.others.entry(about).or_insert(other).dirty {
@@ -268,7 +326,7 @@ impl Target {
         }
     }
 
-    fn has_calls(&self, of: impl Fn(CallKind) -> bool) -> bool {
+    pub(super) fn has_calls(&self, of: impl Fn(CallKind) -> bool) -> bool {
         self.calls.values().any(|call| of(call.kind))
     }
 
@@ -280,16 +338,20 @@ impl Target {
     }
 
     fn maps_read(&mut self) {
-        if self.has_calls(|kind| kind == CallKind::ReadMap) {
+        if self.has_calls(|kind| kind == CallKind::ReadMap) || !self.changes_known() {
             return;
         }
         let size_bytes = self.size_bytes().unwrap_or(0);
         let Some(catch_up) = &mut self.catch_up else { return };
-        if catch_up.valid_map {
+        let valid = catch_up.valid_map;
+        let maps = std::mem::take(&mut catch_up.mapped);
+        let mut to_copy = catch_up.layers.missed(valid.then_some(maps), size_bytes);
+        to_copy.merge(&catch_up.fixed);
+        *catch_up.plan.to_copy_mut() = to_copy;
+        if valid {
             return self.set_stage(Stage::Extents);
         }
         let replica = catch_up.replica;
-        *catch_up.plan.to_copy_mut() = BlockSet::whole(size_bytes);
         for member in self.members() {
             self.send_control(member, CallKind::FillMap, Control::FillMap(replica));
         }
@@ -317,15 +379,10 @@ impl Target {
             let part = known(catch_up.extents.next - timers::EXTENTS_REGIONS)..known(catch_up.extents.next);
             let present = std::mem::take(&mut catch_up.extents.present);
             let holes = std::mem::take(&mut catch_up.extents.holes);
-            if catch_up.extents.waiting.is_empty() {
-                if std::mem::take(&mut catch_up.extents.answers) == 2 {
-                    catch_up.plan.leave_out(part, &present, holes);
-                } else {
-                    // The source is gone, and with it what it has that the replica lacks: another is asked.
-                    catch_up.extents.next -= timers::EXTENTS_REGIONS;
-                }
+            if std::mem::take(&mut catch_up.extents.answers) == 2 {
+                catch_up.plan.leave_out(part, &present, holes);
             } else {
-                // The source was lost before it answered: no answer is not "nothing there".
+                // The source is gone, and with it what it has that the replica lacks: another is asked.
                 catch_up.extents.next -= timers::EXTENTS_REGIONS;
             }
         }
@@ -336,7 +393,6 @@ impl Target {
         let end = (start + timers::EXTENTS_REGIONS * BLOCKS_PER_REGION).min(size_bytes / BLOCK_BYTES);
         catch_up.extents.next = (part + 1) * timers::EXTENTS_REGIONS;
         let (replica, range) = (catch_up.replica, BlockRange::new(start, end - start));
-        catch_up.extents.waiting = BTreeSet::from([source, replica]);
         for of in [source, replica] {
             self.send_control(of, CallKind::Extents, Control::ReadExtents(range));
         }
@@ -345,7 +401,6 @@ impl Target {
     pub(super) fn on_extents_read(&mut self, call: CallId, extents: &[(BlockRange, Allocation)]) {
         let Some(Call { replica: of, kind: CallKind::Extents }) = self.take_call(call) else { return };
         let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.stage == Stage::Extents) else { return };
-        catch_up.extents.waiting.remove(&of);
         catch_up.extents.answers += 1;
         for (range, allocation) in extents {
             if *allocation != Allocation::Absent {
@@ -367,6 +422,20 @@ impl Target {
     }
 
     fn pump_copies(&mut self) {
+        let Some(replica) = self.catching_up() else { return };
+        self.start_copies(CopyFor::CatchUp(replica));
+        self.pump_checkpoint();
+        let begun: BTreeSet<u64> = self.begun_tasks().map(|(id, _)| id).collect();
+        let clearing = self.clear_round.is_some();
+        let Some(catch_up) = &mut self.catch_up else { return };
+        if catch_up.plan.is_done() && !clearing {
+            catch_up.drain = begun;
+            self.set_stage(Stage::Draining);
+        }
+    }
+
+    /// Starts what fits of the plan.
+    pub(super) fn start_copies(&mut self, why: CopyFor) {
         let now = self.now_ms;
         let busy = self.throttle.is_busy(now);
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
@@ -387,17 +456,8 @@ impl Target {
             if catch_up.wait_until_ms.is_some() {
                 break;
             }
-            let replica = catch_up.replica;
             let Some(range) = catch_up.plan.next(region, blocks_max) else { break };
-            self.start_copy(CopyFor::CatchUp(replica), range);
-        }
-        self.pump_checkpoint();
-        let begun: BTreeSet<u64> = self.begun_tasks().map(|(id, _)| id).collect();
-        let clearing = self.clear_round.is_some();
-        let Some(catch_up) = &mut self.catch_up else { return };
-        if catch_up.plan.is_done() && !clearing {
-            catch_up.drain = begun;
-            self.set_stage(Stage::Draining);
+            self.start_copy(why, range);
         }
     }
 
@@ -437,6 +497,8 @@ impl Target {
     pub(super) fn range_caught_up(&mut self, replica: ReplicaId, range: BlockRange) {
         let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.replica == replica) else { return };
         catch_up.plan.ended(range);
+        self.layer_copied(range.start.region());
+        let Some(catch_up) = &self.catch_up else { return };
         let (done, total) = (catch_up.plan.done_bytes(), catch_up.plan.total_bytes());
         if let Some(peer) = self.peers.get_mut(&replica) {
             peer.resync_bytes_done = done;
@@ -542,11 +604,19 @@ impl Target {
             .calls
             .iter()
             .filter(|(_, c)| match c.kind {
-                CallKind::ReadMap | CallKind::ReadOtherMap(_) | CallKind::FillMap | CallKind::Extents => true,
+                CallKind::ReadMap
+                | CallKind::ReadOtherMap(_)
+                | CallKind::FillMap
+                | CallKind::Extents
+                | CallKind::Changes => true,
                 CallKind::Tell(_)
                 | CallKind::Clear
+                | CallKind::ClearLayerLog
                 | CallKind::Task(_)
                 | CallKind::Merge
+                | CallKind::Freeze
+                | CallKind::Drop(_)
+                | CallKind::Grow(_)
                 | CallKind::Release => false,
             })
             .map(|(id, _)| *id)

@@ -6,7 +6,7 @@ use crate::ids::{Epoch, NodeName, RecordVersion, ReplicaId};
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::{StoreError, Versioned};
 use crate::timers;
-use crate::transitions;
+use crate::transitions::{self, TransitionError};
 
 use super::peers::{CallKind, Link, Peer};
 use super::{CallId, Control, Gates, Target, TargetAction, TargetState};
@@ -45,6 +45,8 @@ pub(super) enum SwapKind {
     Out,
     /// A replica joins.
     In(ReplicaId),
+    /// Snapshots or size, for the current job or for a replica that catches up; the set stays.
+    Layers,
 }
 
 impl Target {
@@ -127,21 +129,46 @@ impl Target {
         };
         if !leaving.is_empty() {
             self.propose_out(&leaving);
+        } else if let Some(wanted) = self.job_swap() {
+            self.propose_layers(wanted);
+        } else if let Some(Ok(wanted)) = self.holder_swap() {
+            self.propose_layers(Ok(wanted));
         } else if let Some(replica) = self.ready_to_join() {
             self.propose_in(replica);
         }
     }
 
+    /// What the current job wants to change.
+    fn propose_layers(&mut self, wanted: Result<VolumeRecord, TransitionError>) {
+        let Some(Versioned { version, .. }) = &self.record else { return };
+        let expected = *version;
+        match wanted {
+            Ok(proposed) => {
+                let kind = SwapKind::Layers;
+                self.pending = Some(PendingSwap { kind, expected, proposed, new_attachment: false });
+                self.dirty = true;
+            }
+            Err(error) => self.job_refused(error),
+        }
+    }
+
     fn propose_take(&mut self) {
         let Some(Versioned { version, record }) = &self.record else { return };
-        let (expected, new_attachment) = (*version, record.attachment > record.generation_attachment);
+        let config = &self.config;
+        // R12: on a detached volume nobody knows of unflushed writes any more.
+        let new_attachment = config.detached || record.attachment > record.generation_attachment;
+        let expected = *version;
         let shared = record.target_id.filter(|_| !self.guards.onegen && !new_attachment);
         if let Some(shared) = shared {
             self.config.target_id = shared;
             return self.taken(false);
         }
-        let config = &self.config;
-        match transitions::take_generation(record, &config.node, config.attachment, config.target_id) {
+        let taken = if config.detached {
+            transitions::take_detached_generation(record, config.target_id)
+        } else {
+            transitions::take_generation(record, &config.node, config.attachment, config.target_id)
+        };
+        match taken {
             Ok(proposed) => {
                 self.pending = Some(PendingSwap { kind: SwapKind::Take, expected, proposed, new_attachment });
             }
@@ -296,6 +323,7 @@ impl Target {
             // R1: own success is recognised by the target id.
             SwapKind::Take => read.record.target_id == Some(self.config.target_id),
             SwapKind::Out | SwapKind::In(_) => read.record.epoch == pending.proposed.epoch,
+            SwapKind::Layers => same_layers(&read.record, &pending.proposed),
         };
         if applied && self.check_still_ours(&read.record, Some(&pending)) {
             self.commit(pending, read);
@@ -372,8 +400,10 @@ impl Target {
     fn commit(&mut self, pending: PendingSwap, versioned: Versioned) {
         let PendingSwap { kind, new_attachment, .. } = pending;
         let before = self.members();
+        if self.volume().is_none_or(|known| known.epoch != versioned.record.epoch) {
+            self.told.clear();
+        }
         self.record = Some(versioned);
-        self.told.clear();
         match kind {
             SwapKind::Take => self.taken(new_attachment),
             SwapKind::Out => {
@@ -383,6 +413,8 @@ impl Target {
                 }
             }
             SwapKind::In(replica) => self.joined(replica),
+            // The job looks at the record.
+            SwapKind::Layers => {}
         }
     }
 
@@ -403,6 +435,8 @@ impl Target {
 
     fn left(&mut self, replica: ReplicaId) {
         self.close_link(replica);
+        self.job_session_lost(replica);
+        self.calls.retain(|_, call| call.replica != replica || !call.kind.is_job());
         let retry_at_ms = self.now_ms + timers::REOPEN_MIN_MS;
         if let Some(peer) = self.peers.get_mut(&replica) {
             peer.retry_at_ms = retry_at_ms;
@@ -501,8 +535,17 @@ impl Target {
         let lost = |r: &ReplicaId| self.peers.get(r).is_some_and(|p| p.cache_lost);
         let lost = self.guards.keepgood && self.guards.sameatt && members.iter().any(lost);
         let acknowledge = serving && !out && told && enough && !lost;
-        self.gates = Gates { begin: acknowledge && all_open, acknowledge, read: serving };
+        let begin = acknowledge && all_open && !self.cut_holds_writes();
+        self.gates = Gates { begin, acknowledge, read: serving };
         self.ack_set = ack_set;
         self.recompute_leases();
     }
+}
+
+/// Whether two records agree in what only the generation's target changes besides the set; clones are others' (R30).
+fn same_layers(a: &VolumeRecord, b: &VolumeRecord) -> bool {
+    let of = |record: &VolumeRecord| -> Vec<_> {
+        record.snapshots.iter().map(|s| (s.id, s.state, s.holders.clone())).collect()
+    };
+    a.size_bytes == b.size_bytes && of(a) == of(b)
 }

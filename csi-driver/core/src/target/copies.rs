@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::block_range::BlockRange;
-use crate::ids::{Region, ReplicaId};
+use crate::ids::{Region, ReplicaId, SnapshotId};
 use crate::replica::DataOp;
 
 use super::peers::{CallKind, IoOwner};
@@ -23,6 +23,13 @@ pub(super) enum CopyFor {
     CatchUp(ReplicaId),
     /// From any member that verifies to those that do not (R33).
     Repair,
+    /// A snapshot's blocks, from any member to the returning replica, which rebuilds its layer (R28).
+    Layer {
+        /// The returning replica.
+        replica: ReplicaId,
+        /// What it rebuilds.
+        snapshot: SnapshotId,
+    },
 }
 
 impl Target {
@@ -57,7 +64,11 @@ impl Target {
                 .source()
                 .filter(|source| !tried.contains(source) && self.is_open(*source))
                 .or_else(|| if tried.is_empty() { None } else { self.choose_reader(&tried) }),
-            CopyFor::CatchUp(_) | CopyFor::Repair => self.choose_reader(&tried),
+            CopyFor::CatchUp(_) | CopyFor::Layer { .. } | CopyFor::Repair => self.choose_reader(&tried),
+        };
+        let read = match why {
+            CopyFor::Layer { snapshot, .. } => DataOp::ReadSnapshot { snapshot, range },
+            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) | CopyFor::Repair => DataOp::Read(range),
         };
         let given_up =
             !self.guards.adoptlast && matches!(why, CopyFor::Reconcile { .. }) && !tried.is_empty();
@@ -66,7 +77,7 @@ impl Target {
                 if let Some(task) = self.tasks.get_mut(&id) {
                     task.answers = vec![(source, Answer::Pending)];
                 }
-                self.send_io(source, IoOwner::Task(id), DataOp::Read(range), Payload::Copy(copy));
+                self.send_io(source, IoOwner::Task(id), read, Payload::Copy(copy));
             }
             None if given_up || self.members().iter().all(|r| tried.contains(r)) => self.copy_unreadable(id),
             None => self.gated.push_back(id),
@@ -82,7 +93,7 @@ impl Target {
             CopyFor::Reconcile { .. } => {
                 self.ack_set.iter().copied().filter(|r| Some(*r) != source).collect()
             }
-            CopyFor::CatchUp(replica) => vec![replica],
+            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => vec![replica],
             CopyFor::Repair => {
                 self.checks.to_repair(id).into_iter().filter(|r| self.ack_set.contains(r)).collect()
             }
@@ -107,7 +118,7 @@ impl Target {
                 self.reconcile_bytes_copied += range.len_bytes() * written.len() as u64;
                 self.region_copied(region, round);
             }
-            CopyFor::CatchUp(replica) => self.range_caught_up(replica, range),
+            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => self.range_caught_up(replica, range),
             CopyFor::Repair => self.repaired(id, range, &written),
         }
     }
@@ -124,7 +135,7 @@ impl Target {
                 self.emit(TargetAction::CopyDone { copy });
                 self.repaired(id, range, &[]);
             }
-            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) if range.count > 1 => self.split_copy(id),
+            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) | CopyFor::Layer { .. } if range.count > 1 => self.split_copy(id),
             CopyFor::Reconcile { .. } if !adopted => self.adopt(id),
             // The members stay as they are; a read of the block is an error, never old data (R33).
             CopyFor::Reconcile { region, round } => {
@@ -133,7 +144,7 @@ impl Target {
                 self.found(Finding::Unrepairable { range });
                 self.region_copied(region, round);
             }
-            CopyFor::CatchUp(replica) => {
+            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => {
                 self.found(Finding::MarkedBad { replica, range });
                 self.call_for_copy(id, replica, Control::MarkBad(range));
             }
@@ -149,7 +160,7 @@ impl Target {
         self.emit(TargetAction::CopyDone { copy });
         match why {
             CopyFor::Reconcile { region, round } => self.region_was_split(region, round, range.count),
-            CopyFor::CatchUp(replica) => self.run_was_split(replica, range),
+            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => self.run_was_split(replica, range),
             CopyFor::Repair => {}
         }
         for block in range.start.0..range.end() {
@@ -183,7 +194,7 @@ impl Target {
     pub(super) fn copy_call_ended(&mut self, id: u64) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         match task.work {
-            Work::Copy { why: CopyFor::CatchUp(_), .. } => self.copy_was_written(id),
+            Work::Copy { why: CopyFor::CatchUp(_) | CopyFor::Layer { .. }, .. } => self.copy_was_written(id),
             Work::Copy { .. }
             | Work::Check { .. }
             | Work::Read { .. }
@@ -198,7 +209,7 @@ impl Target {
 
     /// Ends the copies to a replica that is gone.
     pub(super) fn cancel_catch_up_copies(&mut self) {
-        self.cancel_copies(|why, _| matches!(why, CopyFor::CatchUp(_)));
+        self.cancel_copies(|why, _| matches!(why, CopyFor::CatchUp(_) | CopyFor::Layer { .. }));
     }
 
     /// Ends the copies of rounds that are over. What was sent to members goes on, and counts for nothing.

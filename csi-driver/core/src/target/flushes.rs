@@ -16,6 +16,10 @@ pub(super) enum FlushFor {
     Reconcile(u64),
     /// Of this catch-up.
     Join(u64),
+    /// Ahead of this cut.
+    Cut(u64),
+    /// Of the replica that rebuilds a layer in this catch-up, alone.
+    Layer(u64),
 }
 
 #[derive(Debug)]
@@ -39,8 +43,11 @@ impl Target {
         }
         let Some(why) = self.flushes.get(&id).map(|flush| flush.why) else { return };
         let round = self.clear_round.as_ref().filter(|_| why == FlushFor::Clear);
-        let replicas: Vec<ReplicaId> =
-            round.map_or_else(|| self.ack_set.iter().copied().collect(), |round| round.replicas().to_vec());
+        let replicas: Vec<ReplicaId> = match (round, why) {
+            (Some(round), _) => round.replicas().to_vec(),
+            (None, FlushFor::Layer(_)) => self.catching_up().into_iter().collect(),
+            (None, _) => self.ack_set.iter().copied().collect(),
+        };
         let mut answers = Vec::with_capacity(replicas.len());
         for replica in replicas {
             let sent = self.send_io(replica, IoOwner::Flush(id), DataOp::Flush, Payload::None);
@@ -107,7 +114,10 @@ impl Target {
 
     fn check_flush(&mut self, id: u64) {
         let Some(flush) = self.flushes.get(&id) else { return };
-        let counts = |r: &ReplicaId| self.ack_set.contains(r) || self.receiving().any(|x| x == *r);
+        let rebuilding = matches!(flush.why, FlushFor::Layer(_)).then(|| self.catching_up()).flatten();
+        let counts = |r: &ReplicaId| {
+            self.ack_set.contains(r) || self.receiving().any(|x| x == *r) || rebuilding == Some(*r)
+        };
         let done = flush.sent && flush.answers.iter().all(|(r, a)| *a == Answer::Done || !counts(r));
         if !done || !self.gates.acknowledge {
             return;
@@ -119,6 +129,8 @@ impl Target {
             FlushFor::Clear => self.clear_flushed(),
             FlushFor::Reconcile(round) => self.reconcile_flushed(round),
             FlushFor::Join(number) => self.join_flushed(number),
+            FlushFor::Cut(number) => self.cut_flushed(number),
+            FlushFor::Layer(number) => self.layer_flushed(number),
         }
         self.dirty |= self.stopping.is_some();
     }

@@ -3,9 +3,10 @@
 //! - `config`: record, generation, swaps of the in-sync set, epochs (R1, R7 to R12);
 //! - `peers`: sessions, heartbeats, leases, deadlines (R2, R4, R6, R9, R14);
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R14, R16, R17), flushes (R15);
+//! - `jobs`: snapshots (`cut`, `delete`: R27 to R29) and growth (`grow`: R31), one at a time;
 //! - `intent_log`: which regions are logged, and clearing them (R18);
 //! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` (R23, R24) say which, `copy_plan` in what
-//!   order, `throttle` how fast;
+//!   order, `throttle` how fast; `layered` rebuilds missed snapshots before (R28);
 //! - `checks`: verifying and mending (R33), `scrub`: all of it, slowly.
 //!
 //! Every input changes the state it is about; what follows from it for the volume as a whole is decided in one place,
@@ -17,8 +18,13 @@ mod checks;
 mod config;
 mod copies;
 mod copy_plan;
+mod cut;
+mod delete;
 mod flushes;
+mod grow;
 mod intent_log;
+mod jobs;
+mod layered;
 mod peers;
 mod range_lock;
 mod reconcile;
@@ -44,6 +50,7 @@ use checks::Checks;
 use config::{PendingSwap, StoreCall};
 use flushes::Flush;
 use intent_log::{ClearRound, LogEntry};
+use jobs::Jobs;
 use peers::{Call, IoEntry, Peer};
 use range_lock::RangeLock;
 use reconcile::Reconcile;
@@ -102,6 +109,7 @@ pub struct Target {
     next_clear_ms: u64,
     reconcile: Reconcile,
     catch_up: Option<CatchUp>,
+    jobs: Jobs,
     throttle: Throttle,
     checks: Checks,
     reconcile_bytes_copied: u64,
@@ -186,6 +194,7 @@ impl Target {
             next_clear_ms: 0,
             reconcile: Reconcile::default(),
             catch_up: None,
+            jobs: Jobs::default(),
             throttle: Throttle::new(now_ms),
             checks: Checks::default(),
             reconcile_bytes_copied: 0,
@@ -227,8 +236,10 @@ impl Target {
             TargetEvent::Verified { call, blocks } => self.on_verified(call, blocks),
             TargetEvent::Scrub => self.on_scrub(),
             TargetEvent::ExtentsRead { call, extents } => self.on_extents_read(call, &extents),
+            TargetEvent::ChangesRead { call, blocks } => self.on_changes_read(call, blocks),
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),
+            TargetEvent::Job { job, what } => self.on_job(job, what),
             TargetEvent::Stop => self.on_stop(),
             TargetEvent::ClockJumped => self.on_clock_jumped(),
             TargetEvent::Tick => self.on_tick(),
@@ -256,6 +267,9 @@ impl Target {
             take(stopping.deadline_ms);
         }
         for at in self.catch_up_timeout().into_iter().chain(self.scrub_timeout()) {
+            take(at);
+        }
+        if let Some(at) = self.cut_timeout() {
             take(at);
         }
         for peer in self.peers.values() {
@@ -376,6 +390,8 @@ impl Target {
             }
             self.dirty = false;
             self.recompute();
+            self.pump_jobs();
+            self.recompute();
             self.pump_config();
             self.pump_sessions();
             self.pump_reconcile();
@@ -393,6 +409,7 @@ impl Target {
         self.dirty = true;
         self.tick_store();
         self.tick_peers();
+        self.tick_cut();
         if self.stopping.as_ref().is_some_and(|s| self.now_ms >= s.deadline_ms) {
             self.finish(TargetState::Stopped, RequestError::Stopped);
         }
@@ -403,6 +420,7 @@ impl Target {
         for request in std::mem::take(&mut self.requests).into_keys() {
             self.emit(TargetAction::Complete { request, result: Err(error) });
         }
+        self.end_jobs();
         let replicas: Vec<ReplicaId> = self.peers.keys().copied().collect();
         for replica in replicas {
             self.close_link(replica);
@@ -429,6 +447,9 @@ impl Target {
     }
 
     fn refuse_final(&mut self, event: &TargetEvent) {
+        if let TargetEvent::Job { job, .. } = event {
+            self.emit(TargetAction::JobDone { job: *job, result: Err(JobError::Ended) });
+        }
         let TargetEvent::Request { request, .. } = event else { return };
         let error = match self.state {
             TargetState::Fenced(_) => RequestError::Fenced,
@@ -442,6 +463,7 @@ impl Target {
 
     fn on_stop(&mut self) {
         if self.stopping.is_none() {
+            self.end_jobs();
             self.stopping = Some(Stopping {
                 deadline_ms: self.now_ms + timers::STOP_DEADLINE_MS,
                 step: StopStep::Draining,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::ids::{NodeName, Region, ReplicaId};
+use crate::ids::{NodeName, Region, ReplicaId, SnapshotId};
 use crate::record::ReplicaState;
 use crate::replica::{DataOp, DiskError, OpenRefusal};
 use crate::timers;
@@ -23,6 +23,8 @@ pub(super) struct Peer {
     /// Tries to open it that failed in a row.
     pub failures: u32,
     pub retry_at_ms: u64,
+    /// As it said last.
+    pub size_bytes: u64,
     /// Its cache was lost when it was opened last (R12).
     pub cache_lost: bool,
     /// A fault other than a broken session: it must leave the set.
@@ -87,10 +89,37 @@ pub(super) enum CallKind {
     Extents,
     /// Of a task that waits for it.
     Task(u64),
+    /// ReadChanges, for a returning replica.
+    Changes,
+    /// ClearLog of a replica that rebuilds a layer.
+    ClearLayerLog,
     /// ReadMap of one that stays absent, for a join.
     ReadOtherMap(ReplicaId),
     Merge,
+    Freeze,
+    Drop(SnapshotId),
+    /// To this size.
+    Grow(u64),
     Release,
+}
+
+impl CallKind {
+    /// Whether a job waits for its answer.
+    pub(super) fn is_job(self) -> bool {
+        match self {
+            Self::Freeze | Self::Drop(_) | Self::Grow(_) => true,
+            Self::Tell(_)
+            | Self::Clear
+            | Self::ClearLayerLog
+            | Self::ReadMap
+            | Self::FillMap
+            | Self::Extents
+            | Self::Changes
+            | Self::ReadOtherMap(_)
+            | Self::Merge
+            | Self::Release => false,
+        }
+    }
 }
 
 impl Peer {
@@ -100,6 +129,7 @@ impl Peer {
             link: Link::Closed,
             failures: 0,
             retry_at_ms: 0,
+            size_bytes: 0,
             cache_lost: false,
             expelled: false,
             resync_bytes_done: 0,
@@ -203,7 +233,7 @@ impl Target {
             epoch: record.epoch,
             in_sync: record.in_sync.clone(),
             size_bytes: record.size_bytes,
-            snapshots: BTreeSet::new(),
+            snapshots: self.layers_of(replica),
         };
         let now = self.now_ms;
         if let Some(peer) = self.peers.get_mut(&replica) {
@@ -220,6 +250,8 @@ impl Target {
             return;
         }
         peer.failures = 0;
+        let layers = opened.snapshots;
+        peer.size_bytes = opened.size_bytes;
         peer.cache_lost = opened.cache_lost;
         peer.expelled = false;
         peer.link = Link::Open(Box::new(Session {
@@ -234,15 +266,31 @@ impl Target {
         }));
         self.dirty = true;
         self.told.remove(&replica);
+        if !self.check_layers(replica, &layers) {
+            return self.lose(replica);
+        }
         self.heartbeat(replica);
         if self.state == TargetState::Serving && self.is_member(replica) {
             self.resume(replica);
+        }
+        if self.grow_first(replica) {
+            return;
         }
         if self.catching_up() == Some(replica) {
             self.catch_up_opened(replica);
         } else if self.next_turn() == Some(replica) {
             self.take_turn(replica);
         }
+    }
+
+    /// A layer that was deleted while Open was under way is dropped now. A replica that lacks one which the record says
+    /// it holds is not what the record says: it is not let in.
+    fn check_layers(&mut self, replica: ReplicaId, layers: &[SnapshotId]) -> bool {
+        let wanted = self.layers_of(replica);
+        for snapshot in layers.iter().copied().filter(|snapshot| !wanted.contains(snapshot)) {
+            self.send_control(replica, CallKind::Drop(snapshot), Control::DropSnapshot { snapshot });
+        }
+        wanted.iter().all(|snapshot| layers.contains(snapshot))
     }
 
     /// R14: the same target is back at a member that kept its cache: what it had not answered is sent again.
@@ -315,6 +363,7 @@ impl Target {
             peer.failures += 1;
         }
         self.told.remove(&replica);
+        self.job_session_lost(replica);
         self.dirty = true;
         let lost: Vec<(IoId, IoEntry)> = {
             let mut lost: Vec<_> = Vec::new();
@@ -480,8 +529,25 @@ impl Target {
     }
 
     /// A replica refused a request and goes on as before.
-    pub(super) fn on_control_refused(&mut self, call: CallId, _error: DiskError) {
-        self.take_call(call);
+    pub(super) fn on_control_refused(&mut self, call: CallId, error: DiskError) {
+        let Some(Call { replica, kind }) = self.take_call(call) else { return };
+        if self.is_member(replica) || self.catching_up() != Some(replica) {
+            return self.job_call_refused(replica, error);
+        }
+        // It cannot become what the members are, for now; it is tried again later.
+        match kind {
+            CallKind::Freeze | CallKind::Drop(_) | CallKind::Grow(_) => self.expel(replica),
+            CallKind::Tell(_)
+            | CallKind::Clear
+            | CallKind::ClearLayerLog
+            | CallKind::ReadMap
+            | CallKind::FillMap
+            | CallKind::Extents
+            | CallKind::Changes
+            | CallKind::ReadOtherMap(_)
+            | CallKind::Merge
+            | CallKind::Release => {}
+        }
     }
 
     /// A replica that left the set clears nothing any more.
@@ -505,10 +571,16 @@ impl Target {
             CallKind::Clear => self.clear_answered(call),
             CallKind::Merge => self.maps_merged(replica),
             CallKind::Task(task) => self.task_call_ended(task),
+            CallKind::Freeze if self.is_member(replica) => self.frozen(replica),
+            CallKind::Freeze => self.layer_frozen(replica),
+            CallKind::Drop(snapshot) => self.snapshot_dropped(replica, snapshot),
+            CallKind::Grow(size_bytes) => self.replica_grown(replica, size_bytes),
+            CallKind::ClearLayerLog => self.layer_log_cleared(replica),
             CallKind::Release
             | CallKind::ReadMap
             | CallKind::FillMap
             | CallKind::Extents
+            | CallKind::Changes
             | CallKind::ReadOtherMap(_) => {}
         }
     }

@@ -110,6 +110,16 @@ impl Task {
         }
     }
 
+    /// A write or copy that passed the gate: some replica may have it, and another not yet.
+    pub(super) fn has_begun(&self) -> bool {
+        match self.stage {
+            Stage::Write => true,
+            // A copy reads, adopts and marks after the gate.
+            Stage::Read | Stage::Calls(_) => matches!(self.work, Work::Copy { .. }),
+            Stage::Region | Stage::Log | Stage::Lock | Stage::Lease | Stage::Edges(_) | Stage::Gate => false,
+        }
+    }
+
     fn edges(&self) -> Vec<(Edge, Block)> {
         match &self.work {
             Work::Write { edges, .. } => edges.clone(),
@@ -205,7 +215,8 @@ impl Target {
     /// R18: its regions are in the log's budget.
     fn take_log_room(&mut self, id: u64, range: BlockRange) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
-        let by_members = !matches!(task.work, Work::Copy { why: CopyFor::CatchUp(_), .. });
+        let by_members =
+            !matches!(task.work, Work::Copy { why: CopyFor::CatchUp(_) | CopyFor::Layer { .. }, .. });
         let room = self.gates.begin && self.count_in_log(range, by_members);
         if let Some(task) = self.tasks.get_mut(&id) {
             task.stage = Stage::Log;
@@ -424,7 +435,13 @@ impl Target {
         if task.stage != Stage::Write {
             return;
         }
-        let counts = |r: &ReplicaId| self.ack_set.contains(r) || self.receiving().any(|x| x == *r);
+        let rebuilding = match task.work {
+            Work::Copy { why: CopyFor::Layer { replica, .. }, .. } => Some(replica),
+            _ => None,
+        };
+        let counts = |r: &ReplicaId| {
+            self.ack_set.contains(r) || self.receiving().any(|x| x == *r) || rebuilding == Some(*r)
+        };
         let pending = task.answers.iter().any(|(r, a)| *a == Answer::Pending && counts(r));
         let failed = task.answers.iter().any(|(r, a)| matches!(a, Answer::Failed(_)) && counts(r));
         if failed && !pending {
@@ -560,7 +577,8 @@ impl Target {
         }
         let granted = self.locks.release(id);
         self.ready.extend(granted);
-        if self.stopping.is_some() || self.catch_up_drains() || !self.gated.is_empty() {
+        let waited_for = self.catch_up_drains() || self.cut_holds_writes();
+        if self.stopping.is_some() || waited_for || !self.gated.is_empty() {
             self.dirty = true;
         }
     }

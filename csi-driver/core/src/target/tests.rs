@@ -1,6 +1,7 @@
 //! One test per rule, named after it. The simulation under `tests/sim` covers their interplay.
 
 mod catch_up;
+mod jobs;
 mod repair;
 
 use std::collections::BTreeSet;
@@ -40,6 +41,7 @@ fn mk_bench(replicas: u128) -> Bench {
         attachment: Attachment(1),
         target_id: TargetId(7),
         seed: 3,
+        detached: false,
     };
     let store = Versioned { version: RecordVersion(1), record };
     Bench { target: Target::new(0, config), now_ms: 0, store, actions: Vec::new(), logged: Vec::new() }

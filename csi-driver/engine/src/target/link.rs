@@ -154,6 +154,7 @@ impl Link {
     pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
         match (&self.path, op) {
             (Path::Local { actor, .. }, Control::ReadExtents(range)) => local_extents(actor, range).await,
+            (Path::Local { .. }, Control::ReadChanges { .. }) => Err(no_jobs()),
             (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
@@ -224,6 +225,7 @@ impl RemoteLink {
                 let request = pb::ClearMapRequest { session, absent_replica_id, regions };
                 rpc.clear_map(request).await.map_err(link_error)?;
             }
+            Control::ReadChanges { .. } => return Err(no_jobs()),
             Control::MergeMaps { epoch, maps } => {
                 let request = pb::MergeMapRequest {
                     session,
@@ -328,6 +330,11 @@ pub fn is_session_error(result: &Result<Bytes, BlockError>) -> bool {
     matches!(result, Err(BlockError(errno::ENOTCONN | errno::ESHUTDOWN)))
 }
 
+/// No job is given to the core, so no snapshot is ever cut and nobody asks for what lies between two.
+fn no_jobs() -> LinkError {
+    LinkError::Silent("this program cuts no snapshots yet".to_owned())
+}
+
 async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<ControlAnswer, LinkError> {
     let disk = &actor.env.disk;
     let read = holdfast_store::wait(disk, |done| disk.allocation(range, done)).await;
@@ -342,7 +349,9 @@ async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<Contro
 
 fn local_op(op: Control) -> ControlOp {
     match op {
-        Control::ReadExtents(_) => unreachable!("answered beside the replica's state machine"),
+        Control::ReadExtents(_) | Control::ReadChanges { .. } => {
+            unreachable!("answered beside the replica's state machine")
+        }
         Control::Verify(range) => ControlOp::Data(DataOp::Verify(range)),
         Control::MarkBad(range) => ControlOp::Data(DataOp::MarkBad(range)),
         Control::Adopt(range) => ControlOp::Data(DataOp::Adopt(range)),

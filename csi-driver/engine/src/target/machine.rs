@@ -349,6 +349,8 @@ impl TargetMachine {
                     Err(error) => TargetWork::Complete(client.into_completion(), Err(request_error(error))),
                 }
             }
+            // No job is given to the core.
+            TargetAction::JobDone { .. } | TargetAction::Grown { .. } => return None,
             TargetAction::CopyDone { copy } => {
                 self.copies.remove(&copy);
                 return None;

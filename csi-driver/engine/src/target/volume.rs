@@ -130,6 +130,7 @@ impl Volume {
             attachment,
             target_id,
             seed: rand::random(),
+            detached: false,
         };
         let (sender, state) = watch::channel(TargetState::Opening);
         let env = TargetEnv {

@@ -1,0 +1,144 @@
+//! Jobs: work on the volume beside its I/O, one at a time.
+//!
+//! A job looks at the record in force and at what the replicas answered, and does the next thing that is missing; so it
+//! does not matter which of its steps an unanswered swap, a lost session or an earlier try did already.
+
+use std::collections::VecDeque;
+
+use crate::ids::ReplicaId;
+use crate::record::VolumeRecord;
+use crate::replica::DiskError;
+use crate::timers;
+use crate::transitions::TransitionError;
+
+use super::cut::Cut;
+use super::delete::Delete;
+use super::grow::Grow;
+use super::{Job, JobError, JobId, Target, TargetAction, TargetState};
+
+#[derive(Debug, Default)]
+pub(super) struct Jobs {
+    /// At most [`timers::JOBS_MAX`].
+    queue: VecDeque<(JobId, Job)>,
+    pub current: Option<Current>,
+}
+
+#[derive(Debug)]
+pub(super) enum Current {
+    Cut(Cut),
+    Delete(Delete),
+    Grow(Grow),
+}
+
+impl Target {
+    pub(super) fn on_job(&mut self, job: JobId, what: Job) {
+        if self.stopping.is_some() {
+            return self.end_job(job, Err(JobError::Ended));
+        }
+        match what {
+            Job::Cut { snapshot } => self.cut_held(job, snapshot),
+            Job::Release { snapshot } => self.release_hold(job, snapshot),
+            _ if self.jobs.queue.len() >= timers::JOBS_MAX => self.end_job(job, Err(JobError::Busy)),
+            Job::CreateSnapshot { .. } | Job::DeleteSnapshot { .. } | Job::Grow { .. } | Job::Hold { .. } => {
+                self.jobs.queue.push_back((job, what));
+                self.dirty = true;
+            }
+        }
+    }
+
+    pub(super) fn pump_jobs(&mut self) {
+        if self.state != TargetState::Serving || self.stopping.is_some() {
+            return;
+        }
+        if self.jobs.current.is_none()
+            && let Some((job, what)) = self.jobs.queue.pop_front()
+        {
+            self.start_job(job, what);
+        }
+        match &self.jobs.current {
+            None => {}
+            Some(Current::Cut(_)) => self.pump_cut(),
+            Some(Current::Delete(_)) => self.pump_delete(),
+            Some(Current::Grow(_)) => self.pump_grow(),
+        }
+    }
+
+    fn start_job(&mut self, job: JobId, what: Job) {
+        let current = match what {
+            Job::CreateSnapshot { snapshot } => Current::Cut(Cut::alone(job, snapshot)),
+            Job::Hold { snapshot, hold_ms } => Current::Cut(Cut::of_group(job, snapshot, hold_ms)),
+            Job::DeleteSnapshot { snapshot } => Current::Delete(Delete::new(job, snapshot)),
+            Job::Grow { size_bytes } => Current::Grow(Grow::new(job, size_bytes)),
+            // Never queued.
+            Job::Cut { .. } | Job::Release { .. } => return,
+        };
+        self.jobs.current = Some(current);
+        self.dirty = true;
+    }
+
+    /// The change of the record that the current job wants next.
+    pub(super) fn job_swap(&self) -> Option<Result<VolumeRecord, TransitionError>> {
+        let record = self.volume()?;
+        let owner = self.config.target_id;
+        match self.jobs.current.as_ref()? {
+            Current::Cut(cut) => cut.swap(record, owner),
+            Current::Delete(delete) => delete.swap(record, owner),
+            Current::Grow(grow) => grow.swap(record, owner, &self.members()),
+        }
+    }
+
+    /// The record does not allow the current job.
+    pub(super) fn job_refused(&mut self, error: TransitionError) {
+        match &self.jobs.current {
+            Some(Current::Cut(_)) => self.cut_refused(error),
+            Some(Current::Delete(_) | Current::Grow(_)) => self.finish_job(Err(error.into())),
+            None => {}
+        }
+    }
+
+    /// A member could not do what the current job asked.
+    pub(super) fn job_call_refused(&mut self, replica: ReplicaId, error: DiskError) {
+        match &self.jobs.current {
+            Some(Current::Cut(_)) => self.freeze_refused(replica, error),
+            Some(Current::Grow(_)) => self.finish_job(Err(JobError::Replica { replica, error })),
+            Some(Current::Delete(_)) | None => {}
+        }
+        self.dirty = true;
+    }
+
+    /// A session is over: what its replica did for the current job does not count any more.
+    pub(super) fn job_session_lost(&mut self, replica: ReplicaId) {
+        match &mut self.jobs.current {
+            Some(Current::Cut(cut)) => cut.session_lost(replica),
+            Some(Current::Grow(grow)) => grow.session_lost(replica),
+            Some(Current::Delete(delete)) => delete.session_lost(replica),
+            None => {}
+        }
+    }
+
+    /// Ends the current job.
+    pub(super) fn finish_job(&mut self, result: Result<(), JobError>) {
+        let job = match self.jobs.current.take() {
+            Some(Current::Cut(cut)) => cut.job,
+            Some(Current::Delete(delete)) => Some(delete.job),
+            Some(Current::Grow(grow)) => Some(grow.job),
+            None => None,
+        };
+        self.dirty = true;
+        if let Some(job) = job {
+            self.end_job(job, result);
+        }
+    }
+
+    pub(super) fn end_job(&mut self, job: JobId, result: Result<(), JobError>) {
+        self.emit(TargetAction::JobDone { job, result });
+    }
+
+    /// This target ends. Layers of an uncommitted cut are merged back by the next Open.
+    pub(super) fn end_jobs(&mut self) {
+        self.finish_job(Err(JobError::Ended));
+        for (job, _) in std::mem::take(&mut self.jobs.queue) {
+            self.end_job(job, Err(JobError::Ended));
+        }
+    }
+}
