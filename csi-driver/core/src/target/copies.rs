@@ -118,7 +118,9 @@ impl Target {
                 self.reconcile_bytes_copied += range.len_bytes() * written.len() as u64;
                 self.region_copied(region, round);
             }
-            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => self.range_caught_up(replica, range),
+            CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => {
+                self.range_caught_up(replica, range)
+            }
             CopyFor::Repair => self.repaired(id, range, &written),
         }
     }
@@ -135,7 +137,9 @@ impl Target {
                 self.emit(TargetAction::CopyDone { copy });
                 self.repaired(id, range, &[]);
             }
-            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) | CopyFor::Layer { .. } if range.count > 1 => self.split_copy(id),
+            CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) | CopyFor::Layer { .. } if range.count > 1 => {
+                self.split_copy(id)
+            }
             CopyFor::Reconcile { .. } if !adopted => self.adopt(id),
             // The members stay as they are; a read of the block is an error, never old data (R33).
             CopyFor::Reconcile { region, round } => {

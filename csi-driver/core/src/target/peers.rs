@@ -114,6 +114,7 @@ impl CallKind {
             | Self::ReadMap
             | Self::FillMap
             | Self::Extents
+            | Self::Task(_)
             | Self::Changes
             | Self::ReadOtherMap(_)
             | Self::Merge
@@ -536,7 +537,9 @@ impl Target {
         }
         // It cannot become what the members are, for now; it is tried again later.
         match kind {
-            CallKind::Freeze | CallKind::Drop(_) | CallKind::Grow(_) => self.expel(replica),
+            CallKind::Freeze | CallKind::Drop(_) | CallKind::Grow(_) | CallKind::Task(_) => {
+                self.expel(replica)
+            }
             CallKind::Tell(_)
             | CallKind::Clear
             | CallKind::ClearLayerLog
