@@ -13,8 +13,9 @@ type TakeOut = fn(&mut Guards);
 
 /// Guards with the seed that finds each of them off; another is looked for where the code has moved on since.
 ///
-/// `tickgap` is not listed: its lack costs time, not data.
-const GUARDS: [(&str, TakeOut, u64); 33] = [
+/// `tickgap` is not listed: its lack costs time, not data. Nor is `ctlfence`, for which no seed is known: it needs a request
+/// that is under way for as long as a new target takes to be let in; nor `unbroken`, as nobody asks for groups here.
+const GUARDS: [(&str, TakeOut, u64); 38] = [
     ("drift", |g| g.drift = false, 8_000_004),
     ("serveall", |g| g.serveall = false, 7_000_829),
     ("mapend", |g| g.mapend = false, 2_000_004),
@@ -48,6 +49,11 @@ const GUARDS: [(&str, TakeOut, u64); 33] = [
     ("unknown", |g| g.unknown = false, 33),
     ("joinflush", |g| g.joinflush = false, 3_000_000),
     ("errwrite", |g| g.errwrite = false, 10),
+    ("cutdrain", |g| g.cutdrain = false, 9_000_001),
+    ("cutflush", |g| g.cutflush = false, 9_000_008),
+    ("void", |g| g.void = false, 9_000_001),
+    ("cutall", |g| g.cutall = false, 9_000_001),
+    ("layered", |g| g.layered = false, 9_000_000),
 ];
 
 /// Seeds of each family tried beside the known one.

@@ -30,6 +30,8 @@ pub enum ToReplica {
     Open {
         caller: Caller,
         request: OpenRequest,
+        /// Whom the connection is with: what was sent on it reaches no later start.
+        process: Option<u64>,
     },
     /// The caller hung up: closes its connections, or gives up its Open.
     Close {
@@ -198,6 +200,12 @@ impl World {
             return self.nodes[node].deferred.push_back(Event::AtReplica { node, message, number });
         }
         self.note_arrival(node, &message, number);
+        let running = self.nodes[node].process.as_ref().map(|process| process.number);
+        if let ToReplica::Open { caller, process, .. } = &message
+            && *process != running
+        {
+            return self.tell_lost(node, *caller);
+        }
         let Some(process) = &mut self.nodes[node].process else {
             let (ToReplica::Open { caller, .. }
             | ToReplica::Close { caller, .. }
@@ -211,7 +219,7 @@ impl World {
         process.next_call += 1;
         let call = ReplicaCall(process.next_call);
         let event = match message {
-            ToReplica::Open { caller, request } => {
+            ToReplica::Open { caller, request, .. } => {
                 process.calls.insert(call, (caller, Context::Open));
                 let token = SessionToken(self.rng.random());
                 ReplicaEvent::Open { call, request, token }

@@ -405,6 +405,7 @@ impl World {
             in_sync: open.in_sync,
             size_bytes: open.size_bytes,
             snapshots: open.snapshots,
+            sequence: open.session.0,
         };
         let caller = Caller { target: number, session: open.session };
         if self.cut_until(from, to).is_some() || self.cut_until(to, from).is_some() {
@@ -414,7 +415,8 @@ impl World {
             let message = ToTarget::of_session(open.session, event);
             self.schedule(delay, Event::AtTarget { target: number, message });
         }
-        self.send_to_replica(from, to, ToReplica::Open { caller, request });
+        let process = self.nodes[to].process.as_ref().map(|process| process.number);
+        self.send_to_replica(from, to, ToReplica::Open { caller, request, process });
     }
 
     fn session_key(&self, number: TargetNumber, session: SessionId) -> Option<(usize, SessionKey)> {

@@ -60,6 +60,7 @@ pub fn open_request(request: pb::OpenRequest) -> Result<OpenRequest, Status> {
         in_sync: ids(&request.in_sync)?,
         size_bytes: request.size_bytes,
         snapshots: ids(&request.snapshots)?,
+        sequence: request.sequence,
     })
 }
 
@@ -78,6 +79,7 @@ pub fn open_request_pb(request: &OpenRequest, node: &NodeName) -> pb::OpenReques
         in_sync: request.in_sync.iter().map(ToString::to_string).collect(),
         size_bytes: request.size_bytes,
         snapshots: request.snapshots.iter().map(ToString::to_string).collect(),
+        sequence: request.sequence,
     }
 }
 

@@ -56,6 +56,8 @@ pub struct OpenRequest {
     /// The committed snapshots that this replica holds by the record. Every other frozen layer here is left over from
     /// a cut that never counted, or of a deleted snapshot: it is merged back before Open answers (R27, R28).
     pub snapshots: BTreeSet<SnapshotId>,
+    /// Grows with every Open of this target: one that a later one overtook knows less than the replica and is refused.
+    pub sequence: u64,
 }
 
 /// The answer to a successful Open.

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::dirty_map::{Dirty, DirtyMap};
 use crate::guards::Guards;
-use crate::ids::{BLOCK_BYTES, Region, ReplicaId, SessionToken, SnapshotId};
+use crate::ids::{BLOCK_BYTES, Region, ReplicaId, SessionToken, SnapshotId, TargetId};
 
 use control::ControlWait;
 use data::WaitingWrite;
@@ -58,6 +58,9 @@ pub struct Replica {
     lease: Option<Lease>,
     /// Before this no new generation is let in (R3).
     not_before_ms: u64,
+    /// The target that opens or opened last, and the number of its Open. Not durable: a request that was sent to an
+    /// earlier start of this process died with its connection.
+    last_open: Option<(TargetId, u64)>,
     /// Lease calls that are not answered while another target is being let in (R2).
     held_leases: VecDeque<ReplicaCall>,
     next_disk: u64,
@@ -107,6 +110,7 @@ impl Replica {
             now_ms,
             actions: VecDeque::new(),
             not_before_ms: if waits { now_ms + meta.lease_ms } else { 0 },
+            last_open: None,
             meta,
             log,
             adding: BTreeSet::new(),

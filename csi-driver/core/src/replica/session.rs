@@ -52,6 +52,12 @@ impl Replica {
         if let Err(refusal) = self.check_open(&request) {
             return self.reply(call, ReplicaReply::Open(Err(refusal)));
         }
+        // R27: it names the snapshots that were committed when it was sent, and would drop those since then.
+        let target_id = request.target_id;
+        let late = |(target, sequence): (TargetId, u64)| target == target_id && request.sequence < sequence;
+        if self.last_open.is_some_and(late) {
+            return self.reply(call, ReplicaReply::Open(Err(OpenRefusal::Busy)));
+        }
         if let Some(current) = &self.opening {
             if current.persisting.is_some() || current.request.generation > request.generation {
                 return self.reply(call, ReplicaReply::Open(Err(OpenRefusal::Busy)));
@@ -59,6 +65,7 @@ impl Replica {
             let superseded = current.call;
             self.reply(superseded, ReplicaReply::Open(Err(OpenRefusal::Busy)));
         }
+        self.last_open = Some((target_id, request.sequence));
         self.opening = Some(Opening { call, request, token, persisting: None });
     }
 

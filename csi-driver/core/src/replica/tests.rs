@@ -31,6 +31,7 @@ fn mk_open(generation: u64, target: u128) -> OpenRequest {
         in_sync: BTreeSet::from([ReplicaId(1), ReplicaId(2)]),
         size_bytes: 8 << 20,
         snapshots: BTreeSet::new(),
+        sequence: 0,
     }
 }
 
@@ -425,4 +426,22 @@ fn r31_a_smaller_replica_is_let_in_only_while_it_is_no_member() {
     let request = OpenRequest { in_sync: BTreeSet::from([ReplicaId(2)]), ..mk_open(1, 7) };
     let event = ReplicaEvent::Open { call: ReplicaCall(2), request, token: mk_token(1) };
     assert_eq!(opened(&drive(&mut replica, 0, event)).map(|reply| reply.size_bytes), Some(4 << 20));
+}
+
+#[test]
+fn r27_an_open_that_was_overtaken_drops_no_snapshot_committed_since() {
+    let mut replica = Replica::new(0, mk_start());
+    let request = OpenRequest { sequence: 2, ..mk_open(1, 7) };
+    let event = ReplicaEvent::Open { call: ReplicaCall(1), request, token: mk_token(1) };
+    assert!(opened(&drive(&mut replica, 0, event)).is_some());
+    control(&mut replica, 1, mk_key(1, 7), ControlOp::Freeze { snapshot: SNAPSHOT });
+    let request = OpenRequest { sequence: 1, ..mk_open(1, 7) };
+    let event = ReplicaEvent::Open { call: ReplicaCall(2), request, token: mk_token(2) };
+    let refusal = ReplicaReply::Open(Err(OpenRefusal::Busy));
+    assert_eq!(
+        drive(&mut replica, 1, event),
+        [ReplicaAction::Reply { call: ReplicaCall(2), reply: refusal }]
+    );
+    assert!(replica.accepts(mk_token(1)), "the session of the later Open goes on");
+    assert_eq!(replica.snapshots, [SNAPSHOT]);
 }

@@ -331,6 +331,7 @@ mod tests {
             in_sync: BTreeSet::from([REPLICA]),
             size_bytes: SIZE_BYTES,
             snapshots: BTreeSet::new(),
+            sequence: 1,
         };
         let opened = grpc::open(actor, request, Vec::new(), None).await.unwrap().unwrap();
         SessionKey { generation, target_id, token: opened.token }

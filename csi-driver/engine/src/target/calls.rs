@@ -129,6 +129,7 @@ pub async fn open(actor: Arc<TargetActor>, wanted: OpenSession) {
         in_sync: wanted.in_sync.clone(),
         size_bytes: wanted.size_bytes,
         snapshots: wanted.snapshots.clone(),
+        sequence: session.0,
     };
     let opened = if wanted.node == actor.env.node {
         open_local(&actor, session, request).await

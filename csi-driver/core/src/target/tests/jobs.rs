@@ -93,6 +93,37 @@ fn r27_a_cut_waits_for_writes_in_flight_and_holds_new_ones_until_all_are_frozen(
 }
 
 #[test]
+fn r27_of_overlapping_writes_the_one_in_flight_is_in_the_snapshot_and_those_queued_wait_for_its_end() {
+    let mut bench = mk_serving(2);
+    let finish = |bench: &mut Bench, ios: Vec<(IoId, ReplicaId, SessionId, DataOp)>| {
+        assert_eq!(ios.len(), 2);
+        for (io, ..) in ios {
+            bench.event(TargetEvent::IoDone { io, result: Ok(()) });
+        }
+        assert_eq!(bench.completed(), Some(Ok(())));
+    };
+    bench.request(1, WRITE);
+    let first = bench.ios();
+    bench.request(2, WRITE);
+    bench.job(1, Job::CreateSnapshot { snapshot: SNAPSHOT });
+    bench.store();
+    bench.flushed();
+    bench.request(3, WRITE);
+    let freeze = Control::Freeze { snapshot: SNAPSHOT };
+    assert_eq!(bench.asked(&freeze), [], "a write is in flight");
+    finish(&mut bench, first);
+    assert_eq!(bench.ios(), [], "a write that had waited for the range began inside the hold");
+    let freezes = bench.asked(&freeze);
+    bench.done(&freezes);
+    let second = bench.ios();
+    finish(&mut bench, second);
+    let third = bench.ios();
+    finish(&mut bench, third);
+    bench.store();
+    assert_eq!(bench.job_end(), Some(Ok(())));
+}
+
+#[test]
 fn r27_a_member_that_comes_back_in_the_middle_keeps_no_layer_and_is_frozen_anew() {
     let (mut bench, freezes) = mk_freezing(1);
     let session = bench.target.peers[&ReplicaId(1)].session().unwrap().id;
