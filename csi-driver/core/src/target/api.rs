@@ -1,5 +1,11 @@
 //! Inputs and outputs of [`super::Target`].
 
+mod jobs;
+mod status;
+
+pub use jobs::*;
+pub use status::*;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_range::BlockRange;
@@ -11,7 +17,6 @@ use crate::ids::{
 use crate::record::VolumeRecord;
 use crate::record_store::{StoreError, Versioned};
 use crate::replica::{DataOp, DiskError, OpenRefusal};
-use crate::transitions::TransitionError;
 
 /// What a target is started with.
 #[derive(Debug, Clone)]
@@ -59,79 +64,10 @@ number!(
     /// One try to open a replica and, if it succeeds, the session; numbered by the core, never reused.
     SessionId
 );
-
 number!(
     /// A job, numbered by the engine; never reused.
     JobId
 );
-
-/// Work on the volume other than I/O: one after the other, while clients go on. Every job may be repeated: what is done
-/// already is a success. A job that ended in [`JobError::Ended`] may have been done or not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Job {
-    /// A snapshot of one instant between the call and its answer (R27). Writes wait meanwhile, at most
-    /// [`crate::timers::CUT_HOLD_MS`]; none fails.
-    CreateSnapshot {
-        /// A random id, never used for another instant.
-        snapshot: SnapshotId,
-    },
-    /// Forgets a snapshot; refused while it has clones (R30).
-    DeleteSnapshot {
-        /// Which.
-        snapshot: SnapshotId,
-    },
-    /// Makes the volume larger (R31).
-    Grow {
-        /// The new size, a multiple of the region size.
-        size_bytes: u64,
-    },
-    /// First half of a group's cut (R29): answered once new writes are held and none is in flight. The hold ends with
-    /// [`Job::Cut`], [`Job::Release`] or by itself after `hold_ms`.
-    Hold {
-        /// The snapshot to be cut.
-        snapshot: SnapshotId,
-        /// At most [`crate::timers::GROUP_HOLD_MAX_MS`].
-        hold_ms: u64,
-    },
-    /// Second half: the snapshot of a hold that is still in force; else [`JobError::HoldOver`], and nothing is left.
-    Cut {
-        /// The snapshot that was named in the hold.
-        snapshot: SnapshotId,
-    },
-    /// Gives a hold up. No such hold: success.
-    Release {
-        /// The snapshot that was named in the hold.
-        snapshot: SnapshotId,
-    },
-}
-
-/// Why a job was not done. Nothing of it is left, unless said otherwise.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum JobError {
-    /// The record does not allow it.
-    #[error(transparent)]
-    Record(#[from] TransitionError),
-    /// A member refused.
-    #[error("replica {replica}: {error}")]
-    Replica {
-        /// Which.
-        replica: ReplicaId,
-        /// Why.
-        error: DiskError,
-    },
-    /// Not every member froze in the time for which writes may be held.
-    #[error("the members did not freeze in time; writes go on, try again")]
-    TooSlow,
-    /// The group's hold ended before the cut (R29).
-    #[error("the hold of the group is over")]
-    HoldOver,
-    /// Too many jobs wait.
-    #[error("too many jobs wait for this volume, try again")]
-    Busy,
-    /// The target is stopping, stopped, fenced or failed: it may have been done or not. Ask the volume's next target.
-    #[error("the target ended before the job did")]
-    Ended,
-}
 
 /// A client's request. Offsets and lengths are bytes of any alignment; the core takes whole blocks, locks, and has the
 /// edges of an unaligned write read first (R13).
@@ -327,6 +263,10 @@ pub enum Control {
 
 /// Inputs. Events of sessions, calls and I/O that the core has given up are ignored, so late ones do no harm.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "taken by value and never stored; the engine boxes what it queues"
+)]
 pub enum TargetEvent {
     /// Answer to [`TargetAction::ReadRecord`].
     RecordRead {
@@ -563,190 +503,6 @@ pub struct OpenSession {
     pub size_bytes: u64,
     /// The committed snapshots that the replica holds by the record (R27).
     pub snapshots: BTreeSet<SnapshotId>,
-}
-
-/// Where a target stands.
-///
-/// ```text
-/// opening ─> settling ─> serving ─> stopped
-///    └──────────┴───────────┴────> fenced | failed
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TargetState {
-    /// Taking the generation and opening the members (R1, R11).
-    Opening,
-    /// Swapping out those that did not open, telling the others the epoch (R10, R12).
-    Settling,
-    /// Serving I/O.
-    Serving,
-    /// A later target owns the volume; every I/O fails. Final.
-    Fenced(String),
-    /// It cannot serve; every I/O fails. Final for this target.
-    Failed(String),
-    /// Stopped as asked. Final.
-    Stopped,
-}
-
-impl TargetState {
-    /// The word that GetStatus answers.
-    #[must_use]
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Opening => "opening",
-            Self::Settling => "settling",
-            Self::Serving => "serving",
-            Self::Fenced(_) => "fenced",
-            Self::Failed(_) => "failed",
-            Self::Stopped => "stopped",
-        }
-    }
-
-    /// Why it is fenced or failed; empty otherwise.
-    #[must_use]
-    pub fn reason(&self) -> &str {
-        match self {
-            Self::Fenced(reason) | Self::Failed(reason) => reason,
-            Self::Opening | Self::Settling | Self::Serving | Self::Stopped => "",
-        }
-    }
-
-    /// Whether the target does nothing any more.
-    #[must_use]
-    pub fn is_final(&self) -> bool {
-        matches!(self, Self::Fenced(_) | Self::Failed(_) | Self::Stopped)
-    }
-}
-
-/// What an operator sees of a target; a copy, made on demand.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TargetStatus {
-    /// State.
-    pub state: TargetState,
-    /// Own generation; 0 before it was taken.
-    pub generation: Generation,
-    /// The epoch in force.
-    pub epoch: Epoch,
-    /// Volume size; 0 before the record was read.
-    pub size_bytes: u64,
-    /// Writes and zeroings acknowledged.
-    pub writes_acknowledged: u64,
-    /// Longest time one of them waited.
-    pub longest_stall_ms: u64,
-    /// Regions that the intent log holds.
-    pub logged_regions: usize,
-    /// Regions not yet reconciled.
-    pub unreconciled_regions: usize,
-    /// Bytes copied between members to reconcile them since the target started.
-    pub reconcile_bytes_copied: u64,
-    /// Unflushed acknowledged writes may have been lost at this start (R12).
-    pub possible_loss: bool,
-    /// What was found out about the data's integrity.
-    pub corruption: CorruptionCounts,
-    /// How far the scrub is.
-    pub scrub: ScrubStatus,
-    /// The replicas.
-    pub replicas: Vec<ReplicaStatus>,
-}
-
-/// Something about the data's integrity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finding {
-    /// Blocks that do not verify on a replica, and are not explained by a crash.
-    Corrupt {
-        /// Where.
-        replica: ReplicaId,
-        /// Which.
-        range: BlockRange,
-    },
-    /// They were written over with what another member has (R33).
-    Repaired {
-        /// Where.
-        replica: ReplicaId,
-        /// Which.
-        range: BlockRange,
-    },
-    /// Blocks that verify on no member: reading them is an error.
-    Unrepairable {
-        /// Which.
-        range: BlockRange,
-    },
-    /// Blocks that verify on several members with different content: nothing was copied (R33).
-    Differing {
-        /// Which.
-        range: BlockRange,
-    },
-    /// Blocks that a crash left without a checksum that fits, on every member: taken as they are (R32).
-    Adopted {
-        /// From whom.
-        replica: ReplicaId,
-        /// Which.
-        range: BlockRange,
-    },
-    /// Blocks that no member could give to a returning replica: an error there too (R25).
-    MarkedBad {
-        /// The returning replica.
-        replica: ReplicaId,
-        /// Which.
-        range: BlockRange,
-    },
-}
-
-/// Blocks by what was found out about them since the target's start; a block counts once for each replica.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CorruptionCounts {
-    /// [`Finding::Corrupt`].
-    pub found: u64,
-    /// [`Finding::Repaired`].
-    pub repaired: u64,
-    /// [`Finding::Unrepairable`] and [`Finding::MarkedBad`].
-    pub unrepairable: u64,
-    /// [`Finding::Differing`].
-    pub differing: u64,
-    /// [`Finding::Adopted`].
-    pub adopted: u64,
-}
-
-impl CorruptionCounts {
-    pub(super) fn count(&mut self, finding: Finding) {
-        let (counter, range) = match finding {
-            Finding::Corrupt { range, .. } => (&mut self.found, range),
-            Finding::Repaired { range, .. } => (&mut self.repaired, range),
-            Finding::Unrepairable { range } | Finding::MarkedBad { range, .. } => {
-                (&mut self.unrepairable, range)
-            }
-            Finding::Differing { range } => (&mut self.differing, range),
-            Finding::Adopted { range, .. } => (&mut self.adopted, range),
-        };
-        *counter += range.count;
-    }
-}
-
-/// How far the scrub is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ScrubStatus {
-    /// Regions verified by the pass that runs or ran last.
-    pub regions_done: u64,
-    /// Regions of that pass; 0 before the first.
-    pub regions_total: u64,
-    /// Passes that ended since the target's start.
-    pub passes: u64,
-}
-
-/// One replica of [`TargetStatus`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReplicaStatus {
-    /// The replica.
-    pub replica: ReplicaId,
-    /// Its node.
-    pub node: NodeName,
-    /// `in_sync`, `offline`, `catching_up` or `faulted`.
-    pub state: &'static str,
-    /// Bytes copied by the resync that runs or ran last.
-    pub resync_bytes_done: u64,
-    /// Bytes that resync had to copy; what earlier ones had copied is not among them.
-    pub resync_bytes_total: u64,
-    /// Bytes copied by all resyncs since the target started, those of interrupted ones included.
-    pub resync_bytes_copied: u64,
 }
 
 /// Blocks of a client's range and the edges that must be read first.

@@ -20,23 +20,25 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_range::BlockRange;
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
-use crate::ids::{BLOCK_BYTES, BLOCKS_PER_REGION, Epoch, Region, ReplicaId};
+use crate::ids::{BLOCK_BYTES, Epoch, Region, ReplicaId};
 use crate::record::ReplicaState;
 use crate::timers;
 
+use super::calls::{Call, CallKind};
 use super::copies::CopyFor;
 use super::copy_plan::CopyPlan;
+use super::extents::Extents;
 use super::flushes::FlushFor;
 use super::layered::Layered;
-use super::peers::{Call, CallKind, Peer};
-use super::{Allocation, CallId, Control, Target, TargetState};
+use super::peers::Peer;
+use super::{CallId, Control, Target, TargetState};
 
 #[derive(Debug)]
 pub(super) struct CatchUp {
     /// Tells this try from earlier ones.
     pub(super) number: u64,
     pub(super) replica: ReplicaId,
-    stage: Stage,
+    pub(super) stage: Stage,
     since_ms: u64,
     pub(super) plan: CopyPlan,
     /// Some member's map was valid (R21): else everything is copied.
@@ -46,7 +48,7 @@ pub(super) struct CatchUp {
     /// What is copied whatever the maps say: the replica's own log, writes under way when it came.
     pub(super) fixed: BlockSet,
     pub(super) layers: Layered,
-    extents: Extents,
+    pub(super) extents: Extents,
     /// A copy waits for the throttle until then.
     wait_until_ms: Option<u64>,
     next_checkpoint_ms: u64,
@@ -56,21 +58,8 @@ pub(super) struct CatchUp {
     others: BTreeMap<ReplicaId, DirtyMap>,
 }
 
-/// Asking source and replica, part by part, where there is nothing.
-#[derive(Debug, Default)]
-struct Extents {
-    /// Regions before it are known, but for the part under way.
-    next: u64,
-    /// In the part under way: answers of source and replica.
-    answers: u32,
-    /// In the part under way: not absent at the source or at the replica.
-    present: BlockSet,
-    /// In the part under way: without data at the source.
-    holes: BlockSet,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Stage {
+pub(super) enum Stage {
     Opening,
     /// Missed snapshots are rebuilt, one after the other, without new writes (R28).
     Layers,
@@ -364,55 +353,7 @@ impl Target {
         }
     }
 
-    /// Leaves out what is absent at a member and at the replica: both read as zeroes there. Whatever is written from the
-    /// replica's open on goes to both; what began before goes to members only, and must have reached them before one is
-    /// asked, or its answer is too old.
-    fn pump_extents(&mut self) {
-        if self.has_calls(|kind| kind == CallKind::Extents) || !self.is_drained() {
-            return;
-        }
-        let size_bytes = self.size_bytes().unwrap_or(0);
-        let Some(source) = self.choose_reader(&BTreeSet::new()) else { return };
-        let Some(catch_up) = &mut self.catch_up else { return };
-        let known = |regions: u64| Region(u32::try_from(regions).unwrap_or(u32::MAX));
-        if catch_up.extents.next > 0 {
-            let part = known(catch_up.extents.next - timers::EXTENTS_REGIONS)..known(catch_up.extents.next);
-            let present = std::mem::take(&mut catch_up.extents.present);
-            let holes = std::mem::take(&mut catch_up.extents.holes);
-            if std::mem::take(&mut catch_up.extents.answers) == 2 {
-                catch_up.plan.leave_out(part, &present, holes);
-            } else {
-                // The source is gone, and with it what it has that the replica lacks: another is asked.
-                catch_up.extents.next -= timers::EXTENTS_REGIONS;
-            }
-        }
-        let next = catch_up.plan.to_copy().first_region_from(known(catch_up.extents.next));
-        let Some(next) = next else { return self.start_copying() };
-        let part = u64::from(next.0) / timers::EXTENTS_REGIONS;
-        let start = part * timers::EXTENTS_REGIONS * BLOCKS_PER_REGION;
-        let end = (start + timers::EXTENTS_REGIONS * BLOCKS_PER_REGION).min(size_bytes / BLOCK_BYTES);
-        catch_up.extents.next = (part + 1) * timers::EXTENTS_REGIONS;
-        let (replica, range) = (catch_up.replica, BlockRange::new(start, end - start));
-        for of in [source, replica] {
-            self.send_control(of, CallKind::Extents, Control::ReadExtents(range));
-        }
-    }
-
-    pub(super) fn on_extents_read(&mut self, call: CallId, extents: &[(BlockRange, Allocation)]) {
-        let Some(Call { replica: of, kind: CallKind::Extents }) = self.take_call(call) else { return };
-        let Some(catch_up) = self.catch_up.as_mut().filter(|c| c.stage == Stage::Extents) else { return };
-        catch_up.extents.answers += 1;
-        for (range, allocation) in extents {
-            if *allocation != Allocation::Absent {
-                catch_up.extents.present.insert(*range);
-            }
-            if of != catch_up.replica && *allocation != Allocation::Data {
-                catch_up.extents.holes.insert(*range);
-            }
-        }
-    }
-
-    fn start_copying(&mut self) {
+    pub(super) fn start_copying(&mut self) {
         let now = self.now_ms;
         if let Some(catch_up) = &mut self.catch_up {
             catch_up.plan.begin();
@@ -508,7 +449,7 @@ impl Target {
         self.dirty = true;
     }
 
-    fn is_drained(&mut self) -> bool {
+    pub(super) fn is_drained(&mut self) -> bool {
         let tasks = &self.tasks;
         self.catch_up.as_mut().is_some_and(|catch_up| {
             catch_up.drain.retain(|id| tasks.contains_key(id));

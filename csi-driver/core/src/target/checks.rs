@@ -19,8 +19,9 @@ use crate::block_range::BlockRange;
 use crate::ids::ReplicaId;
 use crate::timers;
 
+use super::calls::{Call, CallKind};
 use super::copies::CopyFor;
-use super::peers::{Call, CallKind};
+
 use super::tasks::{Stage, Work};
 use super::{CallId, Control, CorruptionCounts, Finding, Target, TargetAction};
 

@@ -8,7 +8,8 @@ use crate::record_store::{StoreError, Versioned};
 use crate::timers;
 use crate::transitions::{self, TransitionError};
 
-use super::peers::{CallKind, Link, Peer};
+use super::calls::CallKind;
+use super::peers::{Link, Peer};
 use super::{CallId, Control, Gates, Target, TargetAction, TargetState};
 
 /// The one call to the record store that may be under way.

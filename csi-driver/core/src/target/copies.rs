@@ -10,7 +10,8 @@ use crate::block_range::BlockRange;
 use crate::ids::{Region, ReplicaId, SnapshotId};
 use crate::replica::DataOp;
 
-use super::peers::{CallKind, IoOwner};
+use super::calls::CallKind;
+use super::peers::IoOwner;
 use super::tasks::{Answer, Stage, Work};
 use super::{Control, CopyId, Finding, Payload, Target, TargetAction};
 

@@ -22,10 +22,10 @@ use crate::replica::DiskError;
 use crate::timers;
 use crate::transitions::{self, TransitionError};
 
+use super::calls::CallKind;
 use super::config::SwapKind;
 use super::flushes::FlushFor;
 use super::jobs::Current;
-use super::peers::CallKind;
 use super::{Control, JobError, JobId, Target};
 
 #[derive(Debug)]

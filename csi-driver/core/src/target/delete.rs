@@ -7,8 +7,8 @@ use crate::ids::{ReplicaId, SnapshotId, TargetId};
 use crate::record::VolumeRecord;
 use crate::transitions::{self, TransitionError};
 
+use super::calls::CallKind;
 use super::jobs::Current;
-use super::peers::CallKind;
 use super::{Control, JobId, Target};
 
 #[derive(Debug)]

@@ -7,8 +7,9 @@ use crate::ids::{ReplicaId, TargetId};
 use crate::record::VolumeRecord;
 use crate::transitions::{self, TransitionError};
 
+use super::calls::{Call, CallKind};
 use super::jobs::Current;
-use super::peers::{Call, CallKind};
+
 use super::{Control, JobId, Target, TargetAction};
 
 #[derive(Debug)]

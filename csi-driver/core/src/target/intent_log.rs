@@ -9,9 +9,9 @@ use crate::block_range::BlockRange;
 use crate::ids::{Region, ReplicaId};
 use crate::timers;
 
+use super::calls::CallKind;
 use super::copy_plan::CopyPlan;
 use super::flushes::FlushFor;
-use super::peers::CallKind;
 use super::{CallId, Control, Target};
 
 /// A region that some replica has logged.

@@ -24,9 +24,10 @@ use crate::record::VolumeRecord;
 use crate::timers;
 use crate::transitions::{self, TransitionError};
 
+use super::calls::{Call, CallKind};
 use super::copies::CopyFor;
 use super::flushes::FlushFor;
-use super::peers::{Call, CallKind};
+
 use super::{CallId, Control, Target};
 
 /// The part of a catch-up that is about layers.

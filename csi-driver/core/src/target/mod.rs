@@ -2,10 +2,11 @@
 //!
 //! - `config`: record, generation, swaps of the in-sync set, epochs (R1, R7 to R12);
 //! - `peers`: sessions, heartbeats, leases, deadlines (R2, R4, R6, R9, R14);
+//! - `calls`: control calls to the replicas and their answers;
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R14, R16, R17), flushes (R15);
 //! - `jobs`: snapshots (`cut`, `delete`: R27 to R29) and growth (`grow`: R31), one at a time;
 //! - `intent_log`: which regions are logged, and clearing them (R18);
-//! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` (R23, R24) say which, `copy_plan` in what
+//! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` with `extents` (R23, R24) say which, `copy_plan` in what
 //!   order, `throttle` how fast; `layered` rebuilds missed snapshots before (R28);
 //! - `checks`: verifying and mending (R33), `scrub`: all of it, slowly.
 //!
@@ -13,6 +14,7 @@
 //! `settle_all`, which runs only when something other than plain I/O happened.
 
 mod api;
+mod calls;
 mod catch_up;
 mod checks;
 mod config;
@@ -20,6 +22,7 @@ mod copies;
 mod copy_plan;
 mod cut;
 mod delete;
+mod extents;
 mod flushes;
 mod grow;
 mod intent_log;
@@ -45,13 +48,14 @@ use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::Versioned;
 use crate::timers;
 
+use calls::Call;
 use catch_up::CatchUp;
 use checks::Checks;
 use config::{PendingSwap, StoreCall};
 use flushes::Flush;
 use intent_log::{ClearRound, LogEntry};
 use jobs::Jobs;
-use peers::{Call, IoEntry, Peer};
+use peers::{IoEntry, Peer};
 use range_lock::RangeLock;
 use reconcile::Reconcile;
 use requests::Request;

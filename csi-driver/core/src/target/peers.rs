@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::ids::{NodeName, Region, ReplicaId, SnapshotId};
 use crate::record::ReplicaState;
-use crate::replica::{DataOp, DiskError, OpenRefusal};
+use crate::replica::{DataOp, OpenRefusal};
 use crate::timers;
 
+use super::calls::CallKind;
 use super::{
     CallId, Control, IoError, IoId, OpenSession, Opened, Payload, SessionId, Target, TargetAction,
     TargetState,
@@ -46,7 +47,7 @@ pub(super) enum Link {
 pub(super) struct Session {
     pub id: SessionId,
     /// I/O and calls without an answer, by their number (which grows), with the time they were sent.
-    pending: BTreeMap<u64, u64>,
+    pub pending: BTreeMap<u64, u64>,
     last_heard_ms: u64,
     next_heartbeat_ms: u64,
     sequence: u64,
@@ -68,59 +69,6 @@ pub(super) struct IoEntry {
 pub(super) enum IoOwner {
     Task(u64),
     Flush(u64),
-}
-
-/// A control call in flight.
-#[derive(Debug)]
-pub(super) struct Call {
-    pub replica: ReplicaId,
-    pub kind: CallKind,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum CallKind {
-    /// SetEpoch of this epoch number.
-    Tell(u64),
-    /// ClearLog or ClearMap of the round under way.
-    Clear,
-    /// ReadMap of the returning replica.
-    ReadMap,
-    FillMap,
-    Extents,
-    /// Of a task that waits for it.
-    Task(u64),
-    /// ReadChanges, for a returning replica.
-    Changes,
-    /// ClearLog of a replica that rebuilds a layer.
-    ClearLayerLog,
-    /// ReadMap of one that stays absent, for a join.
-    ReadOtherMap(ReplicaId),
-    Merge,
-    Freeze,
-    Drop(SnapshotId),
-    /// To this size.
-    Grow(u64),
-    Release,
-}
-
-impl CallKind {
-    /// Whether a job waits for its answer.
-    pub(super) fn is_job(self) -> bool {
-        match self {
-            Self::Freeze | Self::Drop(_) | Self::Grow(_) => true,
-            Self::Tell(_)
-            | Self::Clear
-            | Self::ClearLayerLog
-            | Self::ReadMap
-            | Self::FillMap
-            | Self::Extents
-            | Self::Task(_)
-            | Self::Changes
-            | Self::ReadOtherMap(_)
-            | Self::Merge
-            | Self::Release => false,
-        }
-    }
 }
 
 impl Peer {
@@ -146,7 +94,7 @@ impl Peer {
         }
     }
 
-    fn session_mut(&mut self) -> Option<&mut Session> {
+    pub(super) fn session_mut(&mut self) -> Option<&mut Session> {
         match &mut self.link {
             Link::Open(session) => Some(session),
             Link::Closed | Link::Opening { .. } => None,
@@ -506,86 +454,6 @@ impl Target {
     /// R4: whether the leases of the whole ack set hold now.
     pub(super) fn leases_hold(&self) -> bool {
         self.now_ms < self.leases_until_ms || !self.guards.lease
-    }
-
-    pub(super) fn send_control(&mut self, replica: ReplicaId, kind: CallKind, op: Control) {
-        let id = self.new_id();
-        let now = self.now_ms;
-        let Some(session) = self.peers.get_mut(&replica).and_then(Peer::session_mut) else { return };
-        session.pending.insert(id, now);
-        let session = session.id;
-        let call = CallId(id);
-        self.calls.insert(call, Call { replica, kind });
-        self.emit(TargetAction::Control { call, session, replica, op });
-    }
-
-    /// Takes an answered call off the books.
-    pub(super) fn take_call(&mut self, call: CallId) -> Option<Call> {
-        let entry = self.calls.remove(&call)?;
-        if let Some(session) = self.peers.get_mut(&entry.replica).and_then(Peer::session_mut) {
-            session.pending.remove(&call.0);
-        }
-        self.dirty = true;
-        Some(entry)
-    }
-
-    /// A replica refused a request and goes on as before.
-    pub(super) fn on_control_refused(&mut self, call: CallId, error: DiskError) {
-        let Some(Call { replica, kind }) = self.take_call(call) else { return };
-        if self.is_member(replica) || self.catching_up() != Some(replica) {
-            return self.job_call_refused(replica, error);
-        }
-        // It cannot become what the members are, for now; it is tried again later.
-        match kind {
-            CallKind::Freeze | CallKind::Drop(_) | CallKind::Grow(_) | CallKind::Task(_) => {
-                self.expel(replica)
-            }
-            CallKind::Tell(_)
-            | CallKind::Clear
-            | CallKind::ClearLayerLog
-            | CallKind::ReadMap
-            | CallKind::FillMap
-            | CallKind::Extents
-            | CallKind::Changes
-            | CallKind::ReadOtherMap(_)
-            | CallKind::Merge
-            | CallKind::Release => {}
-        }
-    }
-
-    /// A replica that left the set clears nothing any more.
-    pub(super) fn drop_clear_calls(&mut self, replica: ReplicaId) {
-        let of_it = |call: &Call| call.replica == replica && call.kind == CallKind::Clear;
-        let calls: Vec<CallId> = self.calls.iter().filter(|(_, c)| of_it(c)).map(|(id, _)| *id).collect();
-        for call in calls {
-            self.take_call(call);
-            self.clear_answered(call);
-        }
-    }
-
-    pub(super) fn on_control_done(&mut self, call: CallId) {
-        let Some(Call { replica, kind }) = self.take_call(call) else { return };
-        match kind {
-            CallKind::Tell(number) => {
-                if self.volume().is_some_and(|record| record.epoch.number == number) {
-                    self.told.insert(replica);
-                }
-            }
-            CallKind::Clear => self.clear_answered(call),
-            CallKind::Merge => self.maps_merged(replica),
-            CallKind::Task(task) => self.task_call_ended(task),
-            CallKind::Freeze if self.is_member(replica) => self.frozen(replica),
-            CallKind::Freeze => self.layer_frozen(replica),
-            CallKind::Drop(snapshot) => self.snapshot_dropped(replica, snapshot),
-            CallKind::Grow(size_bytes) => self.replica_grown(replica, size_bytes),
-            CallKind::ClearLayerLog => self.layer_log_cleared(replica),
-            CallKind::Release
-            | CallKind::ReadMap
-            | CallKind::FillMap
-            | CallKind::Extents
-            | CallKind::Changes
-            | CallKind::ReadOtherMap(_) => {}
-        }
     }
 
     /// Sends an I/O; `None` if the replica has no session.
