@@ -206,9 +206,7 @@ impl Target {
     /// R11, R12: whom to swap out so that serving can begin; `None` while it is too early to say.
     fn judge_opening(&mut self) -> Option<Vec<ReplicaId>> {
         let members = self.members();
-        let cache_lost = |target: &Self, r: &ReplicaId| {
-            target.peers.get(r).is_some_and(|p| p.cache_lost) && target.guards.lostsrc
-        };
+        let cache_lost = |target: &Self, r: &ReplicaId| target.peers.get(r).is_some_and(|p| p.cache_lost);
         let (opened, unopened): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_open(*r));
         let (lost, good): (Vec<_>, Vec<_>) = opened.into_iter().partition(|r| cache_lost(self, r));
         if !good.is_empty() {

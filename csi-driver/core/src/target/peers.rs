@@ -201,7 +201,7 @@ impl Target {
         peer.failures = 0;
         let layers = opened.snapshots;
         peer.size_bytes = opened.size_bytes;
-        peer.cache_lost = opened.cache_lost;
+        peer.cache_lost = opened.cache_lost && (self.guards.lostsrc || self.state == TargetState::Serving);
         peer.expelled = false;
         peer.link = Link::Open(Box::new(Session {
             id: session,
