@@ -204,12 +204,11 @@ impl World {
     /// Death strikes most where a cut or a growth has just taken a step.
     pub fn job_step(&mut self, target: TargetNumber, action: &TargetAction) {
         let node = match action {
-            TargetAction::Control { replica, op, .. } => match op {
-                Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. } => {
-                    Some(node_of(*replica))
-                }
-                _ => return,
-            },
+            TargetAction::Control {
+                replica,
+                op: Control::Freeze { .. } | Control::DropSnapshot { .. } | Control::Grow { .. },
+                ..
+            } => Some(node_of(*replica)),
             TargetAction::Swap { record, .. } => {
                 let known = &self.store.record;
                 if known.snapshots == record.snapshots && known.size_bytes == record.size_bytes {
