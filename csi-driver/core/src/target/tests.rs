@@ -369,3 +369,58 @@ fn a_stop_flushes_clears_the_log_and_releases() {
     }
     assert_eq!(*bench.target.state(), TargetState::Stopped);
 }
+
+impl Bench {
+    /// The target reads the record once more, and gets no answer: until then it decides nothing about its members.
+    fn leave_the_store_silent(&mut self) {
+        self.now_ms += timers::RECORD_POLL_MS;
+        self.event(TargetEvent::Tick);
+        self.beat();
+        assert!(self.take(|a| matches!(a, TargetAction::ReadRecord { .. })).is_some());
+    }
+}
+
+#[test]
+fn r12_a_member_that_lost_its_cache_counts_for_nothing_while_nobody_can_judge_it() {
+    let mut bench = mk_serving(1);
+    bench.request(1, WRITE);
+    let (io, _, session, _) = bench.ios()[0];
+    bench.event(TargetEvent::IoDone { io, result: Ok(()) });
+    assert_eq!(bench.completed(), Some(Ok(())));
+    bench.leave_the_store_silent();
+    bench.logged = vec![Region(0)];
+    bench.event(TargetEvent::SessionLost { session });
+    bench.open(1, true);
+    bench.tell_all();
+    bench.request(2, ClientOp::Flush);
+    for (io, ..) in bench.ios() {
+        bench.event(TargetEvent::IoDone { io, result: Ok(()) });
+    }
+    bench.now_ms += timers::HEARTBEAT_MS;
+    bench.event(TargetEvent::Tick);
+    assert_eq!(bench.completed(), None, "the write before the flush may be gone");
+    let clears = |a: &TargetAction| matches!(a, TargetAction::Control { op: Control::ClearLog(_), .. });
+    assert!(bench.take(clears).is_none(), "its log is what tells that its cache was lost");
+}
+
+#[test]
+fn r16_a_write_that_one_member_refused_waits_for_the_one_that_is_away() {
+    let mut bench = mk_serving(2);
+    bench.leave_the_store_silent();
+    bench.request(1, WRITE);
+    let ios = bench.ios();
+    let (away, refused) = if ios[0].1 == ReplicaId(2) { (ios[0], ios[1]) } else { (ios[1], ios[0]) };
+    bench.event(TargetEvent::IoDone { io: refused.0, result: Err(IoError::NoSpace) });
+    // Comes back at all only if the target does not look for ever at what it cannot decide.
+    bench.event(TargetEvent::SessionLost { session: away.2 });
+    assert_eq!(bench.completed(), None);
+    bench.open(2, false);
+    bench.tell_all();
+    let again = bench.ios();
+    assert_eq!((again[0].1, again[0].3), (ReplicaId(2), away.3));
+    bench.event(TargetEvent::IoDone { io: again[0].0, result: Ok(()) });
+    assert!(
+        bench.take(|a| matches!(a, TargetAction::CloseSession { .. })).is_some(),
+        "who refused it leaves"
+    );
+}
