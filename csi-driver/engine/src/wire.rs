@@ -181,6 +181,24 @@ pub fn map_reply(reply: &pb::ReadMapReply) -> Result<DirtyMap, Status> {
     Ok(DirtyMap { base, dirty: dirty(reply.void, &reply.bits) })
 }
 
+/// SetEpoch, with everyone who is absent and the epoch at which each left.
+pub fn set_epoch_pb(
+    session: Option<pb::Session>,
+    epoch: Epoch,
+    in_sync: &BTreeSet<ReplicaId>,
+    absent: &BTreeMap<ReplicaId, Epoch>,
+) -> pb::SetEpochRequest {
+    let absent = absent
+        .iter()
+        .map(|(replica, left)| pb::AbsentReplica {
+            replica_id: replica.to_string(),
+            left_epoch: Some(epoch_pb(*left)),
+        })
+        .collect();
+    let in_sync = in_sync.iter().map(ToString::to_string).collect();
+    pb::SetEpochRequest { session, epoch: Some(epoch_pb(epoch)), in_sync, absent }
+}
+
 pub fn maps_pb(maps: &BTreeMap<ReplicaId, DirtyMap>) -> Vec<pb::DirtyMap> {
     let map_pb = |(absent, map): (&ReplicaId, &DirtyMap)| {
         let (void, bits) = dirty_pb(&map.dirty);

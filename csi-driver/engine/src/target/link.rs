@@ -187,16 +187,7 @@ impl RemoteLink {
         let session = Some(self.session.clone());
         match op {
             Control::SetEpoch { epoch, in_sync, absent } => {
-                let absent = absent.iter().map(|(replica, left)| pb::AbsentReplica {
-                    replica_id: replica.to_string(),
-                    left_epoch: Some(wire::epoch_pb(*left)),
-                });
-                let request = pb::SetEpochRequest {
-                    session,
-                    epoch: Some(wire::epoch_pb(epoch)),
-                    in_sync: in_sync.iter().map(ToString::to_string).collect(),
-                    absent: absent.collect(),
-                };
+                let request = wire::set_epoch_pb(session, epoch, &in_sync, &absent);
                 rpc.set_epoch(request).await.map_err(link_error)?;
             }
             Control::ClearLog(regions) => {
@@ -212,8 +203,14 @@ impl RemoteLink {
                 let reply = rpc.read_map(request).await.map_err(link_error)?;
                 return wire::map_reply(reply.get_ref()).map(ControlAnswer::Map).map_err(link_error);
             }
-            Control::Verify(_) | Control::MarkBad(_) | Control::Adopt(_) | Control::ReadExtents(_) => {
-                return self.control_blocks(op).await;
+            Control::Verify(range) => return self.verify(range).await,
+            Control::MarkBad(range) => self.mark_bad(range).await?,
+            Control::Adopt(range) => self.adopt(range).await?,
+            Control::ReadExtents(range) => {
+                let extents = self.extents(range).await;
+                return extents
+                    .map(ControlAnswer::Extents)
+                    .map_err(|error| LinkError::Silent(error.to_string()));
             }
             Control::FillMap(absent) => {
                 let request = pb::FillMapRequest { session, absent_replica_id: absent.to_string() };
@@ -252,34 +249,23 @@ impl RemoteLink {
         Ok(ControlAnswer::Done)
     }
 
-    /// Requests about single blocks.
-    async fn control_blocks(&self, op: Control) -> Result<ControlAnswer, LinkError> {
-        let mut rpc = self.rpc.clone();
+    async fn verify(&self, range: BlockRange) -> Result<ControlAnswer, LinkError> {
         let session = Some(self.session.clone());
-        match op {
-            Control::Verify(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                let request = pb::VerifyRequest { session, start_block, blocks };
-                let reply = rpc.verify(request).await.map_err(link_error)?;
-                Ok(ControlAnswer::Verified(wire::verified(reply.get_ref())))
-            }
-            Control::MarkBad(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                let request = pb::MarkBadRequest { session, start_block, blocks };
-                rpc.mark_bad(request).await.map_err(link_error)?;
-                Ok(ControlAnswer::Done)
-            }
-            Control::Adopt(range) => {
-                let (start_block, blocks) = (range.start.0, range.count);
-                rpc.adopt(pb::AdoptRequest { session, start_block, blocks }).await.map_err(link_error)?;
-                Ok(ControlAnswer::Done)
-            }
-            Control::ReadExtents(range) => {
-                let extents = self.extents(range).await;
-                extents.map(ControlAnswer::Extents).map_err(|error| LinkError::Silent(error.to_string()))
-            }
-            _ => unreachable!("not about blocks"),
-        }
+        let request = pb::VerifyRequest { session, start_block: range.start.0, blocks: range.count };
+        let reply = self.rpc.clone().verify(request).await.map_err(link_error)?;
+        Ok(ControlAnswer::Verified(wire::verified(reply.get_ref())))
+    }
+
+    async fn mark_bad(&self, range: BlockRange) -> Result<(), LinkError> {
+        let session = Some(self.session.clone());
+        let request = pb::MarkBadRequest { session, start_block: range.start.0, blocks: range.count };
+        self.rpc.clone().mark_bad(request).await.map(drop).map_err(link_error)
+    }
+
+    async fn adopt(&self, range: BlockRange) -> Result<(), LinkError> {
+        let session = Some(self.session.clone());
+        let request = pb::AdoptRequest { session, start_block: range.start.0, blocks: range.count };
+        self.rpc.clone().adopt(request).await.map(drop).map_err(link_error)
     }
 
     async fn extents(&self, range: BlockRange) -> Result<Vec<(BlockRange, Allocation)>, BlockError> {
