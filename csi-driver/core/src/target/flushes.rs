@@ -4,8 +4,9 @@
 use crate::ids::ReplicaId;
 use crate::replica::DataOp;
 
+use super::answers::set_answer;
 use super::peers::IoOwner;
-use super::tasks::{Answer, set_answer};
+use super::tasks::Answer;
 use super::{IoError, Payload, RequestId, Target};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

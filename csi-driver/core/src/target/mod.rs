@@ -3,7 +3,8 @@
 //! - `config`: record, generation, swaps of the in-sync set, epochs (R1, R7 to R12);
 //! - `peers`: sessions, heartbeats, leases, deadlines (R2, R4, R6, R9, R14);
 //! - `calls`: control calls to the replicas and their answers;
-//! - `requests`, `tasks`: client I/O under the range lock (R13, R14, R16, R17), flushes (R15);
+//! - `requests`, `tasks`: client I/O under the range lock (R13, R17), `answers`: what the replicas say to a write (R14, R16),
+//!   `flushes` (R15);
 //! - `jobs`: snapshots (`cut`, `delete`: R27 to R29) and growth (`grow`: R31), one at a time;
 //! - `intent_log`: which regions are logged, and clearing them (R18);
 //! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` with `extents` (R23, R24) say which, `copy_plan` in what
@@ -13,6 +14,7 @@
 //! Every input changes the state it is about; what follows from it for the volume as a whole is decided in one place,
 //! `settle_all`, which runs only when something other than plain I/O happened.
 
+mod answers;
 mod api;
 mod calls;
 mod catch_up;
