@@ -8,6 +8,7 @@
 
 mod bites;
 mod chaos;
+mod client;
 mod coverage;
 mod disk;
 mod families;
@@ -16,6 +17,7 @@ mod layers;
 mod replica_host;
 mod run;
 mod snapshots;
+mod store_host;
 mod target_host;
 mod traps;
 mod world;
