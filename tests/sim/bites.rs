@@ -13,9 +13,8 @@ type TakeOut = fn(&mut Guards);
 
 /// Guards with the seed that finds each of them off; another is looked for where the code has moved on since.
 ///
-/// `tickgap` is not listed: its lack costs time, not data. Nor is `ctlfence`, for which no seed is known: it needs a request
-/// that is under way for as long as a new target takes to be let in; nor `unbroken`, as nobody asks for groups here.
-const GUARDS: [(&str, TakeOut, u64); 38] = [
+/// `tickgap` is not listed: its lack costs time, not data.
+const GUARDS: [(&str, TakeOut, u64); 41] = [
     ("drift", |g| g.drift = false, 8_000_004),
     ("serveall", |g| g.serveall = false, 7_000_829),
     ("mapend", |g| g.mapend = false, 2_000_006),
@@ -54,6 +53,9 @@ const GUARDS: [(&str, TakeOut, u64); 38] = [
     ("void", |g| g.void = false, 9_000_203),
     ("cutall", |g| g.cutall = false, 9_000_001),
     ("layered", |g| g.layered = false, 9_000_000),
+    ("holdfirst", |g| g.holdfirst = false, 10_000_000),
+    ("unbroken", |g| g.unbroken = false, 10_000_000),
+    ("ctlfence", |g| g.ctlfence = false, 11_000_000),
 ];
 
 /// Seeds of each family tried beside the known one.

@@ -40,6 +40,10 @@ pub enum Trouble {
     LateEpoch,
     /// The next three targets die, each within a step.
     ChainOfDeaths,
+    /// A control request that is yet to come outlives its session.
+    Straggle,
+    /// A replica has no room for another layer until it has merged some.
+    LayersFull,
 }
 
 /// From here on a pause counts as one of minutes.
@@ -119,6 +123,8 @@ impl World {
             Trouble::SlowDisk => self.nodes[node].slow_until = self.now + lasts + 3_000_000,
             Trouble::HungDisk => self.nodes[node].hung_until = self.now + lasts + 4_000_000,
             Trouble::FullDisk => self.nodes[node].disk.full = !self.nodes[node].disk.full,
+            Trouble::Straggle => self.arm_straggler(),
+            Trouble::LayersFull => self.nodes[node].layers_full_until = self.now + lasts,
         }
     }
 
@@ -311,6 +317,7 @@ impl World {
         self.log(|| "-- everything heals".to_owned());
         self.coverage.close();
         self.traps.disarm();
+        self.straggler = None;
         self.cuts.clear();
         self.store.down_until = 0;
         self.store.flaky = 0.0;
@@ -318,6 +325,7 @@ impl World {
         for node in 0..NODES {
             self.nodes[node].slow_until = 0;
             self.nodes[node].hung_until = 0;
+            self.nodes[node].layers_full_until = 0;
             self.nodes[node].disk.full = false;
             self.nodes[node].disk.fail_flush = false;
             self.nodes[node].paused_until = self.now.min(self.nodes[node].paused_until);

@@ -70,6 +70,21 @@ impl World {
         }
     }
 
+    /// Who was told that a write to another volume is done writes here: an effect of that one.
+    pub fn follow(&mut self) {
+        let (now, wide) = (self.now, self.chaos.wide);
+        let Some(number) = self.current.filter(|_| self.client_load) else { return };
+        let Some(host) = self.targets.get(&number) else { return };
+        let writes = host.requests.values().filter(|r| !matches!(r.op, ClientOp::Read { .. })).count();
+        let idle = host.paused_until > now || host.generation == 0 || host.target.state().is_final();
+        if idle || writes >= WRITES_MAX {
+            return;
+        }
+        let size = host.target.size_bytes().unwrap_or(VOLUME_BYTES);
+        let (offset, len) = draw_range(&mut self.rng, wide, size);
+        self.request(number, ClientOp::Write { offset, len, fua: false });
+    }
+
     pub fn request(&mut self, number: TargetNumber, op: ClientOp) {
         let start = self.history.begin();
         let Some(host) = self.targets.get_mut(&number) else { return };
@@ -141,6 +156,7 @@ impl World {
             ClientOp::Write { offset, len, fua } | ClientOp::Zero { offset, len, fua, .. } => {
                 let trim = matches!(request.op, ClientOp::Zero { trim: true, .. });
                 self.note_change(offset, len, trim);
+                self.outbox.acknowledged += 1;
                 self.history.write_acknowledged(&request.written, request.start, request.generation, fua);
             }
             ClientOp::Flush => self.history.flush_acknowledged(request.start, request.generation),

@@ -39,6 +39,7 @@ scenarios! {
     OneWayCut: "a message met a cut that was open in the other direction",
     AnswerLostAfterApply: "a write was done and its answer lost",
     LateBytesOfOldSession: "a request of a session that was over arrived",
+    ControlOutlivedSession: "a control request of a session that was over arrived in a later one",
     ControlOvertookData: "a control request arrived before data that was sent earlier",
     // Store.
     StoreAnswerLostApplied: "a swap was applied and its answer lost",
@@ -77,6 +78,9 @@ scenarios! {
     SourceDiedMidCopy: "the source of a copy died during it",
     BackAfterThreeEpochs: "a replica with a log of its own came back three epochs later",
     FirstEpochLost: "an Epoch was lost on its way",
+    // Groups.
+    GroupHoldOver: "a member's hold was over when its group asked for the cut",
+    CoordinatorDied: "a coordinator died with its group half cut",
     // Data.
     ReadWriteOverlap: "a read was asked for over a write in flight",
     HalfFailedRequest: "a write failed on one member and not on another",

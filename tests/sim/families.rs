@@ -34,10 +34,14 @@ pub enum Family {
     Edge,
     /// Snapshots are cut all the time, and death strikes at the steps of a cut.
     Cuts,
+    /// Two volumes that are cut as a group, under clients that use both.
+    Groups,
+    /// Control requests that are under way for seconds while their session ends.
+    Stragglers,
 }
 
 impl Family {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -48,6 +52,8 @@ impl Family {
         Self::Restarts,
         Self::Edge,
         Self::Cuts,
+        Self::Groups,
+        Self::Stragglers,
     ];
 
     pub fn of(seed: u64) -> Self {
@@ -224,6 +230,26 @@ impl Chaos {
                 self.store_flaky = 0.0;
                 // Without a replica on its node a target reads from all of them.
                 self.prefers_diskless = rng.random_bool(0.6);
+            }
+            Family::Groups => {
+                // Rarely enough that most groups meet none.
+                self.gap_us = [1_500_000, 3_000_000, 6_000_000][rng.random_range(0..3)];
+                self.lasts_us = self.lasts_us.min(1_500_000);
+                self.client_gap_us = self.client_gap_us.max(2_000);
+                self.until_us = 20_000_000;
+            }
+            Family::Stragglers => {
+                self.weights = vec![
+                    (Trouble::Straggle, 6),
+                    (Trouble::LayersFull, 6),
+                    (Trouble::KillTarget, 1),
+                    (Trouble::KillReplica, 1),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::Move, 1),
+                ];
+                (self.gap_us, self.lasts_us) = (300_000, 1_500_000);
+                self.client_gap_us = self.client_gap_us.max(2_000);
+                self.store_flaky = 0.0;
             }
             Family::Minutes => {
                 self.weights = vec![

@@ -50,7 +50,31 @@ pub struct History {
     pub reads_answered: u64,
 }
 
+/// Moments between a first and a last one, each with what sets it.
+#[derive(Debug, Clone)]
+pub struct Window {
+    pub from: (Moment, String),
+    pub until: (Moment, String),
+}
+
+impl Window {
+    /// Whether there is any moment in it.
+    pub fn check(&self) -> Result<(), String> {
+        let ((from, why), (until, why_not)) = (&self.from, &self.until);
+        if from > until { Err(format!("{why} at {from}, but {why_not} at {until}")) } else { Ok(()) }
+    }
+}
+
 impl History {
+    pub fn moment(&self) -> Moment {
+        self.moment
+    }
+
+    /// What happens next is later than this moment of another history.
+    pub fn go_on_after(&mut self, moment: Moment) {
+        self.moment = self.moment.max(moment);
+    }
+
     pub fn begin(&mut self) -> Moment {
         self.moment += 1;
         self.moment
@@ -159,15 +183,15 @@ impl History {
         self.violations.append(&mut found);
     }
 
-    /// P6: whether everything a snapshot holds was in place together at some moment of its cut. Each value was in place
+    /// P6: the instants of its cut at which everything a snapshot holds was in place together. Each value was in place
     /// from some moment after its write began until some moment before a later write of the register was seen done.
-    pub fn check_instant(
+    pub fn window(
         &self,
         content: &crate::disk::Blocks,
         generation: u64,
         begun: Moment,
         end: Moment,
-    ) -> Result<(), String> {
+    ) -> Result<Window, String> {
         let loss = self.losses.range(..=generation).next_back().copied().unwrap_or(0);
         let (mut low, mut high) = ((begun, "the cut began".to_owned()), (end, "the cut ended".to_owned()));
         for (register, ops) in &self.registers {
@@ -195,10 +219,7 @@ impl History {
                 high = (gone, format!("{value} in register {register} was replaced by {by}"));
             }
         }
-        if low.0 > high.0 {
-            return Err(format!("{} at {}, but {} at {}", low.1, low.0, high.1, high.0));
-        }
-        Ok(())
+        Ok(Window { from: low, until: high })
     }
 
     fn check_register(&self, ops: &[Op]) -> Result<(), String> {

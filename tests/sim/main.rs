@@ -9,15 +9,18 @@
 mod bites;
 mod chaos;
 mod client;
+mod coordinators;
 mod coverage;
 mod disk;
 mod families;
+mod groups;
 mod history;
 mod layers;
 mod replica_host;
 mod run;
 mod snapshots;
 mod store_host;
+mod stragglers;
 mod target_host;
 mod traps;
 mod world;
@@ -78,20 +81,20 @@ fn promises_hold_under_every_seed() {
         "{} seeds: {} client operations ({} writes, {} reads, {} flushes), {} starts of a target, {} changes of the \
          in-sync set, {} losses of all caches",
         seeds.len(),
-        total.operations(),
-        total.writes,
-        total.reads,
-        total.flushes,
-        total.targets,
-        total.epochs,
-        total.losses
+        total.all.operations(),
+        total.all.writes,
+        total.all.reads,
+        total.all.flushes,
+        total.all.targets,
+        total.all.epochs,
+        total.all.losses
     );
-    total.coverage.print();
-    eprintln!("{:?}", total.snapshots);
+    total.all.coverage.print();
+    eprintln!("{:?}", total.all.snapshots);
     assert!(total.failed.is_empty(), "failing seeds: {:?}", total.failed);
     if count >= SEEDS && !cfg!(debug_assertions) {
-        assert!(total.operations() >= OPERATIONS, "the runs did too little");
-        let missing = total.coverage.missing();
+        assert!(total.all.operations() >= OPERATIONS, "the runs did too little");
+        let missing = total.all.coverage.missing();
         assert!(missing.is_empty(), "scenarios that never happened: {missing:?}");
     }
 }

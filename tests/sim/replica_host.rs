@@ -239,6 +239,9 @@ impl World {
                 ReplicaEvent::Control { call, key, op: ControlOp::Lease }
             }
             ToReplica::Control { caller, call: id, key, op } => {
+                if !process.replica.accepts(key.token) && !process.sessions.is_empty() {
+                    self.coverage.saw(Scenario::ControlOutlivedSession);
+                }
                 process.calls.insert(call, (caller, Context::Control(id)));
                 ReplicaEvent::Control { call, key, op }
             }
@@ -418,6 +421,9 @@ impl World {
         let result = match data_op(&op) {
             None if disk.full && matches!(op, DiskOp::Freeze { .. } | DiskOp::Grow { .. }) => {
                 Err(DiskError::NoSpace)
+            }
+            None if host.layers_full_until > self.now && matches!(op, DiskOp::Freeze { .. }) => {
+                Err(DiskError::LayersFull)
             }
             None => {
                 disk.apply_meta(&op);

@@ -8,6 +8,8 @@ use holdfast_storage_core::ids::{BLOCK_BYTES, REGION_BYTES};
 use holdfast_storage_core::target::{ClientOp, TargetEvent, TargetState};
 
 use crate::coverage::Coverage;
+use crate::families::Family;
+use crate::groups;
 use crate::snapshots::Counts;
 use crate::world::{Event, NODES, REPLICAS, World};
 
@@ -30,20 +32,25 @@ pub struct Outcome {
 #[derive(Debug, Default)]
 pub struct Total {
     pub failed: Vec<u64>,
-    pub writes: u64,
-    pub reads: u64,
-    pub flushes: u64,
-    pub targets: u64,
-    pub epochs: u64,
-    pub losses: u64,
-    pub coverage: Coverage,
-    pub snapshots: Counts,
+    pub all: Outcome,
 }
 
-impl Total {
+impl Outcome {
     /// Client operations that were answered.
     pub fn operations(&self) -> u64 {
         self.writes + self.reads + self.flushes
+    }
+
+    pub fn add(&mut self, other: Self) {
+        self.violations.extend(other.violations);
+        self.writes += other.writes;
+        self.reads += other.reads;
+        self.flushes += other.flushes;
+        self.targets += other.targets;
+        self.epochs += other.epochs;
+        self.losses += other.losses;
+        self.coverage.add(&other.coverage);
+        self.snapshots.add(&other.snapshots);
     }
 }
 
@@ -57,6 +64,9 @@ pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
 }
 
 fn run_unguarded(seed: u64, guards: Guards, trace: bool) -> Outcome {
+    if Family::of(seed) == Family::Groups {
+        return groups::run(seed, guards, trace);
+    }
     let mut world = World::new(seed, guards, trace);
     world.schedule(300_000, Event::Chaos);
     let until = world.chaos.until_us;
@@ -65,26 +75,8 @@ fn run_unguarded(seed: u64, guards: Guards, trace: bool) -> Outcome {
     let more = world.now + 1_000_000;
     world.run_until(more);
     world.client_load = false;
-    if world.wait_until_quiet() {
-        world.read_everything();
-        world.compare_members("after the resync");
-        world.check_all_hold();
-        world.restart_everything();
-    }
-    world.history.trace = trace;
-    world.history.check();
-    world.check_instants();
-    Outcome {
-        violations: std::mem::take(&mut world.history.violations),
-        writes: world.history.writes_acknowledged,
-        reads: world.history.reads_answered,
-        flushes: world.history.flushes_acknowledged(),
-        targets: world.next_target,
-        epochs: world.store.record.epoch.number,
-        losses: world.history.losses(),
-        coverage: world.coverage,
-        snapshots: world.snapshots.counts,
-    }
+    world.end();
+    world.outcome()
 }
 
 /// Runs seeds on all processors; `each` sees every outcome.
@@ -102,14 +94,7 @@ pub fn in_parallel(seeds: &[u64], guards: Guards, each: impl Fn(u64, &Outcome) +
                     if !outcome.violations.is_empty() {
                         total.failed.push(*seed);
                     }
-                    total.writes += outcome.writes;
-                    total.reads += outcome.reads;
-                    total.flushes += outcome.flushes;
-                    total.targets += outcome.targets;
-                    total.epochs += outcome.epochs;
-                    total.losses += outcome.losses;
-                    total.coverage.add(&outcome.coverage);
-                    total.snapshots.add(&outcome.snapshots);
+                    total.all.add(outcome);
                 }
             });
         }
@@ -118,6 +103,35 @@ pub fn in_parallel(seeds: &[u64], guards: Guards, each: impl Fn(u64, &Outcome) +
 }
 
 impl World {
+    /// Trouble and load are over: the volume gets whole, its members are compared, everything loses its power, and the data
+    /// is read once more.
+    pub fn end(&mut self) {
+        if self.wait_until_quiet() {
+            self.read_everything();
+            self.compare_members("after the resync");
+            self.check_all_hold();
+            self.restart_everything();
+        }
+    }
+
+    /// What the run was, checked.
+    pub fn outcome(mut self) -> Outcome {
+        self.history.trace = self.trace;
+        self.history.check();
+        self.check_instants();
+        Outcome {
+            violations: std::mem::take(&mut self.history.violations),
+            writes: self.history.writes_acknowledged,
+            reads: self.history.reads_answered,
+            flushes: self.history.flushes_acknowledged(),
+            targets: self.next_target,
+            epochs: self.store.record.epoch.number,
+            losses: self.history.losses(),
+            coverage: self.coverage,
+            snapshots: self.snapshots.counts,
+        }
+    }
+
     fn is_quiet(&self) -> bool {
         let Some(host) = self.current.and_then(|number| self.targets.get(&number)) else { return false };
         let status = host.target.status();

@@ -15,7 +15,8 @@ use rand::{Rng, SeedableRng};
 
 use crate::disk::Blocks;
 use crate::families::Family;
-use crate::history::Moment;
+use crate::groups;
+use crate::history::{Moment, Window};
 use crate::layers::non_zero;
 use crate::world::{Event, REPLICAS, TargetNumber, VOLUME_BYTES, World, node_of};
 
@@ -50,6 +51,8 @@ pub struct Counts {
     pub grown: u64,
     pub rebuilt: u64,
     pub checked: u64,
+    pub groups: u64,
+    pub groups_given_up: u64,
 }
 
 impl Counts {
@@ -60,6 +63,8 @@ impl Counts {
         self.grown += other.grown;
         self.rebuilt += other.rebuilt;
         self.checked += other.checked;
+        self.groups += other.groups;
+        self.groups_given_up += other.groups_given_up;
     }
 }
 
@@ -79,6 +84,8 @@ impl Snapshots {
         let gap_us = match family {
             Family::Cuts => Some([60_000, 200_000, 600_000][rng.random_range(0..3)]),
             Family::Mixed => [None, None, Some(400_000), Some(2_000_000)][rng.random_range(0..4)],
+            Family::Groups => [None, None, Some(1_000_000)][rng.random_range(0..3)],
+            Family::Stragglers => Some([60_000, 200_000][rng.random_range(0..2)]),
             // Each of the others makes one chain likely, which a job would interrupt.
             _ => None,
         };
@@ -114,7 +121,9 @@ impl World {
         let Some(gap_us) = self.snapshots.gap_us.filter(|_| self.client_load) else { return };
         let delay = self.snapshots.rng.random_range(0..2 * gap_us);
         self.schedule(delay, Event::Snapshots);
-        let committed: Vec<SnapshotId> = self.store.record.committed().map(|s| s.id).collect();
+        let alone = |id: &SnapshotId| !groups::is_of_group(*id);
+        let committed: Vec<SnapshotId> =
+            self.store.record.committed().map(|s| s.id).filter(alone).collect();
         let one = self.snapshots.pick(&committed);
         match (self.snapshots.rng.random_range(0..100), one) {
             (0..12, Some(snapshot)) => {
@@ -177,7 +186,10 @@ impl World {
     }
 
     pub fn job_done(&mut self, job: JobId, result: &Result<(), JobError>) {
-        let Some((target, what)) = self.snapshots.jobs.remove(&job) else { return };
+        let Some((target, what)) = self.snapshots.jobs.remove(&job) else {
+            // A group's.
+            return self.outbox.answers.push((job, result.clone()));
+        };
         self.log(|| format!("t{target}: {what:?}: {result:?}"));
         let counts = &mut self.snapshots.counts;
         match (what, result) {
@@ -320,13 +332,26 @@ impl World {
 
     /// P6: one instant. When the run is over, as only then it is known what was acknowledged when.
     pub fn check_instants(&mut self) {
-        for (snapshot, seen) in std::mem::take(&mut self.snapshots.seen) {
-            let Some((end, content)) = &seen.committed else { continue };
+        let committed: Vec<SnapshotId> = self.snapshots.seen.keys().copied().collect();
+        for snapshot in committed {
+            let Some(window) = self.window_of(snapshot) else { continue };
             self.snapshots.counts.checked += 1;
-            if let Err(what) = self.history.check_instant(content, seen.generation, seen.begun, *end) {
+            if let Err(what) = window.and_then(|window| window.check()) {
                 self.history.violations.push(format!("P6: snapshot {} is no instant: {what}", snapshot.0));
             }
         }
+    }
+
+    /// The instants at which the volume held what a snapshot holds; none: it was never committed.
+    pub fn window_of(&self, snapshot: SnapshotId) -> Option<Result<Window, String>> {
+        let seen = self.snapshots.seen.get(&snapshot)?;
+        let (end, content) = seen.committed.as_ref()?;
+        Some(self.history.window(content, seen.generation, seen.begun, *end))
+    }
+
+    /// Somebody asks for the deletion of a snapshot.
+    pub fn expect_deletion(&mut self, snapshot: SnapshotId) {
+        self.snapshots.deleted.insert(snapshot);
     }
 
     /// Everything healed and quiet: all members hold all snapshots.

@@ -304,6 +304,7 @@ impl World {
             return;
         }
         self.job_step(number, &action);
+        self.straggle(number, &action);
         let Some(host) = self.targets.get_mut(&number) else { return };
         let node = host.node;
         match action {

@@ -15,10 +15,12 @@ use rand::{Rng, SeedableRng};
 use crate::coverage::{Coverage, Scenario};
 use crate::disk::Disk;
 use crate::families::Chaos;
+use crate::groups::Outbox;
 use crate::history::History;
 use crate::replica_host::{Process, ToReplica};
 use crate::snapshots::Snapshots;
 use crate::store_host::Store;
+use crate::stragglers::Straggler;
 use crate::target_host::{TargetHost, ToTarget};
 use crate::traps::{Deed, Step, Traps};
 
@@ -110,6 +112,8 @@ pub enum Event {
         target: TargetNumber,
         node: Option<usize>,
     },
+    /// Who was told that a write to another volume is done writes here.
+    Follow,
 }
 
 #[derive(Debug)]
@@ -129,6 +133,7 @@ pub struct Node {
     pub deferred: VecDeque<Event>,
     pub slow_until: u64,
     pub hung_until: u64,
+    pub layers_full_until: u64,
     pub off_since: u64,
     /// The epoch when its power went, if it was in sync then.
     pub off_in_epoch: Option<u64>,
@@ -155,6 +160,7 @@ pub struct World {
     pub snapshots: Snapshots,
     pub chaos: Chaos,
     pub traps: Traps,
+    pub straggler: Option<Straggler>,
     pub coverage: Coverage,
     /// The in-sync sets as they followed each other.
     pub sets: Vec<Vec<usize>>,
@@ -167,7 +173,11 @@ pub struct World {
     pub next_message: u64,
     pub data_on_the_way: BTreeSet<(TargetNumber, usize, u64)>,
     pub client_load: bool,
+    /// What another volume of the same group is to hear of.
+    pub outbox: Outbox,
     pub trace: bool,
+    /// Before each line of the trace.
+    pub label: &'static str,
     /// With `trace`: every disk operation on this block is shown.
     pub watch: u64,
 }
@@ -231,6 +241,7 @@ impl World {
             snapshots: Snapshots::of_seed(seed),
             chaos,
             traps: Traps::default(),
+            straggler: None,
             coverage: Coverage::default(),
             sets: Vec::new(),
             trimmed: BTreeSet::new(),
@@ -239,7 +250,9 @@ impl World {
             next_message: 0,
             data_on_the_way: BTreeSet::new(),
             client_load: true,
+            outbox: Outbox::default(),
             trace,
+            label: "",
             watch: std::env::var("HOLDFAST_SIM_BLOCK")
                 .ok()
                 .and_then(|block| block.parse().ok())
@@ -264,7 +277,7 @@ impl World {
 
     pub fn log(&self, what: impl FnOnce() -> String) {
         if self.trace {
-            eprintln!("{:>12.3} {}", self.now as f64 / 1000.0, what());
+            eprintln!("{:>12.3} {}{}", self.now as f64 / 1000.0, self.label, what());
         }
     }
 
@@ -291,15 +304,22 @@ impl World {
 
     /// Runs until `until`, or until nothing is left to do.
     pub fn run_until(&mut self, until: u64) {
-        while let Some((&(at, number), _)) = self.queue.first_key_value() {
-            if at > until {
-                break;
-            }
-            let event = self.queue.remove(&(at, number)).expect("just seen");
-            self.now = self.now.max(at);
-            self.dispatch(event);
+        while self.next_at().is_some_and(|at| at <= until) {
+            self.step();
         }
         self.now = until;
+    }
+
+    /// When the next thing happens.
+    pub fn next_at(&self) -> Option<u64> {
+        self.queue.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    /// Lets the next thing happen.
+    pub fn step(&mut self) {
+        let Some(((at, _), event)) = self.queue.pop_first() else { return };
+        self.now = self.now.max(at);
+        self.dispatch(event);
     }
 
     pub fn dispatch(&mut self, event: Event) {
@@ -326,6 +346,7 @@ impl World {
             Event::Chaos => self.chaos_strikes(),
             Event::Snapshots => self.snapshot_client(),
             Event::StrikeJob { target, node } => self.strike_job(target, node),
+            Event::Follow => self.follow(),
         }
     }
 
@@ -474,6 +495,7 @@ fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) 
         deferred: VecDeque::new(),
         slow_until: 0,
         hung_until: 0,
+        layers_full_until: 0,
         off_since: 0,
         off_in_epoch: None,
     }

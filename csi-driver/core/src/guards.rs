@@ -86,6 +86,8 @@ pub struct Guards {
     pub cutall: bool,
     /// R28: a returning replica rebuilds the snapshots it missed.
     pub layered: bool,
+    /// R29: no member of a group is cut before all are held.
+    pub holdfirst: bool,
     /// R29: a cut of a group counts only inside its unexpired hold.
     pub unbroken: bool,
     /// R6: a target that slept drains its input first. Off, it drops healthy replicas: a stall, no violation.
@@ -144,6 +146,7 @@ impl Default for Guards {
             ctlfence: true,
             cutall: true,
             layered: true,
+            holdfirst: true,
             unbroken: true,
             tickgap: true,
             log_cold_ms: crate::timers::LOG_COLD_MS,

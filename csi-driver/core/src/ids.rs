@@ -83,6 +83,10 @@ random_id!(
     SnapshotId
 );
 random_id!(
+    /// A group of snapshots of several volumes, all of one instant. Random, never reused.
+    GroupId
+);
+random_id!(
     /// All connections of one target start to one replica; the NBD export name carries it.
     SessionToken
 );

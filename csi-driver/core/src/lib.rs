@@ -15,10 +15,13 @@
 //! Neither sees a payload byte, a clock, a socket, a file or a random number: time comes in as `now_ms` (monotonic,
 //! `CLOCK_BOOTTIME`), random ids and seeds come in as inputs. So the same code runs in the seeded simulation.
 //!
+//! [`group::Group`] is a third one, beside them: it cuts snapshots of several volumes at one instant (R29).
+//!
 //! [`transitions`] holds every change of a volume's record as a pure function, [`placement`] the choice of nodes.
 
 pub mod block_range;
 pub mod dirty_map;
+pub mod group;
 #[doc(hidden)]
 pub mod guards;
 pub mod ids;

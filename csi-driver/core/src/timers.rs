@@ -56,6 +56,15 @@ pub const TICK_GAP_MS: u64 = 300;
 pub const CUT_HOLD_MS: u64 = 7_000;
 /// Longest hold of a group that a volume accepts (R29).
 pub const GROUP_HOLD_MAX_MS: u64 = 10_000;
+/// Most volumes of a group; a larger one is refused.
+pub const GROUP_MEMBERS_MAX: usize = 32;
+/// A member's target that has not answered a group's coordinator for so long counts as silent: longer than any hold and a
+/// swap of the record after it.
+pub const GROUP_ANSWER_MS: u64 = 30_000;
+/// Pause before a group's coordinator tries again what the store or a member did not answer.
+pub const GROUP_RETRY_MS: u64 = 250;
+/// Tries of one start of a coordinator, for the store and for deletions; then the group's next start goes on.
+pub const GROUP_TRIES_MAX: u32 = 20;
 /// A replica that rebuilds a layer empties its intent log whenever so many regions were copied to it; with what it came
 /// with, that is within [`REPLICA_LOG_REGIONS_MAX`].
 pub const LAYER_LOG_REGIONS: usize = INTENT_LOG_REGIONS_MAX;

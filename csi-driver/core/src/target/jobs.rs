@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::ids::ReplicaId;
+use crate::ids::{ReplicaId, SnapshotId};
 use crate::record::VolumeRecord;
 use crate::replica::DiskError;
 use crate::timers;
@@ -37,12 +37,26 @@ impl Target {
         }
         match what {
             Job::Cut { snapshot } => self.cut_held(job, snapshot),
-            Job::Release { snapshot } => self.release_hold(job, snapshot),
+            Job::Release { snapshot } => {
+                self.drop_queued_hold(snapshot);
+                self.release_hold(job, snapshot);
+            }
             _ if self.jobs.queue.len() >= timers::JOBS_MAX => self.end_job(job, Err(JobError::Busy)),
             Job::CreateSnapshot { .. } | Job::DeleteSnapshot { .. } | Job::Grow { .. } | Job::Hold { .. } => {
                 self.jobs.queue.push_back((job, what));
                 self.dirty = true;
             }
+        }
+    }
+
+    /// A hold that is given up before its turn would keep writes waiting for nobody.
+    fn drop_queued_hold(&mut self, released: SnapshotId) {
+        let is_it = |what: &Job| matches!(what, Job::Hold { snapshot, .. } if *snapshot == released);
+        let (given_up, left) = std::mem::take(&mut self.jobs.queue).into_iter().partition(|(_, what)| is_it(what));
+        self.jobs.queue = left;
+        let given_up: VecDeque<(JobId, Job)> = given_up;
+        for (job, _) in given_up {
+            self.end_job(job, Err(JobError::HoldOver));
         }
     }
 

@@ -245,6 +245,22 @@ fn r29_a_held_volume_is_cut_when_asked_and_its_repetition_is_a_success() {
 }
 
 #[test]
+fn r29_a_hold_that_is_given_up_before_its_turn_holds_nothing() {
+    let (mut bench, freezes) = mk_freezing(1);
+    let snapshot = SnapshotId(71);
+    bench.job(2, Job::Hold { snapshot, hold_ms: 1_000 });
+    bench.job(3, Job::Release { snapshot });
+    assert_eq!(bench.job_end(), Some(Err(JobError::HoldOver)));
+    assert_eq!(bench.job_end(), Some(Ok(())));
+    bench.done(&freezes);
+    bench.store();
+    assert_eq!(bench.job_end(), Some(Ok(())));
+    assert_eq!(bench.store.record.snapshot(snapshot), None);
+    bench.request(1, WRITE);
+    assert_eq!(bench.ios().len(), 1);
+}
+
+#[test]
 fn r31_every_member_grows_before_the_record_does() {
     let mut bench = mk_serving(2);
     let size_bytes = 16 << 20;
