@@ -54,8 +54,8 @@ const GUARDS: [(&str, TakeOut, u64); 41] = [
     ("cutall", |g| g.cutall = false, 9_000_001),
     ("layered", |g| g.layered = false, 9_000_000),
     ("holdfirst", |g| g.holdfirst = false, 10_000_000),
-    ("unbroken", |g| g.unbroken = false, 10_000_000),
-    ("ctlfence", |g| g.ctlfence = false, 11_000_000),
+    ("unbroken", |g| g.unbroken = false, 10_000_015),
+    ("ctlfence", |g| g.ctlfence = false, 11_000_021),
 ];
 
 /// Seeds of each family tried beside the known one.
@@ -71,7 +71,7 @@ fn every_guard_that_is_taken_out_is_found() {
             scope.spawn(|| {
                 while let Some((name, take_out, known)) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let start = Instant::now();
-                    match first_found(*take_out, *known) {
+                    match first_found(name, *take_out, *known) {
                         Some((seed, tried, what)) => {
                             let how = if tried == 0 { "known".to_owned() } else { format!("after {tried}") };
                             let took = start.elapsed().as_millis();
@@ -87,8 +87,17 @@ fn every_guard_that_is_taken_out_is_found() {
     assert!(unnoticed.is_empty(), "not noticed: {unnoticed:?}");
 }
 
+/// What a violation has to say for a guard to count as found, beside being one of a promise.
+fn shown_by(name: &str) -> &'static str {
+    match name {
+        // Their lack leaves snapshots of no group behind, too.
+        "holdfirst" | "unbroken" => "has an effect without its cause",
+        _ => "",
+    }
+}
+
 /// The seed, how many were tried in vain before it, and what it found.
-fn first_found(take_out: TakeOut, known: u64) -> Option<(u64, usize, String)> {
+fn first_found(name: &str, take_out: TakeOut, known: u64) -> Option<(u64, usize, String)> {
     let mut guards = Guards::default();
     take_out(&mut guards);
     let search = crate::env("HOLDFAST_SIM_SEEDS").unwrap_or(SEARCH);
@@ -97,7 +106,8 @@ fn first_found(take_out: TakeOut, known: u64) -> Option<(u64, usize, String)> {
     let others = (0..search).flat_map(|at| Family::ALL.map(|family| family.seeds(search).start + at));
     std::iter::once(known).chain(same).chain(others).enumerate().find_map(|(tried, seed)| {
         let outcome = run::run(seed, guards, false);
-        let found = outcome.violations.iter().find(|what| what.starts_with('P'))?;
+        let shown = |what: &&String| what.starts_with('P') && what.contains(shown_by(name));
+        let found = outcome.violations.iter().find(shown)?;
         Some((seed, tried, found.chars().take(100).collect()))
     })
 }
@@ -119,7 +129,8 @@ const NAMED: [(&str, &str, &str); 4] = [
 fn faults_of_others_need_the_rule_that_prevents_them() {
     for (issue, guard, what) in NAMED {
         let (_, take_out, known) = GUARDS.iter().find(|(name, ..)| *name == guard).expect("a guard's name");
-        let (seed, _, found) = first_found(*take_out, *known).unwrap_or_else(|| panic!("{issue}: not found"));
+        let (seed, _, found) =
+            first_found(guard, *take_out, *known).unwrap_or_else(|| panic!("{issue}: not found"));
         eprintln!("{issue} ({what}): without {guard}, seed {seed}: {found}");
         let with_all = run::run(seed, Guards::default(), false);
         assert!(with_all.violations.is_empty(), "{issue}: seed {seed}: {:?}", with_all.violations);

@@ -26,12 +26,28 @@ pub enum Event {
     /// Somebody wants a group, or wants one no more.
     Want,
     /// A coordinator dies.
-    Crash { coordinator: u64 },
-    AtStore { coordinator: u64, group: GroupId, call: GroupCall, swap: Option<Swap>, answer: bool },
-    AtCoordinator { coordinator: u64, event: GroupEvent },
+    Crash {
+        coordinator: u64,
+    },
+    AtStore {
+        coordinator: u64,
+        group: GroupId,
+        call: GroupCall,
+        swap: Option<Swap>,
+        answer: bool,
+    },
+    AtCoordinator {
+        coordinator: u64,
+        event: GroupEvent,
+    },
     /// Nobody waits for this answer any longer.
-    AskEnds { job: JobId },
-    Tick { coordinator: u64, at_ms: u64 },
+    AskEnds {
+        job: JobId,
+    },
+    Tick {
+        coordinator: u64,
+        at_ms: u64,
+    },
 }
 
 /// A change of a group's record: the version before, and the content after.
@@ -88,7 +104,7 @@ impl GroupStore {
             committed: BTreeMap::new(),
             flaky: [0.0, 0.02, 0.1][rng.random_range(0..3)],
             gap_us: [200_000, 600_000][rng.random_range(0..2)],
-            hold_ms: [50, 200, 1_000, 5_000][rng.random_range(0..4)],
+            hold_ms: [100, 500, 2_000, 5_000][rng.random_range(0..4)],
             dies: [0.0, 0.1, 0.3][rng.random_range(0..3)],
             sleeps: [0.0, 0.02, 0.1][rng.random_range(0..3)],
             late: [0.0, 0.02, 0.1][rng.random_range(0..3)],
@@ -173,7 +189,7 @@ impl Groups {
                 self.start_deletion(group);
             }
             // Two groups at a time keep each other from holding; two coordinators of one group, from committing.
-            (20..92, ..) if !self.coordinators.is_empty() => {}
+            (20..96, ..) if !self.coordinators.is_empty() => {}
             (_, Some(group), _) => self.start_creation(group),
             (_, None, _) => {
                 self.next_number += 1;
@@ -218,9 +234,11 @@ impl Groups {
     fn crash(&mut self, number: u64) {
         let Some(coordinator) = self.coordinators.remove(&number) else { return };
         self.log(|| format!("coordinator {number} dies"));
-        let begun = self.store.records.get(&coordinator.group_id).is_some_and(|group| {
-            matches!(group.record.state, GroupState::Holding | GroupState::Cutting)
-        });
+        let begun = self
+            .store
+            .records
+            .get(&coordinator.group_id)
+            .is_some_and(|group| matches!(group.record.state, GroupState::Holding | GroupState::Cutting));
         if begun {
             self.worlds[0].saw(Scenario::CoordinatorDied);
         }

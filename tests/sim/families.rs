@@ -233,7 +233,7 @@ impl Chaos {
             }
             Family::Groups => {
                 // Rarely enough that most groups meet none.
-                self.gap_us = [1_500_000, 3_000_000, 6_000_000][rng.random_range(0..3)];
+                self.gap_us = [3_000_000, 6_000_000, 12_000_000][rng.random_range(0..3)];
                 self.lasts_us = self.lasts_us.min(1_500_000);
                 self.client_gap_us = self.client_gap_us.max(2_000);
                 self.until_us = 20_000_000;

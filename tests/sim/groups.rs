@@ -82,9 +82,10 @@ pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
         world.client_load = false;
     }
     groups.settle();
-    groups.check_left();
+    let left = groups.left_behind();
     groups.worlds.iter_mut().for_each(World::end);
     groups.check_instants();
+    groups.violations.extend(left);
     let mut outcome = Outcome { violations: std::mem::take(&mut groups.violations), ..Outcome::default() };
     for world in groups.worlds {
         outcome.add(world.outcome());
@@ -94,9 +95,8 @@ pub fn run(seed: u64, guards: Guards, trace: bool) -> Outcome {
 
 impl Groups {
     fn new(seed: u64, guards: Guards, trace: bool) -> Self {
-        let mut worlds: Vec<World> = (0..VOLUMES as u64)
-            .map(|at| World::new(seed + at * SECOND_VOLUME, guards, trace))
-            .collect();
+        let mut worlds: Vec<World> =
+            (0..VOLUMES as u64).map(|at| World::new(seed + at * SECOND_VOLUME, guards, trace)).collect();
         worlds[0].label = "a: ";
         worlds[1].label = "b: ";
         for world in &mut worlds {
@@ -202,26 +202,27 @@ impl Groups {
     }
 
     /// All or nothing: no snapshot of a group is left but those of committed groups, and those are all there.
-    fn check_left(&mut self) {
-        let mut named = BTreeSet::new();
+    fn left_behind(&self) -> Vec<String> {
+        let (mut named, mut wrong) = (BTreeSet::new(), Vec::new());
         for group in self.store.records() {
             for (volume, snapshot) in &group.snapshots {
                 named.insert((volume_of(*volume), *snapshot));
-                let state = self.worlds[volume_of(*volume)].store.record.snapshot(*snapshot).map(|s| s.state);
+                let record = &self.worlds[volume_of(*volume)].store.record;
+                let state = record.snapshot(*snapshot).map(|entry| entry.state);
                 if group.state == GroupState::Committed && state != Some(SnapshotState::Committed) {
-                    let what = format!("P6: group {} lacks its snapshot of volume {}", group.group_id.0, volume.0);
-                    self.violations.push(what);
+                    let group = group.group_id.0;
+                    wrong.push(format!("P6: group {group} lacks its snapshot of volume {}", volume.0));
                 }
             }
         }
         for (at, world) in self.worlds.iter().enumerate() {
             for snapshot in world.store.record.committed().map(|s| s.id).filter(|id| is_of_group(*id)) {
                 if !named.contains(&(at, snapshot)) {
-                    let what = format!("P6: volume {at} keeps snapshot {} of no group", snapshot.0);
-                    self.violations.push(what);
+                    wrong.push(format!("P6: volume {at} keeps snapshot {} of no group", snapshot.0));
                 }
             }
         }
+        wrong
     }
 
     /// R29, for every group that was ever committed: there is a moment at which each volume held what its snapshot holds.

@@ -371,6 +371,9 @@ impl World {
 
     fn start_disk(&mut self, node: usize, id: DiskId, op: DiskOp) {
         self.spring_at_disk(node, &op);
+        if matches!(op, DiskOp::Freeze { .. } | DiskOp::DropSnapshot { .. } | DiskOp::Grow { .. }) {
+            self.log(|| format!("n{node}: {op:?}"));
+        }
         let slow = self.nodes[node].slow_until > self.now;
         let mut delay = match self.rng.random_range(0..100) {
             0..4 => self.rng.random_range(2_000..60_000),

@@ -122,8 +122,7 @@ impl World {
         let delay = self.snapshots.rng.random_range(0..2 * gap_us);
         self.schedule(delay, Event::Snapshots);
         let alone = |id: &SnapshotId| !groups::is_of_group(*id);
-        let committed: Vec<SnapshotId> =
-            self.store.record.committed().map(|s| s.id).filter(alone).collect();
+        let committed: Vec<SnapshotId> = self.store.record.committed().map(|s| s.id).filter(alone).collect();
         let one = self.snapshots.pick(&committed);
         match (self.snapshots.rng.random_range(0..100), one) {
             (0..12, Some(snapshot)) => {

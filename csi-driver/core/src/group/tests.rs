@@ -126,7 +126,10 @@ fn mk_held(store: &mut Store) -> (Bench, Vec<Asked>) {
     }
     bench.store(store);
     let cuts = bench.takes();
-    assert_eq!(mk_whats(&cuts), [Job::Cut { snapshot: SnapshotId(10) }, Job::Cut { snapshot: SnapshotId(20) }]);
+    assert_eq!(
+        mk_whats(&cuts),
+        [Job::Cut { snapshot: SnapshotId(10) }, Job::Cut { snapshot: SnapshotId(20) }]
+    );
     (bench, cuts)
 }
 

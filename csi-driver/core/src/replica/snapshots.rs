@@ -98,9 +98,10 @@ impl Replica {
                 self.snapshots.retain(|other| *other != snapshot);
                 false
             }
-            // R31: the files first, so that no block of the size that is told lacks its place.
+            // R31: the files first, so that no block of the size that is told lacks its place. Of two that are under way
+            // the smaller may end last.
             Step::Grown(size_bytes) => {
-                self.meta.size_bytes = size_bytes;
+                self.meta.size_bytes = self.meta.size_bytes.max(size_bytes);
                 self.control_ops(number, vec![DiskOp::PersistMeta(self.durable_meta())]);
                 true
             }

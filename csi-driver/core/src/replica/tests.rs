@@ -416,6 +416,24 @@ fn r31_the_files_grow_before_the_size_that_is_told() {
 }
 
 #[test]
+fn r31_a_replica_never_gets_smaller_whichever_of_two_growths_ends_last() {
+    let mut replica = Replica::new(0, mk_start());
+    open(&mut replica, 0, 1, 7);
+    for (call, size_bytes) in [(1, 24 << 20), (2, 16 << 20)] {
+        let op = ControlOp::Grow { size_bytes };
+        replica.handle_event(1, ReplicaEvent::Control { call: ReplicaCall(call), key: mk_key(1, 7), op });
+    }
+    for (id, _) in disk_ops(actions(&mut replica)) {
+        replica.handle_event(1, ReplicaEvent::DiskDone { id, result: Ok(()) });
+    }
+    let sizes: Vec<u64> = disk_ops(actions(&mut replica))
+        .into_iter()
+        .map(|(_, op)| if let DiskOp::PersistMeta(meta) = op { meta.size_bytes } else { panic!("{op:?}") })
+        .collect();
+    assert_eq!(sizes, [24 << 20, 24 << 20]);
+}
+
+#[test]
 fn r31_a_smaller_replica_is_let_in_only_while_it_is_no_member() {
     let mut start = mk_start();
     start.meta.size_bytes = 4 << 20;

@@ -63,8 +63,8 @@ impl Target {
         if transitions::check_growth(record, size_bytes).is_err() {
             return;
         }
-        let open = |r: &ReplicaId| self.is_open(*r) && !asked.contains(r);
-        let due: Vec<ReplicaId> = self.peers.keys().copied().filter(open).collect();
+        let next = |r: &ReplicaId| self.is_open(*r) && !asked.contains(r) && !self.is_growing(*r);
+        let due: Vec<ReplicaId> = self.peers.keys().copied().filter(next).collect();
         for replica in due {
             if let Some(Current::Grow(grow)) = &mut self.jobs.current {
                 grow.asked.insert(replica);
@@ -77,11 +77,16 @@ impl Target {
     pub(super) fn grow_first(&mut self, replica: ReplicaId) -> bool {
         let has_bytes = self.peers.get(&replica).map_or(0, |peer| peer.size_bytes);
         let Some(size_bytes) = self.size_bytes().filter(|size| has_bytes < *size) else { return false };
-        let asked = |call: &Call| call.replica == replica && matches!(call.kind, CallKind::Grow(_));
-        if !self.calls.values().any(asked) {
+        if !self.is_growing(replica) {
             self.send_control(replica, CallKind::Grow(size_bytes), Control::Grow { size_bytes });
         }
         true
+    }
+
+    /// One step at a time: a second one could overtake the first, which would then ask for less than there is.
+    fn is_growing(&self, replica: ReplicaId) -> bool {
+        let grows = |call: &Call| call.replica == replica && matches!(call.kind, CallKind::Grow(_));
+        self.calls.values().any(grows)
     }
 
     pub(super) fn replica_grown(&mut self, replica: ReplicaId, size_bytes: u64) {

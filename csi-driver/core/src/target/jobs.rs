@@ -52,7 +52,8 @@ impl Target {
     /// A hold that is given up before its turn would keep writes waiting for nobody.
     fn drop_queued_hold(&mut self, released: SnapshotId) {
         let is_it = |what: &Job| matches!(what, Job::Hold { snapshot, .. } if *snapshot == released);
-        let (given_up, left) = std::mem::take(&mut self.jobs.queue).into_iter().partition(|(_, what)| is_it(what));
+        let (given_up, left) =
+            std::mem::take(&mut self.jobs.queue).into_iter().partition(|(_, what)| is_it(what));
         self.jobs.queue = left;
         let given_up: VecDeque<(JobId, Job)> = given_up;
         for (job, _) in given_up {

@@ -279,6 +279,27 @@ fn r31_every_member_grows_before_the_record_does() {
 }
 
 #[test]
+fn r31_a_replica_grows_one_step_at_a_time_as_the_second_could_overtake_the_first() {
+    let mut bench = mk_serving(2);
+    let session = bench.target.peers[&ReplicaId(2)].session().unwrap().id;
+    bench.event(TargetEvent::SessionLost { session });
+    let Some(TargetAction::Open(open)) = bench.take(|a| matches!(a, TargetAction::Open(_))) else {
+        panic!("not opened again")
+    };
+    let (cache_lost, logged, snapshots) = (false, vec![], vec![]);
+    let opened = Opened { cache_lost, logged, size_bytes: 4 << 20, epoch: open.epoch, snapshots };
+    bench.event(TargetEvent::Opened { session: open.session, opened });
+    let first = bench.asked(&Control::Grow { size_bytes: 8 << 20 });
+    assert_eq!(first.iter().map(|(_, replica)| *replica).collect::<Vec<_>>(), [ReplicaId(2)]);
+    let second = Control::Grow { size_bytes: 16 << 20 };
+    bench.job(1, Job::Grow { size_bytes: 16 << 20 });
+    bench.store();
+    assert_eq!(bench.asked(&second).into_iter().map(|(_, r)| r).collect::<Vec<_>>(), [ReplicaId(1)]);
+    bench.done(&first);
+    assert_eq!(bench.asked(&second).into_iter().map(|(_, r)| r).collect::<Vec<_>>(), [ReplicaId(2)]);
+}
+
+#[test]
 fn jobs_of_a_target_that_ends_are_answered() {
     let (mut bench, _) = mk_freezing(1);
     bench.job(2, Job::Grow { size_bytes: 16 << 20 });
