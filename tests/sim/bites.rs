@@ -14,7 +14,7 @@ type TakeOut = fn(&mut Guards);
 /// Guards with the seed that finds each of them off; another is looked for where the code has moved on since.
 ///
 /// `tickgap` is not listed: its lack costs time, not data.
-const GUARDS: [(&str, TakeOut, u64); 41] = [
+const GUARDS: [(&str, TakeOut, u64); 43] = [
     ("drift", |g| g.drift = false, 8_000_004),
     ("serveall", |g| g.serveall = false, 7_000_829),
     ("mapend", |g| g.mapend = false, 2_000_006),
@@ -55,6 +55,8 @@ const GUARDS: [(&str, TakeOut, u64); 41] = [
     ("layered", |g| g.layered = false, 9_000_000),
     ("holdfirst", |g| g.holdfirst = false, 10_000_000),
     ("unbroken", |g| g.unbroken = false, 10_000_015),
+    ("cutclaim", |g| g.cutclaim = false, 10_000_007),
+    ("abandonfirst", |g| g.abandonfirst = false, 10_000_005),
     ("ctlfence", |g| g.ctlfence = false, 11_000_021),
 ];
 

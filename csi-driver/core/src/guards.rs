@@ -88,6 +88,10 @@ pub struct Guards {
     pub layered: bool,
     /// R29: no member of a group is cut before all are held.
     pub holdfirst: bool,
+    /// R29: the group's record says that all members hold before any is asked to cut.
+    pub cutclaim: bool,
+    /// R29: a try is abandoned in the group's record before its snapshots are deleted.
+    pub abandonfirst: bool,
     /// R29: a cut of a group counts only inside its unexpired hold.
     pub unbroken: bool,
     /// R6: a target that slept drains its input first. Off, it drops healthy replicas: a stall, no violation.
@@ -147,6 +151,8 @@ impl Default for Guards {
             cutall: true,
             layered: true,
             holdfirst: true,
+            cutclaim: true,
+            abandonfirst: true,
             unbroken: true,
             tickgap: true,
             log_cold_ms: crate::timers::LOG_COLD_MS,

@@ -22,8 +22,8 @@
 //!
 //! A coordinator may die at any point, be repeated, or run beside another one that does not know of it. The record decides,
 //! by compare-and-swap: each start draws snapshot ids of its own, and whoever finds a record of other ids in `holding` or
-//! `cutting` abandons it *first* and deletes after. From then on that try cannot commit, and its coordinator asks nobody to
-//! cut, as it has to swap `cutting` in before. So at the end either all snapshots are there and the record says so, or none
+//! `cutting` abandons it first and deletes after (`abandonfirst`). From then on that try cannot commit, and its coordinator
+//! asks nobody to cut, as it has to swap `cutting` in before (`cutclaim`). So at the end either all snapshots are there and the record says so, or none
 //! is left. A Hold that comes late ends by itself, and a Cut without a hold is refused.
 //!
 //! Not promised: that a group of volumes under load is cut at the first try, and anything about a member's snapshot that
@@ -317,6 +317,13 @@ impl Group {
         match stage {
             Stage::Reading => self.read(),
             Stage::Claiming | Stage::Confirming | Stage::Committing | Stage::Forgetting => self.swap(),
+            Stage::Abandoning if !self.guards.abandonfirst => {
+                if let Some(known) = &mut self.known {
+                    known.record.state = GroupState::Abandoned;
+                }
+                self.asked.clear();
+                self.enter(Stage::Cleaning);
+            }
             Stage::Abandoning => {
                 self.asked.clear();
                 self.swap();
@@ -368,7 +375,7 @@ impl Group {
                     self.ask(volume, *snapshot, Question::Cut);
                 }
                 if self.held.len() == self.members().len() {
-                    self.enter(Stage::Confirming);
+                    self.enter(if self.guards.cutclaim { Stage::Confirming } else { Stage::Cutting });
                 }
             }
             (Question::Cut, Ok(())) => {
