@@ -61,6 +61,25 @@ impl Family {
         Self::ALL.get(at).copied().unwrap_or(Self::Mixed)
     }
 
+    /// Seeds of the family in a run of so many mixed ones.
+    pub fn share_of(self, mixed: u64) -> u64 {
+        match self {
+            Self::Mixed => mixed,
+            // Each is two volumes.
+            Self::Groups => mixed / 16,
+            Self::Movers
+            | Self::Kills
+            | Self::Deposed
+            | Self::SecondStarts
+            | Self::Steps
+            | Self::Minutes
+            | Self::Restarts
+            | Self::Edge
+            | Self::Cuts
+            | Self::Stragglers => mixed / 8,
+        }
+    }
+
     /// The first seeds of the family.
     pub fn seeds(self, count: u64) -> std::ops::Range<u64> {
         let first = self as u64 * FAMILY_SEEDS;

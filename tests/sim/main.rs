@@ -1,8 +1,9 @@
 //! Seeded simulation of the write path: the very `Target` and `Replica` of the data process, under simulated clocks,
 //! network, disks and record store. docs/simulator.md says what is shared with the data process and what is modelled.
 //!
-//! `scripts/test sim --seeds N` runs N mixed seeds and N / 8 of each family; `HOLDFAST_SIM_SEED=S scripts/test sim` runs one
-//! with a trace of what happened. Each failing seed prints the line that replays it.
+//! `scripts/test sim --seeds N` runs N mixed seeds, N / 8 of each other family and N / 16 of groups;
+//! `HOLDFAST_SIM_SEED=S scripts/test sim` runs one with a trace of what happened. Each failing seed prints the line that
+//! replays it.
 
 #![allow(clippy::print_stderr, missing_docs)]
 
@@ -70,7 +71,7 @@ fn promises_hold_under_every_seed() {
     let count = env("HOLDFAST_SIM_SEEDS").unwrap_or(SEEDS);
     let mut seeds: Vec<u64> = REGRESSIONS.to_vec();
     for family in Family::ALL {
-        seeds.extend(family.seeds(if family == Family::Mixed { count } else { count / 8 }));
+        seeds.extend(family.seeds(family.share_of(count)));
     }
     let total = run::in_parallel(&seeds, Guards::default(), |seed, outcome| {
         if !outcome.violations.is_empty() {
