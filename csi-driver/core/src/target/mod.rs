@@ -41,6 +41,9 @@ mod tests;
 mod throttle;
 
 pub use api::*;
+// For the benches.
+#[doc(hidden)]
+pub use range_lock::RangeLock;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -58,7 +61,6 @@ use flushes::Flush;
 use intent_log::{ClearRound, LogEntry};
 use jobs::Jobs;
 use peers::{IoEntry, Peer};
-use range_lock::RangeLock;
 use reconcile::Reconcile;
 use requests::Request;
 use scrub::Scrub;

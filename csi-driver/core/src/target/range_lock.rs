@@ -10,7 +10,7 @@ use crate::ids::Region;
 
 /// All locks of a volume, held and waited for.
 #[derive(Debug, Default)]
-pub(super) struct RangeLock {
+pub struct RangeLock {
     entries: HashMap<u64, Entry>,
     by_region: HashMap<Region, Vec<u64>>,
 }
@@ -27,7 +27,7 @@ struct Entry {
 
 impl RangeLock {
     /// Asks for a lock under a new id; tells whether it is held at once. If not, a later [`Self::release`] names it.
-    pub(super) fn acquire(&mut self, id: u64, range: BlockRange, exclusive: bool) -> bool {
+    pub fn acquire(&mut self, id: u64, range: BlockRange, exclusive: bool) -> bool {
         let mut blockers = 0;
         for region in range.regions() {
             let lane = self.by_region.entry(region).or_default();
@@ -47,7 +47,7 @@ impl RangeLock {
     }
 
     /// Gives a lock up, held or not; returns those that are held now because of it, in order of arrival.
-    pub(super) fn release(&mut self, id: u64) -> Vec<u64> {
+    pub fn release(&mut self, id: u64) -> Vec<u64> {
         let Some(entry) = self.entries.remove(&id) else { return Vec::new() };
         for region in entry.range.regions() {
             if let Some(lane) = self.by_region.get_mut(&region) {
@@ -70,7 +70,7 @@ impl RangeLock {
     }
 
     /// Forgets everything.
-    pub(super) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.entries.clear();
         self.by_region.clear();
     }
