@@ -385,8 +385,11 @@ impl Target {
             let region = self.region_to_copy(&catch_up.plan);
             let Some(catch_up) = &mut self.catch_up else { return };
             catch_up.wait_until_ms = None;
-            // What a kill would have copied again: each copy under way is of one region.
+            // What a kill would have copied again: each copy under way is of one region. Of a snapshot that is all of it, and
+            // no checkpoint would make room.
+            let counts = !matches!(why, CopyFor::Layer { .. });
             let at_stake = catch_up.plan.fresh() + catch_up.plan.in_flight() + in_checkpoint;
+            let at_stake = if counts { at_stake } else { 0 };
             if catch_up.plan.in_flight() >= timers::COPIES_MAX || at_stake >= timers::AT_STAKE_REGIONS_MAX {
                 break;
             }

@@ -4,6 +4,7 @@ use super::*;
 use crate::block_range::BlockRange;
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
 use crate::ids::{BLOCK_BYTES, REGION_BYTES};
+use crate::target::tests::jobs::SNAPSHOT;
 use crate::timers;
 
 const AWAY: ReplicaId = ReplicaId(3);
@@ -214,6 +215,30 @@ fn r23_however_slow_the_flush_a_death_has_no_more_than_the_limit_copied_again() 
     }
     assert_eq!(copy(&mut bench).len(), 1, "the next checkpoint's");
     assert!(copied(&bench) > most, "and on after it");
+}
+
+#[test]
+fn r28_a_snapshot_of_more_regions_than_may_be_at_stake_is_rebuilt_to_its_end() {
+    let size_bytes = 64 << 20;
+    let mut bench = mk_bench(3);
+    bench.store.record.size_bytes = size_bytes;
+    let mut bench = mk_serving_with(bench, 3);
+    bench.lose(&[3]);
+    bench.job(1, Job::CreateSnapshot { snapshot: SNAPSHOT });
+    bench.store();
+    bench.flushed();
+    let freezes = bench.asked(&Control::Freeze { snapshot: SNAPSHOT });
+    bench.done(&freezes);
+    bench.store();
+    bench.wait(300);
+    bench.open(3, false);
+    bench.maps(None);
+    let changes = bench.control_of(|op| matches!(op, Control::ReadChanges { .. }));
+    let (call, ..) = changes.expect("asks what the layers name");
+    bench.event(TargetEvent::ChangesRead { call, blocks: BlockSet::whole(size_bytes) });
+    let copied: u64 = bench.copy_all().iter().map(|range| range.len_bytes()).sum();
+    assert_eq!(copied, size_bytes);
+    assert_eq!(bench.asked(&Control::Freeze { snapshot: SNAPSHOT }).len(), 1);
 }
 
 #[test]

@@ -6,10 +6,10 @@ use crate::record::SnapshotState;
 use crate::replica::DiskError;
 use crate::timers;
 
-const SNAPSHOT: SnapshotId = SnapshotId(70);
+pub(super) const SNAPSHOT: SnapshotId = SnapshotId(70);
 
 impl Bench {
-    fn job(&mut self, number: u64, what: Job) {
+    pub(super) fn job(&mut self, number: u64, what: Job) {
         self.event(TargetEvent::Job { job: JobId(number), what });
     }
 
@@ -21,7 +21,7 @@ impl Bench {
     }
 
     /// Answers every flush.
-    fn flushed(&mut self) {
+    pub(super) fn flushed(&mut self) {
         let (flushes, others): (Vec<_>, Vec<_>) =
             self.ios().into_iter().partition(|(.., op)| *op == DataOp::Flush);
         assert!(others.is_empty(), "{others:?}");
@@ -30,7 +30,7 @@ impl Bench {
         }
     }
 
-    fn asked(&mut self, wanted: &Control) -> Vec<(CallId, ReplicaId)> {
+    pub(super) fn asked(&mut self, wanted: &Control) -> Vec<(CallId, ReplicaId)> {
         let mut asked = Vec::new();
         while let Some(TargetAction::Control { call, replica, .. }) =
             self.take(|a| matches!(a, TargetAction::Control { op, .. } if op == wanted))
@@ -40,7 +40,7 @@ impl Bench {
         asked
     }
 
-    fn done(&mut self, calls: &[(CallId, ReplicaId)]) {
+    pub(super) fn done(&mut self, calls: &[(CallId, ReplicaId)]) {
         for (call, _) in calls {
             self.event(TargetEvent::ControlDone { call: *call });
         }
