@@ -2,6 +2,10 @@
 
 /// A target asks each replica for a sign of life and a lease this often.
 pub const HEARTBEAT_MS: u64 = 250;
+/// The same for a volume that nobody uses; two of them and an answer that is late fit in a lease.
+pub const HEARTBEAT_IDLE_MS: u64 = 1_000;
+/// A volume is idle when nothing was under way for so long.
+pub const IDLE_AFTER_MS: u64 = 2_000;
 /// A replica that answered no heartbeat for so long is swapped out.
 pub const SILENT_MS: u64 = 800;
 /// A replica that still talks, but does not answer an I/O or a control request for so long, is swapped out.
@@ -129,6 +133,7 @@ pub fn lease_end_at_target(sent_ms: u64) -> u64 {
 pub fn table() -> Vec<(&'static str, u64)> {
     vec![
         ("heartbeat_ms", HEARTBEAT_MS),
+        ("heartbeat_idle_ms", HEARTBEAT_IDLE_MS),
         ("silent_ms", SILENT_MS),
         ("io_deadline_ms", IO_DEADLINE_MS),
         ("lease_ms", LEASE_MS),

@@ -30,6 +30,12 @@ pub(super) enum Current {
     Grow(Grow),
 }
 
+impl Jobs {
+    pub(super) fn is_empty(&self) -> bool {
+        self.current.is_none() && self.queue.is_empty()
+    }
+}
+
 impl Target {
     pub(super) fn on_job(&mut self, job: JobId, what: Job) {
         if self.stopping.is_some() {

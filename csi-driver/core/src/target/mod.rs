@@ -27,6 +27,7 @@ mod delete;
 mod extents;
 mod flushes;
 mod grow;
+mod idle;
 mod intent_log;
 mod jobs;
 mod layered;
@@ -58,6 +59,7 @@ use catch_up::CatchUp;
 use checks::Checks;
 use config::{PendingSwap, StoreCall};
 use flushes::Flush;
+use idle::Idle;
 use intent_log::{ClearRound, LogEntry};
 use jobs::Jobs;
 use peers::{IoEntry, Peer};
@@ -119,6 +121,7 @@ pub struct Target {
     catch_up: Option<CatchUp>,
     jobs: Jobs,
     throttle: Throttle,
+    idle: Idle,
     checks: Checks,
     reconcile_bytes_copied: u64,
     scrub: Scrub,
@@ -204,6 +207,7 @@ impl Target {
             catch_up: None,
             jobs: Jobs::default(),
             throttle: Throttle::new(now_ms),
+            idle: Idle::default(),
             checks: Checks::default(),
             reconcile_bytes_copied: 0,
             scrub: Scrub::default(),
@@ -219,7 +223,8 @@ impl Target {
 
     /// Takes an input. `now_ms` never goes back.
     pub fn handle_event(&mut self, now_ms: u64, event: TargetEvent) {
-        if now_ms > self.now_ms + timers::TICK_GAP_MS && self.guards.tickgap {
+        let pause_ms = timers::TICK_GAP_MS + self.tick_every_ms() - timers::HEARTBEAT_MS;
+        if now_ms > self.now_ms + pause_ms && self.guards.tickgap {
             // R6: whatever arrived while this process slept is handled before anybody is called silent.
             self.patient_until_ms = now_ms + timers::TICK_GAP_MS;
         }
@@ -253,6 +258,7 @@ impl Target {
             TargetEvent::Tick => self.on_tick(),
         }
         self.settle_all();
+        self.update_idle();
     }
 
     /// The next output, until there is none.
@@ -266,7 +272,7 @@ impl Target {
         if self.state.is_final() {
             return None;
         }
-        let mut next = self.now_ms + timers::HEARTBEAT_MS.min(self.guards.log_clear_every_ms);
+        let mut next = self.now_ms + self.tick_every_ms().min(self.guards.log_clear_every_ms);
         let mut take = |at: u64| next = next.min(at);
         if let Some(at) = self.store.retry_at_ms {
             take(at);
@@ -416,6 +422,7 @@ impl Target {
     fn on_tick(&mut self) {
         self.dirty = true;
         self.tick_store();
+        self.update_idle();
         self.tick_peers();
         self.tick_cut();
         if self.stopping.as_ref().is_some_and(|s| self.now_ms >= s.deadline_ms) {

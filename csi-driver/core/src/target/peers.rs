@@ -48,11 +48,11 @@ pub(super) struct Session {
     pub id: SessionId,
     /// I/O and calls without an answer, by their number (which grows), with the time they were sent.
     pub pending: BTreeMap<u64, u64>,
-    last_heard_ms: u64,
-    next_heartbeat_ms: u64,
+    pub last_heard_ms: u64,
+    pub next_heartbeat_ms: u64,
     sequence: u64,
     /// Heartbeats in flight: number and time of sending.
-    heartbeats: VecDeque<(u64, u64)>,
+    pub heartbeats: VecDeque<(u64, u64)>,
     pub lease_end_ms: u64,
     /// What its Open said was logged.
     pub logged: Vec<Region>,
@@ -131,11 +131,7 @@ impl Target {
             Link::Opening { since_ms, .. } => {
                 (since_ms + timers::OPEN_PATIENCE_MS).max(self.patient_until_ms)
             }
-            Link::Open(session) => {
-                let silent = (session.last_heard_ms + timers::SILENT_MS).max(self.patient_until_ms);
-                // Slow I/O is looked for at each heartbeat.
-                session.next_heartbeat_ms.min(silent)
-            }
+            Link::Open(session) => self.session_timeout(session),
         }
     }
 
@@ -375,7 +371,7 @@ impl Target {
                 }
             }
             Link::Open(session) => {
-                let silent = now >= session.last_heard_ms + timers::SILENT_MS;
+                let silent = !self.idle.now && now >= session.last_heard_ms + timers::SILENT_MS;
                 let slow =
                     session.pending.first_key_value().map_or(0, |(_, since)| now.saturating_sub(*since));
                 let hung = slow >= timers::SOLE_IO_DEADLINE_MS;
@@ -387,7 +383,7 @@ impl Target {
                 } else if hung && !patient {
                     // Nobody else could go on; asking again over a new session cures an answer that got lost (R14).
                     self.lose(replica);
-                } else if now >= session.next_heartbeat_ms {
+                } else if now >= self.heartbeat_due_ms(session) {
                     self.heartbeat(replica);
                 }
             }
