@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -17,10 +18,10 @@ use holdfast_io::{AlignedBuf, BlockDevice, BlockError, BlockOp};
 pub(crate) const REQUEST_BYTES_MAX: u32 = 1 << 20;
 /// Requests that the kernel keeps in flight; further ones wait in the loop device's queue. The loop device has 128 tags.
 const IN_FLIGHT_MAX: u16 = 128;
-/// Nothing but I/O ever changes.
+/// Nothing but I/O ever changes, and the size, which the kernel is told of.
 const FOREVER: Duration = Duration::from_hours(24 * 365);
 
-const FILE_INODE: INodeNo = INodeNo(2);
+pub(crate) const FILE_INODE: INodeNo = INodeNo(2);
 const BLOCK_BYTES: u32 = 4096;
 
 /// Where the file's I/O goes. It can be cut off, after which every request fails with EIO: the kernel may hold the file for
@@ -62,18 +63,22 @@ impl std::fmt::Debug for Gate {
 pub(crate) struct OneFile {
     gate: Gate,
     name: String,
-    size_bytes: u64,
+    size_bytes: Arc<AtomicU64>,
     read_only: bool,
 }
 
 impl OneFile {
-    pub(crate) fn new(gate: Gate, name: String, size_bytes: u64, read_only: bool) -> Self {
+    pub(crate) fn new(gate: Gate, name: String, size_bytes: Arc<AtomicU64>, read_only: bool) -> Self {
         Self { gate, name, size_bytes, read_only }
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Relaxed)
     }
 
     fn file(&self) -> FileAttr {
         let perm = if self.read_only { 0o400 } else { 0o600 };
-        attr(FILE_INODE, FileType::RegularFile, perm, self.size_bytes)
+        attr(FILE_INODE, FileType::RegularFile, perm, self.size_bytes())
     }
 
     fn root() -> FileAttr {
@@ -82,7 +87,7 @@ impl OneFile {
 
     /// The part of a read that lies within the file.
     fn clipped(&self, offset: u64, size: u32) -> u32 {
-        let left = self.size_bytes.saturating_sub(offset);
+        let left = self.size_bytes().saturating_sub(offset);
         u32::try_from(left.min(u64::from(size))).expect("not more than size")
     }
 
@@ -91,7 +96,7 @@ impl OneFile {
     }
 
     fn within(&self, offset: u64, len: u64) -> bool {
-        offset.checked_add(len).is_some_and(|end| end <= self.size_bytes)
+        offset.checked_add(len).is_some_and(|end| end <= self.size_bytes())
     }
 }
 
@@ -239,7 +244,8 @@ impl Filesystem for OneFile {
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         // The loop device takes its discard granularity from the block size told here.
-        reply.statfs(self.size_bytes / u64::from(BLOCK_BYTES), 0, 0, 1, 0, BLOCK_BYTES, 255, BLOCK_BYTES);
+        let blocks = self.size_bytes() / u64::from(BLOCK_BYTES);
+        reply.statfs(blocks, 0, 0, 1, 0, BLOCK_BYTES, 255, BLOCK_BYTES);
     }
 }
 

@@ -3,13 +3,14 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fuser::{BackgroundSession, Config, Session, SessionACL};
 use holdfast_io::BlockDevice;
 
-use crate::fuse_fs::{Gate, OneFile};
-use crate::fuse_mount::FuseMount;
+use crate::fuse_fs::{FILE_INODE, Gate, OneFile};
+use crate::fuse_mount::{FuseMount, FuseRoot};
 use crate::loop_device::{BIND_TRIES, BindError, Bound, Cleared as LoopCleared, LoopDevice};
 use crate::mark::Mark;
 
@@ -50,6 +51,27 @@ pub enum AttachError {
     LoopContention(u32),
 }
 
+/// Why a device did not grow.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// It has another size.
+    #[error("a block device of {has} bytes cannot become {wanted} bytes: it only grows, by whole blocks of 4096 bytes")]
+    Invalid {
+        /// Its size.
+        has: u64,
+        /// The size asked for.
+        wanted: u64,
+    },
+    /// The kernel refused a step.
+    #[error("the block device did not grow: {step} failed: {source}")]
+    Kernel {
+        /// What was tried.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
 /// Why a device could not be detached in full.
 #[derive(Debug, thiserror::Error)]
 pub enum DetachError {
@@ -80,6 +102,10 @@ pub struct Cleaned {
 pub struct FuseLoop {
     // Declared first, dropped first: the loop device goes before what serves it.
     device: LoopDevice,
+    // Keeps the file system too.
+    root: FuseRoot,
+    file_name: String,
+    size_bytes: Arc<AtomicU64>,
     session: BackgroundSession,
     gate: Gate,
     _mark: Mark,
@@ -111,7 +137,8 @@ impl FuseLoop {
 
         let gate = Gate::new(device);
         let file_name = format!("holdfast-{volume_id}");
-        let file_system = OneFile::new(gate.clone(), file_name.clone(), size_bytes, read_only);
+        let size_bytes = Arc::new(AtomicU64::new(size_bytes));
+        let file_system = OneFile::new(gate.clone(), file_name.clone(), Arc::clone(&size_bytes), read_only);
         let mut config = Config::default();
         config.n_threads = Some(READER_THREADS);
         let session = Session::from_fd(file_system, fuse_device, SessionACL::All, config)
@@ -124,8 +151,8 @@ impl FuseLoop {
             BindError::Contention => AttachError::LoopContention(BIND_TRIES),
             BindError::Kernel(step, source) => AttachError::Kernel { step, source },
         })?;
-        // From here on the loop device alone keeps the file, and with it the file system and the session, alive.
-        Ok(Self { device, session, gate, _mark: mark })
+        // From here on the loop device alone keeps the file, and it and the root the file system and the session.
+        Ok(Self { device, root, file_name, size_bytes, session, gate, _mark: mark })
     }
 
     /// The block device, `/dev/loopN`.
@@ -134,14 +161,35 @@ impl FuseLoop {
         &self.device.path
     }
 
+    /// Makes the block device larger; blocks for some milliseconds. The device behind it must have the size already. Safe to
+    /// repeat; a file system on it has to be grown by its own tools.
+    ///
+    /// # Errors
+    /// [`GrowError`]; the block device has its old size or the new one.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), GrowError> {
+        let has = self.size_bytes.load(Ordering::Relaxed);
+        if size_bytes < has || !size_bytes.is_multiple_of(4096) {
+            return Err(GrowError::Invalid { has, wanted: size_bytes });
+        }
+        self.size_bytes.store(size_bytes, Ordering::Relaxed);
+        let kernel = |step| move |source| GrowError::Kernel { step, source };
+        // The kernel keeps what it knows of the file for ever, unless told; a negative offset names the attributes alone.
+        let told = self.session.notifier().inval_inode(FILE_INODE, -1, 0);
+        told.map_err(kernel("telling the kernel that the FUSE file grew"))?;
+        self.root.size_of(&self.file_name).map_err(kernel("reading the FUSE file's size"))?;
+        let has = self.device.follow_size().map_err(kernel("LOOP_SET_CAPACITY"))?;
+        if has == size_bytes { Ok(()) } else { Err(GrowError::Invalid { has, wanted: size_bytes }) }
+    }
+
     /// Detaches; blocks until the loop device is gone, at most for some seconds.
     ///
     /// # Errors
     /// [`DetachError::Busy`] if it is still mounted or open: unmount first.
     pub fn detach(self) -> Result<(), DetachError> {
-        let Self { device, session, gate, _mark } = self;
+        let Self { device, root, session, gate, .. } = self;
         let path = device.path.clone();
         drop(device);
+        drop(root);
         // The kernel ends the session when the loop device has let the file go. That it is gone is not read from /sys, as
         // its number may have been taken by another process at once.
         let deadline = Instant::now() + DETACH_WAIT;

@@ -6,6 +6,9 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use nix::fcntl::AtFlags;
+use nix::sys::stat::fstatat;
+
 use crate::fuse_fs::REQUEST_BYTES_MAX;
 
 // From linux/mount.h; the libc crate does not have them.
@@ -60,6 +63,7 @@ impl FuseMount {
 }
 
 /// The mounted root of a FUSE file system.
+#[derive(Debug)]
 pub(crate) struct FuseRoot(OwnedFd);
 
 impl FuseRoot {
@@ -73,6 +77,12 @@ impl FuseRoot {
         };
         // SAFETY: openat gives a descriptor that nobody else owns, or -1.
         unsafe { owned_fd(c_long::from(fd)) }.map(File::from)
+    }
+
+    /// Has the kernel ask for a file's attributes, if it does not know them; gives the size.
+    pub(crate) fn size_of(&self, name: &str) -> io::Result<u64> {
+        let stat = fstatat(&self.0, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        u64::try_from(stat.st_size).map_err(io::Error::other)
     }
 }
 

@@ -14,4 +14,4 @@ mod fuse_mount;
 mod loop_device;
 mod mark;
 
-pub use fuse_loop::{AttachError, Cleaned, DetachError, FuseLoop, FuseLoopOptions};
+pub use fuse_loop::{AttachError, Cleaned, DetachError, FuseLoop, FuseLoopOptions, GrowError};

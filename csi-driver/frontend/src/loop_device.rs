@@ -54,6 +54,7 @@ mod ioctls {
     nix::ioctl_none_bad!(loop_clr_fd, 0x4C01);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopInfo);
     nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
+    nix::ioctl_none_bad!(loop_set_capacity, 0x4C07);
     nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
 }
 
@@ -88,6 +89,7 @@ pub(crate) enum BindError {
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
     pub(crate) path: PathBuf,
+    number: u32,
     _keeper: Sender<()>,
 }
 
@@ -114,9 +116,18 @@ impl LoopDevice {
             }
             let keeper = keep(number)
                 .map_err(|error| BindError::Kernel("starting the loop device's keeper", error))?;
-            return Ok(Self { path, _keeper: keeper });
+            return Ok(Self { path, number, _keeper: keeper });
         }
         Err(BindError::Contention)
+    }
+
+    /// Takes the size that its file has now; gives it.
+    pub(crate) fn follow_size(&self) -> io::Result<u64> {
+        let device = open_device(self.number, false)?;
+        // SAFETY: the call takes no argument.
+        unsafe { ioctls::loop_set_capacity(device.as_raw_fd()) }?;
+        let sectors = fs::read_to_string(format!("/sys/block/loop{}/size", self.number))?;
+        Ok(sectors.trim().parse::<u64>().map_err(io::Error::other)? * 512)
     }
 }
 

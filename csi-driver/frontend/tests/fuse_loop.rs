@@ -16,6 +16,8 @@ use holdfast_frontend::{DetachError, FuseLoop, FuseLoopOptions};
 use holdfast_io::{AlignedBuf, BlockDevice, BlockError, BlockOp, Completion};
 
 const BLOCK: usize = 4096;
+const SMALL_BYTES: u64 = 512 << 20;
+const LARGE_BYTES: u64 = 768 << 20;
 const VOLUME: &str = "0123456789abcdef0123456789abcdef";
 
 /// Sparse memory that answers on another thread, as a target does.
@@ -167,7 +169,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // A process that another test is just starting has our files for a moment, until it executes its program.
+        for _ in 0..50 {
+            if Command::new("umount").arg(&self.0).status().is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 
@@ -216,6 +224,42 @@ fn ext4_lives_on_it() {
 #[test]
 fn xfs_lives_on_it() {
     holds_a_file_system("mkfs.xfs", &["xfs_repair", "-n"]);
+}
+
+#[test]
+fn a_mounted_device_grows_and_so_does_its_file_system() {
+    // Not ext4: growing it while it is mounted needs CAP_SYS_RESOURCE.
+    if !possible(&["mkfs.xfs", "xfs_growfs", "xfs_repair"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = MemoryDevice::new(SMALL_BYTES);
+    let attached = attach(&device, dir.path());
+    let path = attached.device_path().to_owned();
+    run("mkfs.xfs", &["-q", path.to_str().unwrap()]);
+    let content = vec![0x5a; 1 << 20];
+    {
+        let mounted = Mounted::new(&path, dir.path());
+        attached.grow(LARGE_BYTES).unwrap();
+        attached.grow(LARGE_BYTES).expect("safe to repeat");
+        assert_eq!(File::open(&path).unwrap().seek(SeekFrom::End(0)).unwrap(), LARGE_BYTES);
+        let refused = attached.grow(SMALL_BYTES).unwrap_err().to_string();
+        assert!(refused.contains(&LARGE_BYTES.to_string()) && refused.contains("only grows"), "{refused}");
+        let blocks = || nix::sys::statvfs::statvfs(&mounted.0).unwrap().blocks();
+        let before = blocks();
+        run("xfs_growfs", &[mounted.0.to_str().unwrap()]);
+        assert!(blocks() > before, "the file system is larger");
+        let mut file = File::create(mounted.0.join("file")).unwrap();
+        file.write_all(&content).unwrap();
+        file.sync_all().unwrap();
+    }
+    run("xfs_repair", &["-n", path.to_str().unwrap()]);
+    let end = direct(&path);
+    let last = AlignedBuf::copy_of(&[7; BLOCK]);
+    end.write_all_at(&last, LARGE_BYTES - BLOCK as u64).unwrap();
+    assert!(end.write_all_at(&last, LARGE_BYTES).is_err());
+    drop(end);
+    attached.detach().unwrap();
 }
 
 #[test]
