@@ -20,6 +20,7 @@ use holdfast_nbd::Server as NbdServer;
 use holdfast_proto::storage::data_server::DataServer;
 use holdfast_proto::storage::pool_server::PoolServer;
 use holdfast_proto::storage::replica_server::ReplicaServer;
+use holdfast_proto::storage::volume_jobs_server::VolumeJobsServer;
 use holdfast_service::serve;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
@@ -34,6 +35,7 @@ use tonic::transport::Server;
 use crate::config::{ANNOUNCE_INTERVAL, DataConfig, FrontEndKind};
 use crate::data_service::DataService;
 use crate::host;
+use crate::jobs_service::JobsService;
 use crate::nbd_listener;
 use crate::nbd_threads::NbdThreads;
 use crate::node::NodeContext;
@@ -334,8 +336,11 @@ fn start_services(
     if let Some(tls) = tls {
         nbd_server = nbd_server.with_tls(tls.nbd_server());
     }
-    let control_server =
-        serve::server().add_service(replica_service).add_service(PoolServer::new(pool_service));
+    let jobs_service = JobsService { volumes: Arc::clone(volumes), tls: tls.is_some() };
+    let control_server = serve::server()
+        .add_service(replica_service)
+        .add_service(PoolServer::new(pool_service))
+        .add_service(VolumeJobsServer::new(jobs_service));
     let grpc_tls = tls.map(TlsMaterial::grpc_server);
     // It ends with its runtime.
     let serving = serve::serve_tcp(control_server, listeners.control, grpc_tls, std::future::pending());

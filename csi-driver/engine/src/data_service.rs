@@ -101,11 +101,11 @@ impl Data for DataService {
     }
 }
 
-fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, Status> {
+pub(crate) fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, Status> {
     result.map_err(|_| Status::unavailable("the data process is stopping"))
 }
 
-fn attach_status(error: &AttachError) -> Status {
+pub(crate) fn attach_status(error: &AttachError) -> Status {
     let text = error.to_string();
     match error {
         AttachError::NotPublished { .. }

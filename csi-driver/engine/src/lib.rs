@@ -18,6 +18,7 @@ pub mod data_process;
 mod data_service;
 mod errno;
 pub mod host;
+mod jobs_service;
 mod nbd_listener;
 mod nbd_threads;
 mod node;

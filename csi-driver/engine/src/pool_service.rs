@@ -71,7 +71,14 @@ impl Pool for PoolService {
             size_bytes,
             wire::epoch(wire::required(request.epoch, "epoch")?),
         );
-        self.blocking(move |host| host.create(&meta)).await?;
+        let source =
+            match (wire::maybe_id(&request.source_replica_id)?, wire::maybe_id(&request.source_snapshot_id)?)
+            {
+                (Some(replica), Some(snapshot)) => Some((replica, snapshot)),
+                (None, None) => None,
+                _ => return Err(Status::invalid_argument("a source is a replica and a snapshot of it")),
+            };
+        self.blocking(move |host| host.create(&meta, source)).await?;
         Ok(Response::new(pb::CreateReplicaReply {}))
     }
 
@@ -91,9 +98,12 @@ impl Pool for PoolService {
 fn host_status(error: &HostError) -> Status {
     let text = error.to_string();
     match error {
-        HostError::Pool(PoolError::NoSpace { .. }) => Status::resource_exhausted(text),
+        HostError::Pool(PoolError::NoSpace { .. } | PoolError::TooManyLayers(_)) => {
+            Status::resource_exhausted(text)
+        }
+        HostError::Pool(PoolError::CloneTooSmall { .. }) => Status::out_of_range(text),
         HostError::Pool(PoolError::Conflict(_)) => Status::already_exists(text),
-        HostError::Pool(PoolError::NotFound(_)) => Status::not_found(text),
+        HostError::Pool(PoolError::NotFound(_) | PoolError::NoSnapshot { .. }) => Status::not_found(text),
         HostError::Pool(PoolError::InvalidSize(_)) => Status::invalid_argument(text),
         HostError::Pool(PoolError::InUse(_) | PoolError::Locked(_)) | HostError::Stopping => {
             Status::unavailable(text)

@@ -5,7 +5,7 @@
 //!
 //! | request | who may |
 //! |---|---|
-//! | Pool | the controller |
+//! | Pool, VolumeJobs | the controller |
 //! | Replica, Open | the node that the request names as the target's |
 //! | Replica, anything else; NBD | the node whose Open made the session |
 //!
@@ -147,7 +147,7 @@ impl Caller {
             Self::Anybody => Ok(()),
             Self::Named(names) if names.iter().any(|name| name == CONTROLLER_NAME) => Ok(()),
             Self::Named(names) => Err(denied(format!(
-                "only {CONTROLLER_NAME} makes and removes replicas; the caller's certificate names {}",
+                "only {CONTROLLER_NAME} makes and removes replicas and snapshots; the caller's certificate names {}",
                 names.join(", ")
             ))),
         }

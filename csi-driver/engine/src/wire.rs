@@ -18,6 +18,11 @@ pub fn id<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T,
     text.parse().map_err(|error: T::Err| Status::invalid_argument(error.to_string()))
 }
 
+/// An id that may be left out, as an empty text.
+pub fn maybe_id<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<Option<T>, Status> {
+    (!text.is_empty()).then(|| id(text)).transpose()
+}
+
 /// A field that must be there.
 pub fn required<T>(field: Option<T>, name: &str) -> Result<T, Status> {
     field.ok_or_else(|| Status::invalid_argument(format!("the request lacks {name}")))

@@ -15,6 +15,7 @@ use holdfast_nbd::{Client, ClientOptions, ConnectError};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_client::PoolClient;
 use holdfast_proto::storage::replica_client::ReplicaClient;
+use holdfast_proto::storage::volume_jobs_client::VolumeJobsClient;
 use holdfast_storage_core::ids::{Epoch, TargetId, VolumeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -66,6 +67,10 @@ async fn only_the_controller_makes_and_removes_replicas() {
     let refused = pool.create_replica(pb::CreateReplicaRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert_eq!(pool.get_pool(pb::GetPoolRequest {}).await.unwrap_err().code(), Code::PermissionDenied);
+    let channel = busy.cluster.channel(1, Some(&busy.tls_of(2))).await.unwrap();
+    let mut jobs = VolumeJobsClient::new(channel);
+    let refused = jobs.create_snapshot(pb::CreateSnapshotRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
     busy.assert_undisturbed().await;
     let mut pool = busy.cluster.pool_client(1).await;
     assert_eq!(pool.get_pool(pb::GetPoolRequest {}).await.unwrap().get_ref().replica_ids.len(), 1);

@@ -221,6 +221,7 @@ async fn a_new_replica_gets_the_data_and_not_the_holes_while_the_client_writes_o
         lineage: record.lineage.to_string(),
         size_bytes: record.size_bytes,
         epoch: Some(pb::Epoch::default()),
+        ..pb::CreateReplicaRequest::default()
     };
     cluster.pool_client(2).await.create_replica(request).await.unwrap();
 

@@ -55,7 +55,9 @@ pub enum AttachError {
 #[derive(Debug, thiserror::Error)]
 pub enum GrowError {
     /// It has another size.
-    #[error("a block device of {has} bytes cannot become {wanted} bytes: it only grows, by whole blocks of 4096 bytes")]
+    #[error(
+        "a block device of {has} bytes cannot become {wanted} bytes: it only grows, by whole blocks of 4096 bytes"
+    )]
     Invalid {
         /// Its size.
         has: u64,

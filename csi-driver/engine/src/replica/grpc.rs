@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 use crate::tls::Caller;
 use crate::wire;
 
+use super::changes;
 use super::host::ReplicaHost;
 use super::machine::{ReplicaActor, ReplicaInput, SessionEnded, next_open_call};
 
@@ -84,8 +85,7 @@ impl ReplicaService {
         let (replica, key) = wire::session(session)?;
         let actor = self.find(replica)?;
         if !actor.peek(|machine| machine.is_owner(key.token, names)) {
-            tracing::warn!(%replica, ?names, "a control request for another node's session was refused");
-            return Err(Status::permission_denied("the session belongs to another node"));
+            return Err(foreign_session(replica, names));
         }
         control(&actor, key, op).await.ok_or_else(session_over)
     }
@@ -106,7 +106,8 @@ impl ReplicaService {
     }
 }
 
-/// A session's first connection must come up and no connection may go: one lost connection is the session lost (R5).
+/// A session's first connection must come up and no connection may go: one lost connection is the session lost (R5). Not
+/// those to snapshots, which carry nothing that could be lost.
 fn watch_connections(actor: &Arc<ReplicaActor>, token: SessionToken, mut live: watch::Receiver<usize>) {
     let actor = Arc::downgrade(actor);
     tokio::spawn(async move {
@@ -138,9 +139,9 @@ impl Replica for ReplicaService {
             .await
             .ok_or_else(|| Status::unavailable(format!("replica {replica} failed meanwhile")))?;
         if let Ok(opened) = &result
-            && let Some(Ok(set)) = actor.peek(|machine| machine.connections(opened.token, &caller))
+            && let Some(Ok(connections)) = actor.peek(|machine| machine.connections(opened.token, &caller))
         {
-            watch_connections(&actor, opened.token, set.watch_live());
+            watch_connections(&actor, opened.token, connections.data.watch_live());
         }
         Ok(Response::new(wire::open_reply_pb(result, self.nbd_port)))
     }
@@ -311,6 +312,27 @@ impl Replica for ReplicaService {
         Ok(Response::new(pb::DropSnapshotReply {}))
     }
 
+    async fn read_changes(
+        &self,
+        request: Request<pb::ReadChangesRequest>,
+    ) -> Result<Response<pb::ReadChangesReply>, Status> {
+        let names = Caller::of(&request, self.tls)?.names();
+        let request = request.into_inner();
+        let (from, to) =
+            (wire::maybe_id(&request.from_snapshot_id)?, wire::maybe_id(&request.to_snapshot_id)?);
+        let (replica, key) = wire::session(request.session)?;
+        let actor = self.find(replica)?;
+        // Nothing is changed, so it is no request of the session's: that the asker has one is enough.
+        match actor.peek(|machine| machine.connections(key.token, &names)) {
+            Some(Ok(_)) => {}
+            Some(Err(_)) => return Err(foreign_session(replica, &names)),
+            None => return Err(session_over()),
+        }
+        let changed = changes::read(&actor.env.disk, from, to).await;
+        let changed = changed.map_err(|error| Status::data_loss(error.to_string()))?;
+        Ok(Response::new(pb::ReadChangesReply { bits: changed.to_bytes() }))
+    }
+
     async fn grow(&self, request: Request<pb::GrowRequest>) -> Result<Response<pb::GrowReply>, Status> {
         let names = Caller::of(&request, self.tls)?.names();
         let request = request.into_inner();
@@ -318,6 +340,11 @@ impl Replica for ReplicaService {
         self.done(request.session, &names, op).await?;
         Ok(Response::new(pb::GrowReply {}))
     }
+}
+
+fn foreign_session(replica: ReplicaId, names: &[String]) -> Status {
+    tracing::warn!(%replica, ?names, "a control request for another node's session was refused");
+    Status::permission_denied("the session belongs to another node")
 }
 
 fn session_over() -> Status {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use holdfast_storage_core::ids::{ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{ReplicaId, SnapshotId, VolumeId};
 use holdfast_storage_core::replica::{Replica, ReplicaMeta};
 use holdfast_store::{Pool, PoolError, Space, StoreError};
 use tokio::runtime::Handle;
@@ -117,13 +117,20 @@ impl ReplicaHost {
         Ok(self.pool()?.space()?)
     }
 
-    /// Makes and opens a replica. Blocks. Idempotent.
+    /// Makes and opens a replica, empty or as a snapshot of another one of this pool (R30). Blocks. Idempotent.
     ///
     /// # Errors
-    /// No space, or a replica of that id with another volume or size.
-    pub fn create(&self, meta: &ReplicaMeta) -> Result<(), HostError> {
+    /// No space, no such snapshot, or a replica of that id with another volume or size.
+    pub fn create(
+        &self,
+        meta: &ReplicaMeta,
+        source: Option<(ReplicaId, SnapshotId)>,
+    ) -> Result<(), HostError> {
         let replica_id = meta.replica_id;
-        self.pool()?.create_replica(meta)?;
+        match source {
+            None => self.pool()?.create_replica(meta)?,
+            Some((source, snapshot)) => self.pool()?.create_clone(meta, source, snapshot)?,
+        }
         if self.get(replica_id).is_none() {
             self.open_replica(replica_id)?;
         }

@@ -101,7 +101,7 @@ pub enum ReplicaWork {
     /// Answer an Open.
     AnswerOpen(OpenAnswer, Result<OpenReply, OpenRefusal>),
     /// Close a session's connections and say so.
-    Close(SessionToken, ConnectionSet, Option<SessionEnded>),
+    Close(SessionToken, Connections, Option<SessionEnded>),
     /// The disk failed.
     Failed,
 }
@@ -135,9 +135,25 @@ enum Pending {
 }
 
 struct SessionConnections {
-    set: ConnectionSet,
+    connections: Connections,
     caller: Vec<String>,
     ended: Option<SessionEnded>,
+}
+
+/// A session's NBD connections; all are closed with it.
+#[derive(Debug, Clone, Default)]
+pub struct Connections {
+    /// To the replica.
+    pub data: ConnectionSet,
+    /// To snapshots of it: read-only, of what never changes.
+    pub snapshots: ConnectionSet,
+}
+
+impl Connections {
+    fn close(&self) {
+        self.data.close();
+        self.snapshots.close();
+    }
 }
 
 /// Numbers of Opens are drawn by their callers, who must be able to cancel them; they start here so that they never meet
@@ -158,14 +174,10 @@ impl ReplicaMachine {
     }
 
     /// The connections of a live session, if its owner carries one of these names (any name without TLS); else the owner.
-    pub fn connections(
-        &self,
-        token: SessionToken,
-        names: &[String],
-    ) -> Option<Result<ConnectionSet, String>> {
+    pub fn connections(&self, token: SessionToken, names: &[String]) -> Option<Result<Connections, String>> {
         let session = self.sessions.get(&token).filter(|_| self.core.accepts(token))?;
         let owned = owned_by(&session.caller, names);
-        Some(if owned { Ok(session.set.clone()) } else { Err(session.caller.join(", ")) })
+        Some(if owned { Ok(session.connections.clone()) } else { Err(session.caller.join(", ")) })
     }
 
     /// Whether the caller of a control request owns the session it names.
@@ -248,8 +260,8 @@ impl ReplicaMachine {
             Some(Pending::Open { caller, answer, ended }) => {
                 let ReplicaReply::Open(result) = reply else { return };
                 if let Ok(opened) = &result {
-                    let set = ConnectionSet::new();
-                    self.sessions.insert(opened.token, SessionConnections { set, caller, ended });
+                    let connections = Connections::default();
+                    self.sessions.insert(opened.token, SessionConnections { connections, caller, ended });
                 }
                 work.push(ReplicaWork::AnswerOpen(answer, result));
             }
@@ -277,11 +289,11 @@ impl ReplicaMachine {
                 Some(Pending::Control { .. } | Pending::Open { .. }) | None => {}
             }
         }
-        let (set, ended) = match self.sessions.remove(&token) {
-            Some(session) => (session.set, session.ended),
-            None => (ConnectionSet::new(), None),
+        let (connections, ended) = match self.sessions.remove(&token) {
+            Some(session) => (session.connections, session.ended),
+            None => (Connections::default(), None),
         };
-        work.push(ReplicaWork::Close(token, set, ended));
+        work.push(ReplicaWork::Close(token, connections, ended));
     }
 }
 
@@ -375,8 +387,8 @@ impl Machine for ReplicaMachine {
             ReplicaWork::Complete(done, result) => done(result),
             ReplicaWork::Answer(answer, reply) => answer(reply),
             ReplicaWork::AnswerOpen(answer, result) => answer(result),
-            ReplicaWork::Close(token, set, ended) => {
-                set.close();
+            ReplicaWork::Close(token, connections, ended) => {
+                connections.close();
                 if let Some(ended) = ended {
                     ended();
                 }

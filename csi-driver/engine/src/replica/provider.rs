@@ -1,6 +1,7 @@
 //! What the NBD servers give of this node's replicas: to targets a session's connections, by the name
 //! `volume/replica/token`, and to a snapshot of it, read-only, by the name `volume/replica/token@snapshot`; to people on this
-//! machine each replica as it is, read-only, by the name `volume/replica`.
+//! machine each replica as it is, read-only, by the name `volume/replica`, and each snapshot that it holds by the name
+//! `volume/replica@snapshot`.
 
 use std::sync::{Arc, Weak};
 
@@ -51,6 +52,7 @@ impl ExportProvider for ReplicaExports {
             tracing::warn!(%replica, owner, names, "an NBD connection to another node's session was refused");
             OpenError::NotAllowed(format!("node {owner} opened the session, the certificate names {names}"))
         })?;
+        let connections = if at.is_some() { connections.snapshots } else { connections.data };
         let device = Arc::new(SessionDevice { actor: Arc::clone(&actor), token, at });
         // A snapshot that is not here has no size.
         if at.is_some() && device.size_bytes() == 0 {
@@ -199,29 +201,51 @@ impl ExportProvider for InspectExports {
     fn open(&self, name: &str, _: &PeerIdentity) -> Result<Export, OpenError> {
         let unknown = || OpenError::Unknown(name.to_owned());
         let host = self.0.upgrade().ok_or_else(unknown)?;
-        let known = host.served().into_iter().find(|(volume, replica)| format!("{volume}/{replica}") == name);
-        let (volume, replica) = known.ok_or_else(unknown)?;
+        let known = host.served().into_iter().find_map(|(volume, replica)| {
+            let rest = name.strip_prefix(&format!("{volume}/{replica}"))?;
+            let at = match rest.strip_prefix('@') {
+                Some(snapshot) => Some(snapshot.parse::<SnapshotId>().ok()?),
+                None => rest.is_empty().then_some(None)?,
+            };
+            Some((volume, replica, at))
+        });
+        let (volume, replica, at) = known.ok_or_else(unknown)?;
         let actor = host.get(replica).ok_or_else(unknown)?;
+        let what = at.map_or("as it is".to_owned(), |snapshot| format!("in snapshot {snapshot}"));
+        let device = Arc::new(InspectDevice { actor: Arc::clone(&actor), at });
+        if at.is_some() && device.size_bytes() == 0 {
+            return Err(unknown());
+        }
         Ok(Export {
-            contexts: contexts(&actor, None),
-            description: format!("replica {replica} of volume {volume} as it is on this node"),
+            contexts: contexts(&actor, at),
+            description: format!("replica {replica} of volume {volume} {what} on this node"),
             read_only: true,
-            ..Export::new(Arc::new(InspectDevice(actor)))
+            ..Export::new(device)
         })
     }
 
     fn list(&self, _: &PeerIdentity) -> Vec<String> {
-        let served = self.0.upgrade().map(|host| host.served()).unwrap_or_default();
-        served.iter().map(|(volume, replica)| format!("{volume}/{replica}")).collect()
+        let Some(host) = self.0.upgrade() else { return Vec::new() };
+        let mut names = Vec::new();
+        for (volume, replica) in host.served() {
+            let name = format!("{volume}/{replica}");
+            let snapshots = host.get(replica).map(|actor| actor.env.disk.snapshots()).unwrap_or_default();
+            names.extend(snapshots.iter().map(|snapshot| format!("{name}@{snapshot}")));
+            names.push(name);
+        }
+        names
     }
 }
 
-/// A replica's disk, for reads alone.
-struct InspectDevice(Arc<ReplicaActor>);
+/// A replica's disk, or a snapshot on it, for reads alone.
+struct InspectDevice {
+    actor: Arc<ReplicaActor>,
+    at: Option<SnapshotId>,
+}
 
 impl BlockDevice for InspectDevice {
     fn size_bytes(&self) -> u64 {
-        self.0.env.disk.size_bytes()
+        size_of(&self.actor.env.disk, self.at)
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {
@@ -230,7 +254,11 @@ impl BlockDevice for InspectDevice {
                 let answer = move |result: Result<_, holdfast_store::StoreError>| {
                     done(result.map_err(|error| BlockError(error.errno())));
                 };
-                self.0.env.disk.read(offset, len, Box::new(answer));
+                let disk = &self.actor.env.disk;
+                match self.at {
+                    None => disk.read(offset, len, Box::new(answer)),
+                    Some(snapshot) => disk.read_snapshot(snapshot, offset, len, Box::new(answer)),
+                }
             }
             BlockOp::Flush => done(Ok(bytes::Bytes::new())),
             BlockOp::Write { .. } | BlockOp::Zero { .. } => done(Err(BlockError(errno::EPERM))),
@@ -315,7 +343,7 @@ mod tests {
         let pulse = Pulse::start().unwrap();
         let host = ReplicaHost::open(pool, pulse, tokio::runtime::Handle::current()).unwrap();
         let meta = ReplicaMeta::new(VOLUME, REPLICA, Lineage(7), SIZE_BYTES, Epoch::default());
-        host.create(&meta).unwrap();
+        host.create(&meta, None).unwrap();
         host
     }
 

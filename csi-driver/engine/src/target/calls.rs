@@ -20,6 +20,7 @@ use crate::wire;
 
 use super::link::{ControlAnswer, Link, LinkError, Path, RemoteLink};
 use super::machine::{TargetActor, TargetInput};
+use super::snapshot_reads::SnapshotReads;
 
 /// A record store call without an answer for so long counts as unknown (R8).
 const STORE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -91,6 +92,7 @@ pub async fn control(
             Err(LinkError::Refused(error)) => TargetEvent::ControlRefused { call, error },
             Ok(ControlAnswer::Verified(blocks)) => TargetEvent::Verified { call, blocks },
             Ok(ControlAnswer::Extents(extents)) => TargetEvent::ExtentsRead { call, extents },
+            Ok(ControlAnswer::Changes(blocks)) => TargetEvent::ChangesRead { call, blocks },
             Err(error) => {
                 tracing::info!(volume = %actor.env.volume_id, %replica, %error, "a control request failed");
                 TargetEvent::SessionLost { session }
@@ -102,7 +104,7 @@ pub async fn control(
 
 /// Why a session did not come up.
 #[derive(Debug, thiserror::Error)]
-enum OpenError {
+pub enum OpenError {
     #[error(transparent)]
     Peer(#[from] PeerError),
     #[error("the control service cannot be reached: {0}")]
@@ -198,14 +200,16 @@ async fn open_remote(actor: &Arc<TargetActor>, wanted: &OpenSession, request: Op
         contexts: vec![BASE_ALLOCATION.to_owned()],
         compact_headers: false,
     };
+    let snapshots = SnapshotReads::new(info.nbd_address.clone(), options.clone());
     // The connection lives where the volume's I/O is done, so that a request crosses no thread.
     let connecting = AbortOnDrop(env.data.spawn(connect_nbd(info.nbd_address, options)));
     let client = connecting.join().await?;
     watch_client(actor, wanted.session, &client);
-    Ok(Ok((Link::new(Path::Remote(Box::new(RemoteLink { client, rpc, session }))), reply)))
+    Ok(Ok((Link::new(Path::Remote(Box::new(RemoteLink { client, rpc, session, snapshots }))), reply)))
 }
 
-async fn connect_nbd(address: String, options: ClientOptions) -> Result<Arc<Client>, OpenError> {
+/// Connects to a replica's NBD server; the connection lives on the runtime that polls this.
+pub async fn connect_nbd(address: String, options: ClientOptions) -> Result<Arc<Client>, OpenError> {
     let connect = async {
         let stream = TcpStream::connect(&address).await.map_err(|error| error.to_string())?;
         stream.set_nodelay(true).map_err(|error| error.to_string())?;

@@ -18,20 +18,19 @@ const STATUS_BYTES_MAX: u64 = 64 << 20;
 /// Takes client requests for a target. It keeps answering (with errors) after the target ended.
 pub struct TargetDevice {
     actor: Arc<TargetActor>,
-    size_bytes: u64,
 }
 
 impl TargetDevice {
     /// The device of a target that serves.
     #[must_use]
-    pub fn new(actor: Arc<TargetActor>, size_bytes: u64) -> Self {
-        Self { actor, size_bytes }
+    pub fn new(actor: Arc<TargetActor>) -> Self {
+        Self { actor }
     }
 }
 
 impl BlockDevice for TargetDevice {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        *self.actor.env.size_bytes.borrow()
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {

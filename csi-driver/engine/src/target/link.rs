@@ -9,8 +9,8 @@ use holdfast_nbd::{BASE_ALLOCATION, Client, ExtentsCompletion};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::dirty_map::DirtyMap;
-use holdfast_storage_core::ids::BLOCK_BYTES;
+use holdfast_storage_core::dirty_map::{BlockSet, DirtyMap};
+use holdfast_storage_core::ids::{BLOCK_BYTES, SnapshotId};
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, ReplicaReply, RequestRefusal, SessionKey,
 };
@@ -22,8 +22,10 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::replica::machine::{ReplicaActor, ReplicaInput};
-use crate::replica::{grpc, provider};
+use crate::replica::{changes, grpc, provider};
 use crate::{errno, wire};
+
+use super::snapshot_reads::SnapshotReads;
 
 /// One open session. Closed when it is dropped.
 pub struct Link {
@@ -54,6 +56,8 @@ pub struct RemoteLink {
     pub rpc: ReplicaClient<Channel>,
     /// Names the session in each control request.
     pub session: pb::Session,
+    /// Reads the replica's snapshots.
+    pub snapshots: SnapshotReads,
 }
 
 /// What a control request was answered.
@@ -66,6 +70,8 @@ pub enum ControlAnswer {
     Verified(Vec<Option<u64>>),
     /// Where there is data.
     Extents(Vec<(BlockRange, Allocation)>),
+    /// What was written between two snapshots.
+    Changes(BlockSet),
 }
 
 /// Why a control request failed.
@@ -115,6 +121,22 @@ impl Link {
         }
     }
 
+    /// Reads blocks of a snapshot of the replica.
+    pub async fn read_snapshot(&self, snapshot: SnapshotId, range: BlockRange) -> Result<Bytes, BlockError> {
+        let offset = range.offset_bytes();
+        let len = u32::try_from(range.len_bytes()).map_err(|_| BlockError(errno::EINVAL))?;
+        match &self.path {
+            Path::Local { actor, key } => {
+                let (sender, receiver) = oneshot::channel();
+                let done = Box::new(move |result| drop(sender.send(result)));
+                let (token, op) = (key.token, BlockOp::Read { offset, len });
+                actor.post(ReplicaInput::Data { token, at: Some(snapshot), op, done });
+                receiver.await.unwrap_or(Err(BlockError(errno::ESHUTDOWN)))
+            }
+            Path::Remote(remote) => remote.snapshots.read(snapshot, offset, len).await,
+        }
+    }
+
     /// Asks for allocation states, as [`holdfast_nbd::BlockStatus`] does; no request of the session's, as nothing waits for
     /// it and nothing is changed: the target returns the answer under its leases (R4).
     pub fn block_status(&self, range: BlockRange, extents_max: usize, done: ExtentsCompletion) {
@@ -154,7 +176,10 @@ impl Link {
     pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
         match (&self.path, op) {
             (Path::Local { actor, .. }, Control::ReadExtents(range)) => local_extents(actor, range).await,
-            (Path::Local { .. }, Control::ReadChanges { .. }) => Err(no_jobs()),
+            (Path::Local { actor, .. }, Control::ReadChanges { from, to }) => {
+                let read = changes::read(&actor.env.disk, from, to).await;
+                read.map(ControlAnswer::Changes).map_err(|error| LinkError::Silent(error.to_string()))
+            }
             (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
@@ -222,7 +247,7 @@ impl RemoteLink {
                 let request = pb::ClearMapRequest { session, absent_replica_id, regions };
                 rpc.clear_map(request).await.map_err(link_error)?;
             }
-            Control::ReadChanges { .. } => return Err(no_jobs()),
+            Control::ReadChanges { from, to } => return self.changes(from, to).await,
             Control::MergeMaps { epoch, maps } => {
                 let request = pb::MergeMapRequest {
                     session,
@@ -247,6 +272,19 @@ impl RemoteLink {
             }
         }
         Ok(ControlAnswer::Done)
+    }
+
+    async fn changes(
+        &self,
+        from: Option<SnapshotId>,
+        to: Option<SnapshotId>,
+    ) -> Result<ControlAnswer, LinkError> {
+        let text = |snapshot: Option<SnapshotId>| snapshot.map(|s| s.to_string()).unwrap_or_default();
+        let (from_snapshot_id, to_snapshot_id) = (text(from), text(to));
+        let session = Some(self.session.clone());
+        let request = pb::ReadChangesRequest { session, from_snapshot_id, to_snapshot_id };
+        let reply = self.rpc.clone().read_changes(request).await.map_err(link_error)?;
+        Ok(ControlAnswer::Changes(BlockSet::from_bytes(&reply.get_ref().bits)))
     }
 
     async fn verify(&self, range: BlockRange) -> Result<ControlAnswer, LinkError> {
@@ -314,11 +352,6 @@ impl Drop for Link {
 /// Whether a failed request says that its session is gone.
 pub fn is_session_error(result: &Result<Bytes, BlockError>) -> bool {
     matches!(result, Err(BlockError(errno::ENOTCONN | errno::ESHUTDOWN)))
-}
-
-/// No job is given to the core, so no snapshot is ever cut and nobody asks for what lies between two.
-fn no_jobs() -> LinkError {
-    LinkError::Silent("this program cuts no snapshots yet".to_owned())
 }
 
 async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<ControlAnswer, LinkError> {

@@ -7,13 +7,15 @@ use bytes::Bytes;
 use holdfast_io::{BlockError, BlockOp, Completion};
 use holdfast_nbd::{Extent, ExtentsCompletion};
 use holdfast_storage_core::block_range::BlockRange;
-use holdfast_storage_core::ids::{Epoch, Generation, NodeName, RecordVersion, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{
+    Epoch, Generation, NodeName, RecordVersion, ReplicaId, SnapshotId, VolumeId,
+};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
 use holdfast_storage_core::replica::DataOp;
 use holdfast_storage_core::target::{
-    CallId, Control, CopyId, Finding, IoError, IoId, OpenSession, Opened, Payload, RequestError, RequestId,
-    SessionId, Target, TargetAction, TargetEvent, TargetState, TargetStatus,
+    CallId, Control, CopyId, Finding, IoError, IoId, Job, JobError, JobId, OpenSession, Opened, Payload,
+    RequestError, RequestId, SessionId, Target, TargetAction, TargetEvent, TargetState, TargetStatus,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -51,6 +53,8 @@ pub struct TargetEnv {
     pub data: Handle,
     /// The state, for those who wait for it.
     pub state: watch::Sender<TargetState>,
+    /// The size once the target serves; follows growth (R31).
+    pub size_bytes: watch::Sender<u64>,
     /// Open tries under way, at most one per replica.
     pub opens: Mutex<HashMap<SessionId, AbortHandle>>,
 }
@@ -67,6 +71,8 @@ pub enum TargetInput {
     AllocationTold(IoTag, Result<Vec<Extent>, BlockError>),
     /// An I/O on a replica ended; a read gives its data.
     IoDone(IoTag, Result<Bytes, BlockError>),
+    /// A job, and who waits for its end.
+    Job(Job, JobAnswer),
     /// A session is open and its connection is up.
     SessionUp(SessionId, Arc<Link>, Opened),
 }
@@ -103,6 +109,8 @@ pub enum TargetWork {
     Control(CallId, SessionId, ReplicaId, Arc<Link>, Control),
     /// Send an I/O.
     Io(IoTag, Arc<Link>, BlockOp),
+    /// Read a snapshot of a replica.
+    ReadSnapshot(IoTag, Arc<Link>, SnapshotId, BlockRange),
     /// Ask what is allocated, in so many extents at most.
     Allocation(IoTag, Arc<Link>, BlockRange, usize),
     /// Answer a client.
@@ -111,6 +119,10 @@ pub enum TargetWork {
     TellAllocation(ExtentsCompletion, Result<Vec<Extent>, BlockError>),
     /// Report what was found out about the data's integrity.
     Found(Finding),
+    /// Tell a job's end.
+    JobDone(JobAnswer, Result<(), JobError>),
+    /// The volume has this size now.
+    Grown(u64),
     /// Tell the state, under which generation and epoch.
     State(TargetState, Generation, Epoch),
 }
@@ -128,7 +140,13 @@ pub struct TargetMachine {
     // Bounded by the core's COPIES_MAX.
     copies: HashMap<CopyId, Bytes>,
     sessions: HashMap<SessionId, SessionSlot>,
+    next_job: u64,
+    // Bounded by the core's JOBS_MAX.
+    jobs: HashMap<JobId, JobAnswer>,
 }
+
+/// Tells a job's end; dropped unanswered if the target is killed.
+pub type JobAnswer = Box<dyn FnOnce(Result<(), JobError>) + Send>;
 
 struct SessionSlot {
     replica: ReplicaId,
@@ -147,7 +165,16 @@ impl TargetMachine {
             queries: HashMap::new(),
             copies: HashMap::new(),
             sessions: HashMap::new(),
+            next_job: 0,
+            jobs: HashMap::new(),
         }
+    }
+
+    fn on_job(&mut self, now_ms: u64, what: Job, answer: JobAnswer) {
+        self.next_job += 1;
+        let job = JobId(self.next_job);
+        self.jobs.insert(job, answer);
+        self.core.handle_event(now_ms, TargetEvent::Job { job, what });
     }
 
     /// For GetStatus.
@@ -291,7 +318,7 @@ impl TargetMachine {
             DataOp::Verify(_) | DataOp::MarkBad(_) | DataOp::Adopt(_) => {
                 unreachable!("asked for by control requests")
             }
-            DataOp::ReadSnapshot { .. } => unreachable!("no target asks for a layer's data yet"),
+            DataOp::ReadSnapshot { .. } => unreachable!("sent as work of its own"),
         }
     }
 
@@ -332,7 +359,12 @@ impl TargetMachine {
                 if let Some((range, extents_max)) = self.query_of(payload).map(PendingQuery::wanted) {
                     return Some(TargetWork::Allocation(tag, link, range, extents_max));
                 }
-                TargetWork::Io(tag, link, self.block_op(op, payload))
+                match op {
+                    DataOp::ReadSnapshot { snapshot, range } => {
+                        TargetWork::ReadSnapshot(tag, link, snapshot, range)
+                    }
+                    op => TargetWork::Io(tag, link, self.block_op(op, payload)),
+                }
             }
             TargetAction::Complete { request, result } => {
                 if let Some(query) = self.queries.remove(&request) {
@@ -349,8 +381,8 @@ impl TargetMachine {
                     Err(error) => TargetWork::Complete(client.into_completion(), Err(request_error(error))),
                 }
             }
-            // No job is given to the core.
-            TargetAction::JobDone { .. } | TargetAction::Grown { .. } => return None,
+            TargetAction::JobDone { job, result } => TargetWork::JobDone(self.jobs.remove(&job)?, result),
+            TargetAction::Grown { size_bytes } => TargetWork::Grown(size_bytes),
             TargetAction::CopyDone { copy } => {
                 self.copies.remove(&copy);
                 return None;
@@ -388,6 +420,7 @@ impl Machine for TargetMachine {
             TargetInput::Allocation(query, done) => self.on_allocation(now_ms, query, done),
             TargetInput::AllocationTold(tag, result) => self.on_allocation_told(now_ms, tag, result),
             TargetInput::IoDone(tag, result) => self.on_io_done(now_ms, tag, result),
+            TargetInput::Job(what, answer) => self.on_job(now_ms, what, answer),
             TargetInput::SessionUp(session, link, opened) => {
                 // A try that was given up meanwhile: its link closes as it is dropped.
                 if let Some(slot) = self.sessions.get_mut(&session) {
@@ -418,14 +451,17 @@ impl Machine for TargetMachine {
             work.push(TargetWork::TellAllocation(query.done, Err(BlockError(errno::EIO))));
         }
         self.copies.clear();
+        // Dropped: who waits learns that the target ended.
+        self.jobs.clear();
     }
 
     fn reject(event: TargetInput) {
         match event {
             TargetInput::Request(_, done) => done(Err(BlockError(errno::EIO))),
             TargetInput::Allocation(_, done) => done(Err(BlockError(errno::EIO))),
-            // Dropping a fresh session's link closes it.
+            // Dropping a fresh session's link closes it; dropping a job's answer tells that the target ended.
             TargetInput::Core(_)
+            | TargetInput::Job(..)
             | TargetInput::IoDone(..)
             | TargetInput::AllocationTold(..)
             | TargetInput::SessionUp(..) => {}
@@ -440,6 +476,13 @@ impl Machine for TargetMachine {
                 let target = me();
                 link.submit(op, Box::new(move |result| target.post(TargetInput::IoDone(tag, result))));
             }
+            TargetWork::ReadSnapshot(tag, link, snapshot, range) => {
+                let target = me();
+                env.data.spawn(async move {
+                    let result = link.read_snapshot(snapshot, range).await;
+                    target.post(TargetInput::IoDone(tag, result));
+                });
+            }
             TargetWork::Allocation(tag, link, range, extents_max) => {
                 let target = me();
                 let told = move |result| target.post(TargetInput::AllocationTold(tag, result));
@@ -447,6 +490,11 @@ impl Machine for TargetMachine {
             }
             TargetWork::Complete(done, result) => done(result),
             TargetWork::TellAllocation(done, result) => done(result),
+            TargetWork::JobDone(done, result) => done(result),
+            TargetWork::Grown(size_bytes) => {
+                env.size_bytes.send_replace(size_bytes);
+                tracing::info!(volume = %env.volume_id, size_bytes, "the volume grew");
+            }
             TargetWork::Heartbeat(session, link, sequence) => {
                 env.control.spawn(calls::heartbeat(me(), link, session, sequence));
             }

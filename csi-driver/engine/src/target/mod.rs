@@ -6,5 +6,6 @@ mod calls;
 pub mod device;
 pub mod link;
 pub mod machine;
+mod snapshot_reads;
 pub mod table;
 pub mod volume;

@@ -2,15 +2,49 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use holdfast_io::BlockError;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::target::{Job, JobError};
+use tokio::sync::watch;
 
 use crate::errno;
 use crate::node::NodeContext;
 
 use super::volume::{AttachError, Volume};
+
+/// How long a volume that nobody uses has a target for one job; more than the members' deadlines take together.
+const DETACHED_JOB_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a job on a volume was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeJobError {
+    /// There is no target to do it.
+    #[error(transparent)]
+    Target(#[from] AttachError),
+    /// The target did not do it.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// It is published, to another node.
+    #[error("volume {volume} is published to node {node}: ask there")]
+    Elsewhere {
+        /// The volume.
+        volume: VolumeId,
+        /// Where.
+        node: String,
+    },
+    /// A hold of a volume that nobody writes to.
+    #[error("volume {0} is not attached here: there are no writes to hold")]
+    NotAttached(VolumeId),
+    /// It took too long.
+    #[error("the job on volume {0} is not done after {seconds} s: a replica does not answer, or is being reconciled; ask again", seconds = DETACHED_JOB_PATIENCE.as_secs())]
+    TooLong(VolumeId),
+    /// The volume is being attached.
+    #[error("volume {0} is being attached: ask again")]
+    Overtaken(VolumeId),
+}
 
 /// The attached volumes.
 pub struct Volumes {
@@ -24,6 +58,24 @@ struct Slot {
     /// Held for the whole of an attach or detach: a duplicate waits and then finds the work done.
     gate: tokio::sync::Mutex<()>,
     volume: Mutex<Option<Arc<Volume>>>,
+    /// Attaches that wait for the gate or hold it: a job on the detached volume gives way.
+    attaching: watch::Sender<usize>,
+}
+
+/// One of [`Slot::attaching`].
+struct Attaching<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Attaching<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for Attaching<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
 }
 
 impl Volumes {
@@ -45,6 +97,7 @@ impl Volumes {
         attachment: Attachment,
     ) -> Result<Arc<Volume>, AttachError> {
         let slot = self.slot(volume_id);
+        let _attaching = Attaching::new(&slot.attaching);
         let _gate = slot.gate.lock().await;
         if let Some(volume) = slot.current() {
             if volume.attachment != attachment {
@@ -57,7 +110,7 @@ impl Volumes {
         }
         let record = self.node.store.read(volume_id).await?.record;
         self.check_published(&record, attachment)?;
-        let volume = Volume::start(&self.node, volume_id, attachment)
+        let volume = Volume::start(&self.node, volume_id, attachment, false)
             .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
         // From here on a caller that gives up leaves nothing half done: the slot owns the volume.
         slot.put(Some(Arc::clone(&volume)));
@@ -85,6 +138,50 @@ impl Volumes {
             Some(volume) => volume.stop().await,
             None => Ok(()),
         }
+    }
+
+    /// Does a job on a volume that is attached here, or to nobody: then a target is started for it, which takes a
+    /// generation (R7) and ends with the job. Not cancel-safe: run it as a task of its own.
+    ///
+    /// # Errors
+    /// [`VolumeJobError`], which tells whether the job may have been done.
+    pub async fn job(&self, volume_id: VolumeId, what: Job) -> Result<(), VolumeJobError> {
+        if let Some(volume) = self.get(volume_id) {
+            return run(&volume, what).await;
+        }
+        if matches!(what, Job::Hold { .. } | Job::Cut { .. }) {
+            return Err(VolumeJobError::NotAttached(volume_id));
+        }
+        if matches!(what, Job::Release { .. }) {
+            return Ok(());
+        }
+        let slot = self.slot(volume_id);
+        let mut attaching = slot.attaching.subscribe();
+        // No attach meanwhile: its target and this one would fence each other.
+        let _gate = slot.gate.lock().await;
+        if let Some(volume) = slot.current() {
+            return run(&volume, what).await;
+        }
+        let record = self.node.store.read(volume_id).await.map_err(AttachError::Store)?.record;
+        if let Some(node) = record.attached_to {
+            return Err(VolumeJobError::Elsewhere { volume: volume_id, node: node.0 });
+        }
+        let volume = Volume::start(&self.node, volume_id, record.attachment, true)
+            .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
+        // The data process may be stopped in the middle of it.
+        let _over = AbandonOnDrop(Arc::clone(&volume));
+        let work = async {
+            volume.wait_serving(self.node.config.attach_timeout).await?;
+            run(&volume, what).await
+        };
+        let done = tokio::select! {
+            done = work => done,
+            _ = attaching.wait_for(|count| *count > 0) => Err(VolumeJobError::Overtaken(volume_id)),
+            () = tokio::time::sleep(DETACHED_JOB_PATIENCE) => Err(VolumeJobError::TooLong(volume_id)),
+        };
+        // There is no front end that could be busy.
+        let _ = volume.stop().await;
+        done
     }
 
     /// An attached volume.
@@ -145,6 +242,22 @@ impl Volumes {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn run(volume: &Arc<Volume>, what: Job) -> Result<(), VolumeJobError> {
+    volume.job(what).await?;
+    if matches!(what, Job::Grow { .. }) {
+        volume.follow_growth().await?;
+    }
+    Ok(())
+}
+
+struct AbandonOnDrop(Arc<Volume>);
+
+impl Drop for AbandonOnDrop {
+    fn drop(&mut self) {
+        self.0.abandon();
     }
 }
 

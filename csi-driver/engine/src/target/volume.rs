@@ -10,7 +10,9 @@ use holdfast_io::{BlockDevice, BlockOp};
 use holdfast_nbd::Server;
 use holdfast_storage_core::ids::{Attachment, TargetId, VolumeId};
 use holdfast_storage_core::record_store::StoreError;
-use holdfast_storage_core::target::{Target, TargetConfig, TargetEvent, TargetState, TargetStatus};
+use holdfast_storage_core::target::{
+    Job, JobError, Target, TargetConfig, TargetEvent, TargetState, TargetStatus,
+};
 use holdfast_storage_core::timers::STOP_DEADLINE_MS;
 use tokio::sync::{oneshot, watch};
 
@@ -111,7 +113,7 @@ struct Outside {
 }
 
 impl Volume {
-    /// Starts a target; it is not serving yet.
+    /// Starts a target; it is not serving yet. `detached`: for jobs on a volume that is published to nobody (R7).
     ///
     /// # Errors
     /// The kernel gives no thread.
@@ -119,6 +121,7 @@ impl Volume {
         node: &NodeContext,
         volume_id: VolumeId,
         attachment: Attachment,
+        detached: bool,
     ) -> std::io::Result<Arc<Self>> {
         let id = volume_id.to_string();
         // It never waits for the local disk: when that hangs, the other replicas go on.
@@ -130,7 +133,7 @@ impl Volume {
             attachment,
             target_id,
             seed: rand::random(),
-            detached: false,
+            detached,
         };
         let (sender, state) = watch::channel(TargetState::Opening);
         let env = TargetEnv {
@@ -142,6 +145,7 @@ impl Volume {
             control: node.control.clone(),
             data: runtime.handle().clone(),
             state: sender,
+            size_bytes: watch::Sender::new(0),
             opens: Mutex::default(),
         };
         tracing::info!(volume = %volume_id, %attachment, %target_id, "a target starts");
@@ -198,7 +202,9 @@ impl Volume {
     pub async fn expose(&self, node: &NodeContext, read_only: bool) -> Result<(), AttachError> {
         let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
         let size = self.actor.peek(TargetMachine::size_bytes).unwrap_or_default();
-        let target = Arc::new(TargetDevice::new(Arc::clone(&self.actor), size));
+        // Unless it grew since.
+        self.actor.env.size_bytes.send_modify(|known| *known = size.max(*known));
+        let target = Arc::new(TargetDevice::new(Arc::clone(&self.actor)));
         let device: Arc<dyn BlockDevice> = Arc::clone(&target) as Arc<dyn BlockDevice>;
         if let Some(dir) = &node.config.nbd_client_dir {
             let socket = self.serve_clients(dir, &target, read_only).map_err(|e| failed(e.to_string()))?;
@@ -255,9 +261,36 @@ impl Volume {
         self.actor.peek(TargetMachine::status)
     }
 
+    /// The block device follows the target's growth. Safe to repeat.
+    ///
+    /// # Errors
+    /// The kernel refuses; the volume has its new size nevertheless.
+    pub async fn follow_growth(self: &Arc<Self>) -> Result<(), AttachError> {
+        let me = Arc::clone(self);
+        let grow = move || {
+            let size_bytes = *me.actor.env.size_bytes.borrow();
+            me.outside().front_end.as_ref().map_or(Ok(()), |front_end| front_end.grow(size_bytes))
+        };
+        let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
+        match tokio::task::spawn_blocking(grow).await {
+            Ok(grown) => grown.map_err(|error| failed(error.to_string())),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
     /// Begins a pass of the scrub.
     pub fn scrub(&self) {
         self.actor.post(TargetInput::core(TargetEvent::Scrub));
+    }
+
+    /// Does a job: a snapshot, growth.
+    ///
+    /// # Errors
+    /// See [`JobError`]. Cancelling the call does not cancel the job; repeating it finds it done or does it.
+    pub async fn job(&self, what: Job) -> Result<(), JobError> {
+        let (sender, receiver) = oneshot::channel();
+        self.actor.post(TargetInput::Job(what, Box::new(move |result| drop(sender.send(result)))));
+        receiver.await.unwrap_or(Err(JobError::Ended))
     }
 
     /// The target's machine, for questions to its replicas.

@@ -13,6 +13,7 @@ use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial};
 use holdfast_io::{BlockDevice, BlockError, BlockOp};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_client::PoolClient;
+use holdfast_proto::storage::volume_jobs_client::VolumeJobsClient;
 use holdfast_service::tls::CONTROLLER_NAME;
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::record::VolumeParams;
@@ -162,6 +163,7 @@ impl Cluster {
                 lineage: record.lineage.to_string(),
                 size_bytes,
                 epoch: Some(pb::Epoch { number: record.epoch.number, nonce: record.epoch.nonce }),
+                ..pb::CreateReplicaRequest::default()
             };
             self.pool_client(index).await.create_replica(request).await.unwrap();
         }
@@ -183,6 +185,12 @@ impl Cluster {
     pub async fn pool_client(&self, index: usize) -> PoolClient<Channel> {
         let tls = self.issue(CONTROLLER_NAME);
         PoolClient::new(self.channel(index, tls.as_deref()).await.unwrap())
+    }
+
+    /// A node's volume jobs, as the controller reaches them.
+    pub async fn jobs_client(&self, index: usize) -> VolumeJobsClient<Channel> {
+        let tls = self.issue(CONTROLLER_NAME);
+        VolumeJobsClient::new(self.channel(index, tls.as_deref()).await.unwrap())
     }
 
     /// A channel to a node's control services with the certificate in a folder, or in plain text.
@@ -246,7 +254,7 @@ impl Cluster {
             }
         }
         let record = self.store.get(volume).record;
-        assert_eq!(record.in_sync.len(), self.nodes.len(), "a member was lost at the stop");
+        assert_eq!(record.in_sync.len(), record.replicas.len(), "a member was lost at the stop");
         for node in &mut self.nodes {
             if let Some(process) = node.process.take() {
                 process.shutdown().await;

@@ -153,6 +153,7 @@ impl Inner {
                 lineage: record.lineage.to_string(),
                 size_bytes: record.size_bytes,
                 epoch: Some(WireEpoch { number: record.epoch.number, nonce: record.epoch.nonce }),
+                ..CreateReplicaRequest::default()
             };
             (id, self.pools.create_replica(&replica.node, request).await)
         };

@@ -45,6 +45,7 @@ impl Inner {
             lineage: record.lineage.to_string(),
             size_bytes: record.size_bytes,
             epoch: Some(WireEpoch { number: Epoch::default().number, nonce: Epoch::default().nonce }),
+            ..CreateReplicaRequest::default()
         };
         self.pools.create_replica(&node, create).await?;
         if let Some(old) = old
