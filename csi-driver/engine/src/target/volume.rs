@@ -199,7 +199,11 @@ impl Volume {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub async fn expose(&self, node: &NodeContext, read_only: bool) -> Result<(), AttachError> {
+    pub async fn expose(
+        self: &Arc<Self>,
+        node: &NodeContext,
+        read_only: bool,
+    ) -> Result<(), AttachError> {
         let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
         let size = self.actor.peek(TargetMachine::size_bytes).unwrap_or_default();
         // Unless it grew since.
@@ -221,9 +225,13 @@ impl Volume {
                 .await
                 .map_err(|e| failed(e.to_string()))?
                 .map_err(|e| failed(e.to_string()))?;
-            let mut outside = self.outside();
-            outside.path = Some(front_end.device_path().to_owned());
-            outside.front_end = Some(front_end);
+            {
+                let mut outside = self.outside();
+                outside.path = Some(front_end.device_path().to_owned());
+                outside.front_end = Some(front_end);
+            }
+            // The volume may have grown meanwhile.
+            self.follow_growth().await?;
         }
         Ok(())
     }
