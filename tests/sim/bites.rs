@@ -14,7 +14,7 @@ type TakeOut = fn(&mut Guards);
 /// Guards with the seed that finds each of them off; another is looked for where the code has moved on since.
 ///
 /// `tickgap` is not listed: its lack costs time, not data.
-const GUARDS: [(&str, TakeOut, u64); 43] = [
+const GUARDS: [(&str, TakeOut, u64); 49] = [
     ("drift", |g| g.drift = false, 8_000_004),
     ("serveall", |g| g.serveall = false, 7_000_829),
     ("mapend", |g| g.mapend = false, 2_000_006),
@@ -34,7 +34,7 @@ const GUARDS: [(&str, TakeOut, u64); 43] = [
     ("clearrule", |g| g.clearrule = false, 7_000_004),
     ("clearseq", |g| g.clearseq = false, 2_000_050),
     ("genpersist", |g| g.genpersist = false, 3_000_010),
-    ("onegen", |g| g.onegen = false, 4_000_027),
+    ("onegen", |g| g.onegen = false, 4_000_035),
     ("lease", |g| g.lease = false, 3_000_006),
     ("walljump", |g| g.walljump = false, 3_000_132),
     ("leasewait", |g| g.leasewait = false, 3_000_010),
@@ -42,7 +42,7 @@ const GUARDS: [(&str, TakeOut, u64); 43] = [
     ("instance", |g| g.instance = false, 2_000_006),
     ("lostsrc", |g| g.lostsrc = false, 7_000_001),
     ("loststicky", |g| g.loststicky = false, 7_000_001),
-    ("keepgood", |g| g.keepgood = false, 6_000_000),
+    ("keepgood", |g| g.keepgood = false, 6_000_005),
     ("sameatt", |g| g.sameatt = false, 2_000_027),
     ("joint", |g| g.joint = false, 2_000_002),
     ("unknown", |g| g.unknown = false, 2_000_042),
@@ -58,6 +58,12 @@ const GUARDS: [(&str, TakeOut, u64); 43] = [
     ("cutclaim", |g| g.cutclaim = false, 10_000_007),
     ("abandonfirst", |g| g.abandonfirst = false, 10_000_005),
     ("ctlfence", |g| g.ctlfence = false, 11_000_021),
+    ("repairlock", |g| g.repairlock = false, 12_000_014),
+    ("adoptlast", |g| g.adoptlast = false, 12_000_000),
+    ("unreadrec", |g| g.unreadrec = false, 13_000_680),
+    ("otherhistory", |g| g.otherhistory = false, 14_000_007),
+    ("allanswer", |g| g.allanswer = false, 14_000_000),
+    ("awayread", |g| g.awayread = false, 15_000_018),
 ];
 
 /// Seeds of each family tried beside the known one.

@@ -44,6 +44,18 @@ pub enum Trouble {
     Straggle,
     /// A replica has no room for another layer until it has merged some.
     LayersFull,
+    /// A block of a member no longer verifies, or cannot be read, while another member has it.
+    Rot,
+    /// A write lands on another block of a member.
+    Misdirect,
+    /// A block rots on every replica.
+    RotEverywhere,
+    /// Most reads of a member's disk fail.
+    FailReads,
+    /// The record store is restored from a backup, with every replica there.
+    RestoreStore,
+    /// An operator promotes a replica, the last member being lost.
+    GiveUp,
 }
 
 /// From here on a pause counts as one of minutes.
@@ -56,6 +68,9 @@ impl World {
         }
         let gap = self.rng.random_range(0..2 * self.chaos.gap_us);
         self.schedule(gap, Event::Chaos);
+        if self.operator.calm {
+            return;
+        }
         let total: u32 = self.chaos.weights.iter().map(|(_, weight)| weight).sum();
         let mut at = self.rng.random_range(0..total);
         let hit = self.chaos.weights.iter().find(|(_, weight)| {
@@ -122,6 +137,11 @@ impl World {
             }
             Trouble::SlowDisk => self.nodes[node].slow_until = self.now + lasts + 3_000_000,
             Trouble::HungDisk => self.nodes[node].hung_until = self.now + lasts + 4_000_000,
+            Trouble::RestoreStore => self.prepare_restore(node % REPLICAS),
+            Trouble::GiveUp => self.give_up(),
+            Trouble::Rot | Trouble::Misdirect | Trouble::RotEverywhere | Trouble::FailReads => {
+                self.strike_disk(trouble, node, lasts);
+            }
             Trouble::FullDisk => self.nodes[node].disk.full = !self.nodes[node].disk.full,
             Trouble::Straggle => self.arm_straggler(),
             Trouble::LayersFull => self.nodes[node].layers_full_until = self.now + lasts,
@@ -326,6 +346,8 @@ impl World {
             self.nodes[node].slow_until = 0;
             self.nodes[node].hung_until = 0;
             self.nodes[node].layers_full_until = 0;
+            self.nodes[node].reads_fail_until = 0;
+            self.nodes[node].disk.misdirects_to = None;
             self.nodes[node].disk.full = false;
             self.nodes[node].disk.fail_flush = false;
             self.nodes[node].paused_until = self.now.min(self.nodes[node].paused_until);

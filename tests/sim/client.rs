@@ -14,7 +14,7 @@ use crate::target_host::TargetHost;
 use crate::world::{Event, TargetNumber, VOLUME_BYTES, World};
 
 /// Blocks that clients use: few, so that requests meet; on both sides of region boundaries.
-const HOT_BLOCKS: [u64; 10] = [0, 1, 2, 3, 254, 255, 256, 511, 512, 900];
+pub const HOT_BLOCKS: [u64; 10] = [0, 1, 2, 3, 254, 255, 256, 511, 512, 900];
 pub const HALF: u64 = BLOCK_BYTES / 2;
 const WRITES_MAX: usize = 4;
 const READS_MAX: usize = 4;
@@ -165,6 +165,10 @@ impl World {
 }
 
 impl TargetHost {
+    pub fn writes_overlap_blocks(&self, range: BlockRange) -> bool {
+        self.writes_overlap(range.offset_bytes(), range.len_bytes())
+    }
+
     fn writes_overlap(&self, offset: u64, len: u64) -> bool {
         self.requests.values().any(|request| match request.op {
             ClientOp::Write { offset: o, len: l, .. } | ClientOp::Zero { offset: o, len: l, .. } => {

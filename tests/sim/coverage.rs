@@ -28,6 +28,7 @@ scenarios! {
     // Clocks.
     DriftAtBound: "reads under clocks 1 % slow against 1 % fast",
     DriftPastBound: "reads under clocks that differ by more than the bound",
+    TargetIdled: "a target that served had nothing to do for long and asked its replicas seldom",
     TargetPausedForMinutes: "a target slept for a minute or more",
     TargetPausedAtLeaseCheck: "a target slept with a read's data in hand",
     TargetPausedAtSwap: "a target slept with a swap on its way",
@@ -87,6 +88,22 @@ scenarios! {
     TrimCrashRead: "a block was trimmed, its replica lost power, the block was read",
     UnalignedWriteUnreconciled: "an unaligned write came while regions were unreconciled",
     FullIntentLog: "the intent log was full",
+    // Rot.
+    RotMet: "a read met a damaged block",
+    RotInLoggedRegion: "a read met a damaged block in a logged region",
+    TornBlockMet: "a read met a block that a crash had torn",
+    FailingRead: "a read failed on a device",
+    Misdirected: "a write landed on another block",
+    Repaired: "a block was mended from another member",
+    RepairMetWrite: "a write to a block waited while it was mended",
+    Adopted: "a block that verified nowhere was taken as it was",
+    MarkedBad: "a block that nobody could read was marked bad on a returning replica",
+    ErrorNotStale: "a read of a block that verified nowhere was an error",
+    // An operator.
+    StoreRestored: "the store was restored from a backup",
+    RestoreNoticed: "a record was found to be of another history",
+    PromotedAfterRestore: "a replica of a restored volume was promoted",
+    PromotedOffline: "a replica was promoted after the last member was lost",
 }
 
 /// How often each scenario happened.

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{Dirty, DirtyMap};
 use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId, SnapshotId};
-use holdfast_storage_core::replica::{DataOp, DiskOp, ReplicaMeta, ReplicaStart};
+use holdfast_storage_core::replica::{DataOp, DiskError, DiskOp, ReplicaMeta, ReplicaStart};
 use holdfast_storage_core::target::Allocation;
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use crate::damage::{self, Damage};
 use crate::layers::{Layers, non_zero};
 
 /// Two halves, so that unaligned writes can be seen.
@@ -38,6 +39,10 @@ pub struct Disk {
     pub full: bool,
     /// The next flush fails, and loses what it should have kept.
     pub fail_flush: bool,
+    /// A block that was being written when its disk lost power, or its process died, may not verify.
+    pub tears_blocks: bool,
+    /// The first block of the next write lands on this one instead.
+    pub misdirects_to: Option<u64>,
 }
 
 impl Disk {
@@ -55,6 +60,8 @@ impl Disk {
             layers: Layers::default(),
             full: false,
             fail_flush: false,
+            tears_blocks: false,
+            misdirects_to: None,
         }
     }
 
@@ -68,8 +75,18 @@ impl Disk {
         }
     }
 
-    pub fn read(&self, range: BlockRange) -> Blocks {
-        self.current.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect()
+    pub fn read(&self, range: BlockRange) -> Result<Blocks, DiskError> {
+        let read = of_range(&self.current, range);
+        damage::verify_all(&read).map(|()| read)
+    }
+
+    /// What reads see of a block, or would see.
+    pub fn block(&self, block: u64) -> BlockData {
+        self.current.get(&block).copied().unwrap_or_default()
+    }
+
+    pub fn blocks(&self) -> u64 {
+        self.size_bytes / BLOCK_BYTES
     }
 
     /// Where there is something, as the allocation map says.
@@ -82,21 +99,54 @@ impl Disk {
         (range.start.0..range.end()).map(|block| (BlockRange::new(block, 1), state(block))).collect()
     }
 
-    /// A digest of each block.
+    /// A digest of each block that verifies.
     pub fn verify(&self, range: BlockRange) -> Vec<Option<u64>> {
         let digest = |[low, high]: [u64; 2]| low.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ high;
-        let data = |block: u64| self.current.get(&block).copied().unwrap_or_default();
-        (range.start.0..range.end()).map(|block| Some(digest(data(block)))).collect()
+        let verdict = |block: u64| Some(self.block(block)).filter(|data| damage::verifies(*data)).map(digest);
+        (range.start.0..range.end()).map(verdict).collect()
+    }
+
+    /// The block holds this from now on, whatever was written to it and not flushed.
+    pub fn damage(&mut self, block: u64, data: BlockData) {
+        self.cache.retain(|(_, other, _)| *other != block);
+        self.current.insert(block, data);
+        self.durable.insert(block, data);
+    }
+
+    /// R25: unreadable until written again, as durable as any write.
+    pub fn mark_bad(&mut self, range: BlockRange) {
+        for block in range.start.0..range.end() {
+            self.write_block(block, damage::marked(), false);
+        }
+    }
+
+    /// R32: what the disk holds of the blocks that it can read is taken for their data. Tells which were changed, and what
+    /// they held.
+    pub fn adopt(&mut self, range: BlockRange) -> Vec<(u64, BlockData)> {
+        let mut adopted = Vec::new();
+        for block in range.start.0..range.end() {
+            let held = self.block(block);
+            if let Some(data) = damage::adopted(held) {
+                self.write_block(block, data, false);
+                adopted.push((block, held));
+            }
+        }
+        adopted
     }
 
     /// What reads see, for comparing members.
     pub fn contents(&self) -> Blocks {
-        non_zero(&self.current)
+        non_zero(&damage::seen(&self.current))
     }
 
-    pub fn read_snapshot(&self, snapshot: SnapshotId, range: BlockRange) -> Option<Blocks> {
-        let blocks = &self.layers.get(snapshot)?.current;
-        Some(blocks.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect())
+    pub fn bad_blocks(&self) -> BTreeSet<u64> {
+        damage::bad_blocks(&self.current)
+    }
+
+    pub fn read_snapshot(&self, snapshot: SnapshotId, range: BlockRange) -> Result<Blocks, DiskError> {
+        let layer = self.layers.get(snapshot).ok_or(DiskError::NoSnapshot)?;
+        let read = of_range(&layer.current, range);
+        damage::verify_all(&read).map(|()| read)
     }
 
     /// Where a flush that starts now will reach to.
@@ -104,10 +154,18 @@ impl Disk {
         self.next_write
     }
 
-    pub fn write(&mut self, range: BlockRange, data: &Blocks, fua: bool) {
-        for block in range.start.0..range.end() {
+    /// Tells which block a part of it landed on instead, if it did.
+    pub fn write(&mut self, range: BlockRange, data: &Blocks, fua: bool) -> Option<u64> {
+        let first = range.start.0;
+        let before = self.block(first);
+        for block in first..range.end() {
             self.write_block(block, data.get(&block).copied().unwrap_or_default(), fua);
         }
+        let to = self.misdirects_to.take_if(|to| !(first..range.end()).contains(to))?;
+        let written = self.block(first);
+        self.damage(first, damage::damaged(damage::held(before), Damage::Foreign));
+        self.damage(to, damage::damaged(written, Damage::Foreign));
+        Some(to)
     }
 
     fn write_block(&mut self, block: u64, data: BlockData, fua: bool) {
@@ -140,19 +198,26 @@ impl Disk {
 
     /// Each block keeps one of the values it was given since the last flush, or the one before.
     pub fn lose_cache(&mut self, rng: &mut StdRng) {
-        keep_some(std::mem::take(&mut self.cache), &mut self.durable, rng);
+        let cache = std::mem::take(&mut self.cache);
+        let torn = if self.tears_blocks { damage::torn(&cache, &self.durable, rng) } else { Blocks::new() };
+        keep_some(cache, &mut self.durable, rng);
+        self.durable.extend(torn);
         self.current = self.durable.clone();
         self.layers.lose_cache(rng);
     }
 
-    /// A write that was under way when its process died: any of its blocks may have landed. Tells whether some did and
-    /// some did not.
+    /// A write that was under way when its process died: any of its blocks may have landed, with their checksums or
+    /// without. Tells whether some did and some did not.
     pub fn tear(&mut self, range: BlockRange, data: &Blocks, rng: &mut StdRng) -> bool {
         let mut landed = 0;
         for block in range.start.0..range.end() {
             if rng.random_bool(0.5) {
                 landed += 1;
-                self.write_block(block, data.get(&block).copied().unwrap_or_default(), false);
+                let mut new = data.get(&block).copied().unwrap_or_default();
+                if self.tears_blocks && rng.random_bool(0.4) {
+                    new = damage::damaged(new, Damage::Torn);
+                }
+                self.write_block(block, new, false);
             }
         }
         (1..range.count).contains(&landed)
@@ -186,6 +251,10 @@ impl Disk {
             DiskOp::Data { .. } => {}
         }
     }
+}
+
+fn of_range(blocks: &Blocks, range: BlockRange) -> Blocks {
+    blocks.range(range.start.0..range.end()).map(|(block, data)| (*block, *data)).collect()
 }
 
 pub fn keep_some(cache: Vec<CachedWrite>, durable: &mut Blocks, rng: &mut StdRng) {

@@ -38,10 +38,20 @@ pub enum Family {
     Groups,
     /// Control requests that are under way for seconds while their session ends.
     Stragglers,
+    /// Blocks rot, tear and land elsewhere, while another member has them.
+    Rot = 12,
+    /// The same, down to the last copy.
+    LastCopies = 13,
+    /// The record store is restored from a backup; an operator decides.
+    Restores = 14,
+    /// The last member is lost, and an operator promotes another replica.
+    Promotions = 15,
+    /// Clients ask every few seconds: the target asks its replicas seldom.
+    Naps = 16,
 }
 
 impl Family {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 17] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -54,11 +64,15 @@ impl Family {
         Self::Cuts,
         Self::Groups,
         Self::Stragglers,
+        Self::Rot,
+        Self::LastCopies,
+        Self::Restores,
+        Self::Promotions,
+        Self::Naps,
     ];
 
     pub fn of(seed: u64) -> Self {
-        let at = usize::try_from(seed / FAMILY_SEEDS).unwrap_or(usize::MAX);
-        Self::ALL.get(at).copied().unwrap_or(Self::Mixed)
+        Self::ALL.into_iter().find(|family| *family as u64 == seed / FAMILY_SEEDS).unwrap_or(Self::Mixed)
     }
 
     /// Seeds of the family in a run of so many mixed ones.
@@ -76,7 +90,12 @@ impl Family {
             | Self::Restarts
             | Self::Edge
             | Self::Cuts
-            | Self::Stragglers => mixed / 8,
+            | Self::Stragglers
+            | Self::Rot
+            | Self::LastCopies
+            | Self::Restores
+            | Self::Promotions
+            | Self::Naps => mixed / 8,
         }
     }
 
@@ -117,6 +136,10 @@ pub struct Chaos {
     pub slow_node: Option<usize>,
     /// A killed process counts as a lost cache, as with our store.
     pub kill_loses_cache: bool,
+    /// What a crash interrupts may not verify; members are scrubbed at the end.
+    pub tears_blocks: bool,
+    /// Old records are kept, to be restored.
+    pub restores_store: bool,
     pub log_cold_ms: u64,
     pub log_clear_every_ms: u64,
     pub log_regions_max: usize,
@@ -180,6 +203,8 @@ impl Chaos {
             slow_node: None,
             drift: [Drift::Mild, Drift::Mild, Drift::AtBound, Drift::PastBound][rng.random_range(0..4)],
             kill_loses_cache: rng.random_bool(0.5),
+            tears_blocks: false,
+            restores_store: false,
             log_cold_ms: [0, 0, 20, 2_000][rng.random_range(0..4)],
             log_clear_every_ms: [5, 20, 100, 1_000][rng.random_range(0..4)],
             log_regions_max: [2, 3, 1_000, 1_000][rng.random_range(0..4)],
@@ -269,6 +294,76 @@ impl Chaos {
                 (self.gap_us, self.lasts_us) = (300_000, 1_500_000);
                 self.client_gap_us = self.client_gap_us.max(2_000);
                 self.store_flaky = 0.0;
+            }
+            Family::Rot => {
+                self.weights = vec![
+                    (Trouble::Rot, 8),
+                    (Trouble::Misdirect, 4),
+                    (Trouble::FailReads, 1),
+                    (Trouble::KillTarget, 2),
+                    (Trouble::KillReplica, 2),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::Move, 1),
+                    (Trouble::Isolate, 1),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (120_000, 1_000_000, 1_000);
+                self.tears_blocks = true;
+                // Without a replica on its node a target reads from all of them.
+                self.prefers_diskless = rng.random_bool(0.6);
+            }
+            Family::LastCopies => {
+                self.weights = vec![
+                    (Trouble::Rot, 4),
+                    (Trouble::Misdirect, 3),
+                    (Trouble::RotEverywhere, 2),
+                    (Trouble::FailReads, 5),
+                    (Trouble::KillTarget, 4),
+                    (Trouble::KillReplica, 3),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::Isolate, 2),
+                    (Trouble::PowerLossOfAll, u32::from(rng.random_bool(0.3))),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (250_000, 2_000_000, 2_000);
+                self.tears_blocks = true;
+            }
+            Family::Restores => {
+                self.weights = vec![
+                    (Trouble::KillReplica, 3),
+                    (Trouble::Isolate, 3),
+                    (Trouble::KillTarget, 2),
+                    (Trouble::Move, 1),
+                    (Trouble::RestoreStore, 2),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (600_000, 3_000_000, 25_000);
+                (self.store_flaky, self.store_stale) = (0.0, 0.0);
+                self.restores_store = true;
+                self.until_us = rng.random_range(90_000_000..120_000_000);
+            }
+            Family::Promotions => {
+                self.weights = vec![
+                    (Trouble::KillReplica, 2),
+                    (Trouble::Isolate, 4),
+                    (Trouble::GiveUp, 2),
+                    (Trouble::Move, 1),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (400_000, 4_000_000, 40_000);
+                (self.store_flaky, self.store_stale) = (0.0, 0.0);
+                self.until_us = rng.random_range(100_000_000..130_000_000);
+            }
+            Family::Naps => {
+                self.weights = vec![
+                    (Trouble::KillReplica, 3),
+                    (Trouble::Isolate, 3),
+                    (Trouble::OneWayCut, 2),
+                    (Trouble::PauseTarget, 2),
+                    (Trouble::PauseReplica, 2),
+                    (Trouble::StopClock, 2),
+                    (Trouble::Move, 2),
+                    (Trouble::KillTarget, 1),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (12_000_000, 4_000_000, 3_000_000);
+                (self.log_cold_ms, self.store_flaky) = (20, 0.0);
+                self.until_us = 240_000_000;
             }
             Family::Minutes => {
                 self.weights = vec![

@@ -43,6 +43,10 @@ pub struct History {
     first_ack: BTreeMap<u64, Moment>,
     /// Generations that began after all members had lost their caches (P2).
     losses: BTreeSet<u64>,
+    /// Those of them that began from what a single replica happened to hold (R26).
+    forks: BTreeSet<u64>,
+    /// Blocks whose content was lost and reported: anything may be read there.
+    given_up: BTreeSet<u64>,
     pub violations: Vec<String>,
     /// Prints the operations of the first register that fails.
     pub trace: bool,
@@ -148,6 +152,17 @@ impl History {
         self.losses.insert(generation);
     }
 
+    /// An operator promoted a replica: what others held is gone, flushed or not.
+    pub fn fork(&mut self, generation: u64) {
+        self.losses.insert(generation);
+        self.forks.insert(generation);
+    }
+
+    /// The block's content was lost, and an operator was told (R32).
+    pub fn give_up(&mut self, block: u64) {
+        self.given_up.insert(block);
+    }
+
     pub fn flushes_acknowledged(&self) -> u64 {
         self.flushes.len() as u64
     }
@@ -169,7 +184,8 @@ impl History {
     /// Checks every register.
     pub fn check(&mut self) {
         let mut found = Vec::new();
-        for (register, ops) in &self.registers {
+        let kept = |register: &Register| !self.given_up.contains(&(register / 2));
+        for (register, ops) in self.registers.iter().filter(|(register, _)| kept(register)) {
             if let Err(what) = self.check_register(ops) {
                 if found.is_empty() && self.trace {
                     for op in ops {
@@ -240,7 +256,11 @@ impl History {
             segment.extend(ops.iter().filter(|op| (from..until).contains(&op.generation)).copied());
             settle_unknown_writes(&mut segment);
             check_zones(&segment)?;
-            initial = self.survivors(&segment, until);
+            initial = if self.forks.contains(&until) {
+                any_of(&initial, ops, until)
+            } else {
+                self.survivors(&segment, until)
+            };
             from = until;
         }
         Ok(())
@@ -269,6 +289,14 @@ impl History {
         }
         out
     }
+}
+
+/// What one replica may hold of a register: whatever was ever written to it.
+fn any_of(initial: &[Op], ops: &[Op], fork: u64) -> Vec<Op> {
+    let earlier = ops.iter().filter(|op| op.kind == Kind::Write && op.generation < fork);
+    let zero = Op { value: 0, start: 0, ..initial[0] };
+    let unknown = |op: &Op| Op { end: NEVER, generation: 0, acknowledged: false, flushed_at: NEVER, ..*op };
+    earlier.chain([&zero]).map(unknown).collect()
 }
 
 /// A write without an answer took effect, if at all, before a later generation first answered anything about the

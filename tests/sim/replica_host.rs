@@ -420,41 +420,18 @@ impl World {
             1_000_000.. => self.coverage.saw(Scenario::SlowDisk),
             _ => {}
         }
-        let disk = &mut host.disk;
         let result = match data_op(&op) {
-            None if disk.full && matches!(op, DiskOp::Freeze { .. } | DiskOp::Grow { .. }) => {
+            None if host.disk.full && matches!(op, DiskOp::Freeze { .. } | DiskOp::Grow { .. }) => {
                 Err(DiskError::NoSpace)
             }
             None if host.layers_full_until > self.now && matches!(op, DiskOp::Freeze { .. }) => {
                 Err(DiskError::LayersFull)
             }
             None => {
-                disk.apply_meta(&op);
+                host.disk.apply_meta(&op);
                 Ok(())
             }
-            Some(DataOp::Read(_) | DataOp::Verify(_) | DataOp::ReadSnapshot { .. }) => {
-                keep_read(&mut process.calls, disk, &op)
-            }
-            // Nothing on this disk fails to verify.
-            Some(DataOp::MarkBad(_) | DataOp::Adopt(_)) => Ok(()),
-            Some(DataOp::Write { .. }) if disk.full => {
-                self.coverage.saw(Scenario::FullDisk);
-                Err(DiskError::NoSpace)
-            }
-            Some(DataOp::Write { range, fua } | DataOp::Zero { range, fua, .. }) => {
-                disk.write(range, &data, fua);
-                Ok(())
-            }
-            Some(DataOp::Flush) if disk.fail_flush => {
-                self.coverage.saw(Scenario::FailedFsync);
-                disk.fail_flush = false;
-                disk.lose_cache(&mut self.rng);
-                Err(DiskError::Device)
-            }
-            Some(DataOp::Flush) => {
-                disk.flush(flush_mark);
-                Ok(())
-            }
+            Some(_) => self.do_data(node, &op, flush_mark, &data),
         };
         if self.trace
             && let Some(range) = data_op(&op).and_then(|op| op.range())
@@ -463,11 +440,56 @@ impl World {
             let values = data.get(&self.watch);
             eprintln!("{:>12.3} n{node}: {op:?} {values:?} -> {result:?}", self.now as f64 / 1000.0);
         }
-        if host.paused_until > self.now {
+        if self.nodes[node].paused_until > self.now {
             // The disk has it; the process hears of it when it wakes.
             return self.defer_disk_event(node, id, result);
         }
         self.replica_event(node, ReplicaEvent::DiskDone { id, result });
+    }
+
+    /// Carries a data request out.
+    fn do_data(&mut self, node: usize, op: &DiskOp, flush_mark: u64, data: &Blocks) -> Result<(), DiskError> {
+        let Some(what) = data_op(op) else { return Ok(()) };
+        let host = &mut self.nodes[node];
+        let (Some(process), disk) = (&mut host.process, &mut host.disk) else { return Ok(()) };
+        match what {
+            DataOp::Read(range) | DataOp::Verify(range) | DataOp::ReadSnapshot { range, .. } => {
+                let fails = host.reads_fail_until > self.now && self.rng.random_bool(0.7);
+                let read = keep_read(&mut process.calls, disk, op, fails);
+                self.note_read_of_disk(node, range, read, fails);
+                read
+            }
+            DataOp::MarkBad(range) => {
+                disk.mark_bad(range);
+                self.note_marked(range);
+                Ok(())
+            }
+            DataOp::Adopt(range) => {
+                let adopted = disk.adopt(range);
+                self.note_adopted(node, &adopted);
+                Ok(())
+            }
+            DataOp::Write { .. } if disk.full => {
+                self.coverage.saw(Scenario::FullDisk);
+                Err(DiskError::NoSpace)
+            }
+            DataOp::Write { range, fua } | DataOp::Zero { range, fua, .. } => {
+                if let Some(to) = disk.write(range, data, fua) {
+                    self.note_misdirected(to);
+                }
+                Ok(())
+            }
+            DataOp::Flush if disk.fail_flush => {
+                self.coverage.saw(Scenario::FailedFsync);
+                disk.fail_flush = false;
+                disk.lose_cache(&mut self.rng);
+                Err(DiskError::Device)
+            }
+            DataOp::Flush => {
+                disk.flush(flush_mark);
+                Ok(())
+            }
+        }
     }
 
     fn defer_disk_event(&mut self, node: usize, id: DiskId, result: Result<(), DiskError>) {
@@ -537,22 +559,26 @@ impl World {
     }
 }
 
-/// Carries a reading operation out; what it gives waits with its call for the reply.
+/// Carries a reading operation out; what it gives waits with its call for the reply. If the device `fails`, a read is
+/// an error, and nothing verifies.
 fn keep_read(
     calls: &mut BTreeMap<ReplicaCall, (Caller, Context)>,
     disk: &Disk,
     op: &DiskOp,
+    fails: bool,
 ) -> Result<(), DiskError> {
     let DiskOp::Data { call, op } = op else { return Ok(()) };
     let Some((_, context)) = calls.get_mut(call) else { return Ok(()) };
     match (op, context) {
-        (DataOp::Read(range), Context::Data { data, .. }) => *data = disk.read(*range),
+        (DataOp::Read(_) | DataOp::ReadSnapshot { .. }, _) if fails => return Err(DiskError::Device),
+        (DataOp::Read(range), Context::Data { data, .. }) => *data = disk.read(*range)?,
         (DataOp::ReadSnapshot { snapshot, range }, Context::Data { data, .. }) => {
-            *data = disk.read_snapshot(*snapshot, *range).ok_or(DiskError::NoSnapshot)?;
+            *data = disk.read_snapshot(*snapshot, *range)?;
         }
         (DataOp::Verify(range), context) => {
             if let Context::Control(call) = *context {
-                *context = Context::Verified { call, blocks: disk.verify(*range) };
+                let verdicts = disk.verify(*range).into_iter().map(|verdict| verdict.filter(|_| !fails));
+                *context = Context::Verified { call, blocks: verdicts.collect() };
             }
         }
         _ => {}

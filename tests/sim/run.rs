@@ -107,6 +107,7 @@ impl World {
     /// is read once more.
     pub fn end(&mut self) {
         if self.wait_until_quiet() {
+            self.scrub_everything();
             self.read_everything();
             self.compare_members("after the resync");
             self.check_all_hold();

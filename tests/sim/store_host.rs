@@ -149,7 +149,9 @@ impl World {
         self.store.version = self.store.version.next();
         let before = std::mem::replace(&mut self.store.record, record);
         self.check_record(&before);
-        self.store.before = Some(Versioned { version: before_version, record: before });
+        let before = Versioned { version: before_version, record: before };
+        self.keep_record(&before);
+        self.store.before = Some(before);
         self.note_set();
         Ok(self.store.version)
     }

@@ -7,9 +7,10 @@ use holdfast_storage_core::ids::{SessionToken, TargetId};
 use holdfast_storage_core::record::ReplicaState;
 use holdfast_storage_core::replica::{ControlOp, DataOp, OpenRequest, SessionKey};
 use holdfast_storage_core::target::{
-    ClientOp, Control, CopyId, Edge, IoError, IoId, OpenSession, Opened, Payload, RequestId, SessionId,
-    Target, TargetAction, TargetConfig, TargetEvent, TargetState,
+    ClientOp, Control, CopyId, Edge, IoError, IoId, OpenSession, Opened, Payload, RequestError, RequestId,
+    SessionId, Target, TargetAction, TargetConfig, TargetEvent, TargetState,
 };
+use holdfast_storage_core::timers;
 use rand::Rng;
 
 use crate::chaos::MINUTE_US;
@@ -18,7 +19,7 @@ use crate::coverage::Scenario;
 use crate::disk::{BlockData, Blocks};
 use crate::replica_host::{Caller, ToReplica};
 use crate::traps::JoinStep;
-use crate::world::{Event, TargetNumber, World, node_name, node_of, replica_id};
+use crate::world::{Event, TargetNumber, World, node_name, node_of};
 
 const HASTY_TICKS_MAX: u64 = 1_000;
 
@@ -197,6 +198,10 @@ impl World {
             && at_ms != host.tick_at
         {
             host.tick_at = at_ms;
+            let serves = *host.target.state() == TargetState::Serving;
+            if serves && at_ms > self.clock_ms(node) + timers::HEARTBEAT_MS {
+                self.coverage.saw(Scenario::TargetIdled);
+            }
             let delay = self.until_ms(node, at_ms);
             self.schedule(delay, Event::TargetTick { target: number, at_ms });
         }
@@ -276,7 +281,7 @@ impl World {
         };
         let record = &self.store.record;
         if let Some(ReplicaState::Offline { left_epoch }) =
-            record.replicas.get(&replica_id(node)).map(|replica| replica.state)
+            record.replicas.get(&self.replica_at(node)).map(|replica| replica.state)
             && record.epoch.number >= left_epoch.number + 3
             && !opened.logged.is_empty()
         {
@@ -345,16 +350,19 @@ impl World {
             }
             TargetAction::Complete { request, result } => {
                 host.outcomes.remove(&request);
-                if let Some(request) = host.requests.remove(&request)
-                    && result.is_ok()
-                {
-                    self.completed(request);
+                match (host.requests.remove(&request), result) {
+                    (Some(request), Ok(())) => self.completed(request),
+                    (Some(request), Err(RequestError::Failed)) => self.note_failed_read(&request),
+                    (Some(_), Err(_)) | (None, _) => {}
                 }
             }
             TargetAction::CopyDone { copy } => {
                 host.copies.remove(&copy);
             }
-            TargetAction::Found(finding) => self.log(|| format!("t{number}: {finding:?}")),
+            TargetAction::Found(finding) => {
+                self.log(|| format!("t{number}: {finding:?}"));
+                self.note_finding(number, finding);
+            }
             TargetAction::JobDone { job, result } => self.job_done(job, &result),
             TargetAction::Grown { size_bytes } => self.log(|| format!("t{number}: {size_bytes} bytes")),
             TargetAction::State(state) => self.target_state(number, &state),
@@ -369,6 +377,11 @@ impl World {
         let serving = self.targets.values().filter(|host| *host.target.state() == TargetState::Serving);
         if *state == TargetState::Serving && serving.count() > 1 {
             self.saw(Scenario::TwoTargetsServe);
+        }
+        match state {
+            TargetState::Serving => self.note_first_service(number),
+            TargetState::Failed(reason) if reason.contains("another history") => self.note_restored(),
+            _ => {}
         }
         if *state == TargetState::Serving && status.possible_loss {
             self.log(|| format!("t{number}: goes on from lost caches"));
@@ -386,6 +399,7 @@ impl World {
             generation: open.generation,
             target_id: open.target_id,
             lineage: open.lineage,
+            promoted_from: open.promoted_from,
             epoch: open.epoch,
             in_sync: open.in_sync,
             size_bytes: open.size_bytes,

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 
 use crate::coverage::Scenario;
 use crate::disk::data_op;
-use crate::world::{Event, NODES, REPLICAS, TargetNumber, World, node_of, replica_id};
+use crate::world::{Event, NODES, REPLICAS, TargetNumber, World, node_of};
 
 /// Traps armed at a time at most; a further one replaces the oldest.
 const TRAPS_MAX: usize = 6;
@@ -314,7 +314,7 @@ impl World {
                 let Some(node) = node.filter(|node| self.nodes[*node].process.is_some()) else { return };
                 match step {
                     Step::ReadMaps => self.saw(Scenario::MapHolderDied),
-                    Step::CatchUpCopy if self.store.record.in_sync.contains(&replica_id(node)) => {
+                    Step::CatchUpCopy if self.store.record.in_sync.contains(&self.replica_at(node)) => {
                         self.saw(Scenario::SourceDiedMidCopy)
                     }
                     _ => {}

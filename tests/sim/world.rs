@@ -17,7 +17,9 @@ use crate::disk::Disk;
 use crate::families::Chaos;
 use crate::groups::Outbox;
 use crate::history::History;
+use crate::operator::{Operator, Task};
 use crate::replica_host::{Process, ToReplica};
+use crate::rot::Losses;
 use crate::snapshots::Snapshots;
 use crate::store_host::Store;
 use crate::stragglers::Straggler;
@@ -104,6 +106,7 @@ pub enum Event {
         node: usize,
     },
     Controller,
+    Operate(Task),
     Chaos,
     /// Somebody wants a snapshot, a clone or a larger volume.
     Snapshots,
@@ -134,6 +137,8 @@ pub struct Node {
     pub slow_until: u64,
     pub hung_until: u64,
     pub layers_full_until: u64,
+    /// Most reads fail.
+    pub reads_fail_until: u64,
     pub off_since: u64,
     /// The epoch when its power went, if it was in sync then.
     pub off_in_epoch: Option<u64>,
@@ -162,6 +167,8 @@ pub struct World {
     pub traps: Traps,
     pub straggler: Option<Straggler>,
     pub coverage: Coverage,
+    pub losses: Losses,
+    pub operator: Operator,
     /// The in-sync sets as they followed each other.
     pub sets: Vec<Vec<usize>>,
     /// Blocks whose last acknowledged change was a trim, and those of them that a power loss came over.
@@ -187,25 +194,30 @@ pub fn replica_id(node: usize) -> ReplicaId {
 }
 
 pub fn node_of(replica: ReplicaId) -> usize {
-    usize::try_from(replica.0 - 1).expect("small")
+    // Those that replace an earlier one of the node have the same number in their last digit.
+    usize::try_from((replica.0 - 1) % 16).expect("small")
 }
 
 pub fn node_name(node: usize) -> NodeName {
     NodeName(format!("n{node}"))
 }
 
+fn mk_record(rng: &mut StdRng) -> VolumeRecord {
+    transitions::create(NewVolume {
+        volume_id: VolumeId(77),
+        name: "sim".to_owned(),
+        lineage: Lineage(5),
+        size_bytes: VOLUME_BYTES,
+        epoch_nonce: rng.random(),
+        replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
+        params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
+    })
+}
+
 impl World {
     pub fn new(seed: u64, guards: Guards, trace: bool) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let record = transitions::create(NewVolume {
-            volume_id: VolumeId(77),
-            name: "sim".to_owned(),
-            lineage: Lineage(5),
-            size_bytes: VOLUME_BYTES,
-            epoch_nonce: rng.random(),
-            replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
-            params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
-        });
+        let record = mk_record(&mut rng);
         let chaos = Chaos::of_seed(seed, &mut rng);
         let nodes = (0..NODES).map(|node| mk_node(node, &record, &chaos, &mut rng)).collect();
         let guards = Guards {
@@ -243,6 +255,8 @@ impl World {
             traps: Traps::default(),
             straggler: None,
             coverage: Coverage::default(),
+            losses: Losses::default(),
+            operator: Operator::default(),
             sets: Vec::new(),
             trimmed: BTreeSet::new(),
             trimmed_crashed: BTreeSet::new(),
@@ -267,8 +281,13 @@ impl World {
         world
     }
 
+    /// The replica that a node has now.
+    pub fn replica_at(&self, node: usize) -> ReplicaId {
+        self.nodes[node].disk.meta.replica_id
+    }
+
     pub fn is_in_sync(&self, node: usize) -> bool {
-        node < REPLICAS && self.store.record.in_sync.contains(&replica_id(node))
+        node < REPLICAS && self.store.record.in_sync.contains(&self.replica_at(node))
     }
 
     pub fn saw(&mut self, scenario: Scenario) {
@@ -343,6 +362,7 @@ impl World {
             Event::PowerOn { node } => self.power_on(node),
             Event::StartTarget { node } => self.start_target(node),
             Event::Controller => self.controller(),
+            Event::Operate(task) => self.operate(task),
             Event::Chaos => self.chaos_strikes(),
             Event::Snapshots => self.snapshot_client(),
             Event::StrikeJob { target, node } => self.strike_job(target, node),
@@ -420,6 +440,9 @@ impl World {
 
     /// ControllerUnpublish and ControllerPublish: asks nothing of the old node.
     pub fn publish(&mut self, node: usize) {
+        if self.operator.holds {
+            return;
+        }
         let node = if self.chaos.prefers_diskless { NODES - 1 } else { node };
         let bare = transitions::unpublish(&self.store.record, None).expect("unpublish never fails");
         let record = transitions::publish(&bare, &node_name(node), false).expect("not attached any more");
@@ -445,7 +468,7 @@ impl World {
     fn controller(&mut self) {
         self.schedule(50_000, Event::Controller);
         self.note_full_log();
-        if self.starting {
+        if self.starting || self.operator.holds {
             return;
         }
         let attached = (0..NODES).find(|node| self.store.record.attached_to == Some(node_name(*node)));
@@ -457,7 +480,7 @@ impl World {
             self.current.and_then(|number| self.targets.get(&number)).map(|host| host.target.state().clone());
         match state {
             Some(holdfast_storage_core::target::TargetState::Failed(reason)) => {
-                if reason.contains("restored") {
+                if reason.contains("restored") && !self.operator.began {
                     self.history.violations.push(format!("R35 misfired: {reason}"));
                 }
                 let node = self.rng.random_range(0..NODES);
@@ -482,9 +505,11 @@ impl World {
 fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) -> Node {
     let meta =
         ReplicaMeta::new(record.volume_id, replica_id(node), record.lineage, VOLUME_BYTES, record.epoch);
+    let mut disk = Disk::new(meta);
+    disk.tears_blocks = chaos.tears_blocks;
     Node {
         powered: true,
-        disk: Disk::new(meta),
+        disk,
         process: None,
         processes: 0,
         rate_ppm: chaos.draw_rate_ppm(node, rng),
@@ -496,6 +521,7 @@ fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) 
         slow_until: 0,
         hung_until: 0,
         layers_full_until: 0,
+        reads_fail_until: 0,
         off_since: 0,
         off_in_epoch: None,
     }

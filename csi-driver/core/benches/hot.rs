@@ -84,6 +84,7 @@ fn mk_open_replica() -> (Replica, SessionToken) {
         generation: Generation(1),
         target_id: TargetId(1),
         lineage: Lineage(1),
+        promoted_from: None,
         epoch: EPOCH,
         in_sync: BTreeSet::from([ReplicaId(1)]),
         size_bytes,

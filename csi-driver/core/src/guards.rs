@@ -60,8 +60,16 @@ pub struct Guards {
     pub mapflush: bool,
     /// R32: what a crash left unverified is taken from a member where it verifies before it is adopted as it is.
     pub adoptlast: bool,
+    /// R20: what reconciling could read on no member is made an error on all but its source.
+    pub unreadrec: bool,
     /// R33: repairs take the range lock.
     pub repairlock: bool,
+    /// R35: a replica that knows a later epoch, another nonce or another lineage refuses Open.
+    pub otherhistory: bool,
+    /// R35: once one refused, all replicas must answer. Off, those that are there do.
+    pub allanswer: bool,
+    /// R26: a member that was away for long is served from only after the record was read again.
+    pub awayread: bool,
     /// R24: the joining replica takes over the maps of those still absent.
     pub mapcopy: bool,
     /// R24: only an epoch that names a replica a member ends its maps. Off, reading a map does.
@@ -137,7 +145,11 @@ impl Default for Guards {
             joinflush: true,
             mapflush: true,
             adoptlast: true,
+            unreadrec: true,
             repairlock: true,
+            otherhistory: true,
+            allanswer: true,
+            awayread: true,
             mapcopy: true,
             mapend: true,
             mapvoid: true,

@@ -12,8 +12,9 @@ use crate::ids::{
 };
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
-/// swap. Version 2 adds the snapshots; records of version 1 have none and are read as they are.
-pub const RECORD_FORMAT: u32 = 2;
+/// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`; records of earlier versions have none and are read
+/// as they are.
+pub const RECORD_FORMAT: u32 = 3;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
 pub const SNAPSHOTS_MAX: usize = 100;
 
@@ -52,6 +53,13 @@ pub struct VolumeRecord {
     /// Snapshots, oldest first; the order of the layers on every holder.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub snapshots: Vec<SnapshotRecord>,
+    /// A replica knew another history than this record, as after the store was restored from a backup: no target serves
+    /// before every replica agrees with it, or an operator promoted one (R35).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restored: bool,
+    /// Whom an operator made the only member when the present lineage began (R26).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promoted: Option<Promotion>,
     /// How far formatting went (R36).
     pub formatted: Formatted,
     /// Tombstone: set once deletion began, until every replica confirmed (R34).
@@ -82,6 +90,15 @@ pub enum ReplicaState {
     },
     /// Will be replaced under a new replica id.
     Faulted,
+}
+
+/// A forced promotion (R26).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promotion {
+    /// The replica that was made the only member.
+    pub replica: ReplicaId,
+    /// The lineage it has until it is opened under the new one.
+    pub from: Lineage,
 }
 
 /// One snapshot of a volume.

@@ -51,6 +51,10 @@ pub const STORE_RETRY_MIN_MS: u64 = 50;
 pub const STORE_RETRY_MAX_MS: u64 = 1_000;
 /// A record store that gives only versions older than one seen before for so long was restored from a backup.
 pub const OLDER_READS_MS: u64 = 10_000;
+/// An operator promotes a replica (R26) no sooner than so long after the volume's last member was lost and the volume was
+/// unpublished. So a target that heard of a member, or read that the volume is its own, since then knows that the member was
+/// not given up; one that did not reads the record before it goes on.
+pub const GIVEN_UP_AFTER_MS: u64 = 60_000;
 /// Two calls of the core further apart than this, with a timer due between, were a pause of the process: timers then
 /// wait until the queued input was handled (R6).
 pub const TICK_GAP_MS: u64 = 300;

@@ -9,8 +9,10 @@ use crate::record::{
     Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, SNAPSHOTS_MAX, VolumeParams, VolumeRecord,
 };
 
+mod history;
 mod snapshots;
 
+pub use history::*;
 pub use snapshots::*;
 
 /// Why a record cannot be changed as asked.
@@ -130,6 +132,9 @@ pub enum TransitionError {
         /// What it lacks.
         snapshot: SnapshotId,
     },
+    /// A promotion begins a history of its own (R26).
+    #[error("volume {0} has this lineage already: a promotion needs a new one")]
+    LineageUsed(VolumeId),
     /// A volume only grows, by whole regions (R31).
     #[error("volume {volume} of {from_bytes} bytes cannot be made {to_bytes} bytes large")]
     Size {
@@ -192,6 +197,8 @@ pub fn create(volume: NewVolume) -> VolumeRecord {
             .map(|(id, node)| (id, ReplicaRecord { node, state: ReplicaState::InSync }))
             .collect(),
         snapshots: Vec::new(),
+        restored: false,
+        promoted: None,
         formatted: Formatted::Never,
         deleting: false,
         params: volume.params,

@@ -61,6 +61,10 @@ pub fn open_request(request: pb::OpenRequest) -> Result<OpenRequest, Status> {
         generation: Generation(session.generation),
         target_id: id(&session.target_id)?,
         lineage: id(&request.lineage)?,
+        promoted_from: match request.promoted_from.as_str() {
+            "" => None,
+            lineage => Some(id(lineage)?),
+        },
         epoch: epoch(required(request.epoch, "epoch")?),
         in_sync: ids(&request.in_sync)?,
         size_bytes: request.size_bytes,
@@ -80,6 +84,7 @@ pub fn open_request_pb(request: &OpenRequest, node: &NodeName) -> pb::OpenReques
             token: String::new(),
         }),
         lineage: request.lineage.to_string(),
+        promoted_from: request.promoted_from.map_or_else(String::new, |lineage| lineage.to_string()),
         epoch: Some(epoch_pb(request.epoch)),
         in_sync: request.in_sync.iter().map(ToString::to_string).collect(),
         size_bytes: request.size_bytes,

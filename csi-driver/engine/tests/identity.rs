@@ -88,6 +88,7 @@ fn open_request(busy: &Busy, node: &str) -> pb::OpenRequest {
             token: String::new(),
         }),
         lineage: record.lineage.to_string(),
+        promoted_from: String::new(),
         epoch: Some(pb::Epoch { number: record.epoch.number, nonce: record.epoch.nonce }),
         in_sync: record.in_sync.iter().map(ToString::to_string).collect(),
         size_bytes: SIZE,

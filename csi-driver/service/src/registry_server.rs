@@ -90,6 +90,7 @@ impl Caller {
             && old.read_only == new.read_only
             && old.deleting == new.deleting
             && old.lineage == new.lineage
+            && old.promoted == new.promoted
             && old.size_bytes == new.size_bytes
             && old.params == new.params;
         if involved && kept {

@@ -34,6 +34,7 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::SnapshotState { .. }
         | TransitionError::SnapshotInUse { .. }
         | TransitionError::SnapshotMissing { .. }
+        | TransitionError::LineageUsed(_)
         | TransitionError::Published { .. } => Status::failed_precondition(sentence),
         TransitionError::SnapshotsFull(_) => Status::resource_exhausted(sentence),
         TransitionError::Size { .. } => Status::out_of_range(sentence),

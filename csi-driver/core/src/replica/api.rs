@@ -56,6 +56,8 @@ pub struct OpenRequest {
     /// The committed snapshots that this replica holds by the record. Every other frozen layer here is left over from
     /// a cut that never counted, or of a deleted snapshot: it is merged back before Open answers (R27, R28).
     pub snapshots: BTreeSet<SnapshotId>,
+    /// Set if an operator made this replica the only member (R26): the lineage it had before.
+    pub promoted_from: Option<Lineage>,
     /// Grows with every Open of this target: one that a later one overtook knows less than the replica and is refused.
     pub sequence: u64,
 }
@@ -139,7 +141,8 @@ pub enum DataOp {
     Verify(BlockRange),
     /// Make the blocks unreadable until they are written again (R25).
     MarkBad(BlockRange),
-    /// Give blocks that do not verify, and are not marked bad, a checksum that fits (R32).
+    /// Give blocks that do not verify, and are not marked bad, a checksum that fits (R32). Those that the device cannot read
+    /// are left alone.
     Adopt(BlockRange),
     /// Read a snapshot, for a returning replica that missed it (R28).
     ReadSnapshot {

@@ -69,10 +69,21 @@ impl Replica {
         self.opening = Some(Opening { call, request, token, persisting: None });
     }
 
+    /// R26: an operator made this replica the only member, under another lineage. What it knew of the old one, generations
+    /// and epochs, is over; it is as large as it is. Once it is let in under the new lineage this holds no more.
+    fn is_promoted(&self, request: &OpenRequest) -> bool {
+        request.lineage != self.meta.lineage
+            && request.promoted_from == Some(self.meta.lineage)
+            && request.in_sync.iter().eq([&self.meta.replica_id])
+    }
+
     fn check_open(&self, request: &OpenRequest) -> Result<(), OpenRefusal> {
         let meta = &self.meta;
         if request.volume_id != meta.volume_id || request.replica_id != meta.replica_id {
             return Err(OpenRefusal::WrongReplica);
+        }
+        if self.is_promoted(request) {
+            return Ok(());
         }
         let other_target = meta.target_id.is_some_and(|target| target != request.target_id);
         if request.generation < meta.generation || (request.generation == meta.generation && other_target) {
@@ -81,7 +92,7 @@ impl Replica {
         // R35: a record that knows less than this replica, or something else, was restored from a backup.
         let later = meta.epoch.number > request.epoch.number;
         let other = meta.epoch.number == request.epoch.number && meta.epoch.nonce != request.epoch.nonce;
-        if later || other || request.lineage != meta.lineage {
+        if (later || other || request.lineage != meta.lineage) && self.guards.otherhistory {
             return Err(OpenRefusal::Restored(meta.epoch));
         }
         // R31: a member has the record's size; one that returns may be smaller and is grown first.
@@ -135,7 +146,9 @@ impl Replica {
             return;
         }
         let target = opening.request.target_id;
-        let generation = opening.request.generation;
+        let (generation, lineage, epoch) =
+            (opening.request.generation, opening.request.lineage, opening.request.epoch);
+        let promoted = self.is_promoted(&opening.request);
         let cookie = u64::try_from(opening.token.0 & u128::from(u64::MAX)).expect("masked to 64 bits");
         if let Some(session) = &self.session {
             let token = session.token;
@@ -148,6 +161,10 @@ impl Replica {
         }
         self.lease = None;
         self.held_leases.clear();
+        if promoted {
+            self.meta.lineage = lineage;
+            self.meta.epoch = epoch;
+        }
         self.meta.generation = generation;
         self.meta.target_id = Some(target);
         self.meta.cookie = cookie;

@@ -31,6 +31,7 @@ fn mk_open(generation: u64, target: u128) -> OpenRequest {
         in_sync: BTreeSet::from([ReplicaId(1), ReplicaId(2)]),
         size_bytes: 8 << 20,
         snapshots: BTreeSet::new(),
+        promoted_from: None,
         sequence: 0,
     }
 }
@@ -462,4 +463,42 @@ fn r27_an_open_that_was_overtaken_drops_no_snapshot_committed_since() {
     );
     assert!(replica.accepts(mk_token(1)), "the session of the later Open goes on");
     assert_eq!(replica.snapshots, [SNAPSHOT]);
+}
+
+#[test]
+fn r26_a_promoted_replica_takes_the_new_lineage_once_and_refuses_the_old_one_for_ever() {
+    let open = |replica: &mut Replica, change: fn(&mut OpenRequest)| {
+        let mut request = mk_open(1, 20);
+        request.lineage = Lineage(10);
+        request.promoted_from = Some(Lineage(9));
+        request.epoch = Epoch { number: 3, nonce: 1 };
+        request.in_sync = BTreeSet::from([ReplicaId(1)]);
+        change(&mut request);
+        let call = ReplicaCall(1);
+        drive(replica, 10_000, ReplicaEvent::Open { call, request, token: mk_token(1) })
+    };
+    let mut start = mk_start();
+    // As after a restore: what it knows is ahead of the record.
+    start.meta.generation = Generation(8);
+    start.meta.target_id = Some(TargetId(8));
+    let mut replica = Replica::new(0, start);
+    let not_meant = open(&mut replica, |r| r.promoted_from = None);
+    assert_eq!(refused(&not_meant), Some(OpenRefusal::Fenced(Generation(8))));
+    let of_another = open(&mut replica, |r| r.promoted_from = Some(Lineage(5)));
+    assert_eq!(refused(&of_another), Some(OpenRefusal::Fenced(Generation(8))));
+    let one_of_two = open(&mut replica, |r| {
+        r.in_sync.insert(ReplicaId(2));
+    });
+    assert_eq!(refused(&one_of_two), Some(OpenRefusal::Fenced(Generation(8))));
+    assert_eq!(replica.meta().lineage, Lineage(9));
+
+    assert_eq!(refused(&open(&mut replica, |_| {})), None);
+    let meta = replica.meta();
+    assert_eq!((meta.lineage, meta.epoch.number, meta.generation), (Lineage(10), 3, Generation(1)));
+    let old = open(&mut replica, |r| {
+        (r.lineage, r.promoted_from, r.generation) = (Lineage(9), None, Generation(9));
+    });
+    assert_eq!(refused(&old), Some(OpenRefusal::Restored(Epoch { number: 3, nonce: 1 })));
+    let again = open(&mut replica, |r| (r.generation, r.target_id) = (Generation(0), TargetId(21)));
+    assert_eq!(refused(&again), Some(OpenRefusal::Fenced(Generation(1))));
 }

@@ -495,6 +495,8 @@ pub struct OpenSession {
     pub target_id: TargetId,
     /// The record's lineage.
     pub lineage: Lineage,
+    /// Set if an operator made the replica the only member (R26): the lineage before.
+    pub promoted_from: Option<Lineage>,
     /// The record's epoch.
     pub epoch: Epoch,
     /// The record's in-sync set.

@@ -125,7 +125,7 @@ impl Target {
             }
             CallKind::Clear => self.clear_answered(call),
             CallKind::Merge => self.maps_merged(replica),
-            CallKind::Task(task) => self.task_call_ended(task),
+            CallKind::Task(task) => self.task_call_done(task, replica),
             CallKind::Freeze if self.is_member(replica) => self.frozen(replica),
             CallKind::Freeze => self.layer_frozen(replica),
             CallKind::Drop(snapshot) => self.snapshot_dropped(replica, snapshot),

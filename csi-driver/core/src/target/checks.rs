@@ -22,7 +22,8 @@ use crate::timers;
 use super::calls::{Call, CallKind};
 use super::copies::CopyFor;
 
-use super::tasks::{Stage, Work};
+use super::answers::set_answer;
+use super::tasks::{Answer, Stage, Work};
 use super::{CallId, Control, CorruptionCounts, Finding, Target, TargetAction};
 
 /// What a member said of a block: a digest of its content, or that it does not verify.
@@ -127,6 +128,14 @@ impl Target {
         let Some(task) = self.tasks.get(&id) else { return };
         if blocks.len() as u64 == task.range.count {
             self.checks.verdicts.entry(id).or_default().insert(replica, blocks);
+        }
+        self.task_call_ended(id);
+    }
+
+    /// A replica did what a task asked of it.
+    pub(super) fn task_call_done(&mut self, id: u64, replica: ReplicaId) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            set_answer(&mut task.answers, replica, Answer::Done);
         }
         self.task_call_ended(id);
     }

@@ -25,6 +25,8 @@ pub(super) struct StoreCall {
     older_since_ms: Option<u64>,
     /// While degraded: when the record is read again.
     next_poll_ms: u64,
+    /// When the call that is under way was sent.
+    sent_ms: u64,
 }
 
 /// A swap whose outcome is not known yet (R8). It is repeated word for word until it is: the same version is expected
@@ -48,6 +50,8 @@ pub(super) enum SwapKind {
     In(ReplicaId),
     /// Snapshots or size, for the current job or for a replica that catches up; the set stays.
     Layers,
+    /// Whether the record is suspected to be of another history (R35).
+    History,
 }
 
 impl Target {
@@ -60,6 +64,7 @@ impl Target {
         if self.record.is_none() || self.store.need_read {
             let call = CallId(self.new_id());
             self.store.outstanding = Some(call);
+            self.store.sent_ms = self.now_ms;
             return self.emit(TargetAction::ReadRecord { call });
         }
         if self.pending.is_none() && !self.is_releasing() {
@@ -108,6 +113,7 @@ impl Target {
         let (expected, record) = (pending.expected, Box::new(pending.proposed.clone()));
         let call = CallId(self.new_id());
         self.store.outstanding = Some(call);
+        self.store.sent_ms = self.now_ms;
         self.emit(TargetAction::Swap { call, expected, record });
     }
 
@@ -115,6 +121,9 @@ impl Target {
     fn propose(&mut self) {
         if self.generation.is_none() {
             return self.propose_take();
+        }
+        if let Some(wanted) = self.history_swap() {
+            return self.propose_swap(SwapKind::History, wanted);
         }
         let leaving = match self.state {
             TargetState::Opening => match self.judge_opening() {
@@ -131,25 +140,26 @@ impl Target {
         if !leaving.is_empty() {
             self.propose_out(&leaving);
         } else if let Some(wanted) = self.job_swap() {
-            self.propose_layers(wanted);
+            self.propose_swap(SwapKind::Layers, wanted);
         } else if let Some(Ok(wanted)) = self.holder_swap() {
-            self.propose_layers(Ok(wanted));
+            self.propose_swap(SwapKind::Layers, Ok(wanted));
         } else if let Some(replica) = self.ready_to_join() {
             self.propose_in(replica);
         }
     }
 
-    /// What the current job wants to change.
-    fn propose_layers(&mut self, wanted: Result<VolumeRecord, TransitionError>) {
+    /// What the current job, or the record's history, wants to change.
+    fn propose_swap(&mut self, kind: SwapKind, wanted: Result<VolumeRecord, TransitionError>) {
         let Some(Versioned { version, .. }) = &self.record else { return };
         let expected = *version;
         match wanted {
             Ok(proposed) => {
-                let kind = SwapKind::Layers;
                 self.pending = Some(PendingSwap { kind, expected, proposed, new_attachment: false });
                 self.dirty = true;
             }
-            Err(error) => self.job_refused(error),
+            Err(error) if kind == SwapKind::Layers => self.job_refused(error),
+            // The record moved on: it is read again.
+            Err(_) => self.store.need_read = true,
         }
     }
 
@@ -205,7 +215,14 @@ impl Target {
 
     /// R11, R12: whom to swap out so that serving can begin; `None` while it is too early to say.
     fn judge_opening(&mut self) -> Option<Vec<ReplicaId>> {
+        if self.awaits_all() || !self.history.is_sound() {
+            return None;
+        }
         let members = self.members();
+        // R26: one that was promoted may have missed a growth.
+        if members.iter().any(|r| self.is_open(*r) && self.grow_first(*r)) {
+            return None;
+        }
         let cache_lost = |target: &Self, r: &ReplicaId| target.peers.get(r).is_some_and(|p| p.cache_lost);
         let (opened, unopened): (Vec<_>, Vec<_>) = members.into_iter().partition(|r| self.is_open(*r));
         let (lost, good): (Vec<_>, Vec<_>) = opened.into_iter().partition(|r| cache_lost(self, r));
@@ -288,6 +305,7 @@ impl Target {
                 self.store.need_read = false;
                 self.store.older_since_ms = None;
                 self.learn(read);
+                self.confirmed(call);
             }
             Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
             Err(StoreError::Refused(reason)) if self.generation.is_none() => self.fail(reason),
@@ -323,6 +341,7 @@ impl Target {
             SwapKind::Take => read.record.target_id == Some(self.config.target_id),
             SwapKind::Out | SwapKind::In(_) => read.record.epoch == pending.proposed.epoch,
             SwapKind::Layers => same_layers(&read.record, &pending.proposed),
+            SwapKind::History => read.record.restored == pending.proposed.restored,
         };
         if applied && self.check_still_ours(&read.record, Some(&pending)) {
             self.commit(pending, read);
@@ -370,6 +389,7 @@ impl Target {
                     let record = pending.proposed.clone();
                     self.commit(pending, Versioned { version, record });
                 }
+                self.confirmed(call);
             }
             Err(StoreError::Conflict(_)) => self.store.need_read = true,
             Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
@@ -388,6 +408,21 @@ impl Target {
         if !self.guards.unknown {
             self.pending = self.pending.take().filter(|p| p.kind == SwapKind::Take);
         }
+    }
+
+    /// The store said that the volume is still ours, unless this target is over now.
+    fn confirmed(&mut self, call: CallId) {
+        let config = &self.config;
+        let published = self.record.as_ref().is_some_and(|Versioned { record, .. }| {
+            record.attached_to.as_ref() == Some(&config.node) && record.attachment == config.attachment
+        });
+        let sent_ms = published.then_some(self.store.sent_ms);
+        self.store.need_read |= self.history.confirmed(call, sent_ms);
+    }
+
+    /// Nothing is decided before the record was read anew.
+    pub(super) fn read_again_first(&mut self) {
+        self.store.need_read = true;
     }
 
     pub(super) fn tick_store(&mut self) {
@@ -414,6 +449,7 @@ impl Target {
             SwapKind::In(replica) => self.joined(replica),
             // The job looks at the record.
             SwapKind::Layers => {}
+            SwapKind::History => self.history_told(),
         }
     }
 
@@ -448,7 +484,7 @@ impl Target {
 
     /// R10: tells every member the epoch in force; when all have it, a target that settles begins to serve.
     fn advance_settling(&mut self) {
-        if !matches!(self.state, TargetState::Settling | TargetState::Serving) {
+        if !matches!(self.state, TargetState::Settling | TargetState::Serving) || !self.history.is_sound() {
             return;
         }
         self.tell();
@@ -525,7 +561,7 @@ impl Target {
         if self.guards.joint {
             ack_set.extend(self.joining());
         }
-        let serving = self.state == TargetState::Serving;
+        let serving = self.state == TargetState::Serving && self.history.is_sound();
         let told = !self.guards.tell || members.iter().all(|r| self.told.contains(r));
         let enough = self.volume().is_some_and(|r| members.len() >= r.params.min_in_sync as usize);
         let all_open = ack_set.iter().all(|r| self.is_open(*r));

@@ -12,7 +12,7 @@ use crate::replica::DataOp;
 
 use super::calls::CallKind;
 use super::peers::IoOwner;
-use super::tasks::{Answer, Stage, Work};
+use super::tasks::{Answer, LastResort, Stage, Work};
 use super::{Control, CopyId, Finding, Payload, Target, TargetAction};
 
 /// Why something is copied, and to whom.
@@ -47,7 +47,7 @@ impl Target {
         tried: BTreeSet<ReplicaId>,
     ) -> u64 {
         let copy = CopyId(self.new_id());
-        let id = self.prepare_task(Work::Copy { copy, why, adopted: false }, range);
+        let id = self.prepare_task(Work::Copy { copy, why, resort: LastResort::None }, range);
         if let Some(task) = self.tasks.get_mut(&id) {
             task.tried = tried;
         }
@@ -129,7 +129,7 @@ impl Target {
     /// No member can read the range as a whole.
     fn copy_unreadable(&mut self, id: u64) {
         let Some(task) = self.tasks.get(&id) else { return };
-        let Work::Copy { copy, why, adopted } = task.work else { return };
+        let Work::Copy { copy, why, resort } = task.work else { return };
         let range = task.range;
         match why {
             // What was good a moment ago is not now: the next check finds out.
@@ -141,13 +141,10 @@ impl Target {
             CopyFor::Reconcile { .. } | CopyFor::CatchUp(_) | CopyFor::Layer { .. } if range.count > 1 => {
                 self.split_copy(id)
             }
-            CopyFor::Reconcile { .. } if !adopted => self.adopt(id),
-            // The members stay as they are; a read of the block is an error, never old data (R33).
-            CopyFor::Reconcile { region, round } => {
-                self.drop_task(id);
-                self.emit(TargetAction::CopyDone { copy });
+            CopyFor::Reconcile { .. } if resort == LastResort::None => self.adopt(id),
+            CopyFor::Reconcile { .. } => {
                 self.found(Finding::Unrepairable { range });
-                self.region_copied(region, round);
+                self.mark_others_bad(id);
             }
             CopyFor::CatchUp(replica) | CopyFor::Layer { replica, .. } => {
                 self.found(Finding::MarkedBad { replica, range });
@@ -180,12 +177,46 @@ impl Target {
         let source = self.reconcile.source().filter(|source| self.is_open(*source));
         let Some(replica) = source else { return self.gated.push_back(id) };
         if let Some(task) = self.tasks.get_mut(&id)
-            && let Work::Copy { adopted, .. } = &mut task.work
+            && let Work::Copy { resort, .. } = &mut task.work
         {
-            *adopted = true;
+            *resort = LastResort::Adopted;
         }
         self.found(Finding::Adopted { replica, range });
         self.call_for_copy(id, replica, Control::Adopt(range));
+    }
+
+    /// R20 for a block that its source cannot read: what the others have of it counts for nothing, and is not to come back
+    /// beside what the source has, should they be able to read it again. A read of it is an error, never old data (R33).
+    fn mark_others_bad(&mut self, id: u64) {
+        let Some(range) = self.tasks.get(&id).map(|task| task.range) else { return };
+        let source = self.reconcile.source();
+        let others: Vec<ReplicaId> = self.ack_set.iter().copied().filter(|r| Some(*r) != source).collect();
+        let (marks, open) = (self.guards.unreadrec, others.iter().all(|r| self.is_open(*r)));
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if !open {
+            // It leaves, or is back soon; the block is tried once more then.
+            (task.stage, task.tried) = (Stage::Gate, BTreeSet::new());
+            return self.gated.push_back(id);
+        }
+        if let Work::Copy { resort, .. } = &mut task.work {
+            *resort = LastResort::MarkedBad;
+        }
+        task.answers = others.iter().map(|replica| (*replica, Answer::Pending)).collect();
+        if others.is_empty() || !marks {
+            return self.copy_given_up(id);
+        }
+        task.stage = Stage::Calls(others.len());
+        for replica in others {
+            self.send_control(replica, CallKind::Task(id), Control::MarkBad(range));
+        }
+    }
+
+    fn copy_given_up(&mut self, id: u64) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let Work::Copy { copy, why: CopyFor::Reconcile { region, round }, .. } = task.work else { return };
+        self.drop_task(id);
+        self.emit(TargetAction::CopyDone { copy });
+        self.region_copied(region, round);
     }
 
     fn call_for_copy(&mut self, id: u64, replica: ReplicaId, op: Control) {
@@ -195,10 +226,21 @@ impl Target {
         self.send_control(replica, CallKind::Task(id), op);
     }
 
-    /// Adopted: read again. Marked bad: nothing is left to do.
+    /// Adopted: read again. Marked bad: nothing is left to do, unless one of those that were told is gone.
     pub(super) fn copy_call_ended(&mut self, id: u64) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
+        let marked = |(replica, answer): &(ReplicaId, Answer)| {
+            *answer == Answer::Done || !self.ack_set.contains(replica)
+        };
         match task.work {
+            Work::Copy { resort: LastResort::MarkedBad, .. } if task.answers.iter().all(marked) => {
+                self.copy_given_up(id);
+            }
+            Work::Copy { resort: LastResort::MarkedBad, .. } => {
+                task.stage = Stage::Gate;
+                task.tried.clear();
+                self.gated.push_back(id);
+            }
             Work::Copy { why: CopyFor::CatchUp(_) | CopyFor::Layer { .. }, .. } => self.copy_was_written(id),
             Work::Copy { .. }
             | Work::Check { .. }

@@ -1,6 +1,7 @@
 //! One start of the process that serves an attached volume.
 //!
 //! - `config`: record, generation, swaps of the in-sync set, epochs (R1, R7 to R12);
+//! - `history`: records that were restored, members that were given up (R26, R35);
 //! - `peers`: sessions, heartbeats, leases, deadlines (R2, R4, R6, R9, R14);
 //! - `calls`: control calls to the replicas and their answers;
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R17), `answers`: what the replicas say to a write (R14, R16),
@@ -27,6 +28,7 @@ mod delete;
 mod extents;
 mod flushes;
 mod grow;
+mod history;
 mod idle;
 mod intent_log;
 mod jobs;
@@ -59,6 +61,7 @@ use catch_up::CatchUp;
 use checks::Checks;
 use config::{PendingSwap, StoreCall};
 use flushes::Flush;
+use history::History;
 use idle::Idle;
 use intent_log::{ClearRound, LogEntry};
 use jobs::Jobs;
@@ -91,6 +94,7 @@ pub struct Target {
     taken_ms: u64,
     possible_loss: bool,
     pending: Option<PendingSwap>,
+    history: History,
     /// Members that persisted the epoch in force (R10).
     told: BTreeSet<ReplicaId>,
     /// See [`Target::recompute`].
@@ -186,6 +190,7 @@ impl Target {
             taken_ms: now_ms,
             possible_loss: false,
             pending: None,
+            history: History::default(),
             told: BTreeSet::new(),
             gates: Gates::default(),
             ack_set: BTreeSet::new(),

@@ -28,6 +28,8 @@ pub(super) struct Peer {
     pub size_bytes: u64,
     /// Its cache was lost when it was opened last (R12).
     pub cache_lost: bool,
+    /// When the last heartbeat that it answered was sent, or it was opened; none if the clocks stood still since (R4).
+    pub heard_ms: Option<u64>,
     /// A fault other than a broken session: it must leave the set.
     pub expelled: bool,
     pub resync_bytes_done: u64,
@@ -80,6 +82,7 @@ impl Peer {
             retry_at_ms: 0,
             size_bytes: 0,
             cache_lost: false,
+            heard_ms: None,
             expelled: false,
             resync_bytes_done: 0,
             resync_bytes_total: 0,
@@ -157,7 +160,7 @@ impl Target {
 
     /// Members always: one that can be swapped out instead soon is no member. Others when it is their turn to catch up.
     fn wants_session(&self, replica: ReplicaId) -> bool {
-        if self.catching_up() == Some(replica) || self.next_turn() == Some(replica) {
+        if self.catching_up() == Some(replica) || self.next_turn() == Some(replica) || self.awaits_all() {
             return true;
         }
         let leaving = self.pending.as_ref().is_some_and(|p| !p.proposed.in_sync.contains(&replica));
@@ -175,6 +178,7 @@ impl Target {
             generation,
             target_id: self.config.target_id,
             lineage: record.lineage,
+            promoted_from: record.promoted.filter(|p| p.replica == replica).map(|p| p.from),
             epoch: record.epoch,
             in_sync: record.in_sync.clone(),
             size_bytes: record.size_bytes,
@@ -194,7 +198,10 @@ impl Target {
         if !matches!(peer.link, Link::Opening { .. }) {
             return;
         }
+        self.check_given_up(replica);
+        let Some(peer) = self.peers.get_mut(&replica) else { return };
         peer.failures = 0;
+        peer.heard_ms = Some(now);
         let layers = opened.snapshots;
         peer.size_bytes = opened.size_bytes;
         peer.cache_lost = opened.cache_lost && (self.guards.lostsrc || self.state == TargetState::Serving);
@@ -259,6 +266,7 @@ impl Target {
             OpenRefusal::Fenced(generation) => {
                 self.fence(format!("replica {replica} was opened for generation {generation}"));
             }
+            OpenRefusal::Restored(_) if self.guards.allanswer => self.on_other_history(replica, refusal),
             // R35: nobody may serve on a set with a member that knows another history.
             OpenRefusal::Restored(_) | OpenRefusal::WrongReplica if self.is_member(replica) => {
                 self.fail(format!("replica {replica}: {refusal}"));
@@ -412,12 +420,14 @@ impl Target {
         let (_, sent_ms) = open.heartbeats[at];
         open.heartbeats.drain(..=at);
         open.last_heard_ms = now;
+        let heard_ms = Some(sent_ms);
         // R4: counted from sending.
         let end_ms = if drift { timers::lease_end_at_target(sent_ms) } else { sent_ms + timers::LEASE_MS };
         open.lease_end_ms = open.lease_end_ms.max(end_ms);
-        if !cache_lost && let Some(peer) = self.peers.get_mut(&replica) {
+        if let Some(peer) = self.peers.get_mut(&replica) {
+            peer.heard_ms = heard_ms;
             // R19: it ends at the replica once what was lost is reconciled there.
-            peer.cache_lost = false;
+            peer.cache_lost &= cache_lost;
         }
         self.recompute_leases();
         self.release_reads();
@@ -438,6 +448,10 @@ impl Target {
         }
         let now = self.now_ms;
         self.patient_until_ms = now + timers::TICK_GAP_MS;
+        self.history.forget();
+        for peer in self.peers.values_mut() {
+            peer.heard_ms = None;
+        }
         for session in self.peers.values_mut().filter_map(Peer::session_mut) {
             session.lease_end_ms = 0;
             session.heartbeats.clear();

@@ -38,16 +38,25 @@ pub(super) enum Work {
         trim: bool,
         edge: Option<(Edge, Block)>,
     },
-    /// `adopted`: its block was adopted, and is read once more.
     Copy {
         copy: CopyId,
         why: CopyFor,
-        adopted: bool,
+        resort: LastResort,
     },
     /// A piece of this check (R33).
     Check {
         check: u64,
     },
+}
+
+/// What was tried for a block of a logged region that no member can read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LastResort {
+    None,
+    /// It was adopted where a crash explains it, and is read once more (R32).
+    Adopted,
+    /// All but the source were told that it is bad.
+    MarkedBad,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

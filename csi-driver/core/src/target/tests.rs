@@ -1,6 +1,7 @@
 //! One test per rule, named after it. The simulation under `tests/sim` covers their interplay.
 
 mod catch_up;
+mod history;
 mod idle;
 mod jobs;
 mod repair;

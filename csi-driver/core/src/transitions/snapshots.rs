@@ -273,13 +273,13 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_format_1_is_read_and_becomes_2_with_its_first_snapshot() {
+    fn a_record_of_format_1_is_read_and_becomes_one_of_today_with_its_first_snapshot() {
         let mut old = mk_owned(1);
         old.format = 1;
         let mut json = serde_json::to_value(&old).unwrap();
         assert!(json.as_object_mut().unwrap().get("snapshots").is_none());
         let read: VolumeRecord = serde_json::from_value(json).unwrap();
         assert_eq!(read, old);
-        assert_eq!(mk_cut(&read, ONE, &[1]).format, 2);
+        assert_eq!(mk_cut(&read, ONE, &[1]).format, RECORD_FORMAT);
     }
 }

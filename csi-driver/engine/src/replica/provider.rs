@@ -355,6 +355,7 @@ mod tests {
             generation,
             target_id,
             lineage: Lineage(7),
+            promoted_from: None,
             epoch: Epoch::default(),
             in_sync: BTreeSet::from([REPLICA]),
             size_bytes: SIZE_BYTES,

@@ -49,6 +49,8 @@ pub fn adopt(
             let torn: Vec<u64> = read.in_doubt.iter().map(|block| block.0).collect();
             adopt_next(own, range, read.data, torn, Box::new(done));
         }
+        // What the device cannot read it cannot adopt: it stays an error to its readers, and is none of the replica's.
+        Err(StoreError::Io { .. }) => done(Ok(Bytes::new())),
         Err(error) => done(Err(disk_error(error))),
     };
     disk.read_unchecked(range.offset_bytes(), len, Box::new(read));

@@ -127,6 +127,7 @@ pub async fn open(actor: Arc<TargetActor>, wanted: OpenSession) {
         generation: wanted.generation,
         target_id: wanted.target_id,
         lineage: wanted.lineage,
+        promoted_from: wanted.promoted_from,
         epoch: wanted.epoch,
         in_sync: wanted.in_sync.clone(),
         size_bytes: wanted.size_bytes,

@@ -199,11 +199,7 @@ impl Volume {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub async fn expose(
-        self: &Arc<Self>,
-        node: &NodeContext,
-        read_only: bool,
-    ) -> Result<(), AttachError> {
+    pub async fn expose(self: &Arc<Self>, node: &NodeContext, read_only: bool) -> Result<(), AttachError> {
         let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
         let size = self.actor.peek(TargetMachine::size_bytes).unwrap_or_default();
         // Unless it grew since.

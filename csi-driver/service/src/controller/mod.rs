@@ -8,6 +8,7 @@ mod create;
 mod delete;
 mod list;
 mod pools;
+mod promote;
 mod publish;
 mod replace;
 
@@ -17,7 +18,9 @@ use holdfast_proto::csi::controller_server::Controller;
 use holdfast_proto::csi::controller_service_capability::{Rpc, Type, rpc};
 use holdfast_proto::csi::*;
 use holdfast_proto::storage::operator_server::Operator;
-use holdfast_proto::storage::{ReplaceReplicaReply, ReplaceReplicaRequest};
+use holdfast_proto::storage::{
+    PromoteReplicaReply, PromoteReplicaRequest, ReplaceReplicaReply, ReplaceReplicaRequest,
+};
 use holdfast_storage_core::record_store::RecordStore;
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
@@ -68,6 +71,14 @@ impl Operator for ControllerService {
     ) -> Result<Response<ReplaceReplicaReply>, Status> {
         let inner = Arc::clone(&self.inner);
         detached(async move { inner.replace_replica(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn promote_replica(
+        &self,
+        request: Request<PromoteReplicaRequest>,
+    ) -> Result<Response<PromoteReplicaReply>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.promote_replica(request.into_inner()).await }).await.map(Response::new)
     }
 }
 

@@ -139,6 +139,8 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         in_sync,
         replicas,
         snapshots: Vec::new(),
+        restored: false,
+        promoted: None,
         formatted: Formatted::Never,
         deleting: false,
     }
