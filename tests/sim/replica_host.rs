@@ -1,6 +1,6 @@
 //! The engine's replica server, simulated: connections, calls and the disk around a `Replica`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::BlockSet;
@@ -55,6 +55,7 @@ pub enum ToReplica {
         token: SessionToken,
         from: Option<SnapshotId>,
         to: Option<SnapshotId>,
+        range: BlockRange,
     },
     Extents {
         caller: Caller,
@@ -245,9 +246,10 @@ impl World {
                 process.calls.insert(call, (caller, Context::Control(id)));
                 ReplicaEvent::Control { call, key, op }
             }
-            ToReplica::Changes { caller, call, token, from, to } => {
+            ToReplica::Changes { caller, call, token, from, to, range } => {
                 let accepted = process.replica.accepts(token);
-                return self.tell_changes(node, caller, call, (from, to), accepted);
+                let changed = self.nodes[node].disk.layers.changed(from, to).filter(|_| accepted);
+                return self.tell_changes(node, caller, call, changed, range);
             }
             ToReplica::Extents { caller, call, token, range } => {
                 let accepted = process.replica.accepts(token);
@@ -269,14 +271,13 @@ impl World {
         node: usize,
         caller: Caller,
         call: CallId,
-        (from, to): (Option<SnapshotId>, Option<SnapshotId>),
-        accepted: bool,
+        changed: Option<BTreeSet<u64>>,
+        range: BlockRange,
     ) {
-        let changed = self.nodes[node].disk.layers.changed(from, to).filter(|_| accepted);
         let Some(changed) = changed else { return self.tell_lost(node, caller) };
         let mut blocks = BlockSet::new();
-        for block in changed {
-            blocks.insert(BlockRange::new(block, 1));
+        for block in changed.range(range.start.0..range.end()) {
+            blocks.insert(BlockRange::new(*block, 1));
         }
         let event = TargetEvent::ChangesRead { call, blocks };
         self.send_to_target(node, caller.target, ToTarget::of_session(caller.session, event));

@@ -337,8 +337,8 @@ impl World {
                         Control::ReadExtents(range) => {
                             ToReplica::Extents { caller, call, token: key.token, range }
                         }
-                        Control::ReadChanges { from, to } => {
-                            ToReplica::Changes { caller, call, token: key.token, from, to }
+                        Control::ReadChanges { from, to, range } => {
+                            ToReplica::Changes { caller, call, token: key.token, from, to, range }
                         }
                         op => ToReplica::Control { caller, call, key, op: control_op(op) },
                     };

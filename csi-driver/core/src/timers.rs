@@ -115,7 +115,7 @@ pub const CHECKS_MAX: usize = 16;
 pub const SCRUB_EVERY_MS: u64 = 7 * 24 * 3_600 * 1_000;
 /// Pause after each region that was scrubbed: at most 8 MiB/s of each replica's disk, 1 TiB in 36 hours.
 pub const SCRUB_REGION_EVERY_MS: u64 = 125;
-/// Regions whose allocation is asked for in one call.
+/// Regions whose allocation, or whose changes between two snapshots, are asked for in one call.
 pub const EXTENTS_REGIONS: u64 = 1_024;
 /// Most blocks of one copy; a region.
 pub const COPY_BLOCKS_MAX: u64 = crate::ids::BLOCKS_PER_REGION;

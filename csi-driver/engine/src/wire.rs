@@ -7,6 +7,7 @@ use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
 use holdfast_storage_core::ids::{BLOCKS_PER_REGION, Epoch, Generation, NodeName, Region, ReplicaId};
 use holdfast_storage_core::replica::{OpenRefusal, OpenReply, OpenRequest, SessionKey};
+use holdfast_storage_core::timers::EXTENTS_REGIONS;
 use tonic::Status;
 
 /// Bytes of the largest control message: a dirty map of a 1 TiB volume has 32 MiB. A larger volume's maps do not pass
@@ -164,7 +165,29 @@ fn refused(refusal: pb::OpenRefusal) -> Result<OpenRefusal, Status> {
 
 /// Blocks of one region at most: more is no request of a target's.
 pub fn region_range(start_block: u64, blocks: u64) -> Result<BlockRange, Status> {
-    let allowed = (1..=BLOCKS_PER_REGION).contains(&blocks) && start_block.checked_add(blocks).is_some();
+    range(start_block, blocks, BLOCKS_PER_REGION)
+}
+
+/// The range of a question for changes.
+pub fn changes_range(start_block: u64, blocks: u64) -> Result<BlockRange, Status> {
+    range(start_block, blocks, EXTENTS_REGIONS * BLOCKS_PER_REGION)
+}
+
+/// What changed in the range that was asked for.
+pub fn changes(reply: &pb::ReadChangesReply, asked: BlockRange) -> Result<BlockSet, Status> {
+    let mut changed = BlockSet::new();
+    for run in &reply.runs {
+        let run = range(run.start_block, run.blocks, asked.count)?;
+        if run.start < asked.start || run.end() > asked.end() {
+            return Err(Status::invalid_argument("the answer tells of blocks that were not asked for"));
+        }
+        changed.insert(run);
+    }
+    Ok(changed)
+}
+
+fn range(start_block: u64, blocks: u64, blocks_max: u64) -> Result<BlockRange, Status> {
+    let allowed = (1..=blocks_max).contains(&blocks) && start_block.checked_add(blocks).is_some();
     let refused = || Status::invalid_argument(format!("{blocks} blocks from block {start_block} on"));
     if allowed { Ok(BlockRange::new(start_block, blocks)) } else { Err(refused()) }
 }

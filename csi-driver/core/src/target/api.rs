@@ -234,6 +234,8 @@ pub enum Control {
         from: Option<SnapshotId>,
         /// Before this snapshot; until now, if none.
         to: Option<SnapshotId>,
+        /// Where; at most [`crate::timers::EXTENTS_REGIONS`], so that a slow disk answers before the deadline.
+        range: BlockRange,
     },
     /// Give a joining replica a member's maps (R24).
     MergeMaps {

@@ -18,8 +18,9 @@
 
 use std::collections::BTreeSet;
 
+use crate::block_range::BlockRange;
 use crate::dirty_map::BlockSet;
-use crate::ids::{REGION_BYTES, Region, ReplicaId, SnapshotId};
+use crate::ids::{BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES, Region, ReplicaId, SnapshotId};
 use crate::record::VolumeRecord;
 use crate::timers;
 use crate::transitions::{self, TransitionError};
@@ -36,12 +37,31 @@ pub(super) struct Layered {
     goal: Option<Goal>,
     /// The layers say what differs; not asked of a volume without snapshots.
     asks: bool,
-    /// What they said.
+    /// What they said, once all of it is known.
     changed: Option<BlockSet>,
+    /// What they said so far.
+    parts: Parts,
     /// Some layer was rebuilt in this try: the replica is exactly what it holds.
     exact: bool,
     /// Regions that were copied to and are still in the replica's log.
     logged: BTreeSet<Region>,
+}
+
+/// Changes are asked for part by part: of a large volume all tables at once take a slow disk longer than an answer may.
+#[derive(Debug, Default)]
+struct Parts {
+    known: BlockSet,
+    /// The first block that nobody was asked for, or whose answer is awaited.
+    next: u64,
+    /// Blocks of what the replica is brought to.
+    end: u64,
+}
+
+impl Parts {
+    fn range(&self) -> BlockRange {
+        let most = timers::EXTENTS_REGIONS * BLOCKS_PER_REGION;
+        BlockRange::new(self.next, most.min(self.end - self.next))
+    }
 }
 
 /// The snapshot that is being rebuilt.
@@ -109,28 +129,47 @@ impl Target {
         if live { self.receive() } else { self.ask_changes() }
     }
 
-    /// Asks a member which blocks the layers name between what the replica holds and what is next.
+    /// Begins to ask which blocks the layers name between what the replica holds and what is next.
     pub(super) fn ask_changes(&mut self) {
-        let (Some(record), Some(replica)) = (self.volume(), self.catching_up()) else { return };
-        let to = self.catch_up.as_ref().and_then(|c| c.layers.goal.as_ref()).map(|goal| goal.snapshot);
+        let Some(record) = self.volume() else { return };
         let asks = record.committed().next().is_some();
-        let older = record.committed().take_while(|s| Some(s.id) != to);
-        let from = older.filter(|s| s.holders.contains(&replica)).last().map(|s| s.id);
+        let size_bytes = record.size_bytes;
         if let Some(layered) = self.layered() {
             layered.asks = asks;
             layered.changed = None;
+            let blocks_of = |goal: &Goal| u64::from(goal.regions.0) * BLOCKS_PER_REGION;
+            let end = layered.goal.as_ref().map_or(size_bytes / BLOCK_BYTES, blocks_of);
+            layered.parts = Parts { end, ..Parts::default() };
         }
-        if asks && let Some(source) = self.choose_reader(&BTreeSet::new()) {
-            self.send_control(source, CallKind::Changes, Control::ReadChanges { from, to });
-        }
-        self.dirty = true;
+        self.ask_part();
     }
 
-    pub(super) fn on_changes_read(&mut self, call: CallId, blocks: BlockSet) {
-        let Some(Call { kind: CallKind::Changes, .. }) = self.take_call(call) else { return };
-        if let Some(layered) = self.layered() {
-            layered.changed = Some(blocks);
+    /// Asks a member for the next part. Any will do for each: all hold the same snapshots.
+    fn ask_part(&mut self) {
+        self.dirty = true;
+        let (Some(record), Some(replica)) = (self.volume(), self.catching_up()) else { return };
+        let Some(layered) = self.catch_up.as_ref().map(|c| &c.layers).filter(|layered| layered.asks) else {
+            return;
+        };
+        let to = layered.goal.as_ref().map(|goal| goal.snapshot);
+        let older = record.committed().take_while(|s| Some(s.id) != to);
+        let from = older.filter(|s| s.holders.contains(&replica)).last().map(|s| s.id);
+        let range = layered.parts.range();
+        if let Some(source) = self.choose_reader(&BTreeSet::new()) {
+            self.send_control(source, CallKind::Changes, Control::ReadChanges { from, to, range });
         }
+    }
+
+    pub(super) fn on_changes_read(&mut self, call: CallId, blocks: &BlockSet) {
+        let Some(Call { kind: CallKind::Changes, .. }) = self.take_call(call) else { return };
+        let Some(layered) = self.layered() else { return };
+        let parts = &mut layered.parts;
+        parts.known.merge(blocks);
+        parts.next = parts.range().end();
+        if parts.next < parts.end {
+            return self.ask_part();
+        }
+        layered.changed = Some(std::mem::take(&mut parts.known));
     }
 
     /// Whether the layers' answer is here; a source that is gone is replaced.
@@ -140,7 +179,7 @@ impl Target {
             return true;
         }
         if !self.has_calls(|kind| kind == CallKind::Changes) {
-            self.ask_changes();
+            self.ask_part();
         }
         false
     }

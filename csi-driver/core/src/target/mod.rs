@@ -254,7 +254,7 @@ impl Target {
             TargetEvent::Verified { call, blocks } => self.on_verified(call, blocks),
             TargetEvent::Scrub => self.on_scrub(),
             TargetEvent::ExtentsRead { call, extents } => self.on_extents_read(call, &extents),
-            TargetEvent::ChangesRead { call, blocks } => self.on_changes_read(call, blocks),
+            TargetEvent::ChangesRead { call, blocks } => self.on_changes_read(call, &blocks),
             TargetEvent::IoDone { io, result } => self.on_io_done(io, result),
             TargetEvent::Request { request, op } => self.on_request(request, op),
             TargetEvent::Job { job, what } => self.on_job(job, what),

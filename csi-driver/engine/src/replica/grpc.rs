@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_server::Replica;
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{Region, ReplicaId, SessionToken};
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, OpenRefusal, OpenReply, OpenRequest, ReplicaCall, ReplicaReply,
@@ -15,7 +16,6 @@ use tonic::{Request, Response, Status};
 use crate::tls::Caller;
 use crate::wire;
 
-use super::changes;
 use super::host::ReplicaHost;
 use super::machine::{ReplicaActor, ReplicaInput, SessionEnded, next_open_call};
 
@@ -320,6 +320,7 @@ impl Replica for ReplicaService {
         let request = request.into_inner();
         let (from, to) =
             (wire::maybe_id(&request.from_snapshot_id)?, wire::maybe_id(&request.to_snapshot_id)?);
+        let range = wire::changes_range(request.start_block, request.blocks)?;
         let (replica, key) = wire::session(request.session)?;
         let actor = self.find(replica)?;
         // Nothing is changed, so it is no request of the session's: that the asker has one is enough.
@@ -328,9 +329,11 @@ impl Replica for ReplicaService {
             Some(Err(_)) => return Err(foreign_session(replica, &names)),
             None => return Err(session_over()),
         }
-        let changed = changes::read(&actor.env.disk, from, to).await;
+        let disk = &actor.env.disk;
+        let changed = holdfast_store::wait(disk, |done| disk.changed_blocks(from, to, range, done)).await;
         let changed = changed.map_err(|error| Status::data_loss(error.to_string()))?;
-        Ok(Response::new(pb::ReadChangesReply { bits: changed.to_bytes() }))
+        let run = |run: BlockRange| pb::BlockRun { start_block: run.start.0, blocks: run.count };
+        Ok(Response::new(pb::ReadChangesReply { runs: changed.into_iter().map(run).collect() }))
     }
 
     async fn grow(&self, request: Request<pb::GrowRequest>) -> Result<Response<pb::GrowReply>, Status> {

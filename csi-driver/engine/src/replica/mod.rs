@@ -1,6 +1,5 @@
 //! The replica server: this node's replicas, opened by targets here and on other nodes.
 
-pub mod changes;
 pub mod disk;
 pub mod grpc;
 pub mod host;

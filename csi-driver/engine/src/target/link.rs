@@ -22,7 +22,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::replica::machine::{ReplicaActor, ReplicaInput};
-use crate::replica::{changes, grpc, provider};
+use crate::replica::{grpc, provider};
 use crate::{errno, wire};
 
 use super::snapshot_reads::SnapshotReads;
@@ -176,9 +176,8 @@ impl Link {
     pub async fn control(&self, op: Control) -> Result<ControlAnswer, LinkError> {
         match (&self.path, op) {
             (Path::Local { actor, .. }, Control::ReadExtents(range)) => local_extents(actor, range).await,
-            (Path::Local { actor, .. }, Control::ReadChanges { from, to }) => {
-                let read = changes::read(&actor.env.disk, from, to).await;
-                read.map(ControlAnswer::Changes).map_err(|error| LinkError::Silent(error.to_string()))
+            (Path::Local { actor, .. }, Control::ReadChanges { from, to, range }) => {
+                local_changes(actor, from, to, range).await
             }
             (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
@@ -247,7 +246,7 @@ impl RemoteLink {
                 let request = pb::ClearMapRequest { session, absent_replica_id, regions };
                 rpc.clear_map(request).await.map_err(link_error)?;
             }
-            Control::ReadChanges { from, to } => return self.changes(from, to).await,
+            Control::ReadChanges { from, to, range } => return self.changes(from, to, range).await,
             Control::MergeMaps { epoch, maps } => {
                 let request = pb::MergeMapRequest {
                     session,
@@ -278,13 +277,19 @@ impl RemoteLink {
         &self,
         from: Option<SnapshotId>,
         to: Option<SnapshotId>,
+        range: BlockRange,
     ) -> Result<ControlAnswer, LinkError> {
         let text = |snapshot: Option<SnapshotId>| snapshot.map(|s| s.to_string()).unwrap_or_default();
         let (from_snapshot_id, to_snapshot_id) = (text(from), text(to));
-        let session = Some(self.session.clone());
-        let request = pb::ReadChangesRequest { session, from_snapshot_id, to_snapshot_id };
+        let request = pb::ReadChangesRequest {
+            session: Some(self.session.clone()),
+            from_snapshot_id,
+            to_snapshot_id,
+            start_block: range.start.0,
+            blocks: range.count,
+        };
         let reply = self.rpc.clone().read_changes(request).await.map_err(link_error)?;
-        Ok(ControlAnswer::Changes(BlockSet::from_bytes(&reply.get_ref().bits)))
+        wire::changes(reply.get_ref(), range).map(ControlAnswer::Changes).map_err(link_error)
     }
 
     async fn verify(&self, range: BlockRange) -> Result<ControlAnswer, LinkError> {
@@ -352,6 +357,21 @@ impl Drop for Link {
 /// Whether a failed request says that its session is gone.
 pub fn is_session_error(result: &Result<Bytes, BlockError>) -> bool {
     matches!(result, Err(BlockError(errno::ENOTCONN | errno::ESHUTDOWN)))
+}
+
+async fn local_changes(
+    actor: &ReplicaActor,
+    from: Option<SnapshotId>,
+    to: Option<SnapshotId>,
+    range: BlockRange,
+) -> Result<ControlAnswer, LinkError> {
+    let disk = &actor.env.disk;
+    let read = holdfast_store::wait(disk, |done| disk.changed_blocks(from, to, range, done)).await;
+    let mut changed = BlockSet::new();
+    for run in read.map_err(|error| LinkError::Silent(error.to_string()))? {
+        changed.insert(run);
+    }
+    Ok(ControlAnswer::Changes(changed))
 }
 
 async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<ControlAnswer, LinkError> {

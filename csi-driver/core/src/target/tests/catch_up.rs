@@ -3,7 +3,7 @@
 use super::*;
 use crate::block_range::BlockRange;
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap};
-use crate::ids::{BLOCK_BYTES, REGION_BYTES};
+use crate::ids::{BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES};
 use crate::target::tests::jobs::SNAPSHOT;
 use crate::timers;
 
@@ -217,9 +217,8 @@ fn r23_however_slow_the_flush_a_death_has_no_more_than_the_limit_copied_again() 
     assert!(copied(&bench) > most, "and on after it");
 }
 
-#[test]
-fn r28_a_snapshot_of_more_regions_than_may_be_at_stake_is_rebuilt_to_its_end() {
-    let size_bytes = 64 << 20;
+/// The third of three is away while a snapshot is cut, and comes back.
+fn mk_missed_snapshot(size_bytes: u64) -> Bench {
     let mut bench = mk_bench(3);
     bench.store.record.size_bytes = size_bytes;
     let mut bench = mk_serving_with(bench, 3);
@@ -233,6 +232,49 @@ fn r28_a_snapshot_of_more_regions_than_may_be_at_stake_is_rebuilt_to_its_end() {
     bench.wait(300);
     bench.open(3, false);
     bench.maps(None);
+    bench
+}
+
+#[test]
+fn r28_what_changed_in_a_large_volume_is_asked_part_by_part_and_of_another_member_when_one_goes() {
+    let part = timers::EXTENTS_REGIONS * BLOCKS_PER_REGION;
+    let size_bytes = (2 * part + BLOCKS_PER_REGION) * BLOCK_BYTES;
+    let mut bench = mk_missed_snapshot(size_bytes);
+    let mut ask = |bench: &mut Bench| {
+        let asked = bench.control_of(|op| matches!(op, Control::ReadChanges { .. }));
+        let Some((call, of, Control::ReadChanges { range, .. })) = asked else { panic!("nothing is asked") };
+        (call, of, range)
+    };
+    let answer = |bench: &mut Bench, call, at| {
+        let mut blocks = BlockSet::new();
+        blocks.insert(BlockRange::new(at, 1));
+        bench.event(TargetEvent::ChangesRead { call, blocks });
+    };
+    let (call, of, range) = ask(&mut bench);
+    assert_eq!(range, BlockRange::new(0, part));
+    answer(&mut bench, call, 7);
+    let (_, source, range) = ask(&mut bench);
+    assert_eq!((source, range), (of, BlockRange::new(part, part)));
+    let session = bench.target.peers[&source].session().unwrap().id;
+    bench.event(TargetEvent::SessionLost { session });
+    bench.store();
+    bench.tell_all();
+    bench.wait(100);
+    let (call, other, range) = ask(&mut bench);
+    assert_eq!(range, BlockRange::new(part, part), "what is known is not asked again");
+    assert_ne!(other, source);
+    answer(&mut bench, call, part + 1);
+    let (call, _, range) = ask(&mut bench);
+    assert_eq!(range, BlockRange::new(2 * part, BLOCKS_PER_REGION));
+    answer(&mut bench, call, 2 * part);
+    let copied: Vec<u64> = bench.copy_all().iter().map(|range| range.start.0).collect();
+    assert_eq!(copied, [7, part + 1, 2 * part]);
+}
+
+#[test]
+fn r28_a_snapshot_of_more_regions_than_may_be_at_stake_is_rebuilt_to_its_end() {
+    let size_bytes = 64 << 20;
+    let mut bench = mk_missed_snapshot(size_bytes);
     let changes = bench.control_of(|op| matches!(op, Control::ReadChanges { .. }));
     let (call, ..) = changes.expect("asks what the layers name");
     bench.event(TargetEvent::ChangesRead { call, blocks: BlockSet::whole(size_bytes) });
