@@ -272,8 +272,10 @@ impl Volume {
     pub async fn follow_growth(self: &Arc<Self>) -> Result<(), AttachError> {
         let me = Arc::clone(self);
         let grow = move || {
+            // The size is read under the lock: of two that follow at once, none asks for less than the other got.
+            let outside = me.outside();
             let size_bytes = *me.actor.env.size_bytes.borrow();
-            me.outside().front_end.as_ref().map_or(Ok(()), |front_end| front_end.grow(size_bytes))
+            outside.front_end.as_ref().map_or(Ok(()), |front_end| front_end.grow(size_bytes))
         };
         let failed = |reason: String| AttachError::FrontEnd { volume: self.volume_id, reason };
         match tokio::task::spawn_blocking(grow).await {
