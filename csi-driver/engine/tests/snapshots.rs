@@ -12,10 +12,9 @@ use common::{Cluster, MIB, flush, pattern, read, write};
 use holdfast_io::BlockDevice;
 use holdfast_nbd::{Client, ClientOptions};
 use holdfast_proto::storage as pb;
-use holdfast_storage_core::ids::{Lineage, ReplicaId, SnapshotId, VolumeId};
-use holdfast_storage_core::record::{SnapshotState, VolumeParams, VolumeRecord};
-use holdfast_storage_core::record_store::RecordStore;
-use holdfast_storage_core::transitions::{self, NewVolume};
+use holdfast_storage_core::ids::{SnapshotId, VolumeId};
+use holdfast_storage_core::record::SnapshotState;
+use holdfast_storage_core::transitions;
 use rand::Rng;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
@@ -452,40 +451,6 @@ async fn a_cut_takes_no_longer_for_more_data() {
     assert!(took[1] < took[0] * 5 + Duration::from_millis(500), "{took:?}");
 }
 
-/// A volume that begins as a snapshot, each of its replicas beside one of the snapshot's holders, as the controller makes it.
-async fn clone_of(setup: &Setup, snapshot: SnapshotId, size_bytes: u64) -> VolumeId {
-    let volume_id = VolumeId(rand::rng().random());
-    let clone =
-        |record: &mut VolumeRecord| *record = transitions::add_clone(record, snapshot, volume_id).unwrap();
-    setup.cluster.store.update(setup.volume, clone);
-    let record = transitions::create(NewVolume {
-        volume_id,
-        name: format!("vol-{volume_id}"),
-        lineage: Lineage(rand::rng().random()),
-        size_bytes,
-        epoch_nonce: rand::rng().random(),
-        replicas: (0..3)
-            .map(|n| (ReplicaId(rand::rng().random()), setup.cluster.nodes[n].name.clone()))
-            .collect(),
-        params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
-    });
-    for (replica, on) in &record.replicas {
-        let index = setup.cluster.nodes.iter().position(|node| node.name == on.node).unwrap();
-        let request = pb::CreateReplicaRequest {
-            volume_id: volume_id.to_string(),
-            replica_id: replica.to_string(),
-            lineage: record.lineage.to_string(),
-            size_bytes,
-            epoch: Some(pb::Epoch { number: record.epoch.number, nonce: record.epoch.nonce }),
-            source_replica_id: setup.cluster.replica_on(setup.volume, index).to_string(),
-            source_snapshot_id: snapshot.to_string(),
-        };
-        setup.cluster.pool_client(index).await.create_replica(request).await.unwrap();
-    }
-    setup.cluster.store.create(record).await.unwrap();
-    volume_id
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clone_begins_as_its_snapshot_and_outlives_its_source() {
     let setup = Setup::start(false).await;
@@ -496,7 +461,8 @@ async fn a_clone_begins_as_its_snapshot_and_outlives_its_source() {
     let snapshot = snapshot_id();
     setup.cut(0, snapshot).await.unwrap();
     write(&device, MIB, pattern(1, 2, MIB as usize)).await.unwrap();
-    let clone = clone_of(&setup, snapshot, SIZE + 8 * MIB).await;
+    let source = Some((setup.volume, snapshot));
+    let clone = setup.cluster.create_volume_from(source, &[0, 1, 2], SIZE + 8 * MIB).await;
     let refused = setup.delete(0, snapshot).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     let cloned = setup.cluster.attach(clone, 1).await;

@@ -15,8 +15,8 @@ use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_client::PoolClient;
 use holdfast_proto::storage::volume_jobs_client::VolumeJobsClient;
 use holdfast_service::tls::CONTROLLER_NAME;
-use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, ReplicaId, VolumeId};
-use holdfast_storage_core::record::VolumeParams;
+use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use holdfast_storage_core::transitions::{self, NewVolume};
 use rand::Rng;
 use store::MemStore;
@@ -137,7 +137,23 @@ impl Cluster {
 
     /// The same on some nodes only.
     pub async fn create_volume_on(&self, nodes: &[usize], size_bytes: u64) -> VolumeId {
+        self.create_volume_from(None, nodes, size_bytes).await
+    }
+
+    /// The same, from a snapshot that these nodes hold.
+    pub async fn create_volume_from(
+        &self,
+        source: Option<(VolumeId, SnapshotId)>,
+        nodes: &[usize],
+        size_bytes: u64,
+    ) -> VolumeId {
         let volume_id = VolumeId(rand::rng().random());
+        if let Some((volume, snapshot)) = source {
+            let clone = |record: &mut VolumeRecord| {
+                *record = transitions::add_clone(record, snapshot, volume_id).unwrap();
+            };
+            self.store.update(volume, clone);
+        }
         let record = transitions::create(NewVolume {
             volume_id,
             name: format!("vol-{volume_id}"),
@@ -163,7 +179,10 @@ impl Cluster {
                 lineage: record.lineage.to_string(),
                 size_bytes,
                 epoch: Some(pb::Epoch { number: record.epoch.number, nonce: record.epoch.nonce }),
-                ..pb::CreateReplicaRequest::default()
+                source_replica_id: source
+                    .map(|(v, _)| self.replica_on(v, index).to_string())
+                    .unwrap_or_default(),
+                source_snapshot_id: source.map(|(_, s)| s.to_string()).unwrap_or_default(),
             };
             self.pool_client(index).await.create_replica(request).await.unwrap();
         }

@@ -240,7 +240,7 @@ fn r28_what_changed_in_a_large_volume_is_asked_part_by_part_and_of_another_membe
     let part = timers::EXTENTS_REGIONS * BLOCKS_PER_REGION;
     let size_bytes = (2 * part + BLOCKS_PER_REGION) * BLOCK_BYTES;
     let mut bench = mk_missed_snapshot(size_bytes);
-    let mut ask = |bench: &mut Bench| {
+    let ask = |bench: &mut Bench| {
         let asked = bench.control_of(|op| matches!(op, Control::ReadChanges { .. }));
         let Some((call, of, Control::ReadChanges { range, .. })) = asked else { panic!("nothing is asked") };
         (call, of, range)
