@@ -2,7 +2,8 @@
 
 /// A target asks each replica for a sign of life and a lease this often.
 pub const HEARTBEAT_MS: u64 = 250;
-/// The same for a volume that nobody uses; two of them and an answer that is late fit in a lease.
+/// The same for a volume that nobody uses. One that is not answered within [`HEARTBEAT_MS`] ends the idling, and three of the
+/// usual ones follow before a lease that was counted from the last answered one ends.
 pub const HEARTBEAT_IDLE_MS: u64 = 1_000;
 /// A volume is idle when nothing was under way for so long.
 pub const IDLE_AFTER_MS: u64 = 2_000;

@@ -23,8 +23,8 @@
 //! A coordinator may die at any point, be repeated, or run beside another one that does not know of it. The record decides,
 //! by compare-and-swap: each start draws snapshot ids of its own, and whoever finds a record of other ids in `holding` or
 //! `cutting` abandons it first and deletes after (`abandonfirst`). From then on that try cannot commit, and its coordinator
-//! asks nobody to cut, as it has to swap `cutting` in before (`cutclaim`). So at the end either all snapshots are there and the record says so, or none
-//! is left. A Hold that comes late ends by itself, and a Cut without a hold is refused.
+//! asks nobody to cut, as it has to swap `cutting` in before (`cutclaim`). So at the end either all snapshots are there and
+//! the record says so, or none is left. A Hold that comes late ends by itself, and a Cut without a hold is refused.
 //!
 //! Not promised: that a group of volumes under load is cut at the first try, and anything about a member's snapshot that
 //! somebody deletes on its own.

@@ -46,6 +46,18 @@ fn an_idle_volume_asks_seldom_and_keeps_its_leases() {
 }
 
 #[test]
+fn a_heartbeat_that_is_lost_costs_an_idle_volume_neither_its_leases_nor_a_replica() {
+    let mut bench = mk_idle();
+    // The one at the next mark, and the first of the faster ones that follow.
+    pass(&mut bench, timers::HEARTBEAT_IDLE_MS + timers::HEARTBEAT_MS, &[]);
+    for _ in 0..20 {
+        assert!(bench.target.leases_hold(), "at {}", bench.now_ms);
+        pass(&mut bench, 100, &[1, 2, 3]);
+    }
+    assert!(bench.take(is_close).is_none());
+}
+
+#[test]
 fn the_first_request_after_a_long_pause_drops_no_healthy_replica_and_waits_for_nothing() {
     let mut bench = mk_idle();
     pass(&mut bench, 990, &[1, 2, 3]);
