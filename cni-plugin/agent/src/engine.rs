@@ -19,7 +19,8 @@ use holdfast_net_core::objects::{ObjectName, Objects};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{BridgePlan, NodePlan};
 use holdfast_net_core::policy::{Explanation, Floor, Model, Numbering, Party, Subject, explain};
-use holdfast_net_core::ruleset::{Proto, Ruleset, pins_of};
+use holdfast_net_core::ports::Proto;
+use holdfast_net_core::ruleset::{Ruleset, pins_of};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -393,6 +394,7 @@ impl Engine {
                 "namespaces": objects.namespaces.len(),
                 "pods": objects.pods.len(),
                 "policies": objects.policies.len(),
+                "clusterPolicies": objects.cluster_policies.len(),
                 "problems": *snapshot.problems,
             },
             "leases": self.endpoints.values().collect::<Vec<_>>(),

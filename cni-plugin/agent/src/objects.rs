@@ -1,6 +1,6 @@
 //! Kubernetes YAML in, objects out.
 
-use holdfast_net_core::objects::{Namespace, NetworkPolicy, Node, ObjectName, Objects, Pod};
+use holdfast_net_core::objects::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectName, Objects, Pod};
 use holdfast_net_core::policy;
 use serde::Deserialize;
 use serde_norway::Value;
@@ -12,6 +12,7 @@ pub(crate) enum Object {
     Namespace(Box<Namespace>),
     Pod(Box<Pod>),
     NetworkPolicy(Box<NetworkPolicy>),
+    ClusterNetworkPolicy(Box<ClusterNetworkPolicy>),
 }
 
 /// Names an object over all kinds.
@@ -23,9 +24,14 @@ pub(crate) struct ObjectKey {
 
 impl std::fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.name.namespace.is_empty() {
+            return write!(f, "{} {}", self.kind, self.name.name);
+        }
         write!(f, "{} {}", self.kind, self.name)
     }
 }
+
+const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
 
 /// One document of a file.
 pub(crate) enum Document {
@@ -65,6 +71,7 @@ fn parse_document(value: Value) -> Document {
         ("v1", "Namespace") => "Namespace",
         ("v1", "Pod") => "Pod",
         ("networking.k8s.io/v1", "NetworkPolicy") => "NetworkPolicy",
+        ("policy.networking.k8s.io/v1alpha2", CLUSTER_POLICY) => CLUSTER_POLICY,
         ("", _) | (_, "") => {
             return Document::Invalid(None, "a document lacks apiVersion or kind".to_owned());
         }
@@ -75,7 +82,7 @@ fn parse_document(value: Value) -> Document {
         return Document::Invalid(None, format!("a {kind} lacks metadata.name"));
     };
     let namespace = match kind {
-        "Node" | "Namespace" => String::new(),
+        "Node" | "Namespace" | CLUSTER_POLICY => String::new(),
         _ => ObjectName::new(meta("namespace").unwrap_or_default(), &name).namespace,
     };
     let key = ObjectKey { kind, name: ObjectName { namespace, name } };
@@ -93,6 +100,11 @@ fn parse_object(kind: &str, value: Value) -> Result<Object, String> {
             serde_norway::from_value(value).map(|ns| Object::Namespace(Box::new(ns))).map_err(text)
         }
         "Pod" => serde_norway::from_value(value).map(|pod| Object::Pod(Box::new(pod))).map_err(text),
+        CLUSTER_POLICY => {
+            let policy: ClusterNetworkPolicy = serde_norway::from_value(value).map_err(text)?;
+            policy::validate_cluster(&policy).map_err(|error| error.to_string())?;
+            Ok(Object::ClusterNetworkPolicy(Box::new(policy)))
+        }
         _ => {
             let policy: NetworkPolicy = serde_norway::from_value(value).map_err(text)?;
             policy::validate(&policy).map_err(|error| error.to_string())?;
@@ -113,6 +125,9 @@ pub(crate) fn insert(objects: &mut Objects, key: &ObjectKey, object: Object) {
         }
         Object::NetworkPolicy(policy) => {
             objects.policies.insert(key.name.clone(), *policy);
+        }
+        Object::ClusterNetworkPolicy(policy) => {
+            objects.cluster_policies.insert(key.name.name.clone(), *policy);
         }
     }
 }

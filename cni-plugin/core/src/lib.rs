@@ -16,4 +16,5 @@ pub mod objects;
 pub mod overlay;
 pub mod plan;
 pub mod policy;
+pub mod ports;
 pub mod ruleset;

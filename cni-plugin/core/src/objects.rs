@@ -1,5 +1,6 @@
 //! The parts of Kubernetes objects that networking reads. Unknown fields are ignored; a missing field that
-//! Kubernetes defaults has its default here. Field shapes: `core/v1` and `networking.k8s.io/v1`.
+//! Kubernetes defaults has its default here. Field shapes: `core/v1`,
+//! `networking.k8s.io/v1` and `policy.networking.k8s.io/v1alpha2`.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -7,7 +8,15 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use crate::ruleset::Proto;
+use crate::ports::Proto;
+
+mod cluster_policy;
+
+pub use cluster_policy::{
+    ClusterAction, ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterNetworkPolicySpec,
+    ClusterPeer, ClusterPort, ClusterPortRange, ClusterPorts, ClusterProtocol, ClusterSubject, ClusterTier,
+    NamespacedPods,
+};
 
 /// Labels of an object.
 pub type Labels = BTreeMap<String, String>;
@@ -64,6 +73,8 @@ pub struct Objects {
     pub pods: BTreeMap<ObjectName, Pod>,
     /// Network policies.
     pub policies: BTreeMap<ObjectName, NetworkPolicy>,
+    /// Network policies of the whole cluster, by name.
+    pub cluster_policies: BTreeMap<String, ClusterNetworkPolicy>,
 }
 
 /// Label that Kubernetes puts on every namespace.
@@ -139,6 +150,11 @@ impl Node {
         } else {
             self.spec.pod_cidrs.clone()
         }
+    }
+
+    /// All addresses that are addresses and not host names.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.status.addresses.iter().filter_map(|address| address.address.parse().ok())
     }
 
     /// All addresses of type `InternalIP`, in the object's order.
@@ -260,14 +276,15 @@ impl Pod {
         addresses
     }
 
-    /// Numbers behind a port name for one protocol. Usually one; two containers may differ.
+    /// Ports behind a name, of one protocol or of any. Usually one; two containers may differ.
     #[must_use]
-    pub fn named_ports(&self, name: &str, protocol: Protocol) -> Vec<u16> {
+    pub fn named_ports(&self, name: &str, protocol: Option<Protocol>) -> Vec<(Protocol, u16)> {
         let sidecars =
             self.spec.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
         let ports = self.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
-        let matching = ports.filter(|port| port.name.as_deref() == Some(name) && port.protocol == protocol);
-        let mut numbers: Vec<u16> = matching.map(|port| port.container_port).collect();
+        let matching = ports
+            .filter(|port| port.name.as_deref() == Some(name) && protocol.is_none_or(|p| p == port.protocol));
+        let mut numbers: Vec<_> = matching.map(|port| (port.protocol, port.container_port)).collect();
         numbers.sort_unstable();
         numbers.dedup();
         numbers

@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::plan::{EndpointPlan, MacAddr};
+use crate::ports::{PortRule, covers, normalise};
 
 /// Which policies select a pod in one direction (and its named ports): never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,100 +45,6 @@ impl IdentityId {
 /// A set of allowed ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProfileId(pub u32);
-
-/// A transport protocol of Kubernetes policies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Proto {
-    /// TCP, the API's default.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// SCTP.
-    Sctp,
-}
-
-impl Proto {
-    /// The IANA protocol number.
-    pub fn number(self) -> u8 {
-        match self {
-            Proto::Tcp => 6,
-            Proto::Udp => 17,
-            Proto::Sctp => 132,
-        }
-    }
-
-    /// The protocol with IANA `number`, if it is one of ours.
-    pub fn from_number(number: u8) -> Option<Self> {
-        [Proto::Tcp, Proto::Udp, Proto::Sctp].into_iter().find(|p| p.number() == number)
-    }
-}
-
-/// One thing a profile allows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum PortRule {
-    /// Every protocol (ICMP too) and every port: a policy rule without `ports`.
-    All,
-    /// Ports `first..=last` of `proto`.
-    Ports {
-        /// The protocol.
-        proto: Proto,
-        /// Lowest port.
-        first: u16,
-        /// Highest port, not below `first`.
-        last: u16,
-    },
-}
-
-impl PortRule {
-    /// One port.
-    pub fn port(proto: Proto, port: u16) -> Self {
-        Self::Ports { proto, first: port, last: port }
-    }
-
-    /// All ports of a protocol.
-    pub fn all_of(proto: Proto) -> Self {
-        Self::Ports { proto, first: 0, last: u16::MAX }
-    }
-}
-
-/// The rules sorted, merged and disjoint: the one form in which equal profiles are equal, and the only form the kernel
-/// takes (it refuses overlapping ranges).
-pub fn normalise(rules: impl IntoIterator<Item = PortRule>) -> Vec<PortRule> {
-    let sorted: BTreeSet<PortRule> = rules.into_iter().collect();
-    if sorted.contains(&PortRule::All) {
-        return vec![PortRule::All];
-    }
-    let mut merged: Vec<PortRule> = Vec::new();
-    for rule in sorted {
-        let PortRule::Ports { proto, first, last } = rule else { continue };
-        if first > last {
-            continue;
-        }
-        match merged.last_mut() {
-            Some(PortRule::Ports { proto: p, last: end, .. })
-                if *p == proto && u32::from(first) <= u32::from(*end) + 1 =>
-            {
-                *end = (*end).max(last);
-            }
-            _ => merged.push(rule),
-        }
-    }
-    merged
-}
-
-/// Whether `wide` allows all that `narrow` allows. Both normalised.
-pub fn covers(wide: &[PortRule], narrow: &[PortRule]) -> bool {
-    if wide.contains(&PortRule::All) {
-        return true;
-    }
-    narrow.iter().all(|n| match *n {
-        PortRule::All => false,
-        PortRule::Ports { proto, first, last } => wide.iter().any(|w| match *w {
-            PortRule::All => true,
-            PortRule::Ports { proto: p, first: f, last: l } => p == proto && f <= first && last <= l,
-        }),
-    })
-}
 
 /// Addresses `first..=last`, both of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -407,6 +314,7 @@ fn narrows(old: &Ruleset, new: &Ruleset, profile: ProfileId, successor: Option<&
 mod tests {
     use super::*;
     use crate::plan::BridgePlan;
+    use crate::ports::Proto;
 
     fn ip(last: u8) -> IpAddr {
         IpAddr::from([10, 0, 0, last])
@@ -482,18 +390,6 @@ mod tests {
         let mut no_ident = mk_ruleset();
         no_ident.ident.clear();
         assert!(diff(&old, &no_ident).revokes);
-    }
-
-    #[test]
-    fn normal_form_merges_neighbours_and_overlaps_and_keeps_protocols_apart() {
-        let tcp = |first, last| PortRule::Ports { proto: Proto::Tcp, first, last };
-        let udp = PortRule::port(Proto::Udp, 82);
-        assert_eq!(
-            normalise([tcp(80, 81), udp, tcp(82, 90), tcp(85, 86), tcp(92, 92)]),
-            vec![tcp(80, 90), tcp(92, 92), udp]
-        );
-        assert_eq!(normalise([udp, PortRule::All]), vec![PortRule::All]);
-        assert_eq!(normalise([tcp(65535, 65535), tcp(0, 65535)]), vec![tcp(0, 65535)]);
     }
 
     #[test]

@@ -14,7 +14,8 @@ use holdfast_dataplane::{Applied, Dataplane, Error};
 use holdfast_net_core::plan::{
     BridgePlan, EndpointPlan, NodePlan, PeerPlan, VXLAN_NAME, VXLAN_PORT, VXLAN_VNI, VxlanPlan, vtep_mac,
 };
-use holdfast_net_core::ruleset::{ClassId, IdentityId, PortRule, ProfileId, Proto, Ruleset, pins_of};
+use holdfast_net_core::ports::{PortRule, Proto};
+use holdfast_net_core::ruleset::{ClassId, IdentityId, ProfileId, Ruleset, pins_of};
 use support::{Netns, connects, link_nodes, serve_bytes};
 
 /// A node: its namespace, its thread with runtime and data path.

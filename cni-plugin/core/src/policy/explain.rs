@@ -1,12 +1,16 @@
-//! Who decides about a connection: the compiled model names the policy and the rule.
+//! Who decides about a connection: the compiled model names the tier, the policy and the rule.
 
 use std::net::IpAddr;
 
 use super::lookup::{Direction, allows};
-use super::model::{Model, Subject, resolve};
+use super::model::{Model, Subject};
 use super::numbering::Numbering;
+use super::reference::PolicyRef;
+use super::rules::Action;
+use super::tiers::{Decider, Tiers};
 use crate::objects::{ObjectName, Objects};
-use crate::ruleset::{ClassId, PortRule, Proto};
+use crate::ports::Proto;
+use crate::ruleset::ClassId;
 
 /// One end of a connection that is asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,11 +21,24 @@ pub struct Party {
     pub address: IpAddr,
 }
 
+/// The rule that decides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// Its policy, with the tier.
+    pub policy: PolicyRef,
+    /// Its place among the policy's rules of that direction, from 1.
+    pub rule: usize,
+    /// What its policy calls it; often empty.
+    pub rule_name: String,
+}
+
 /// The answer for one direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirectionAnswer {
     /// Whether this direction lets the connection pass.
     pub allowed: bool,
+    /// The rule that decides; `None` where no rule matches.
+    pub decided_by: Option<Decision>,
     /// Why, as a sentence.
     pub reason: String,
 }
@@ -65,7 +82,7 @@ pub fn explain(
     let model = Model::compile(objects, &subjects, &mut Numbering::default());
     if from.address == to.address {
         let reason = "the connection stays inside the pod and never reaches a policy".to_owned();
-        let answer = DirectionAnswer { allowed: true, reason };
+        let answer = DirectionAnswer { allowed: true, decided_by: None, reason };
         return Explanation { egress: answer.clone(), ingress: answer };
     }
     Explanation {
@@ -87,75 +104,51 @@ fn answer(
         Direction::Ingress => "ingress",
         Direction::Egress => "egress",
     };
-    let (classes, numbers) = match direction {
-        Direction::Ingress => (&model.classes_in, &model.ruleset.cls_in),
-        Direction::Egress => (&model.classes_eg, &model.ruleset.cls_eg),
+    let (classes, policies, numbers) = match direction {
+        Direction::Ingress => (&model.classes_in, &model.policies_in, &model.ruleset.cls_in),
+        Direction::Egress => (&model.classes_eg, &model.policies_eg, &model.ruleset.cls_eg),
     };
     let (subject_name, peer_name) = (name(subject), name(peer));
-    let reason = match classes.get(&subject.address) {
-        None if numbers.get(&subject.address) == Some(&ClassId::DENY_ALL) => {
+    let Some(class) = classes.get(&subject.address) else {
+        let reason = if numbers.get(&subject.address) == Some(&ClassId::DENY_ALL) {
             format!("{subject_name} is attached but its Pod object is not known, so it is denied everything")
+        } else {
+            format!("no policy selects {subject_name} for {word}")
+        };
+        return DirectionAnswer { allowed, decided_by: None, reason };
+    };
+    let tiers = Tiers::of(class, |name| policies.get(name));
+    match tiers.decider(class, &model.identity_of(peer.address), proto, port) {
+        Decider::Rule { policy, number, rule } => {
+            let verb = match rule.action {
+                Action::Accept => "admits",
+                Action::Deny | Action::Pass => "denies",
+            };
+            let quoted = if rule.name.is_empty() { String::new() } else { format!(" \"{}\"", rule.name) };
+            let reason = format!(
+                "policy {policy}, {word} rule {number}{quoted}, {verb} {peer_name} on {proto} port {port}"
+            );
+            let decision = Decision { policy: policy.clone(), rule: number, rule_name: rule.name.clone() };
+            DirectionAnswer { allowed, decided_by: Some(decision), reason }
         }
-        None => format!("no policy isolates {subject_name} for {word}"),
-        Some(class) => match deciding_rule(model, direction, subject, peer, proto, port) {
-            Some((policy, number)) => {
-                format!(
-                    "policy {policy}, {word} rule {number}, admits {peer_name} on {}",
-                    port_text(proto, port)
-                )
-            }
-            None => {
-                let names: Vec<String> = class.policies.iter().map(ToString::to_string).collect();
-                format!(
-                    "{subject_name} is isolated for {word} by {} and no rule admits {peer_name} on {}",
-                    names.join(", "),
-                    port_text(proto, port)
-                )
-            }
-        },
-    };
-    DirectionAnswer { allowed, reason }
-}
-
-/// The first rule, in the order of the policies' names, that opens the port to the peer. Rules count from 1.
-fn deciding_rule(
-    model: &Model,
-    direction: Direction,
-    subject: &Party,
-    peer: &Party,
-    proto: Proto,
-    port: u16,
-) -> Option<(ObjectName, usize)> {
-    let (classes, policies) = match direction {
-        Direction::Ingress => (&model.classes_in, &model.policies_in),
-        Direction::Egress => (&model.classes_eg, &model.policies_eg),
-    };
-    let class = classes.get(&subject.address)?;
-    let identity = model.identity_of(peer.address);
-    for policy in class.policies.iter().filter_map(|name| policies.get(name)) {
-        for (number, rule) in (1..).zip(&policy.rules) {
-            let opens = rule.admits(&identity.selectors, &identity.blocks)
-                && rule.opened(|named| resolve(class, &identity, named)).any(|rule| match rule {
-                    PortRule::All => true,
-                    PortRule::Ports { proto: p, first, last } => p == proto && (first..=last).contains(&port),
-                });
-            if opens {
-                return Some((policy.name.clone(), number));
-            }
+        Decider::Isolation => {
+            let isolating = class.policies.iter().filter(|policy| policy.tier == super::Tier::NetworkPolicy);
+            let names: Vec<String> = isolating.map(ToString::to_string).collect();
+            let reason = format!(
+                "{subject_name} is isolated for {word} by {} and no rule admits {peer_name} on {proto} port {port}",
+                names.join(", ")
+            );
+            DirectionAnswer { allowed, decided_by: None, reason }
+        }
+        Decider::Default => {
+            let reason = format!(
+                "no {word} rule of the policies that select {subject_name} matches {peer_name} on {proto} port {port}"
+            );
+            DirectionAnswer { allowed, decided_by: None, reason }
         }
     }
-    None
 }
 
 fn name(party: &Party) -> String {
     party.pod.as_ref().map_or_else(|| party.address.to_string(), ToString::to_string)
-}
-
-fn port_text(proto: Proto, port: u16) -> String {
-    let word = match proto {
-        Proto::Tcp => "tcp",
-        Proto::Udp => "udp",
-        Proto::Sctp => "sctp",
-    };
-    format!("{word} port {port}")
 }

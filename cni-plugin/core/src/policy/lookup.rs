@@ -3,7 +3,8 @@
 
 use std::net::IpAddr;
 
-use crate::ruleset::{ClassId, IdentityId, PortRule, Proto, Ruleset};
+use crate::ports::{PortRule, PortSet, Proto};
+use crate::ruleset::{ClassId, IdentityId, Ruleset};
 
 /// Which end of a connection is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,12 +36,7 @@ pub fn allows(
     let candidates = [exact, range, Some(IdentityId::ANY)];
     let rules =
         candidates.into_iter().flatten().find_map(|identity| rules(ruleset, direction, *class, identity));
-    rules.is_some_and(|rules| {
-        rules.iter().any(|rule| match *rule {
-            PortRule::All => true,
-            PortRule::Ports { proto: p, first, last } => p == proto && (first..=last).contains(&port),
-        })
-    })
+    rules.is_some_and(|rules| rules.iter().copied().collect::<PortSet>().contains(proto, port))
 }
 
 fn range_identity(ruleset: &Ruleset, peer: IpAddr) -> Option<IdentityId> {

@@ -1,4 +1,4 @@
-//! NetworkPolicy v1: objects in, ruleset out, and the same model answers "explain".
+//! NetworkPolicy v1 and ClusterNetworkPolicy v1alpha2: objects in, ruleset out, and the same model answers "explain".
 //!
 //! ```text
 //! Objects + local endpoints --Model::compile--> Model { ruleset } --> dataplane
@@ -14,11 +14,16 @@ mod lookup;
 mod model;
 mod numbering;
 mod ranges;
+mod reference;
 mod rules;
+mod tiers;
 mod validate;
+mod validate_cluster;
 
-pub use explain::{DirectionAnswer, Explanation, Party, explain};
+pub use explain::{Decision, DirectionAnswer, Explanation, Party, explain};
 pub use lookup::{Direction, allows};
 pub use model::{Model, Subject};
 pub use numbering::{Floor, Numbering};
+pub use reference::{PolicyRef, Tier};
 pub use validate::{InvalidPolicy, validate};
+pub use validate_cluster::validate_cluster;

@@ -6,9 +6,14 @@ use std::net::IpAddr;
 use super::lookup::Direction;
 use super::numbering::{ClassKey, IdentityKey, Numbering};
 use super::ranges;
-use super::rules::{Interned, NamedPort, PolicyRules, Rule, isolates};
-use crate::objects::{Labels, NetworkPolicy, ObjectName, Objects, Pod};
-use crate::ruleset::{AddrRange, ClassId, IdentityId, PortRule, Ruleset, normalise};
+use super::reference::PolicyRef;
+use super::rules::{
+    Interned, NamedPort, PeerSelector, PolicyRules, ResolvedPorts, Rule, concerns, isolates, reference,
+};
+use super::tiers::Tiers;
+use crate::objects::{ClusterNetworkPolicy, ClusterSubject, Labels, NetworkPolicy, ObjectName, Objects, Pod};
+use crate::ports::PortSet;
+use crate::ruleset::{AddrRange, ClassId, IdentityId, Ruleset};
 
 /// A local endpoint: addresses that were leased, and the pod they were leased to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +35,8 @@ pub struct Model {
     pub contested: BTreeSet<IpAddr>,
     pub(super) classes_in: BTreeMap<IpAddr, ClassKey>,
     pub(super) classes_eg: BTreeMap<IpAddr, ClassKey>,
-    pub(super) policies_in: BTreeMap<ObjectName, PolicyRules>,
-    pub(super) policies_eg: BTreeMap<ObjectName, PolicyRules>,
+    pub(super) policies_in: BTreeMap<PolicyRef, PolicyRules>,
+    pub(super) policies_eg: BTreeMap<PolicyRef, PolicyRules>,
     pub(super) ranges: Vec<(AddrRange, Vec<u32>)>,
     pub(super) identities: BTreeMap<IpAddr, IdentityKey>,
 }
@@ -77,19 +82,19 @@ impl Model {
             return;
         };
         for direction in [Direction::Ingress, Direction::Egress] {
-            let selecting = policies_selecting(objects, name, &pod.metadata.labels, direction);
-            if selecting.is_empty() {
-                continue;
-            }
             let known = match direction {
                 Direction::Ingress => &mut self.policies_in,
                 Direction::Egress => &mut self.policies_eg,
             };
-            for policy in &selecting {
-                let name = policy.object_name();
-                known.entry(name).or_insert_with(|| interned.policy(policy, direction, numbering));
+            let policies = select(objects, pod, direction, |name, policy| {
+                known.entry(name.clone()).or_insert_with(|| match policy {
+                    Selected::Namespaced(policy) => interned.policy(policy, direction, numbering),
+                    Selected::Cluster(policy) => interned.cluster_policy(policy, direction, numbering),
+                });
+            });
+            if policies.is_empty() {
+                continue;
             }
-            let policies: Vec<ObjectName> = selecting.iter().map(|policy| policy.object_name()).collect();
             let ports = match direction {
                 Direction::Ingress => resolved_ports(pod, &names_used(policies.iter().map(|p| &known[p]))),
                 Direction::Egress => Vec::new(),
@@ -117,13 +122,27 @@ impl Model {
                 let matching = interned
                     .selectors
                     .iter()
-                    .filter(|(_, selector)| selector.matches(namespace, &labels, &pod.metadata.labels));
+                    .filter(|(_, selector)| selector.matches_pod(namespace, &labels, &pod.metadata.labels));
                 matching.map(|(number, _)| *number).collect()
             });
             let ports = resolved_ports(pod, &names);
             if !selectors.is_empty() || !ports.is_empty() {
                 let blocks = self.blocks_at(address).to_vec();
                 self.identities.insert(address, IdentityKey { selectors: selectors.clone(), blocks, ports });
+            }
+        }
+        for node in objects.nodes.values() {
+            let matching =
+                |(_, selector): &(&u32, &PeerSelector)| selector.matches_node(&node.metadata.labels);
+            let selectors: Vec<u32> =
+                interned.selectors.iter().filter(matching).map(|(number, _)| *number).collect();
+            if selectors.is_empty() {
+                continue;
+            }
+            for address in node.addresses() {
+                let blocks = self.blocks_at(address).to_vec();
+                let key = IdentityKey { selectors: selectors.clone(), blocks, ports: Vec::new() };
+                self.identities.insert(address, key);
             }
         }
     }
@@ -168,11 +187,11 @@ impl Model {
             let class = numbering.class(key);
             done.insert(key, class);
             classes.insert(*address, class);
-            let rules: Vec<&Rule> = key.policies.iter().flat_map(|name| &policies[name].rules).collect();
-            for (identity, opened) in class_pairs(&rules, key, identities) {
-                let profile = numbering.profile(&opened);
+            let tiers = Tiers::of(key, |name| policies.get(name));
+            for (identity, allowed) in class_pairs(&tiers, key, identities) {
+                let profile = numbering.profile(&allowed);
                 pairs.insert((class, identity), profile);
-                self.ruleset.profiles.entry(profile).or_insert(opened);
+                self.ruleset.profiles.entry(profile).or_insert_with(|| allowed.rules());
             }
         }
     }
@@ -193,26 +212,25 @@ impl Model {
     }
 }
 
-/// What a class opens to each identity, without the pairs to which the kernel's fallback (exact identity, then range,
-/// then anybody) gives the same answer already.
+/// What a class allows each identity, without the pairs to which the kernel's fallback (exact identity, then range, then
+/// anybody) gives the same answer already.
 fn class_pairs(
-    rules: &[&Rule],
+    tiers: &Tiers<'_>,
     class: &ClassKey,
     identities: &BTreeMap<IdentityKey, IdentityId>,
-) -> Vec<(IdentityId, Vec<PortRule>)> {
-    let opened_to = |identity: &IdentityKey| opened(rules, class, identity);
-    let anybody = opened_to(&IdentityKey::default());
+) -> Vec<(IdentityId, PortSet)> {
+    let anybody = tiers.allowed(class, &IdentityKey::default());
     let mut pairs = Vec::new();
     for (identity, id) in identities {
-        let rules = opened_to(identity);
+        let allowed = tiers.allowed(class, identity);
         let fallback = if identity.selectors.is_empty() && identity.ports.is_empty() {
             None
         } else {
             let range = IdentityKey { blocks: identity.blocks.clone(), ..IdentityKey::default() };
-            (!identity.blocks.is_empty()).then(|| opened_to(&range))
+            (!identity.blocks.is_empty()).then(|| tiers.allowed(class, &range))
         };
-        if rules != *fallback.as_ref().unwrap_or(&anybody) {
-            pairs.push((*id, rules));
+        if allowed != *fallback.as_ref().unwrap_or(&anybody) {
+            pairs.push((*id, allowed));
         }
     }
     if !anybody.is_empty() {
@@ -221,42 +239,64 @@ fn class_pairs(
     pairs
 }
 
-/// What the rules of a class open to a peer, all rules together.
-fn opened(rules: &[&Rule], class: &ClassKey, peer: &IdentityKey) -> Vec<PortRule> {
-    let admitting = rules.iter().filter(|rule| rule.admits(&peer.selectors, &peer.blocks));
-    normalise(admitting.flat_map(|rule| rule.opened(|port| resolve(class, peer, port))))
-}
-
-/// A port name is resolved for the target: the subject itself for ingress, the peer for egress.
-pub(super) fn resolve(class: &ClassKey, peer: &IdentityKey, port: &NamedPort) -> Vec<u16> {
-    let ports = if class.ingress { &class.ports } else { &peer.ports };
-    ports.iter().find(|(name, _)| name == port).map(|(_, numbers)| numbers.clone()).unwrap_or_default()
-}
-
 fn known_pod<'a>(objects: &'a Objects, name: &ObjectName, uid: &str) -> Option<&'a Pod> {
     let same = |pod: &&Pod| uid.is_empty() || pod.metadata.uid.is_empty() || pod.metadata.uid == uid;
     objects.pods.get(name).filter(same).filter(|pod| pod.is_policy_pod())
 }
 
-fn policies_selecting<'a>(
+/// A policy of either kind.
+enum Selected<'a> {
+    Namespaced(&'a NetworkPolicy),
+    Cluster(&'a ClusterNetworkPolicy),
+}
+
+/// The policies that select a pod, in the order in which they are asked; `found` sees each of them.
+fn select<'a>(
     objects: &'a Objects,
-    pod: &ObjectName,
-    labels: &Labels,
+    pod: &Pod,
     direction: Direction,
-) -> Vec<&'a NetworkPolicy> {
+    mut found: impl FnMut(&PolicyRef, Selected<'a>),
+) -> Vec<PolicyRef> {
+    let mut names = Vec::new();
+    let labels = &pod.metadata.labels;
+    let namespace = namespace_of(pod);
     // Names sort by namespace, so a namespace's policies are neighbours.
-    let first = ObjectName { namespace: pod.namespace.clone(), name: String::new() };
-    let in_namespace =
-        objects.policies.range(first..).take_while(|(name, _)| name.namespace == pod.namespace);
-    let selecting = in_namespace.map(|(_, policy)| policy).filter(|policy| isolates(policy, direction));
-    selecting.filter(|policy| policy.spec.pod_selector.matches(labels)).collect()
+    let first = ObjectName { namespace: namespace.to_owned(), name: String::new() };
+    let in_namespace = objects.policies.range(first..).take_while(|(name, _)| name.namespace == namespace);
+    for (name, policy) in in_namespace {
+        if isolates(policy, direction) && policy.spec.pod_selector.matches(labels) {
+            let name = PolicyRef::namespaced(name.clone());
+            found(&name, Selected::Namespaced(policy));
+            names.push(name);
+        }
+    }
+    let namespace_labels = objects.namespace_labels(namespace);
+    for policy in objects.cluster_policies.values().filter(|policy| concerns(policy, direction)) {
+        if is_subject(&policy.spec.subject, &namespace_labels, labels) {
+            let name = reference(policy);
+            found(&name, Selected::Cluster(policy));
+            names.push(name);
+        }
+    }
+    names.sort();
+    names
+}
+
+fn is_subject(subject: &ClusterSubject, namespace_labels: &Labels, labels: &Labels) -> bool {
+    match (&subject.namespaces, &subject.pods) {
+        (Some(namespaces), _) => namespaces.matches(namespace_labels),
+        (None, Some(pods)) => {
+            pods.namespace_selector.matches(namespace_labels) && pods.pod_selector.matches(labels)
+        }
+        (None, None) => false,
+    }
 }
 
 fn names_used<'a>(policies: impl Iterator<Item = &'a PolicyRules>) -> BTreeSet<NamedPort> {
-    policies.flat_map(|policy| &policy.rules).flat_map(Rule::named_ports).collect()
+    policies.flat_map(|policy| &policy.rules).flat_map(Rule::named_ports).cloned().collect()
 }
 
-fn resolved_ports(pod: &Pod, names: &BTreeSet<NamedPort>) -> Vec<(NamedPort, Vec<u16>)> {
+fn resolved_ports(pod: &Pod, names: &BTreeSet<NamedPort>) -> ResolvedPorts {
     let resolved = names.iter().map(|port| (port.clone(), pod.named_ports(&port.name, port.protocol)));
     resolved.filter(|(_, numbers)| !numbers.is_empty()).collect()
 }

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::rules::{NamedPort, PeerSelector};
-use crate::objects::{IpBlock, ObjectName};
-use crate::ruleset::{ClassId, IdentityId, PortRule, ProfileId};
+use super::reference::PolicyRef;
+use super::rules::{PeerSelector, ResolvedPorts};
+use crate::objects::IpBlock;
+use crate::ports::PortSet;
+use crate::ruleset::{ClassId, IdentityId, ProfileId};
 
 /// First number for classes: 1 is [`ClassId::DENY_ALL`].
 const FIRST_CLASS: u32 = 2;
@@ -24,7 +26,7 @@ pub struct Numbering {
     blocks: Numbers<IpBlock>,
     classes: Numbers<ClassKey>,
     identities: Numbers<IdentityKey>,
-    profiles: Numbers<Vec<PortKey>>,
+    profiles: Numbers<PortSet>,
 }
 
 /// Highest numbers that the kernel uses already, for an agent that lost its numbering.
@@ -42,9 +44,10 @@ pub struct Floor {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct ClassKey {
     pub ingress: bool,
-    pub policies: Vec<ObjectName>,
+    /// In the order in which they are asked.
+    pub policies: Vec<PolicyRef>,
     /// What the port names that the policies use mean for these pods. Ingress only.
-    pub ports: Vec<(NamedPort, Vec<u16>)>,
+    pub ports: ResolvedPorts,
 }
 
 /// Content of an identity; selectors and blocks by their numbers.
@@ -53,11 +56,8 @@ pub(super) struct IdentityKey {
     pub selectors: Vec<u32>,
     pub blocks: Vec<u32>,
     /// What the port names that egress rules use mean for these peers.
-    pub ports: Vec<(NamedPort, Vec<u16>)>,
+    pub ports: ResolvedPorts,
 }
-
-/// A [`PortRule`] in a form that is stored: protocol number, first, last; `None` is "all".
-type PortKey = Option<(u8, u16, u16)>;
 
 impl Numbering {
     /// Starts above what the kernel uses.
@@ -103,12 +103,8 @@ impl Numbering {
         IdentityId(self.identities.number(key, FIRST_IDENTITY))
     }
 
-    pub(super) fn profile(&mut self, rules: &[PortRule]) -> ProfileId {
-        let key = rules.iter().map(|rule| match *rule {
-            PortRule::All => None,
-            PortRule::Ports { proto, first, last } => Some((proto.number(), first, last)),
-        });
-        ProfileId(self.profiles.number(&key.collect(), 1))
+    pub(super) fn profile(&mut self, allowed: &PortSet) -> ProfileId {
+        ProfileId(self.profiles.number(allowed, 1))
     }
 }
 
@@ -193,6 +189,7 @@ impl<K: Ord + Clone> Numbers<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::objects::ObjectName;
 
     #[test]
     fn a_number_stays_with_its_content_and_is_not_reused_at_once() {
@@ -221,14 +218,14 @@ mod tests {
         numbering.begin();
         numbering.class(&ClassKey {
             ingress: true,
-            policies: vec![ObjectName::new("a", "b")],
+            policies: vec![PolicyRef::namespaced(ObjectName::new("a", "b"))],
             ports: Vec::new(),
         });
-        numbering.profile(&[PortRule::All]);
+        numbering.profile(&PortSet::all());
         numbering.finish();
         let text = serde_json::to_string(&numbering).unwrap();
         let mut read: Numbering = serde_json::from_str(&text).unwrap();
         read.begin();
-        assert_eq!(read.profile(&[PortRule::All]), ProfileId(1));
+        assert_eq!(read.profile(&PortSet::all()), ProfileId(1));
     }
 }

@@ -83,7 +83,7 @@ fn ports(field: &str, ports: &[PolicyPort]) -> Result<(), InvalidPolicy> {
     Ok(())
 }
 
-fn selector(field: &str, selector: &LabelSelector) -> Result<(), InvalidPolicy> {
+pub(super) fn selector(field: &str, selector: &LabelSelector) -> Result<(), InvalidPolicy> {
     for (index, requirement) in selector.match_expressions.iter().enumerate() {
         let needs_values = match requirement.operator {
             Operator::In | Operator::NotIn => true,
@@ -98,6 +98,6 @@ fn selector(field: &str, selector: &LabelSelector) -> Result<(), InvalidPolicy> 
     Ok(())
 }
 
-fn invalid(field: &str, problem: &str) -> Result<(), InvalidPolicy> {
+pub(super) fn invalid(field: &str, problem: &str) -> Result<(), InvalidPolicy> {
     Err(InvalidPolicy { field: field.to_owned(), problem: problem.to_owned() })
 }

@@ -3,9 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use holdfast_net_core::plan::MacAddr;
-use holdfast_net_core::ruleset::{
-    AddrRange, ClassId, Element, IdentityId, Pin, PortRule, ProfileId, Proto, Ruleset, normalise,
-};
+use holdfast_net_core::ports::{PortRule, Proto};
+use holdfast_net_core::ruleset::{AddrRange, ClassId, Element, IdentityId, Pin, ProfileId, Ruleset};
 
 use super::wire::{from_host32, host32};
 
@@ -119,6 +118,7 @@ fn profile(id: ProfileId, rule: &PortRule) -> Raw {
     };
     let (from, to) = match *rule {
         PortRule::All => (key(0, 0), key(u8::MAX, u16::MAX)),
+        PortRule::Protos { first, last } => (key(first, 0), key(last, u16::MAX)),
         PortRule::Ports { proto, first, last } => (key(proto.number(), first), key(proto.number(), last)),
     };
     let mut raw = Raw::new("profile", from, Data::Allow);
@@ -155,7 +155,8 @@ pub fn from_raw(raws: &[Raw]) -> (Ruleset, usize) {
     }
     strange += add_ranges(&mut ruleset, ranges);
     for rules in ruleset.profiles.values_mut() {
-        *rules = normalise(rules.iter().copied());
+        // Not merged: what is compared with the wanted rules is what is there.
+        rules.sort_unstable();
     }
     (ruleset, strange)
 }
@@ -243,7 +244,10 @@ fn profile_rule(from: &[u8], to: &[u8]) -> Option<(ProfileId, PortRule)> {
     let ((id, proto, first), (id_to, proto_to, last)) = (field(from)?, field(to)?);
     let rule = match (proto, proto_to, first, last) {
         (0, u8::MAX, 0, u16::MAX) => PortRule::All,
-        _ if proto == proto_to => PortRule::Ports { proto: Proto::from_number(proto)?, first, last },
+        _ if proto == proto_to && Proto::from_number(proto).is_some() => {
+            PortRule::Ports { proto: Proto::from_number(proto)?, first, last }
+        }
+        (_, _, 0, u16::MAX) => PortRule::Protos { first: proto, last: proto_to },
         _ => return None,
     };
     (id == id_to).then_some((ProfileId(id), rule))
@@ -293,7 +297,11 @@ mod tests {
         r.profiles.insert(ProfileId(1), vec![PortRule::All]);
         r.profiles.insert(
             ProfileId(2),
-            vec![PortRule::Ports { proto: Proto::Tcp, first: 80, last: 90 }, PortRule::port(Proto::Sctp, 80)],
+            vec![
+                PortRule::Protos { first: 133, last: 255 },
+                PortRule::Ports { proto: Proto::Tcp, first: 80, last: 90 },
+                PortRule::port(Proto::Sctp, 80),
+            ],
         );
         r.pair_in.insert((ClassId(2), IdentityId::ANY), ProfileId(2));
         r.pair_eg.insert((ClassId(3), IdentityId(5)), ProfileId(1));

@@ -229,9 +229,8 @@ mod tests {
     use std::process::Command;
 
     use holdfast_net_core::plan::MacAddr;
-    use holdfast_net_core::ruleset::{
-        AddrRange, ClassId, IdentityId, Pin, PortRule, ProfileId, Proto, Ruleset,
-    };
+    use holdfast_net_core::ports::{PortRule, Proto};
+    use holdfast_net_core::ruleset::{AddrRange, ClassId, IdentityId, Pin, ProfileId, Ruleset};
 
     use super::{Nft, check_mask};
     use crate::Config;

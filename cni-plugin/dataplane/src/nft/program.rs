@@ -294,7 +294,8 @@ mod tests {
     #[test]
     #[cfg(target_endian = "little")]
     fn a_range_of_a_profile_has_its_protocol_and_port_in_network_order_padded_to_registers() {
-        use holdfast_net_core::ruleset::{PortRule, ProfileId, Proto};
+        use holdfast_net_core::ports::{PortRule, Proto};
+        use holdfast_net_core::ruleset::ProfileId;
         let rule = PortRule::Ports { proto: Proto::Tcp, first: 80, last: 90 };
         let raw = to_raw(&Element::Profile(ProfileId(1), rule));
         assert_eq!(raw[0].key, [1, 0, 0, 0, 6, 0, 0, 0, 0, 80, 0, 0]);
