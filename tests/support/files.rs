@@ -65,6 +65,7 @@ impl FileLedger {
     pub fn check(&mut self, root: &Path) -> Result<()> {
         for (thread, files) in self.folders.iter_mut().enumerate() {
             let folder = folder(root, thread as u64);
+            let newest = files.keys().next_back().copied();
             for number in files.keys().copied().collect::<Vec<_>>() {
                 let path = folder.join(name(number));
                 let found = match fs::read(&path) {
@@ -74,7 +75,11 @@ impl FileLedger {
                         files.remove(&number);
                         continue;
                     }
-                    found => found.with_context(|| format!("the safe file {} is lost", path.display()))?,
+                    found => found.with_context(|| {
+                        let newest =
+                            newest.map(|newest| format!("; the newest is {newest}")).unwrap_or_default();
+                        format!("the safe file {} is lost{newest}", path.display())
+                    })?,
                 };
                 ensure!(found == content(self.seed, number), "the safe file {} is damaged", path.display());
                 files.insert(number, Fate::Safe);
@@ -160,6 +165,9 @@ impl Worker {
             fs::remove_file(self.folder.join(name(oldest)))?;
         }
         File::open(&self.folder)?.sync_all()?;
+        // xfs answers a folder's fsync with success once it has given up on its log: what was pinned there is let go. A
+        // file's fsync tells. On a machine without power nobody would have seen either answer.
+        file.sync_all()?;
         self.syncs += 1;
         self.files.insert(number, Fate::Safe);
         if let Some(oldest) = oldest {

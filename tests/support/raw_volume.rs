@@ -1,15 +1,20 @@
 //! A volume as a raw block device of a node, attached through the data process and its real front end.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use holdfast_proto::csi as csi_proto;
 use holdfast_proto::storage::{AttachRequest, DetachRequest, GetStatusReply};
+use tonic::Code;
 
 use crate::cluster::Cluster;
 use crate::csi::{block_capability, create_request, named};
 use crate::process::wait_until;
+
+/// An attachment that is refused for the moment is asked for again as long as this.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(20);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// A volume and the node that it is published to.
 pub struct RawVolume {
@@ -48,9 +53,20 @@ impl RawVolume {
         let attachment = self.publish(cluster, node)?;
         self.home = Some(node.to_owned());
         let request = AttachRequest { volume_id: self.id.clone(), attachment };
-        let attached =
-            cluster.node(node).data_socket.data(|mut client| async move { client.attach(request).await });
-        Ok(PathBuf::from(named(&format!("Attach on {node}"), attached)?.device))
+        let socket = &cluster.node(node).data_socket;
+        let until = Instant::now() + RETRY_TIMEOUT;
+        loop {
+            let request = request.clone();
+            let attached = socket.data(|mut client| async move { client.attach(request).await });
+            // As a kubelet would: right after a partition the node's connection to the record store may be a dead one.
+            if attached.as_ref().is_err_and(|status| status.code() == Code::Unavailable)
+                && Instant::now() < until
+            {
+                std::thread::sleep(RETRY_PAUSE);
+                continue;
+            }
+            return Ok(PathBuf::from(named(&format!("Attach on {node}"), attached)?.device));
+        }
     }
 
     /// Detaches the volume in order: flushed, its device gone, published nowhere.

@@ -17,7 +17,9 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::crash_tests::{Crash, REPLICA, ask, fill, mk_cookies, mk_meta_of, mk_pool, value_of};
+use crate::crash_tests::{
+    Crash, REPLICA, ask, check_sectors, fill, mk_cookies, mk_meta_of, mk_pool, value_of,
+};
 use crate::disk::sim::SimDisk;
 use crate::{Pool, Replica};
 
@@ -347,6 +349,7 @@ fn check_live(model: &Model, replica: &Replica, crash: Crash, label: &str) {
         } else {
             assert!(allowed.len() > 1, "{label}: block {block} must be one of {allowed:?}");
             assert_eq!(found.in_doubt, [Block(*block)], "{label}: a frozen block is bad");
+            check_sectors(&found.data, allowed, &format!("{label}: block {block}"));
             assert!(log.contains(&Block(*block).region()), "{label}: block {block} is not in the log");
         }
     }

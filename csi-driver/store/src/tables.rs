@@ -83,6 +83,23 @@ impl Entry {
         Self { state: if space_kept { State::ZeroKept } else { State::Zero }, sum: BAD_SUM }
     }
 
+    /// Whether either of the two says that there is data. Where they disagree, a crash may have left one of them old.
+    pub fn may_hold_data(self) -> bool {
+        self.state == State::Data || !matches!(self.sum, ABSENT_SUM | ZERO_SUM | BAD_SUM)
+    }
+
+    /// Whether the block's place in the file may hold something else than what the block reads as, for a block that has
+    /// got this entry before; `layered`: a layer beneath may have data.
+    pub fn place_differs(self, layered: bool) -> bool {
+        match self.state {
+            State::Data => false,
+            // Given back or never used, the place is zeroes, which is how the block reads if nothing lies beneath.
+            State::Absent => layered || !self.agrees_without_data(),
+            State::Zero => !self.agrees_without_data(),
+            State::ZeroKept => true,
+        }
+    }
+
     /// Whether the block was marked bad.
     pub fn is_marked_bad(self) -> bool {
         self == Self::bad(true) || self == Self::bad(false)
@@ -150,21 +167,24 @@ impl Tables {
         state_in(&self.pages[&TablePage::of_state(block)], block)
     }
 
-    /// Changes a block whose pages are in memory.
-    pub fn set(&mut self, block: u64, entry: Entry) {
+    /// Changes a block whose pages are in memory; tells what it was.
+    pub fn set(&mut self, block: u64, entry: Entry) -> Entry {
         let (sum_page, state_page) = (TablePage::of_sum(block), TablePage::of_state(block));
         let sums = self.pages.get_mut(&sum_page).expect("a write loads its pages first");
         let at = sum_at(block);
-        if u32_at(sums, at) != entry.sum {
+        let sum_before = u32_at(sums, at);
+        if sum_before != entry.sum {
             sums[at..at + 4].copy_from_slice(&entry.sum.to_le_bytes());
             self.dirty.insert(sum_page);
         }
         let states = self.pages.get_mut(&state_page).expect("a write loads its pages first");
-        if state_in(states, block) != entry.state {
+        let state_before = state_in(states, block);
+        if state_before != entry.state {
             let (byte, shift) = state_at(block);
             states[byte] = states[byte] & !(3 << shift) | (entry.state as u8) << shift;
             self.dirty.insert(state_page);
         }
+        Entry { state: state_before, sum: sum_before }
     }
 
     /// Copies of the pages that changed and were not saved.

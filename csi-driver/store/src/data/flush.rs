@@ -1,4 +1,8 @@
 //! Flush: the changed pages of the tables, then one `fdatasync` over them and the data.
+//!
+//! Where a block's place in the file held something else than the block read as before its write (it was zeroed with its
+//! space kept, is in a snapshot, or was bad), data go first, with an `fdatasync` of their own: an entry that is there before
+//! its data would make a crash bring back what the place held (P2).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +23,8 @@ const PAGES_IN_FLIGHT_MAX: usize = 64;
 pub struct FlushState {
     running: bool,
     waiting: Vec<(InFlight, Done)>,
+    /// The next flush must make data durable before it writes the tables.
+    pub(super) data_first: bool,
 }
 
 /// A flush on its way.
@@ -60,9 +66,10 @@ impl DataPath {
 
     /// Serves those who wait. Only called by whoever set `running`.
     fn run_flush(self: &Arc<Self>) {
-        let (flush, nothing_to_do) = {
+        let (flush, nothing_to_do, data_first) = {
             let mut state = self.lock();
             let served = std::mem::take(&mut state.flush.waiting);
+            let data_first = std::mem::take(&mut state.flush.data_first);
             let pages = Pages {
                 to_write: state.stack.top_mut().tables.take_dirty().into(),
                 in_flight: 0,
@@ -80,9 +87,13 @@ impl DataPath {
                 pages: Mutex::new(pages),
                 served: Mutex::new(served),
             };
-            (Arc::new(flush), nothing_to_do)
+            (Arc::new(flush), nothing_to_do, data_first)
         };
-        if nothing_to_do { flush.finish(Ok(())) } else { flush.write_pages() }
+        match (nothing_to_do, data_first) {
+            (true, _) => flush.finish(Ok(())),
+            (false, false) => flush.write_pages(),
+            (false, true) => flush.sync(Flush::write_pages),
+        }
     }
 }
 
@@ -100,7 +111,7 @@ impl Flush {
                     drop(pages);
                     return match failed {
                         Some(errno) => self.finish(Err(("writing checksums and allocation map", errno))),
-                        None => self.sync(),
+                        None => self.sync(|flush| flush.finish(Ok(()))),
                     };
                 }
                 if failed.is_some() || pages.in_flight >= PAGES_IN_FLIGHT_MAX {
@@ -127,10 +138,11 @@ impl Flush {
         self.write_pages();
     }
 
-    fn sync(self: Arc<Self>) {
+    fn sync(self: Arc<Self>, then: fn(Arc<Self>)) {
         let flush = Arc::clone(&self);
-        self.file.clone().sync(Box::new(move |result| {
-            flush.finish(result.map_err(|errno| ("syncing", errno)));
+        self.file.clone().sync(Box::new(move |result| match result {
+            Ok(()) => then(flush),
+            Err(errno) => flush.finish(Err(("syncing", errno))),
         }));
     }
 

@@ -28,7 +28,7 @@ use crate::layout::{PAGE_BYTES, TablePage};
 use crate::replica::Done;
 use crate::shadow::{Appended, Shadow};
 use crate::space::PoolSpace;
-use crate::tables::Entry;
+use crate::tables::{Entry, State};
 
 mod flush;
 mod maps;
@@ -262,10 +262,14 @@ impl DataPath {
     fn change_entries(self: &Arc<Self>, entries: impl Iterator<Item = (u64, Entry)> + Clone) {
         let appended = {
             let mut state = self.lock();
+            let layered = state.stack.is_layered();
+            let mut data_first = false;
             let tables = &mut state.stack.top_mut().tables;
             for (block, entry) in entries.clone() {
-                tables.set(block, entry);
+                let before = tables.set(block, entry);
+                data_first |= entry.state == State::Data && before.place_differs(layered);
             }
+            state.flush.data_first |= data_first;
             state.shadow.append(entries)
         };
         match appended {

@@ -175,7 +175,8 @@ fn answer_without_data(range: BlockRange, view: &View) -> UncheckedRead {
     UncheckedRead { data, bad_blocks, in_doubt }
 }
 
-/// Checks the blocks with data and zeroes the others, whose place in the file may hold anything.
+/// Checks the blocks with data and zeroes the others, whose place in the file may hold anything. Where state and sum disagree
+/// about that, the place is given out unverified: data were durable before either of the two (see [`super::flush`]).
 fn verify(range: BlockRange, view: &View, mut buf: AlignedBuf) -> UncheckedRead {
     let (mut bad_blocks, mut in_doubt) = (Vec::new(), Vec::new());
     for ((block, found), data) in (range.start.0..).zip(&view.found).zip(buf.chunks_mut(BLOCK)) {
@@ -183,7 +184,9 @@ fn verify(range: BlockRange, view: &View, mut buf: AlignedBuf) -> UncheckedRead 
             State::Data => home_of(&view.homes, found.layer)
                 .is_some_and(|home| view.homes[home].summer.sum(block, data) == found.entry.sum),
             State::Absent | State::Zero | State::ZeroKept => {
-                data.fill(0);
+                if !found.entry.may_hold_data() {
+                    data.fill(0);
+                }
                 found.entry.agrees_without_data()
             }
         };
@@ -199,7 +202,7 @@ fn verify(range: BlockRange, view: &View, mut buf: AlignedBuf) -> UncheckedRead 
 fn pieces_of(range: BlockRange, found: &[Found], homes: &[Home]) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     for (block, found) in (range.start.0..).zip(found) {
-        if found.entry.state != State::Data {
+        if !found.entry.may_hold_data() {
             continue;
         }
         let Some(home) = home_of(homes, found.layer) else { continue };

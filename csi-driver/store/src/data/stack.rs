@@ -276,7 +276,7 @@ impl Stack {
 
     fn homes(&self, found: &[Found]) -> Vec<Home> {
         let mut homes: Vec<Home> = Vec::new();
-        for found in found.iter().filter(|found| found.entry.state == State::Data) {
+        for found in found.iter().filter(|found| found.entry.may_hold_data()) {
             if homes.iter().all(|home| home.layer != found.layer)
                 && let Some(layer) = self.layers.iter().find(|layer| layer.number == found.layer)
             {
