@@ -10,8 +10,10 @@
 
 mod attach;
 mod engine;
+mod flows;
 mod folder;
 mod leases;
+mod matrix;
 mod objects;
 pub mod pending;
 mod service;
@@ -36,10 +38,14 @@ pub use settings::{Mode, Settings};
 
 use attach::Attacher;
 use engine::Engine;
+use flows::Feed;
 use service::Service;
 
 /// Delete records written while the agent was coming up are looked for this often.
 const PENDING_INTERVAL: Duration = Duration::from_secs(5);
+/// Calls that are being served may take this long once the end was asked for. A reader of the flow log that takes nothing
+/// from its connection would keep it open for ever.
+const END_GRACE: Duration = Duration::from_secs(15);
 
 /// Runs an agent until `stop` is done.
 ///
@@ -62,6 +68,12 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
     let (engine, handle) =
         Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), snapshots).await;
+    let flows = Feed::new();
+    let flows_task = tokio::spawn(Arc::clone(&flows).run(
+        Config::default().log_group,
+        handle.clone(),
+        Arc::clone(&leases),
+    ));
     let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
     let engine = tokio::spawn(engine.run());
     attacher
@@ -86,16 +98,46 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
             }
         }
     });
-    let served = tonic::transport::Server::builder()
-        .add_service(AgentServer::new(Service { attacher }))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
-        .await;
+    let served = serve(listener, Service { attacher, flows }, stop).await;
     later.abort();
+    flows_task.abort();
     engine.abort();
     // A plugin that finds no socket knows at once that nobody serves.
     let _ = std::fs::remove_file(&socket);
     leases.flush().await.context("cannot flush the lease store")?;
-    served.context("serving failed")
+    served
+}
+
+/// Serves until `stop` is done and the calls of before have ended, or [`END_GRACE`] is over.
+async fn serve(
+    listener: UnixListener,
+    service: Service,
+    stop: impl Future<Output = ()> + Send,
+) -> anyhow::Result<()> {
+    let flows = Arc::clone(&service.flows);
+    let (stopped, was_stopped) = tokio::sync::oneshot::channel();
+    let stop = async move {
+        stop.await;
+        flows.end();
+        // The receiver is gone only when serving has ended.
+        let _ = stopped.send(());
+    };
+    let grace = async move {
+        match was_stopped.await {
+            Ok(()) => tokio::time::sleep(END_GRACE).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    let serving = tonic::transport::Server::builder()
+        .add_service(AgentServer::new(service))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop);
+    tokio::select! {
+        served = serving => served.context("serving failed"),
+        () = grace => {
+            tracing::warn!("calls that did not end in time are cut off");
+            Ok(())
+        }
+    }
 }
 
 fn private_folder(path: &Path) -> anyhow::Result<()> {

@@ -1,6 +1,8 @@
 //! Kubernetes YAML in, objects out.
 
-use holdfast_net_core::objects::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectName, Objects, Pod};
+use holdfast_net_core::objects::{
+    ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectName, Objects, Pod,
+};
 use holdfast_net_core::policy;
 use serde::Deserialize;
 use serde_norway::Value;

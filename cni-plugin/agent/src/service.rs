@@ -1,23 +1,29 @@
 //! The gRPC service for the plugin and the command line.
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::sync::Arc;
 
+use futures::Stream;
 use holdfast_net_core::cni::{CniError, code};
 use holdfast_net_core::objects::{ObjectName, Protocol};
 use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
+use holdfast_net_core::ports::Proto;
 use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_server::Agent;
 use tonic::{Request, Response, Status};
 
 use crate::attach::{AddInput, Attacher};
 use crate::engine::Question;
+use crate::flows::{Feed, FeedError, Filter, Reader};
 use crate::leases::{AttachmentKey, Lease};
+use crate::matrix::{MatrixQuestion, matrix};
 
 /// Serves [`Agent`].
 #[derive(Clone)]
 pub(crate) struct Service {
     pub(crate) attacher: Arc<Attacher>,
+    pub(crate) flows: Arc<Feed>,
 }
 
 /// Runs a verb to its end also when the caller hangs up: half an ADD would stay otherwise.
@@ -94,10 +100,8 @@ impl Service {
 
     async fn do_explain(self, request: pb::ExplainRequest) -> Result<pb::ExplainReply, CniError> {
         let usage = |text: String| CniError::new(code::INVALID_CONFIG, text);
-        let protocol: Protocol = request.protocol.parse().map_err(usage)?;
-        let port = u16::try_from(request.port).ok().filter(|port| *port > 0);
-        let port = port.ok_or_else(|| usage(format!("{} is not a port", request.port)))?;
-        let question = Question { from: request.from, to: request.to, proto: protocol.into(), port };
+        let (proto, port) = protocol_and_port(&request.protocol, request.port).map_err(usage)?;
+        let question = Question { from: request.from, to: request.to, proto, port };
         let explanation = self.attacher.engine.explain(question).await.map_err(usage)?;
         Ok(pb::ExplainReply {
             failure: None,
@@ -106,6 +110,40 @@ impl Service {
             ingress: answer_text(&explanation.ingress),
         })
     }
+
+    async fn do_matrix(self, request: pb::MatrixRequest) -> Result<pb::MatrixReply, CniError> {
+        let usage = |text: String| CniError::new(code::INVALID_CONFIG, text);
+        let (proto, port) = protocol_and_port(&request.protocol, request.port).map_err(usage)?;
+        let namespace = Some(request.namespace).filter(|namespace| !namespace.is_empty());
+        let question = MatrixQuestion { namespace, proto, port };
+        matrix(&self.attacher.engine, &self.attacher.leases, &question).await.map_err(usage)
+    }
+}
+
+/// The events of a reader until it leaves or the log ends.
+fn flow_stream(reader: Reader) -> FlowStream {
+    Box::pin(futures::stream::unfold(Some(reader), async |reader| {
+        let mut reader = reader?;
+        Some(match reader.next().await {
+            Ok(flow) => (Ok(flow), Some(reader)),
+            Err(error) => (Err(feed_failure(error)), None),
+        })
+    }))
+}
+
+fn feed_failure(error: FeedError) -> Status {
+    match error {
+        FeedError::Full => Status::resource_exhausted("too many readers of the flow log; end one of them"),
+        FeedError::Unavailable(why) => Status::unavailable(format!("the flow log cannot be read: {why}")),
+    }
+}
+
+type FlowStream = Pin<Box<dyn Stream<Item = Result<pb::Flow, Status>> + Send>>;
+
+fn protocol_and_port(protocol: &str, port: u32) -> Result<(Proto, u16), String> {
+    let protocol: Protocol = protocol.parse()?;
+    let number = u16::try_from(port).ok().filter(|port| *port > 0);
+    Ok((protocol.into(), number.ok_or_else(|| format!("{port} is not a port"))?))
 }
 
 fn answer_text(answer: &holdfast_net_core::policy::DirectionAnswer) -> String {
@@ -180,6 +218,21 @@ impl Agent for Service {
     ) -> Result<Response<pb::ExplainReply>, Status> {
         let reply = self.clone().do_explain(request.into_inner()).await.unwrap_or_else(|error| {
             pb::ExplainReply { failure: Some(failure(error)), ..pb::ExplainReply::default() }
+        });
+        Ok(Response::new(reply))
+    }
+
+    type FlowsStream = FlowStream;
+
+    async fn flows(&self, request: Request<pb::FlowsRequest>) -> Result<Response<FlowStream>, Status> {
+        let filter = Filter::new(request.into_inner()).map_err(Status::invalid_argument)?;
+        let reader = self.flows.subscribe(filter).await.map_err(feed_failure)?;
+        Ok(Response::new(flow_stream(reader)))
+    }
+
+    async fn matrix(&self, request: Request<pb::MatrixRequest>) -> Result<Response<pb::MatrixReply>, Status> {
+        let reply = self.clone().do_matrix(request.into_inner()).await.unwrap_or_else(|error| {
+            pb::MatrixReply { failure: Some(failure(error)), ..pb::MatrixReply::default() }
         });
         Ok(Response::new(reply))
     }

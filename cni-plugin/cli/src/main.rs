@@ -1,5 +1,8 @@
 //! holdfast: the operators' command. It asks the processes of the node it runs on.
 
+mod flows;
+mod matrix;
+
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -65,6 +68,13 @@ enum PolicyVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Connections that policy lets through or drops on this node, as they happen, with the pods and who decides.
+    ///
+    /// A sample: the kernel passes on at most 100 of each verdict per second. Who decides is told by the policies as they
+    /// are now. Ends when interrupted.
+    Flows(flows::Options),
+    /// Who reaches whom on one port. Pods of the whole cluster, at most 200 at once.
+    Matrix(matrix::Options),
     /// The node agent's state as JSON.
     Dump {
         /// Socket of the node agent.
@@ -92,6 +102,8 @@ async fn run(part: Part) -> anyhow::Result<ExitCode> {
         Part::Policy(PolicyVerb::Explain { question, socket, json }) => {
             explain(&question.join(" "), &socket, json).await
         }
+        Part::Policy(PolicyVerb::Flows(options)) => flows::run(options).await,
+        Part::Policy(PolicyVerb::Matrix(options)) => matrix::run(options).await,
         Part::Policy(PolicyVerb::Dump { socket }) => dump(&socket).await,
     }
 }
@@ -182,6 +194,11 @@ fn parse_question(text: &str) -> anyhow::Result<agent_pb::ExplainRequest> {
 }
 
 async fn connect(socket: &str, what: &str) -> anyhow::Result<Channel> {
+    connect_for(socket, what, CALL_TIMEOUT).await
+}
+
+/// A connection whose calls must be answered within `timeout`; a stream must begin by then.
+async fn connect_for(socket: &str, what: &str, timeout: Duration) -> anyhow::Result<Channel> {
     let path = socket.to_owned();
     let connector = tower::service_fn(move |_: tonic::transport::Uri| {
         let path = path.clone();
@@ -191,7 +208,7 @@ async fn connect(socket: &str, what: &str) -> anyhow::Result<Channel> {
         }
     });
     // The address is not used: the connector knows the socket.
-    let endpoint = Endpoint::from_static("http://local").timeout(CALL_TIMEOUT).connect_timeout(CALL_TIMEOUT);
+    let endpoint = Endpoint::from_static("http://local").timeout(timeout).connect_timeout(CALL_TIMEOUT);
     let connected = endpoint.connect_with_connector(connector).await;
     connected.with_context(|| format!("the {what} does not answer on {socket}"))
 }

@@ -33,6 +33,7 @@ use links::Links;
 use nft::Nft;
 
 pub use error::{Error, Result};
+pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]

@@ -1,11 +1,15 @@
 //! Nodes and sandboxes as network namespaces, with the real binaries in them.
 
+// Each test file uses its own part.
+#![allow(dead_code)]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use holdfast_proto::agent::agent_client::AgentClient;
 use serde_json::{Value, json};
 
 static NAMES: AtomicU32 = AtomicU32::new(0);
@@ -202,6 +206,22 @@ impl Node {
         }
     }
 
+    /// Waits for the end of an agent that was asked to end.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        let mut agent = self.agent.take().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = agent.try_wait().unwrap() {
+                return status;
+            }
+            if Instant::now() > deadline {
+                agent.kill().unwrap();
+                panic!("the agent does not end: {}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// kill -9 without waiting, while others use the node.
     pub fn kill_by_signal(&self) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).unwrap());
@@ -215,19 +235,24 @@ impl Node {
 
     /// The agent's state.
     pub fn dump(&self) -> Value {
+        let text = self.ask(async |mut client| {
+            client.dump(holdfast_proto::agent::DumpRequest {}).await.unwrap().into_inner().json
+        });
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Runs `calls` with a client of the agent.
+    pub fn ask<T>(&self, calls: impl AsyncFnOnce(AgentClient<tonic::transport::Channel>) -> T) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let path = self.socket();
         let connector = tower::service_fn(move |_: tonic::transport::Uri| {
             let path = path.clone();
             async move { tokio::net::UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
         });
-        let text = runtime.block_on(async {
+        runtime.block_on(async {
             let endpoint = tonic::transport::Endpoint::from_static("http://agent");
-            let channel = endpoint.connect_with_connector(connector).await.unwrap();
-            let mut client = holdfast_proto::agent::agent_client::AgentClient::new(channel);
-            client.dump(holdfast_proto::agent::DumpRequest {}).await.unwrap().into_inner().json
-        });
-        serde_json::from_str(&text).unwrap()
+            calls(AgentClient::new(endpoint.connect_with_connector(connector).await.unwrap())).await
+        })
     }
 
     /// Executes the plugin in the node. `extra` is merged into the configuration.

@@ -69,6 +69,8 @@ pub enum Dir {
 pub enum Ct {
     /// `ct state`
     State,
+    /// `ct direction`, 1 byte
+    Direction,
     /// `ct mark`
     Mark,
     /// `ct DIR ip saddr`
@@ -83,6 +85,7 @@ impl Ct {
     fn key(self) -> (u32, Option<Dir>) {
         match self {
             Ct::State => (0, None),
+            Ct::Direction => (1, None),
             Ct::Mark => (3, None),
             Ct::ProtoSrc(dir) => (11, Some(dir)),
             Ct::Src4(dir) => (19, Some(dir)),

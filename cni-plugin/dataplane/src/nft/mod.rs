@@ -4,6 +4,7 @@ mod conntrack;
 mod elements;
 mod expr;
 mod load;
+mod nflog;
 mod program;
 mod skeleton;
 mod socket;
@@ -16,6 +17,8 @@ use crate::{Applied, Config};
 use load::Loaded;
 use skeleton::Params;
 use socket::{Events, NetfilterSocket};
+
+pub use nflog::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 
 /// A refused transaction is tried again from the kernel's true state this often: somebody changed our tables between
 /// our look and our write. Then the error is the caller's.

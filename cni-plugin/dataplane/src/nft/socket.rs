@@ -12,7 +12,7 @@ use super::wire::{Buffer, F_ACK, F_DUMP, F_DUMP_INTR, F_REQUEST, MSG_DONE, MSG_E
 use crate::error::{Error, Result};
 
 /// `NETLINK_NETFILTER`
-const PROTOCOL: isize = 12;
+pub const PROTOCOL: isize = 12;
 /// `NFNL_SUBSYS_NFTABLES`
 pub const SUBSYS_NFTABLES: u16 = 10;
 /// `NFNL_SUBSYS_CTNETLINK`
@@ -96,7 +96,8 @@ pub struct NetfilterSocket {
     send_bytes: usize,
 }
 
-fn socket_error(what: &str) -> impl Fn(io::Error) -> Error {
+/// The error of a socket call that failed at `what`.
+pub fn socket_error(what: &str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Socket { what: what.to_string(), source }
 }
 
@@ -287,7 +288,8 @@ impl Events {
     }
 }
 
-fn force_buffer(socket: &Socket, option: libc::c_int, bytes: usize) -> Result<()> {
+/// Sets a buffer's size beyond what the system allows without CAP_NET_ADMIN.
+pub fn force_buffer(socket: &Socket, option: libc::c_int, bytes: usize) -> Result<()> {
     let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     // SAFETY: the descriptor is open for the call's duration, and the pointer and length describe `value`.
     let code = unsafe {
