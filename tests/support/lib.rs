@@ -30,6 +30,7 @@ pub mod garbage;
 pub mod helper;
 mod ledger;
 mod namespaces;
+pub mod netbed;
 mod node;
 mod objects;
 pub mod pod;

@@ -206,7 +206,7 @@ fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
     ]
 }
 
-fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
+pub(crate) fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
     vec![
         format!("--node={name}"),
         format!("--objects={}", objects.dir().display()),
