@@ -20,7 +20,7 @@ use crate::summary::Summary;
 use crate::targets::{Target, build_tests};
 
 /// Every tier, in the order of running.
-const TIERS: [&str; 6] = ["unit", "sim", "conformance", "cluster", "vm", "kubernetes"];
+const TIERS: [&str; 7] = ["unit", "sim", "conformance", "policy", "cluster", "vm", "kubernetes"];
 /// A test program that runs longer hangs; it is ended and counts as failed.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// The same with `--long`.

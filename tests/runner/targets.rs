@@ -52,7 +52,7 @@ impl Target {
     pub fn tier(&self) -> &str {
         let own = self.package == TIER_PACKAGE && self.kind == "test";
         match self.name.as_str() {
-            "sim" | "cluster" | "vm" | "conformance" | "kubernetes" if own => &self.name,
+            "sim" | "cluster" | "policy" | "vm" | "conformance" | "kubernetes" if own => &self.name,
             _ => "unit",
         }
     }

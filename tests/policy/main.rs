@@ -1,0 +1,88 @@
+//! Tier `policy`: the policy tables of others' lists, as our own cases, on real pods of real agents, and random policies
+//! against an oracle; every verdict is a packet that arrives or does not.
+//!
+//! One test bed serves all trials, one after another. The lists that the cases follow: Kubernetes' end-to-end list for
+//! NetworkPolicy (48), policy-assistant's generator (230), the conformance list of the network-policy-api (92).
+
+mod bed;
+mod bites;
+mod cases;
+mod cluster_policies;
+mod cluster_policy;
+mod connects;
+mod e2e;
+mod generated;
+mod no_gap;
+mod oracle;
+mod packets;
+mod prober;
+mod random;
+mod revocation;
+mod world;
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Result;
+use holdfast_tests::{cleanup, helper};
+use libtest_mimic::{Arguments, Trial};
+
+use crate::bed::Bed;
+
+/// The bed, once a trial has started it.
+type Shared = Arc<Mutex<Option<Bed>>>;
+
+fn main() -> ExitCode {
+    if let Some(code) = helper::run_if_asked() {
+        return code;
+    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    if let Err(error) = cleanup::end_when_interrupted() {
+        eprintln!("{error:#}");
+        return ExitCode::FAILURE;
+    }
+    let shared = Shared::default();
+    let trials = vec![
+        trial(&shared, "a_table_without_policies_is_open", bites::everything_is_open),
+        trial(&shared, "a_policy_that_an_agent_does_not_know_is_a_mismatch", bites::a_policy_left_out),
+        trial(&shared, "rules_that_are_gone_are_a_mismatch", bites::rules_are_gone),
+        trial(&shared, "packets_that_are_lost_are_no_denies", bites::lost_packets),
+        trial(&shared, "the_48_situations_of_kubernetes_e2e_list", e2e::run),
+        trial(&shared, "the_230_situations_of_policy_assistant", generated::run),
+        trial(&shared, "the_92_situations_of_the_network_policy_api", cluster_policies::run),
+        trial(&shared, "unknown_peers_fail_closed", cluster_policies::run_beyond),
+        trial(&shared, "a_pod_that_starts_sends_and_gets_nothing_that_is_forbidden", no_gap::run),
+        trial(&shared, "a_connection_that_a_change_forbids_stops_and_another_loses_nothing", revocation::run),
+        trial(&shared, "random_policies_are_enforced_as_the_oracle_says", random::run),
+    ];
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let bed = shared.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(Err(error)) = bed.map(|bed| bed.end(conclusion.has_failed())) {
+        eprintln!("the test bed: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
+}
+
+/// A trial on the bed, which the first one starts. It fails with the whole chain of causes.
+fn trial(shared: &Shared, name: &str, body: fn(&mut Bed) -> Result<()>) -> Trial {
+    let shared = shared.clone();
+    Trial::test(name, move || {
+        let mut bed = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = with_bed(&mut bed, body);
+        outcome.map_err(|error| format!("{error:#}").into())
+    })
+}
+
+fn with_bed(bed: &mut Option<Bed>, body: fn(&mut Bed) -> Result<()>) -> Result<()> {
+    let bed = match bed {
+        Some(bed) => bed,
+        None => bed.insert(Bed::start()?),
+    };
+    body(bed)?;
+    // What came too late for its own table.
+    let late: Vec<String> = bed.prober.take_late().iter().map(ToString::to_string).collect();
+    anyhow::ensure!(late.is_empty(), "too late: {}", late.join("; "));
+    Ok(())
+}
