@@ -57,6 +57,9 @@ pub fn oracle(
     cluster_tier(&question, ClusterTier::Baseline) != Some(ClusterAction::Deny)
 }
 
+/// Action, peers, protocols.
+type RuleParts<'a> = (ClusterAction, &'a Vec<ClusterPeer>, &'a Option<Vec<ClusterProtocol>>);
+
 /// The first rule of a tier that matches, by priority, then by name (which the API leaves open).
 fn cluster_tier(question: &Question<'_>, tier: ClusterTier) -> Option<ClusterAction> {
     let policies = question.world.objects.cluster_policies.values();
@@ -65,9 +68,7 @@ fn cluster_tier(question: &Question<'_>, tier: ClusterTier) -> Option<ClusterAct
     policies.sort_by_key(|policy| (policy.spec.priority, policy.metadata.name.clone()));
     for policy in policies {
         let spec = &policy.spec;
-        let rules: Vec<(ClusterAction, &Vec<ClusterPeer>, &Option<Vec<ClusterProtocol>>)> = match question
-            .direction
-        {
+        let rules: Vec<RuleParts<'_>> = match question.direction {
             Direction::Ingress => spec.ingress.iter().map(|r| (r.action, &r.from, &r.protocols)).collect(),
             Direction::Egress => spec.egress.iter().map(|r| (r.action, &r.to, &r.protocols)).collect(),
         };
