@@ -155,15 +155,18 @@ fn what_a_blocks_place_held_does_not_come_out_with_a_torn_write() {
         ask(|done| replica.zero(3 * BLOCK_BYTES, BLOCK_BYTES, false, false, done)).unwrap();
         ask(|done| replica.flush(done)).unwrap();
     };
-    cut_in_the_flush_of_a_write(zeroed, &[0, 2]);
+    cut_in_the_flush_of_a_write(zeroed, false, &[0, 2]);
+    cut_in_the_flush_of_a_write(zeroed, true, &[0, 2]);
     let in_a_snapshot = |replica: &Replica| {
         write(replica, 3, 1).unwrap();
         ask(|done| replica.freeze(SnapshotId(9), done)).unwrap();
     };
-    cut_in_the_flush_of_a_write(in_a_snapshot, &[1, 2]);
+    cut_in_the_flush_of_a_write(in_a_snapshot, false, &[1, 2]);
+    cut_in_the_flush_of_a_write(in_a_snapshot, true, &[1, 2]);
 }
 
-fn cut_in_the_flush_of_a_write(prepare: impl Fn(&Replica), allowed: &[u64]) {
+/// `killed`: the process dies between the write and the flush, which another one does.
+fn cut_in_the_flush_of_a_write(prepare: impl Fn(&Replica), killed: bool, allowed: &[u64]) {
     let (mut in_doubt, mut flushed) = (0, false);
     for cut in 0.. {
         for seed in 0..60 {
@@ -173,6 +176,13 @@ fn cut_in_the_flush_of_a_write(prepare: impl Fn(&Replica), allowed: &[u64]) {
             ask(|done| replica.log_add(&[Region(0)], done)).unwrap();
             prepare(&replica);
             write(&replica, 3, 2).unwrap();
+            let (disk, replica) = if killed {
+                let found = disk.after_kill();
+                let pool = mk_pool(&found, cookies.path()).unwrap();
+                (found, pool.open_replica(REPLICA).unwrap())
+            } else {
+                (disk, replica)
+            };
             disk.cut_after(cut, cookies.path(), copy.path());
             flushed = ask(|done| replica.flush(done)).is_ok();
             let found = disk.after_power_loss(seed);

@@ -105,6 +105,11 @@ pub struct DataParts {
     pub shadow: Shadow,
 }
 
+/// Whether the next flush must make data durable before it writes the tables; see [`flush`].
+fn wants_data_first(before: Entry, entry: Entry, layered: bool) -> bool {
+    entry.state == State::Data && before.place_differs(layered)
+}
+
 impl DataPath {
     /// Starts with empty tables.
     pub fn new(parts: DataParts) -> Arc<Self> {
@@ -240,6 +245,7 @@ impl DataPath {
     /// Takes in what a killed predecessor had not flushed. Blocks; called before the first request.
     pub fn replay(&self, entries: &[(u64, Entry)]) -> std::io::Result<()> {
         let mut state = self.lock();
+        let layered = state.stack.is_layered();
         for (block, entry) in entries {
             let region = Block(*block).region();
             if *block >= self.size_bytes() / BLOCK_BYTES || !state.logged.contains(&region) {
@@ -252,7 +258,8 @@ impl DataPath {
                 let bytes = top.file.read_now(page.file_offset(), PAGE_BYTES)?;
                 top.tables.insert(page, bytes);
             }
-            top.tables.set(*block, *entry);
+            let before = top.tables.set(*block, *entry);
+            state.flush.data_first |= wants_data_first(before, *entry, layered);
             state.unflushed.entry(region).or_default();
         }
         Ok(())
@@ -267,7 +274,7 @@ impl DataPath {
             let tables = &mut state.stack.top_mut().tables;
             for (block, entry) in entries.clone() {
                 let before = tables.set(block, entry);
-                data_first |= entry.state == State::Data && before.place_differs(layered);
+                data_first |= wants_data_first(before, entry, layered);
             }
             state.flush.data_first |= data_first;
             state.shadow.append(entries)
