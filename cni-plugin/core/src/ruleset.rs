@@ -17,11 +17,13 @@
 //! - a class, identity or profile number is never given another meaning in the change that frees it, because a packet's
 //!   lookups may straddle the commit.
 
+mod revocation;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::plan::{EndpointPlan, MacAddr};
-use crate::ports::{PortRule, covers, normalise};
+use crate::ports::{PortRule, normalise};
 
 /// Which policies select a pod in one direction (and its named ports): never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -219,7 +221,7 @@ pub fn diff(old: &Ruleset, new: &Ruleset) -> Changes {
     diff_profiles(old, new, &mut changes);
     changes.remove.extend(old.pins.difference(&new.pins).cloned().map(Element::Pin));
     changes.add.extend(new.pins.difference(&old.pins).cloned().map(Element::Pin));
-    changes.revokes = revokes(old, new, &changes);
+    changes.revokes = revocation::revokes(old, new, &changes);
     changes
 }
 
@@ -248,66 +250,6 @@ fn diff_profiles(old: &Ruleset, new: &Ruleset, changes: &mut Changes) {
     let (before, after) = (rules(old), rules(new));
     changes.remove.extend(before.difference(&after).map(|(id, rule)| Element::Profile(*id, *rule)));
     changes.add.extend(after.difference(&before).map(|(id, rule)| Element::Profile(*id, *rule)));
-}
-
-/// Errs towards `true`: a needless revision costs each live connection one slow path, a missing one leaves a forbidden
-/// connection alive.
-fn revokes(old: &Ruleset, new: &Ruleset, changes: &Changes) -> bool {
-    changes.remove.iter().any(|element| removal_revokes(old, new, element))
-        || changes.add.iter().any(|element| addition_revokes(old, element))
-}
-
-fn removal_revokes(old: &Ruleset, new: &Ruleset, element: &Element) -> bool {
-    match element {
-        // Leaving a class without entering another opens; from deny-all every other class is wider.
-        Element::ClsIn(address, class) => *class != ClassId::DENY_ALL && new.cls_in.contains_key(address),
-        Element::ClsEg(address, class) => *class != ClassId::DENY_ALL && new.cls_eg.contains_key(address),
-        Element::Ident(_, identity) | Element::Cidr(_, identity) => used_identity(old, *identity),
-        Element::PairIn(class, identity, profile) => {
-            narrows(old, new, *profile, new.pair_in.get(&(*class, *identity)))
-        }
-        Element::PairEg(class, identity, profile) => {
-            narrows(old, new, *profile, new.pair_eg.get(&(*class, *identity)))
-        }
-        Element::Profile(id, _) => used_profile(old, *id) && narrows(old, new, *id, Some(id)),
-        // Its address may be handed out again while entries of the old pod's connections live on.
-        Element::Pin(_) => true,
-    }
-}
-
-fn addition_revokes(old: &Ruleset, element: &Element) -> bool {
-    match element {
-        // Isolating a pod revokes, unless the pod is new: it has no connections yet, and those of an earlier pod with
-        // its address lost their revision when that pod's pin was removed.
-        Element::ClsIn(address, _) => !old.cls_in.contains_key(address) && pinned(old, *address),
-        Element::ClsEg(address, _) => !old.cls_eg.contains_key(address) && pinned(old, *address),
-        // A new identity or pair is final but holds all the fallbacks allow (compiler's invariant), so it only allows.
-        Element::Ident(..)
-        | Element::Cidr(..)
-        | Element::PairIn(..)
-        | Element::PairEg(..)
-        | Element::Profile(..)
-        | Element::Pin(_) => false,
-    }
-}
-
-fn pinned(ruleset: &Ruleset, address: IpAddr) -> bool {
-    ruleset.pins.iter().any(|pin| pin.address == address)
-}
-
-fn used_identity(ruleset: &Ruleset, identity: IdentityId) -> bool {
-    ruleset.pair_in.keys().chain(ruleset.pair_eg.keys()).any(|(_, i)| *i == identity)
-}
-
-fn used_profile(ruleset: &Ruleset, profile: ProfileId) -> bool {
-    ruleset.pair_in.values().chain(ruleset.pair_eg.values()).any(|p| *p == profile)
-}
-
-/// Whether going from `profile` of `old` to `successor` of `new` takes a port away.
-fn narrows(old: &Ruleset, new: &Ruleset, profile: ProfileId, successor: Option<&ProfileId>) -> bool {
-    let before = old.profiles.get(&profile).map_or(&[][..], Vec::as_slice);
-    let after = successor.and_then(|id| new.profiles.get(id)).map_or(&[][..], Vec::as_slice);
-    !covers(after, before)
 }
 
 #[cfg(test)]

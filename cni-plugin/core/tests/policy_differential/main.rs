@@ -10,9 +10,13 @@
 mod oracle;
 mod world;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use holdfast_net_core::objects::Protocol;
+use holdfast_net_core::plan::MacAddr;
 use holdfast_net_core::policy::{Direction, Model, Numbering, Party, allows, explain};
-use holdfast_net_core::ruleset::{Ruleset, diff};
+use holdfast_net_core::ruleset::{Pin, Ruleset, diff};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -30,7 +34,10 @@ fn compiled_verdicts_equal_the_oracles_over_random_histories() {
     for seed in only.map_or(0..SEEDS, |seed| seed..seed + 1) {
         run_history(seed, &mut tally);
     }
-    println!("{} decisions, {} allowed, {} by explain", tally.decisions, tally.allowed, tally.explained);
+    println!(
+        "{} decisions, {} allowed, {} by explain; {} steps took something away, {} said so without need",
+        tally.decisions, tally.allowed, tally.explained, tally.revoking, tally.needless
+    );
     if only.is_none() {
         assert!(tally.decisions >= DECISIONS_MIN, "{}", tally.decisions);
         // A generator that denies or allows nearly everything tests nothing.
@@ -44,6 +51,22 @@ struct Tally {
     decisions: u64,
     allowed: u64,
     explained: u64,
+    /// Steps that took something away, and those that said so without need, as far as the probes tell.
+    revoking: u64,
+    needless: u64,
+}
+
+/// What was decided about one question: endpoint, its address, peer, direction, probe.
+type Verdicts = BTreeMap<(String, IpAddr, IpAddr, Direction, usize), bool>;
+
+/// The ruleset with the endpoints' pins, by which a revocation tells a new endpoint from one that has connections.
+fn pinned(ruleset: &Ruleset, world: &World) -> Ruleset {
+    let mut ruleset = ruleset.clone();
+    for address in world.subjects.iter().flat_map(|subject| &subject.addresses) {
+        let pin = Pin { ifname: "hfv".to_owned(), mac: MacAddr([2, 0, 0, 0, 0, 1]), address: *address };
+        ruleset.pins.insert(pin);
+    }
+    ruleset
 }
 
 fn run_history(seed: u64, tally: &mut Tally) {
@@ -51,6 +74,7 @@ fn run_history(seed: u64, tally: &mut Tally) {
     let mut world = World::generate(&mut rng);
     let mut numbering = Numbering::default();
     let mut before = Ruleset::default();
+    let mut verdicts = Verdicts::new();
     for step in 0..STEPS {
         let at = format!("seed {seed} step {step}");
         let model = Model::compile(&world.objects, &world.subjects, &mut numbering);
@@ -62,9 +86,16 @@ fn run_history(seed: u64, tally: &mut Tally) {
         }
         let again = Model::compile(&world.objects, &world.subjects, &mut numbering);
         assert!(diff(ruleset, &again.ruleset).is_empty(), "{at}: an unchanged state is an unchanged ruleset");
-        compare(&world, ruleset, tally, &at);
+        let now = compare(&world, ruleset, tally, &at);
+        let revokes = diff(&before, &pinned(ruleset, &world)).revokes;
+        let taken_away =
+            verdicts.iter().find(|(question, allowed)| **allowed && now.get(question) == Some(&false));
+        assert!(taken_away.is_none() || revokes, "{at}: not revoked: {taken_away:?}");
+        tally.revoking += u64::from(taken_away.is_some());
+        tally.needless += u64::from(taken_away.is_none() && revokes);
+        verdicts = now;
         compare_explain(&world, &mut rng, tally, &at);
-        before = model.ruleset;
+        before = pinned(ruleset, &world);
         // A restarted agent reads its numbering back.
         let stored = serde_json::to_string(&numbering).unwrap();
         numbering = serde_json::from_str(&stored).unwrap();
@@ -72,14 +103,15 @@ fn run_history(seed: u64, tally: &mut Tally) {
     }
 }
 
-fn compare(world: &World, ruleset: &Ruleset, tally: &mut Tally, at: &str) {
+fn compare(world: &World, ruleset: &Ruleset, tally: &mut Tally, at: &str) -> Verdicts {
     let peers = world.interesting_addresses();
+    let mut verdicts = Verdicts::new();
     for subject in &world.subjects {
         for &address in &subject.addresses {
             for &peer in peers.iter().filter(|peer| peer.is_ipv4() == address.is_ipv4() && **peer != address)
             {
                 for direction in [Direction::Ingress, Direction::Egress] {
-                    for (protocol, port) in PROBES {
+                    for (probe, (protocol, port)) in PROBES.into_iter().enumerate() {
                         let expected = oracle(world, direction, subject, peer, protocol, port);
                         let got = allows(ruleset, direction, address, peer, protocol.into(), port);
                         tally.decisions += 1;
@@ -89,11 +121,13 @@ fn compare(world: &World, ruleset: &Ruleset, tally: &mut Tally, at: &str) {
                             "{at}: {direction:?} {subject:?} peer {peer} {protocol:?} {port}\n{:#?}",
                             world.objects.policies
                         );
+                        verdicts.insert((format!("{subject:?}"), address, peer, direction, probe), got);
                     }
                 }
             }
         }
     }
+    verdicts
 }
 
 fn compare_explain(world: &World, rng: &mut StdRng, tally: &mut Tally, at: &str) {
