@@ -94,7 +94,8 @@ pub struct Ruleset {
     pub pair_in: BTreeMap<(ClassId, IdentityId), ProfileId>,
     /// What a class may send to an identity.
     pub pair_eg: BTreeMap<(ClassId, IdentityId), ProfileId>,
-    /// What the profiles allow, each in the form of [`normalise`].
+    /// What the profiles allow, each in the form of [`normalise`]. One that is not here has no rule and denies everything, as
+    /// in the kernel, where only rules are elements.
     pub profiles: BTreeMap<ProfileId, Vec<PortRule>>,
     /// The source pins of the local pods' ports.
     pub pins: BTreeSet<Pin>,
@@ -143,11 +144,6 @@ impl Ruleset {
                 return Err(RulesetError::NotNormal(*id));
             }
         }
-        for ((class, identity), profile) in self.pair_in.iter().chain(&self.pair_eg) {
-            if !self.profiles.contains_key(profile) {
-                return Err(RulesetError::NoProfile(*class, *identity, *profile));
-            }
-        }
         Ok(())
     }
 }
@@ -164,9 +160,6 @@ pub enum RulesetError {
     /// A profile that is not in normal form.
     #[error("profile {0:?} is not sorted, merged and disjoint")]
     NotNormal(ProfileId),
-    /// A pair that names a profile that does not exist.
-    #[error("pair of {0:?} and {1:?} names {2:?}, which does not exist")]
-    NoProfile(ClassId, IdentityId, ProfileId),
 }
 
 /// One element of a set or map.
@@ -335,13 +328,10 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_ranges_and_dangling_profiles_are_refused() {
+    fn overlapping_ranges_are_refused() {
         let mut r = mk_ruleset();
         r.cidr.insert(AddrRange { first: ip(0), last: ip(10) }, IdentityId(2));
         r.cidr.insert(AddrRange { first: ip(10), last: ip(20) }, IdentityId(3));
         assert!(matches!(r.validate(), Err(RulesetError::Overlap(..))));
-        let mut r = mk_ruleset();
-        r.profiles.clear();
-        assert!(matches!(r.validate(), Err(RulesetError::NoProfile(..))));
     }
 }

@@ -44,16 +44,17 @@ fn range_identity(ruleset: &Ruleset, peer: IpAddr) -> Option<IdentityId> {
     matching.map(|(_, identity)| *identity)
 }
 
+/// `None` where there is no pair; a pair whose profile has no rules denies everything.
 fn rules(
     ruleset: &Ruleset,
     direction: Direction,
     class: ClassId,
     identity: IdentityId,
-) -> Option<&Vec<PortRule>> {
+) -> Option<&[PortRule]> {
     let pairs = match direction {
         Direction::Ingress => &ruleset.pair_in,
         Direction::Egress => &ruleset.pair_eg,
     };
     let profile = pairs.get(&(class, identity))?;
-    ruleset.profiles.get(profile)
+    Some(ruleset.profiles.get(profile).map_or(&[], Vec::as_slice))
 }

@@ -317,6 +317,27 @@ mod tests {
         });
     }
 
+    /// A profile that denies everything has no element, so whoever reads the tables back does not find it.
+    #[test]
+    fn a_pair_that_denies_everything_is_adopted_and_changes_go_on() {
+        in_own_netns(|| {
+            let mut ruleset = mk_ruleset();
+            ruleset.profiles.insert(ProfileId(7), Vec::new());
+            ruleset.pair_in.insert((ClassId(2), IdentityId(5)), ProfileId(7));
+            Nft::open(Config::default()).unwrap().apply(&ruleset).unwrap();
+
+            let mut nft = Nft::open(Config::default()).unwrap();
+            assert_eq!(
+                nft.apply(&ruleset).unwrap(),
+                crate::Applied::default(),
+                "an unchanged state is not written"
+            );
+            let mut more = nft.applied().clone();
+            more.cls_in.insert("10.0.0.9".parse().unwrap(), ClassId::DENY_ALL);
+            assert_eq!(nft.apply(&more).unwrap().elements, 1);
+        });
+    }
+
     #[test]
     fn a_revoking_change_advances_the_revision_and_it_comes_round() {
         in_own_netns(|| {
