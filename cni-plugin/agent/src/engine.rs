@@ -449,7 +449,15 @@ fn floor(ruleset: &Ruleset) -> Floor {
     Floor {
         class: classes.chain(pairs().map(|(class, _)| class.0)).max().unwrap_or_default(),
         identity: identities.chain(pairs().map(|(_, identity)| identity.0)).max().unwrap_or_default(),
-        profile: ruleset.profiles.keys().map(|profile| profile.0).max().unwrap_or_default(),
+        // A profile without rules is known by its pairs alone.
+        profile: ruleset
+            .profiles
+            .keys()
+            .chain(ruleset.pair_in.values())
+            .chain(ruleset.pair_eg.values())
+            .map(|profile| profile.0)
+            .max()
+            .unwrap_or_default(),
     }
 }
 
