@@ -9,9 +9,9 @@ use libtest_mimic::Trial;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::effort::{rounds, seed};
 use crate::stale::StaleReplica;
 use crate::trial;
+use holdfast_tests::effort::{rounds, seed};
 
 const KILLS_SHORT: u32 = 5;
 const KILLS_LONG: u32 = 50;

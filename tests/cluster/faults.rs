@@ -69,7 +69,7 @@ fn power_cut(story: &mut Story) -> Result<()> {
 
 /// Replicas away from the target die one at a time, at moments drawn from the seed, also in the middle of their resync.
 fn kill_at_random(story: &mut Story) -> Result<()> {
-    let seed = crate::effort::seed()?;
+    let seed = holdfast_tests::effort::seed()?;
     let mut random = StdRng::seed_from_u64(seed);
     story.provision()?;
     story.run_pods()?;

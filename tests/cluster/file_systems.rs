@@ -17,9 +17,9 @@ use libtest_mimic::Trial;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::effort::{rounds, seed};
 use crate::power_cut::forgetful_options;
 use crate::trial;
+use holdfast_tests::effort::{rounds, seed};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of each volume: xfs wants 300 MiB.

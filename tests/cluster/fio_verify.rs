@@ -14,9 +14,9 @@ use libtest_mimic::Trial;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::effort::{rounds, seed};
 use crate::stale::StaleReplica;
 use crate::trial;
+use holdfast_tests::effort::{rounds, seed};
 
 const MIB: u64 = 1 << 20;
 const VOLUME_BYTES: u64 = 96 * MIB;

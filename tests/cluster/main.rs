@@ -6,7 +6,6 @@
 mod bad_input;
 mod database;
 mod demo;
-mod effort;
 mod faults;
 mod file_systems;
 mod fio_verify;

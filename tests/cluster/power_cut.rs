@@ -13,8 +13,8 @@ use libtest_mimic::Trial;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::effort::{rounds, seed};
 use crate::trial;
+use holdfast_tests::effort::{rounds, seed};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the volume; small, so that blocks are written again and again between two flushes.

@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use holdfast_tests::effort::rounds;
 
 use crate::bed::Bed;
 use crate::connects::enter;
@@ -46,7 +47,7 @@ const ONLY_X_A: &str = "{podSelector: {}, policyTypes: [Ingress, Egress], \
 
 /// Starts pods one after another.
 pub fn run(bed: &mut Bed) -> Result<()> {
-    let starts = if std::env::var_os("HOLDFAST_LONG").is_some() { LONG_STARTS } else { STARTS };
+    let starts = rounds(STARTS, LONG_STARTS);
     let mut world = bed.base();
     world.namespaces.insert(NAMESPACE.to_owned(), labels(""));
     bed.show(&world)?;

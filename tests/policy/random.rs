@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, bail, ensure};
+use holdfast_tests::effort::rounds;
 use ipnetwork::IpNetwork;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -37,7 +38,7 @@ pub fn run(bed: &mut Bed) -> Result<()> {
         Some(seed) => vec![seed],
         None => SEEDS.chain([rand::random::<u32>().into()]).collect(),
     };
-    let steps = if std::env::var_os("HOLDFAST_LONG").is_some() { LONG_STEPS } else { STEPS };
+    let steps = rounds(STEPS, LONG_STEPS);
     let (packets, mut decisions, mut allowed) = (bed.prober.packets, 0u64, 0u64);
     println!("random policies: seeds {seeds:?}, {steps} steps each");
     for seed in &seeds {

@@ -2,12 +2,16 @@
 
 use anyhow::{Context, Result};
 
-/// What CI runs, and what `--long` runs by hand.
-pub fn rounds(short: u32, long: u32) -> u32 {
+/// What CI runs, or what `--long` runs by hand.
+#[must_use]
+pub fn rounds<T>(short: T, long: T) -> T {
     if std::env::var_os("HOLDFAST_LONG").is_some() { long } else { short }
 }
 
 /// `HOLDFAST_SEED`, or a new one; printed with how to run it again.
+///
+/// # Errors
+/// `HOLDFAST_SEED` is no number.
 pub fn seed() -> Result<u64> {
     let seed = match std::env::var("HOLDFAST_SEED") {
         Ok(text) => text.parse().context("HOLDFAST_SEED is no number")?,

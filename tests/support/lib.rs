@@ -24,6 +24,7 @@ pub mod cluster;
 pub mod cni;
 pub mod csi;
 pub mod direct_io;
+pub mod effort;
 pub mod files;
 pub mod forgetful;
 pub mod garbage;
