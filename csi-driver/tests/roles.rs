@@ -5,9 +5,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use holdfast_proto::csi::controller_client::ControllerClient;
@@ -157,7 +158,7 @@ async fn killing_controller_and_node_service_touches_no_io_and_loses_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_controller_on_one_store_is_refused_with_the_cause() {
     let dir = tempfile::tempdir().unwrap();
-    let first = Process::controller(dir.path(), free_port());
+    let first = Process::controller(dir.path(), free_address());
     wait_until("the controller listens", || dir.path().join("csi.sock").exists());
     let status = fs::read_to_string(format!("/proc/{}/status", first.child.id())).unwrap();
     for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
@@ -184,7 +185,7 @@ struct Cluster {
     dir: TempDir,
     /// On tmpfs, as the data process demands of its cookies.
     memory: TempDir,
-    registry_port: u16,
+    registry: SocketAddr,
     data: Vec<(&'static str, Process)>,
     others: Vec<Process>,
     controller: ControllerClient<Channel>,
@@ -196,26 +197,25 @@ impl Cluster {
         let dir = tempfile::Builder::new().prefix("holdfast-roles-").tempdir_in("/var/tmp").unwrap();
         fs::create_dir(dir.path().join("kubelet")).unwrap();
         let memory = tempfile::Builder::new().prefix("holdfast-roles-").tempdir_in("/dev/shm").unwrap();
-        let registry_port = free_port();
-        let mut others = vec![Process::controller(dir.path(), registry_port)];
+        let registry = free_address();
+        let mut others = vec![Process::controller(dir.path(), registry)];
         let data = NODES
             .iter()
-            .map(|node| (*node, Process::data(dir.path(), memory.path(), node, registry_port)))
+            .map(|node| (*node, Process::data(dir.path(), memory.path(), node, registry)))
             .collect();
-        others.push(Process::node(dir.path(), registry_port));
+        others.push(Process::node(dir.path(), registry));
         let controller = ControllerClient::new(connect(&dir.path().join("csi.sock")).await);
         let node_channel = connect(&dir.path().join("node.sock")).await;
         let info =
             IdentityClient::new(node_channel.clone()).get_plugin_info(GetPluginInfoRequest {}).await.unwrap();
         assert_eq!(info.get_ref().name, "csi.holdfast.dev");
-        Self { dir, memory, registry_port, data, others, controller, node: NodeClient::new(node_channel) }
+        Self { dir, memory, registry, data, others, controller, node: NodeClient::new(node_channel) }
     }
 
     /// Controller and node service anew, after they were killed.
     async fn start_others(&mut self) {
         let dir = self.dir.path();
-        self.others =
-            vec![Process::controller(dir, self.registry_port), Process::node(dir, self.registry_port)];
+        self.others = vec![Process::controller(dir, self.registry), Process::node(dir, self.registry)];
         self.controller = ControllerClient::new(connect(&dir.join("csi.sock")).await);
         self.node = NodeClient::new(connect(&dir.join("node.sock")).await);
         // The nodes announce themselves to the new one.
@@ -235,7 +235,7 @@ impl Cluster {
         let at = self.data.iter().position(|(name, _)| *name == node).unwrap();
         let (_, killed) = self.data.remove(at);
         killed.kill();
-        self.data.push((node, Process::data(self.dir.path(), self.memory.path(), node, self.registry_port)));
+        self.data.push((node, Process::data(self.dir.path(), self.memory.path(), node, self.registry)));
         connect(&self.dir.path().join(node).join("data.sock")).await;
     }
 
@@ -394,33 +394,33 @@ impl Process {
         Self { child }
     }
 
-    fn controller(dir: &Path, registry_port: u16) -> Self {
+    fn controller(dir: &Path, registry: SocketAddr) -> Self {
         Self::spawn(
             "controller",
             [
                 format!("--csi-socket={}", dir.join("csi.sock").display()),
                 format!("--store-dir={}", dir.join("store").display()),
-                format!("--registry-listen=127.0.0.1:{registry_port}"),
+                format!("--registry-listen={registry}"),
                 "--insecure".to_owned(),
             ],
         )
     }
 
-    fn node(dir: &Path, registry_port: u16) -> Self {
+    fn node(dir: &Path, registry: SocketAddr) -> Self {
         Self::spawn(
             "node",
             [
                 format!("--node={}", NODES[0]),
                 format!("--csi-socket={}", dir.join("node.sock").display()),
                 format!("--data-socket={}", dir.join("node-a/data.sock").display()),
-                format!("--registry=127.0.0.1:{registry_port}"),
+                format!("--registry={registry}"),
                 format!("--kubelet-dir={}", dir.join("kubelet").display()),
                 "--insecure".to_owned(),
             ],
         )
     }
 
-    fn data(dir: &Path, memory: &Path, node: &str, registry_port: u16) -> Self {
+    fn data(dir: &Path, memory: &Path, node: &str, registry: SocketAddr) -> Self {
         let own = dir.join(node);
         Self::spawn(
             "data",
@@ -430,7 +430,7 @@ impl Process {
                 "--pool-capacity=2Gi".to_owned(),
                 "--control-listen=127.0.0.1:0".to_owned(),
                 "--nbd-listen=127.0.0.1:0".to_owned(),
-                format!("--registry=127.0.0.1:{registry_port}"),
+                format!("--registry={registry}"),
                 format!("--data-socket={}", own.join("data.sock").display()),
                 format!("--cookie-dir={}", memory.join(node).display()),
                 format!("--run-dir={}", own.join("run").display()),
@@ -486,8 +486,11 @@ fn wait_until(what: &str, ready: impl Fn() -> bool) {
     }
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// One that this process alone uses: on 127.0.0.1 a connection that goes out could take the port before the listener does.
+fn free_address() -> SocketAddr {
+    static USED: AtomicU16 = AtomicU16::new(0);
+    let [_, a, b, c] = std::process::id().to_be_bytes();
+    SocketAddr::from(([127, a, b, c], 9470 + USED.fetch_add(1, Ordering::Relaxed)))
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {

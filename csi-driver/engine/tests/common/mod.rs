@@ -4,6 +4,7 @@
 pub mod cut;
 pub mod store;
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,6 +44,8 @@ pub struct Node {
     pub view: Arc<cut::View>,
     /// Changing it takes effect at the node's next start.
     pub pool_capacity_bytes: u64,
+    /// An address of its own: on 127.0.0.1 a connection that goes out could take the port while the node is down.
+    address: Ipv4Addr,
     ports: (u16, u16),
 }
 
@@ -69,8 +72,9 @@ impl Cluster {
         let authority = tls.then(Authority::new);
         let store = Arc::new(MemStore::default());
         let mut cluster = Self { dir, cookies, store, nodes: Vec::new(), authority, client_dir };
-        for index in 0..count {
-            let name = NodeName(format!("node-{}", char::from(b'a' + u8::try_from(index).unwrap())));
+        let net: [u8; 2] = [rand::rng().random_range(1..=254), rand::rng().random()];
+        for index in 0..u8::try_from(count).unwrap() {
+            let name = NodeName(format!("node-{}", char::from(b'a' + index)));
             let tls_dir = cluster.issue(&name.0);
             let view = cut::View::new(name.clone(), cluster.store.clone());
             cluster.nodes.push(Node {
@@ -79,9 +83,10 @@ impl Cluster {
                 tls_dir,
                 view,
                 pool_capacity_bytes: 4 << 30,
+                address: Ipv4Addr::new(127, net[0], net[1], index + 1),
                 ports: (0, 0),
             });
-            cluster.start_node(index).await;
+            cluster.start_node(index.into()).await;
         }
         cluster
     }
@@ -116,8 +121,8 @@ impl Cluster {
             pool_dir: dir.join("pool"),
             pool_capacity_bytes: node.pool_capacity_bytes,
             cookie_dir: self.cookies.path().join(&node.name.0),
-            control_listen: format!("127.0.0.1:{}", node.ports.0).parse().unwrap(),
-            nbd_listen: format!("127.0.0.1:{}", node.ports.1).parse().unwrap(),
+            control_listen: SocketAddr::from((node.address, node.ports.0)),
+            nbd_listen: SocketAddr::from((node.address, node.ports.1)),
             control_advertise: None,
             nbd_advertise: None,
             data_socket: dir.join("run/data.sock"),

@@ -39,7 +39,8 @@ impl Registry {
     pub async fn start(tls: Option<TlsIdentity>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(SledStore::open(dir.path()).unwrap());
-        let address = "127.0.0.1:0".parse().unwrap();
+        // Not 127.0.0.1, where a connection that goes out could take the port between a stop and a restart.
+        let address = SocketAddr::from(([127, 1, rand::random(), rand::random_range(1..=254)], 0));
         let book = Arc::new(NodeBook::new());
         let mut registry = Self { store, book, address, tls, running: None, _dir: dir };
         registry.restart().await;
