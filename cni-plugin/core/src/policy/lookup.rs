@@ -15,6 +15,20 @@ pub enum Direction {
     Egress,
 }
 
+impl Direction {
+    /// Both.
+    pub const BOTH: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+}
+
+impl std::fmt::Display for Direction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        })
+    }
+}
+
 /// Whether the ruleset lets `subject` (a local pod's address) talk with `peer` in one direction. `port` is the server's.
 #[must_use]
 pub fn allows(
@@ -44,16 +58,17 @@ fn range_identity(ruleset: &Ruleset, peer: IpAddr) -> Option<IdentityId> {
     matching.map(|(_, identity)| *identity)
 }
 
+/// `None` where there is no pair; a pair whose profile has no rules denies everything.
 fn rules(
     ruleset: &Ruleset,
     direction: Direction,
     class: ClassId,
     identity: IdentityId,
-) -> Option<&Vec<PortRule>> {
+) -> Option<&[PortRule]> {
     let pairs = match direction {
         Direction::Ingress => &ruleset.pair_in,
         Direction::Egress => &ruleset.pair_eg,
     };
     let profile = pairs.get(&(class, identity))?;
-    ruleset.profiles.get(profile)
+    Some(ruleset.profiles.get(profile).map_or(&[], Vec::as_slice))
 }
