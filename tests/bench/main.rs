@@ -3,9 +3,11 @@
 mod figures;
 mod fio;
 mod network;
+mod node;
 mod ours;
 mod peer;
 mod place;
+mod policy;
 mod storage;
 
 use std::process::ExitCode;
@@ -27,9 +29,17 @@ enum Part {
     Storage(storage::Options),
     /// The plugin and the data path beside the reference plugins, a VXLAN and a veth pair made by hand.
     Network(network::Options),
+    /// The rules of network policy, with one policy and with ten thousand, beside those of other shapes.
+    Policy(policy::Options),
     /// Times a plugin's calls; started by `network` inside a node.
     #[command(hide = true)]
     NetworkCalls(network::CallsOptions),
+    /// Connects, sends or serves; started by `policy` inside a pod.
+    #[command(hide = true)]
+    PolicyTraffic(policy::TrafficOptions),
+    /// Changes objects and waits for the kernel; started by `policy` inside a node.
+    #[command(hide = true)]
+    PolicyChanges(policy::ChangesOptions),
 }
 
 fn main() -> ExitCode {
@@ -47,13 +57,12 @@ fn main() -> ExitCode {
 
 fn run(part: Part) -> Result<()> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "it needs root: it makes namespaces, links and mounts");
-    if let Part::NetworkCalls(options) = &part {
-        return network::run_calls(options);
-    }
-    cleanup::end_when_interrupted()?;
     match part {
-        Part::Storage(options) => storage::run(&options),
-        Part::Network(options) => network::run(&options),
-        Part::NetworkCalls(_) => Ok(()),
+        Part::NetworkCalls(options) => network::run_calls(&options),
+        Part::PolicyTraffic(options) => policy::run_traffic(&options),
+        Part::PolicyChanges(options) => policy::run_changes(&options),
+        Part::Storage(options) => cleanup::end_when_interrupted().and_then(|()| storage::run(&options)),
+        Part::Network(options) => cleanup::end_when_interrupted().and_then(|()| network::run(&options)),
+        Part::Policy(options) => cleanup::end_when_interrupted().and_then(|()| policy::run(&options)),
     }
 }

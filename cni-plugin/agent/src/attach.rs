@@ -100,10 +100,10 @@ impl Attacher {
     async fn complete(&self, lease: &Lease) -> Result<(), CniError> {
         let attached = self.dataplane.attach(&lease.plan, Path::new(&lease.netns)).await;
         attached.map_err(|error| attach_failure(&error))?;
-        let mut snapshots = self.engine.snapshots();
+        let mut seen = self.engine.seen();
         let deadline = tokio::time::Instant::now() + POD_WAIT_MAX;
         loop {
-            snapshots.borrow_and_update();
+            seen.borrow_and_update();
             let known = self.engine.put(lease.clone()).await;
             let known = known.map_err(|error| {
                 CniError::new(code::TRY_AGAIN_LATER, "the pod's policy could not be applied").details(error)
@@ -111,7 +111,7 @@ impl Attacher {
             if known {
                 return Ok(());
             }
-            match tokio::time::timeout_at(deadline, snapshots.changed()).await {
+            match tokio::time::timeout_at(deadline, seen.changed()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => {
                     warn!(attachment = %lease.key, pod = ?lease.pod, "the pod's object did not appear; it is denied everything until it does");

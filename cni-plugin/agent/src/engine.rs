@@ -1,31 +1,31 @@
 //! The single writer: it alone compiles policy and applies node plans and rulesets.
 //!
 //! ```text
-//! folder --snapshot--> engine --Ruleset, NodePlan--> dataplane
+//! folder --changes--> engine --Delta, NodePlan--> dataplane
 //! ADD, DEL --command-->   |
 //!                         +--> health (STATUS), dump, explain
 //! ```
 //!
-//! Commands that arrive while the engine works are taken together, so a burst of pods costs a few compilations and not
-//! one each; each waits for the pass that covers it.
+//! Commands that arrive while the engine works are taken together, so a burst of pods costs a few transactions and not
+//! one each; each waits for the commit that covers it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use holdfast_dataplane::Dataplane;
-use holdfast_net_core::objects::{ObjectName, Objects};
+use holdfast_net_core::objects::{Node, ObjectChange, ObjectName};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{BridgePlan, NodePlan};
-use holdfast_net_core::policy::{Explanation, Floor, Model, Numbering, Party, Subject, explain};
+use holdfast_net_core::policy::{Compiler, Explanation, Party};
 use holdfast_net_core::ports::Proto;
-use holdfast_net_core::ruleset::{Ruleset, pins_of};
+use holdfast_net_core::ruleset::pins_of;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-use crate::folder::Snapshot;
+use crate::folder::Batch;
 use crate::leases::{AttachmentKey, Lease, Leases};
 use crate::settings::Settings;
 use crate::uplink;
@@ -40,6 +40,12 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 const TAMPER_INTERVAL: Duration = Duration::from_millis(250);
 /// A failed pass is repeated after this.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Profiles that nobody uses are deleted when nothing changed for so long.
+const SWEEP_AFTER: Duration = Duration::from_secs(2);
+/// How long so many of the last changes took is kept for people and tests.
+const DURATIONS_MAX: usize = 1000;
+/// Pods that a question about all of them may name.
+const PODS_MAX: usize = 100_000;
 
 /// What the engine is asked.
 enum Command {
@@ -55,6 +61,10 @@ enum Command {
     Explain(Box<Question>, oneshot::Sender<Result<Explanation, String>>),
     /// State for people.
     Dump(oneshot::Sender<Value>),
+    /// Pods that have an address and that policies concern.
+    Pods(oneshot::Sender<Vec<ObjectName>>),
+    /// The pods that have these addresses.
+    PodsAt([IpAddr; 2], oneshot::Sender<[Option<ObjectName>; 2]>),
 }
 
 /// A question to the policy model.
@@ -79,10 +89,20 @@ pub(crate) struct Health {
 pub(crate) struct EngineHandle {
     commands: mpsc::Sender<Command>,
     bridge: watch::Receiver<Option<BridgePlan>>,
-    snapshots: watch::Receiver<Snapshot>,
+    seen: watch::Receiver<Seen>,
+}
+
+/// How far the engine has come with the objects.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// Everything was read at least once.
+    pub ready: bool,
+    /// Rises with each batch of changes.
+    pub batches: u64,
 }
 
 const ENDED: &str = "the agent is ending";
+const NOT_READ: &str = "objects were not read yet";
 
 impl EngineHandle {
     /// Adds an endpoint (again) and waits until its policy is applied.
@@ -116,8 +136,18 @@ impl EngineHandle {
     }
 
     /// Wakes on new objects.
-    pub(crate) fn snapshots(&self) -> watch::Receiver<Snapshot> {
-        self.snapshots.clone()
+    pub(crate) fn seen(&self) -> watch::Receiver<Seen> {
+        self.seen.clone()
+    }
+
+    /// Pods that have an address and that policies concern, here or elsewhere.
+    pub(crate) async fn pods(&self) -> Result<Vec<ObjectName>, String> {
+        self.ask(Command::Pods).await
+    }
+
+    /// The pods that have these addresses, here or elsewhere.
+    pub(crate) async fn pods_at(&self, addresses: [IpAddr; 2]) -> Result<[Option<ObjectName>; 2], String> {
+        self.ask(|reply| Command::PodsAt(addresses, reply)).await
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, String> {
@@ -132,17 +162,30 @@ pub(crate) struct Engine {
     settings: Settings,
     dataplane: Arc<Dataplane>,
     leases: Arc<Leases>,
-    snapshots: watch::Receiver<Snapshot>,
+    batches: mpsc::Receiver<Batch>,
     commands: mpsc::Receiver<Command>,
     bridge: watch::Sender<Option<BridgePlan>>,
+    seen: watch::Sender<Seen>,
     endpoints: BTreeMap<AttachmentKey, Lease>,
-    numbering: Numbering,
-    model: Model,
+    nodes: BTreeMap<String, Node>,
+    problems: Vec<String>,
+    compiler: Compiler,
+    /// Numbers of what the kernel holds were taken over.
+    adopted: bool,
+    /// The kernel holds what was compiled, but for what changed since.
+    in_force: bool,
+    /// How many contested addresses were reported.
+    contested: usize,
     node_plan: Option<NodePlan>,
     node_error: Option<String>,
     rules_error: Option<String>,
     left_out: Vec<String>,
     passes: u64,
+    /// From a change's notice to its commit, in microseconds; those that wrote to the kernel.
+    durations_us: VecDeque<u64>,
+    last_change: Instant,
+    /// The policy revision is owed: see [`Dataplane::settle`].
+    settle_at: Option<Instant>,
     /// The notification socket fails: said once.
     deaf: bool,
 }
@@ -153,31 +196,41 @@ impl Engine {
         settings: Settings,
         dataplane: Arc<Dataplane>,
         leases: Arc<Leases>,
-        snapshots: watch::Receiver<Snapshot>,
+        batches: mpsc::Receiver<Batch>,
     ) -> (Self, EngineHandle) {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
         let (bridge, bridge_receiver) = watch::channel(None);
-        let handle = EngineHandle { commands: sender, bridge: bridge_receiver, snapshots: snapshots.clone() };
-        let numbering = match leases.numbering() {
-            Some(numbering) => numbering,
-            None => Numbering::above(floor(&dataplane.load_ruleset().await.unwrap_or_default())),
-        };
-        let endpoints = leases.all().await.into_iter().map(|lease| (lease.key.clone(), lease)).collect();
+        let (seen, seen_receiver) = watch::channel(Seen::default());
+        let handle = EngineHandle { commands: sender, bridge: bridge_receiver, seen: seen_receiver };
+        let endpoints: BTreeMap<AttachmentKey, Lease> =
+            leases.all().await.into_iter().map(|lease| (lease.key.clone(), lease)).collect();
+        let mut compiler = Compiler::default();
+        for lease in endpoints.values() {
+            compiler.put(&lease.plan.host_ifname, lease.subject());
+        }
         let engine = Self {
             settings,
             dataplane,
             leases,
-            snapshots,
+            batches,
             commands,
             bridge,
+            seen,
             endpoints,
-            numbering,
-            model: Model::default(),
+            nodes: BTreeMap::new(),
+            problems: Vec::new(),
+            compiler,
+            adopted: false,
+            in_force: false,
+            contested: 0,
             node_plan: None,
             node_error: None,
-            rules_error: None,
+            rules_error: Some(NOT_READ.to_owned()),
             left_out: Vec::new(),
             passes: 0,
+            durations_us: VecDeque::new(),
+            last_change: Instant::now(),
+            settle_at: None,
             deaf: false,
         };
         (engine, handle)
@@ -188,49 +241,94 @@ impl Engine {
         let mut objects_gone = false;
         let mut tamper = tokio::time::interval(TAMPER_INTERVAL);
         tamper.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.pass(true).await;
         let mut last_full = Instant::now();
         loop {
             let failed = self.rules_error.is_some() || self.node_error.is_some();
             let pause = if failed { RETRY_INTERVAL } else { RESYNC_INTERVAL };
             let due = tokio::time::Instant::from_std(last_full + pause);
-            let mut batch = Vec::new();
-            let full = tokio::select! {
-                taken = self.commands.recv_many(&mut batch, BATCH_MAX) => {
+            let settle_at = self.settle_at.map(tokio::time::Instant::from_std);
+            let mut commands = Vec::new();
+            tokio::select! {
+                taken = self.commands.recv_many(&mut commands, BATCH_MAX) => {
                     if taken == 0 {
                         return;
                     }
-                    false
+                    self.handle(commands).await;
                 }
-                changed = self.snapshots.changed(), if !objects_gone => {
-                    objects_gone = changed.is_err();
-                    true
+                batch = self.batches.recv(), if !objects_gone => {
+                    match batch {
+                        Some(batch) => self.take_in(batch).await,
+                        None => objects_gone = true,
+                    }
                 }
                 _ = tamper.tick() => {
                     self.mend_rules().await;
-                    continue;
+                    self.sweep().await;
                 }
-                () = tokio::time::sleep_until(due) => true,
-            };
-            if full {
-                last_full = Instant::now();
+                () = tokio::time::sleep_until(settle_at.unwrap_or(due)), if settle_at.is_some() => {
+                    self.settle().await;
+                }
+                () = tokio::time::sleep_until(due) => {
+                    last_full = Instant::now();
+                    if self.seen.borrow().ready {
+                        self.apply_node().await;
+                        self.commit(None).await;
+                    }
+                }
             }
-            self.handle(batch, full).await;
         }
     }
 
-    /// One pass for a batch of commands: first all changes, then one compilation, then all answers.
-    async fn handle(&mut self, batch: Vec<Command>, full: bool) {
+    /// Takes in changes of objects; what they change is in the kernel when this returns, unless more are on their way.
+    async fn take_in(&mut self, batch: Batch) {
+        let mut nodes_changed = false;
+        for change in &batch.changes {
+            match change {
+                ObjectChange::Node(name, node) => {
+                    nodes_changed = true;
+                    match node {
+                        Some(node) => self.nodes.insert(name.clone(), (**node).clone()),
+                        None => self.nodes.remove(name),
+                    };
+                }
+                ObjectChange::Namespace(..)
+                | ObjectChange::Pod(..)
+                | ObjectChange::Policy(..)
+                | ObjectChange::ClusterPolicy(..) => {}
+            }
+            self.compiler.apply(change);
+        }
+        drop(batch.changes);
+        if !batch.complete {
+            return;
+        }
+        self.problems = batch.problems;
+        let first = !self.seen.borrow().ready;
+        if nodes_changed || first {
+            self.apply_node().await;
+        }
+        // From here on the absence of an object means something.
+        self.seen.send_modify(|seen| seen.ready = true);
+        self.commit(Some(batch.noticed)).await;
+        self.seen.send_modify(|seen| seen.batches += 1);
+    }
+
+    /// One commit for a batch of commands: first all changes, then the commit, then all answers.
+    async fn handle(&mut self, batch: Vec<Command>) {
         let mut puts = Vec::new();
         let mut syncs = Vec::new();
         for command in batch {
             match command {
                 Command::Put(lease, reply) => {
-                    puts.push((lease.subject(), reply));
+                    let endpoint = lease.plan.host_ifname.clone();
+                    self.compiler.put(&endpoint, lease.subject());
                     self.endpoints.insert(lease.key.clone(), *lease);
+                    puts.push((endpoint, reply));
                 }
                 Command::Forget(key, reply) => {
-                    self.endpoints.remove(&key);
+                    if let Some(lease) = self.endpoints.remove(&key) {
+                        self.compiler.remove(&lease.plan.host_ifname);
+                    }
                     let _ = reply.send(());
                 }
                 Command::Sync(reply) => syncs.push(reply),
@@ -243,15 +341,23 @@ impl Engine {
                 Command::Dump(reply) => {
                     let _ = reply.send(self.dump());
                 }
+                Command::PodsAt(addresses, reply) => {
+                    let _ = reply.send(addresses.map(|address| self.compiler.pod_at(address)));
+                }
+                Command::Pods(reply) => {
+                    let _ = reply.send(self.compiler.concerned_pods(PODS_MAX));
+                }
             }
         }
-        if full || !puts.is_empty() || !syncs.is_empty() {
-            self.pass(full).await;
+        if !puts.is_empty() || !syncs.is_empty() {
+            if self.node_plan.is_none() && self.seen.borrow().ready {
+                self.apply_node().await;
+            }
+            self.commit(None).await;
         }
-        let objects = self.snapshots.borrow().objects.clone();
         let result = self.rules_error.clone().map_or(Ok(()), Err);
-        for (subject, reply) in puts {
-            let known = Model::is_known(&objects, &subject);
+        for (endpoint, reply) in puts {
+            let known = self.compiler.is_known(&endpoint);
             let _ = reply.send(result.clone().map(|()| known));
         }
         for reply in syncs {
@@ -259,23 +365,95 @@ impl Engine {
         }
     }
 
-    /// Compiles and applies. `full` also compares links and routes with the node list.
-    async fn pass(&mut self, full: bool) {
-        let snapshot = self.snapshots.borrow_and_update().clone();
-        if !snapshot.ready {
+    /// Compiles what changed and makes it so in the kernel. `noticed`: when the change was.
+    async fn commit(&mut self, noticed: Option<Instant>) {
+        if !self.seen.borrow().ready {
             // Rules that an earlier run left in force stay; attach() denies new pods on its own.
-            self.rules_error = Some("objects were not read yet".to_owned());
             return;
         }
         self.passes += 1;
-        if full || self.node_plan.is_none() {
-            self.apply_node(&snapshot.objects).await;
+        let started = Instant::now();
+        let delta = self.compiler.commit();
+        let compiled = started.elapsed();
+        let applied =
+            if self.in_force { self.dataplane.apply_delta(delta).await } else { self.put_in_force().await };
+        match applied {
+            Ok(applied) => {
+                if applied.elements > 0 || applied.mended {
+                    self.last_change = Instant::now();
+                    let total = noticed.unwrap_or(started).elapsed();
+                    self.note_duration(total);
+                    let (compiled_us, total_us) = (compiled.as_micros(), total.as_micros());
+                    info!(?applied, compiled_us, total_us, "rules are as compiled");
+                }
+                self.rules_error = None;
+                self.in_force = true;
+            }
+            Err(error) => {
+                let error = sentence(&error);
+                warn!(%error, "the rules could not be applied; those of before stay in force");
+                self.rules_error = Some(error);
+                // What this commit found is not in the kernel: the next one compares everything.
+                self.in_force = false;
+            }
         }
-        self.apply_rules(&snapshot.objects).await;
+        self.settle().await;
+        self.report_contested();
     }
 
-    async fn apply_node(&mut self, objects: &Objects) {
-        let result = self.plan_and_apply(objects).await;
+    /// Makes the kernel equal to everything that is compiled, with the numbers that it has already.
+    async fn put_in_force(&mut self) -> holdfast_dataplane::Result<holdfast_dataplane::Applied> {
+        if !self.adopted {
+            self.compiler.adopt(&self.dataplane.load_ruleset().await?);
+            self.adopted = true;
+        }
+        let mut ruleset = self.compiler.ruleset();
+        for lease in self.endpoints.values() {
+            ruleset.pins.extend(pins_of(&lease.plan));
+        }
+        self.dataplane.apply_ruleset(&ruleset).await
+    }
+
+    /// Advances the policy revision where a change that revokes came soon after another.
+    async fn settle(&mut self) {
+        self.settle_at = match self.dataplane.settle().await {
+            Ok(wait) => wait.map(|wait| Instant::now() + wait),
+            Err(error) => {
+                warn!(error = sentence(&error), "the policy revision could not be advanced");
+                Some(Instant::now() + RETRY_INTERVAL)
+            }
+        };
+    }
+
+    /// Deletes profiles that nobody uses, when there is time.
+    async fn sweep(&mut self) {
+        let quiet = self.last_change.elapsed() > SWEEP_AFTER;
+        if !self.in_force || !(self.compiler.needs_sweep() || quiet && self.compiler.can_sweep()) {
+            return;
+        }
+        if let Err(error) = self.dataplane.apply_delta(self.compiler.sweep()).await {
+            self.rules_error = Some(sentence(&error));
+            self.in_force = false;
+        }
+    }
+
+    fn note_duration(&mut self, duration: Duration) {
+        if self.durations_us.len() == DURATIONS_MAX {
+            self.durations_us.pop_front();
+        }
+        self.durations_us.push_back(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    fn report_contested(&mut self) {
+        let contested = self.compiler.contested();
+        if contested.len() > self.contested {
+            warn!(addresses = ?contested, "several live pods claim these addresses; no pod selector matches them");
+        }
+        self.contested = contested.len();
+    }
+
+    async fn apply_node(&mut self) {
+        let result = self.plan_and_apply().await;
         if let Err(error) = &result
             && self.node_error.as_ref() != Some(error)
         {
@@ -284,13 +462,13 @@ impl Engine {
         self.node_error = result.err();
     }
 
-    async fn plan_and_apply(&mut self, objects: &Objects) -> Result<(), String> {
+    async fn plan_and_apply(&mut self) -> Result<(), String> {
         let text = |error: &dyn std::error::Error| sentence(error);
         let node = &self.settings.node;
-        let address = overlay::internal_ip(&objects.nodes, node).map_err(|error| text(&error))?;
+        let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
         let uplink = self.settings.uplink.as_deref();
         let mtu = uplink::mtu(uplink, address).await.map_err(|error| format!("{error:#}"))?;
-        let planned = overlay::plan_node(&objects.nodes, node, &self.settings.overlay, mtu)
+        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {
             for reason in &planned.left_out {
@@ -308,49 +486,13 @@ impl Engine {
         Ok(())
     }
 
-    async fn apply_rules(&mut self, objects: &Objects) {
-        let started = Instant::now();
-        let subjects: Vec<Subject> = self.endpoints.values().map(Lease::subject).collect();
-        let before = self.numbering.clone();
-        let model = Model::compile(objects, &subjects, &mut self.numbering);
-        if self.numbering != before
-            && let Err(error) = self.leases.set_numbering(&self.numbering)
-        {
-            warn!(error = sentence(&error), "cannot keep the policy numbering");
-        }
-        let mut ruleset = model.ruleset.clone();
-        for lease in self.endpoints.values() {
-            ruleset.pins.extend(pins_of(&lease.plan));
-        }
-        if model.contested != self.model.contested && !model.contested.is_empty() {
-            warn!(addresses = ?model.contested, "several live pods claim these addresses; no pod selector matches them");
-        }
-        let compiled = started.elapsed();
-        match self.dataplane.apply_ruleset(&ruleset).await {
-            Ok(applied) => {
-                if applied.elements > 0 || applied.mended {
-                    let (compiled_us, total_us) = (compiled.as_micros(), started.elapsed().as_micros());
-                    info!(?applied, compiled_us, total_us, "rules are as compiled");
-                }
-                self.rules_error = None;
-            }
-            Err(error) => {
-                let error = sentence(&error);
-                warn!(%error, "the rules could not be applied; those of before stay in force");
-                self.rules_error = Some(error);
-            }
-        }
-        self.model = model;
-        debug!(subjects = subjects.len(), "pass");
-    }
-
     /// Somebody else wrote into our tables: put back what belongs there.
     async fn mend_rules(&mut self) {
         match self.dataplane.tables_changed().await {
             Ok(false) => {}
             Ok(true) => {
                 warn!("somebody else changed our tables; they are mended");
-                self.pass(false).await;
+                self.commit(None).await;
             }
             Err(error) => {
                 if !self.deaf {
@@ -375,27 +517,23 @@ impl Engine {
     }
 
     fn explain(&self, question: &Question) -> Result<Explanation, String> {
-        let objects = self.snapshots.borrow().objects.clone();
-        let subjects: Vec<Subject> = self.endpoints.values().map(Lease::subject).collect();
-        let from = party(&objects, &subjects, &question.from, None)?;
-        let to = party(&objects, &subjects, &question.to, Some(from.address))?;
-        Ok(explain(&objects, &subjects, &from, &to, question.proto, question.port))
+        let from = party(&self.compiler, &question.from, None)?;
+        let to = party(&self.compiler, &question.to, Some(from.address))?;
+        Ok(self.compiler.explain(&from, &to, question.proto, question.port))
     }
 
     fn dump(&self) -> Value {
-        let snapshot = self.snapshots.borrow();
-        let objects = &snapshot.objects;
-        let rules = &self.model.ruleset;
+        let counts = self.compiler.counts();
         json!({
             "node": self.settings.node,
             "objects": {
-                "ready": snapshot.ready,
-                "nodes": objects.nodes.len(),
-                "namespaces": objects.namespaces.len(),
-                "pods": objects.pods.len(),
-                "policies": objects.policies.len(),
-                "clusterPolicies": objects.cluster_policies.len(),
-                "problems": *snapshot.problems,
+                "ready": self.seen.borrow().ready,
+                "batches": self.seen.borrow().batches,
+                "nodes": self.nodes.len(),
+                "pods": counts.pods,
+                "policies": counts.policies - counts.cluster_policies,
+                "clusterPolicies": counts.cluster_policies,
+                "problems": self.problems,
             },
             "leases": self.endpoints.values().collect::<Vec<_>>(),
             "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
@@ -403,14 +541,15 @@ impl Engine {
             })).collect::<Vec<_>>(),
             "leftOut": self.left_out,
             "rules": {
-                "isolatedIngress": rules.cls_in.len(),
-                "isolatedEgress": rules.cls_eg.len(),
-                "identities": rules.ident.len(),
-                "ranges": rules.cidr.len(),
-                "pairs": rules.pair_in.len() + rules.pair_eg.len(),
-                "profiles": rules.profiles.len(),
+                "classes": counts.classes,
+                "identities": counts.identities,
+                "addresses": counts.addresses,
+                "ranges": counts.ranges,
+                "pairs": counts.pairs,
+                "profiles": counts.profiles,
             },
-            "contested": self.model.contested,
+            "changes": { "recentUs": self.durations_us },
+            "contested": self.compiler.contested(),
             "nodeError": self.node_error,
             "rulesError": self.rules_error,
             "passes": self.passes,
@@ -419,46 +558,19 @@ impl Engine {
 }
 
 /// Reads "namespace/pod" or an address. A pod with two families answers in that of `like`.
-fn party(objects: &Objects, subjects: &[Subject], text: &str, like: Option<IpAddr>) -> Result<Party, String> {
+fn party(compiler: &Compiler, text: &str, like: Option<IpAddr>) -> Result<Party, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
-        let of_pod = |subject: &&Subject| subject.addresses.contains(&address);
-        let local = subjects.iter().find(of_pod).and_then(|subject| subject.pod.clone());
-        let claims = |pod: &&holdfast_net_core::objects::Pod| {
-            pod.is_policy_pod() && pod.addresses().contains(&address)
-        };
-        let pod = local.or_else(|| objects.pods.values().find(claims).map(|pod| pod.object_name()));
-        return Ok(Party { pod, address });
+        return Ok(Party { pod: compiler.pod_at(address), address });
     }
     let Some((namespace, name)) = text.split_once('/') else {
         return Err(format!("\"{text}\" is neither an address nor namespace/pod"));
     };
     let name = ObjectName::new(namespace, name);
-    let leased = subjects.iter().find(|subject| subject.pod.as_ref() == Some(&name));
-    let status = || objects.pods.get(&name).map(|pod| pod.addresses());
-    let addresses = leased.map(|subject| subject.addresses.clone()).or_else(status).unwrap_or_default();
+    let addresses = compiler.addresses_of(&name);
     let fits = |address: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4());
     let address = addresses.iter().find(fits).or(addresses.first());
     let address = address.ok_or_else(|| format!("pod {name} is not known or has no address yet"))?;
     Ok(Party { pod: Some(name), address: *address })
-}
-
-fn floor(ruleset: &Ruleset) -> Floor {
-    let classes = ruleset.cls_in.values().chain(ruleset.cls_eg.values()).map(|class| class.0);
-    let pairs = || ruleset.pair_in.keys().chain(ruleset.pair_eg.keys());
-    let identities = ruleset.ident.values().chain(ruleset.cidr.values()).map(|identity| identity.0);
-    Floor {
-        class: classes.chain(pairs().map(|(class, _)| class.0)).max().unwrap_or_default(),
-        identity: identities.chain(pairs().map(|(_, identity)| identity.0)).max().unwrap_or_default(),
-        // A profile without rules is known by its pairs alone.
-        profile: ruleset
-            .profiles
-            .keys()
-            .chain(ruleset.pair_in.values())
-            .chain(ruleset.pair_eg.values())
-            .map(|profile| profile.0)
-            .max()
-            .unwrap_or_default(),
-    }
 }
 
 /// An error with its causes as one sentence.

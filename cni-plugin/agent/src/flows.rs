@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use holdfast_dataplane::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
-use holdfast_net_core::objects::{ObjectName, Objects};
+use holdfast_net_core::objects::ObjectName;
 use holdfast_net_core::policy::{Decision, DirectionAnswer};
 use holdfast_net_core::ports::Proto;
 use holdfast_proto::agent as pb;
@@ -22,7 +22,6 @@ use tokio::sync::{broadcast, watch};
 use tracing::warn;
 
 use crate::engine::{EngineHandle, Question, sentence};
-use crate::leases::Leases;
 
 /// Readers at a time; one more is refused.
 const READERS_MAX: usize = 16;
@@ -32,8 +31,6 @@ const QUEUE_MAX: usize = 1024;
 const ANSWERS_MAX: usize = 1024;
 /// An answer is used again this long: policies change.
 const ANSWER_AGE: Duration = Duration::from_secs(1);
-/// Leases are looked at this often.
-const NAMES_AGE: Duration = Duration::from_secs(1);
 /// After a question that took the engine a time t no other is asked for this many times t: policy changes come first.
 const PAUSE_PER_QUESTION: u32 = 9;
 
@@ -118,8 +115,8 @@ impl Feed {
     }
 
     /// Reads the group whenever somebody wants it, until [`Feed::end`].
-    pub(crate) async fn run(self: Arc<Self>, group: u16, engine: EngineHandle, leases: Arc<Leases>) {
-        let mut describer = Describer::new(engine, leases);
+    pub(crate) async fn run(self: Arc<Self>, group: u16, engine: EngineHandle) {
+        let mut describer = Describer::new(engine);
         let mut state = self.state.subscribe();
         loop {
             let wanted = state.wait_for(|state| state.readers > 0 || state.log == Log::Ended).await;
@@ -317,13 +314,6 @@ fn end_of(text: &str) -> Result<Option<End>, String> {
 /// Names pods and policies.
 struct Describer {
     engine: EngineHandle,
-    leases: Arc<Leases>,
-    /// Pods of the snapshot by address, and the snapshot they were read from.
-    pods: HashMap<IpAddr, ObjectName>,
-    objects: Option<Arc<Objects>>,
-    /// Pods attached here; they win.
-    attached: HashMap<IpAddr, ObjectName>,
-    attached_at: Option<Instant>,
     answers: HashMap<Tuple, (Instant, Answer)>,
     ask_again_at: Instant,
 }
@@ -338,21 +328,12 @@ struct Answer {
 }
 
 impl Describer {
-    fn new(engine: EngineHandle, leases: Arc<Leases>) -> Self {
-        Self {
-            engine,
-            leases,
-            pods: HashMap::new(),
-            objects: None,
-            attached: HashMap::new(),
-            attached_at: None,
-            answers: HashMap::new(),
-            ask_again_at: Instant::now(),
-        }
+    fn new(engine: EngineHandle) -> Self {
+        Self { engine, answers: HashMap::new(), ask_again_at: Instant::now() }
     }
 
     async fn describe(&mut self, event: &FlowEvent) -> pb::Flow {
-        self.refresh_names().await;
+        let [client, server] = self.ends([event.client, event.server]).await;
         let answer = match Proto::from_number(event.protocol) {
             Some(proto) => self.answer((event.client, event.server, proto, event.server_port)).await,
             None => None,
@@ -362,8 +343,8 @@ impl Describer {
         pb::Flow {
             time_us: u64::try_from(since.as_micros()).unwrap_or(u64::MAX),
             allowed: event.verdict == FlowVerdict::Allowed,
-            client: Some(self.end(event.client)),
-            server: Some(self.end(event.server)),
+            client: Some(client),
+            server: Some(server),
             protocol: protocol_name(event.protocol),
             port: event.server_port.into(),
             stateless: event.stateless,
@@ -373,32 +354,15 @@ impl Describer {
         }
     }
 
-    fn end(&self, address: IpAddr) -> pb::FlowEnd {
-        let pod = self.attached.get(&address).or_else(|| self.pods.get(&address));
-        pb::FlowEnd {
+    /// Addresses with the pods that have them. Without an engine nobody has one.
+    async fn ends(&self, addresses: [IpAddr; 2]) -> [pb::FlowEnd; 2] {
+        let pods = self.engine.pods_at(addresses).await.unwrap_or_default();
+        let named = |address: IpAddr, pod: &Option<ObjectName>| pb::FlowEnd {
             address: address.to_string(),
-            namespace: pod.map(|pod| pod.namespace.clone()).unwrap_or_default(),
-            pod: pod.map(|pod| pod.name.clone()).unwrap_or_default(),
-        }
-    }
-
-    async fn refresh_names(&mut self) {
-        let objects = Arc::clone(&self.engine.snapshots().borrow().objects);
-        if !self.objects.as_ref().is_some_and(|known| Arc::ptr_eq(known, &objects)) {
-            self.pods.clear();
-            for pod in objects.pods.values().filter(|pod| pod.is_policy_pod()) {
-                self.pods.extend(pod.addresses().into_iter().map(|address| (address, pod.object_name())));
-            }
-            self.objects = Some(objects);
-        }
-        if self.attached_at.is_none_or(|at| at.elapsed() > NAMES_AGE) {
-            self.attached.clear();
-            for lease in self.leases.all().await {
-                let Some(pod) = &lease.pod else { continue };
-                self.attached.extend(lease.plan.addresses.iter().map(|address| (*address, pod.clone())));
-            }
-            self.attached_at = Some(Instant::now());
-        }
+            namespace: pod.as_ref().map(|pod| pod.namespace.clone()).unwrap_or_default(),
+            pod: pod.as_ref().map(|pod| pod.name.clone()).unwrap_or_default(),
+        };
+        [named(addresses[0], &pods[0]), named(addresses[1], &pods[1])]
     }
 
     /// Who decides, as the engine knows it now; `None` when it may not be asked at this moment.

@@ -1,8 +1,9 @@
-//! The object source of single machines: a folder of Kubernetes YAML.
+//! The object source of single machines: a folder of Kubernetes YAML or JSON.
 //!
 //! A thread of its own watches the folder (inotify) and rescans it on every event, and from time to time without one, in
-//! case an event was lost. Only changed files are read. A file that cannot be read as YAML keeps all its last good
-//! objects, an invalid object its last good state; both are reported by file name.
+//! case an event was lost. Only changed files are read, and their objects passed on at once: what is kept here are names. A
+//! file that cannot be read keeps all its last good objects, an invalid object its last good state; both are reported by file
+//! name. Of an object that several files have, the one that was read first counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -11,12 +12,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use holdfast_net_core::objects::Objects;
+use holdfast_net_core::objects::ObjectChange;
 use notify::{RecursiveMode, Watcher};
-use tokio::sync::watch;
+use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::objects::{Document, Object, ObjectKey, insert, parse_file};
+use crate::objects::{Document, ObjectKey, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -31,53 +32,58 @@ const FILES_MAX: usize = 20_000;
 /// A larger file is reported as invalid.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
-/// What the folder says now.
-#[derive(Debug, Clone, Default)]
-pub struct Snapshot {
-    /// The folder was read at least once; before that nothing may be concluded from the absence of objects.
-    pub ready: bool,
-    /// All objects.
-    pub objects: Arc<Objects>,
-    /// One sentence per file or object that is wrong.
-    pub problems: Arc<Vec<String>>,
+/// Changes passed on together.
+const CHANGES_MAX: usize = 1024;
+/// Batches that wait for the engine; then reading waits.
+const BATCHES_MAX: usize = 8;
+
+/// Some changes, in order.
+#[derive(Debug)]
+pub struct Batch {
+    /// The changes.
+    pub changes: Vec<ObjectChange>,
+    /// With these, everything that the folder said at some moment is passed on. Before the first such batch nothing may be
+    /// concluded from the absence of objects.
+    pub complete: bool,
+    /// One sentence per file or object that is wrong. Only in a complete one.
+    pub problems: Vec<String>,
+    /// When the first of the changes was noticed.
+    pub noticed: Instant,
 }
 
-/// Watches `folder` until the receivers are gone. The first scan is done when this returns.
-pub fn watch(folder: &Path) -> watch::Receiver<Snapshot> {
-    let mut scanner = Scanner { folder: folder.to_owned(), ..Scanner::default() };
-    let ready = scanner.scan(&BTreeSet::new());
-    let (sender, receiver) = watch::channel(scanner.snapshot(ready));
-    let spawned = std::thread::Builder::new().name("objects".to_owned()).spawn(move || run(scanner, &sender));
+/// Watches `folder` until the receiver is gone.
+pub fn watch(folder: &Path) -> mpsc::Receiver<Batch> {
+    let (sender, receiver) = mpsc::channel(BATCHES_MAX);
+    let scanner = Scanner::new(folder, sender);
+    let spawned = std::thread::Builder::new().name("objects".to_owned()).spawn(move || run(scanner));
     if let Err(error) = spawned {
-        warn!(%error, "cannot start the thread that watches objects; they stay as they are");
+        warn!(%error, "cannot start the thread that watches objects; there are none");
     }
     receiver
 }
 
-fn run(mut scanner: Scanner, sender: &watch::Sender<Snapshot>) {
+fn run(mut scanner: Scanner) {
     let (events, received) = channel();
-    let mut watcher = None;
-    while !sender.is_closed() {
-        if watcher.is_none() {
-            watcher = open_watcher(&scanner.folder, events.clone());
+    let mut watcher = open_watcher(&scanner.folder, events.clone());
+    let mut touched = BTreeSet::new();
+    loop {
+        let readable = scanner.scan(&touched);
+        if scanner.pass_on_all(readable).is_err() {
+            return;
         }
-        let interval = if watcher.is_some() { RESCAN_INTERVAL } else { MISSING_INTERVAL };
-        let touched = wait(&received, interval);
-        let ready = scanner.scan(&touched);
-        if !ready {
+        if !readable {
             // The folder went away: a new one needs a new watch.
             watcher = None;
-        }
-        let snapshot = scanner.snapshot(ready || sender.borrow().ready);
-        sender.send_if_modified(|current| {
-            let changed = current.ready != snapshot.ready
-                || current.objects != snapshot.objects
-                || current.problems != snapshot.problems;
-            if changed {
-                *current = snapshot;
+        } else if watcher.is_none() {
+            watcher = open_watcher(&scanner.folder, events.clone());
+            // What happened before the watch is found by one more look.
+            touched.clear();
+            if watcher.is_some() {
+                continue;
             }
-            changed
-        });
+        }
+        let interval = if watcher.is_some() { RESCAN_INTERVAL } else { MISSING_INTERVAL };
+        touched = wait(&received, interval);
     }
 }
 
@@ -121,19 +127,32 @@ fn wait(received: &Receiver<PathBuf>, interval: Duration) -> BTreeSet<PathBuf> {
     touched
 }
 
+/// The engine is gone.
+struct Gone;
+
 /// What is known of each file.
-#[derive(Default)]
 struct Scanner {
     folder: PathBuf,
     files: BTreeMap<PathBuf, File>,
+    /// Which file an object is from.
+    owners: BTreeMap<Arc<ObjectKey>, PathBuf>,
     /// Problems of the folder itself.
     problems: Vec<String>,
+    changes: Vec<ObjectChange>,
+    noticed: Instant,
+    /// The last complete batch said something else about problems.
+    told: Vec<String>,
+    complete: bool,
+    sender: mpsc::Sender<Batch>,
+    gone: bool,
 }
 
 #[derive(Default)]
 struct File {
     stamp: Stamp,
-    objects: BTreeMap<ObjectKey, Object>,
+    keys: BTreeSet<Arc<ObjectKey>>,
+    /// Objects of it that count as another file's.
+    doubled: BTreeSet<ObjectKey>,
     problems: Vec<String>,
 }
 
@@ -147,8 +166,24 @@ struct Stamp {
 }
 
 impl Scanner {
+    fn new(folder: &Path, sender: mpsc::Sender<Batch>) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            files: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            problems: Vec::new(),
+            changes: Vec::new(),
+            noticed: Instant::now(),
+            told: Vec::new(),
+            complete: false,
+            sender,
+            gone: false,
+        }
+    }
+
     /// Reads what changed. Returns whether the folder could be read.
     fn scan(&mut self, touched: &BTreeSet<PathBuf>) -> bool {
+        self.noticed = Instant::now();
         self.problems.clear();
         let paths = match list(&self.folder) {
             Ok(paths) => paths,
@@ -162,93 +197,146 @@ impl Scanner {
                 .push(format!("more than {FILES_MAX} files; {} are ignored", paths.len() - FILES_MAX));
         }
         let paths: BTreeSet<PathBuf> = paths.into_iter().take(FILES_MAX).collect();
-        self.files.retain(|path, _| paths.contains(path));
-        for path in paths {
-            self.scan_file(&path, touched.contains(&path));
+        let gone: Vec<PathBuf> = self.files.keys().filter(|path| !paths.contains(*path)).cloned().collect();
+        let mut again: BTreeSet<PathBuf> = BTreeSet::new();
+        for path in gone {
+            let keys = self.files.remove(&path).map(|file| file.keys).unwrap_or_default();
+            again.extend(self.take_away(keys));
+        }
+        for path in &paths {
+            again.extend(self.scan_file(path, touched.contains(path)));
+        }
+        // Files that have an object which another one had until now.
+        for path in again {
+            self.scan_file(&path, true);
         }
         true
     }
 
-    fn scan_file(&mut self, path: &Path, touched: bool) {
+    /// Reads a file if it changed. Returns other files to read, which have objects that this one had.
+    fn scan_file(&mut self, path: &Path, touched: bool) -> Vec<PathBuf> {
         // A file that vanished since the listing is gone at the next scan, which its event starts.
-        let Ok(metadata) = std::fs::metadata(path) else { return };
+        let Ok(metadata) = std::fs::metadata(path) else { return Vec::new() };
         let stamp = Stamp {
             inode: metadata.ino(),
             bytes: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
         };
-        let known = self.files.contains_key(path);
-        let file = self.files.entry(path.to_owned()).or_default();
-        if known && file.stamp == stamp && !touched {
-            return;
-        }
+        let mut file = match self.files.remove(path) {
+            Some(file) if file.stamp == stamp && !touched => {
+                self.files.insert(path.to_owned(), file);
+                return Vec::new();
+            }
+            known => known.unwrap_or_default(),
+        };
         file.stamp = stamp;
-        file.read(path, stamp.bytes);
+        file.problems.clear();
+        let left = self.read(path, stamp.bytes, &mut file);
         for problem in &file.problems {
             warn!(file = %path.display(), "{problem}");
         }
+        self.files.insert(path.to_owned(), file);
+        self.take_away(left)
     }
 
-    fn snapshot(&self, ready: bool) -> Snapshot {
-        let mut objects = Objects::default();
-        let mut problems = self.problems.clone();
-        let mut owners: BTreeMap<&ObjectKey, &Path> = BTreeMap::new();
-        for (path, file) in &self.files {
-            problems.extend(file.problems.iter().map(|problem| format!("{}: {problem}", path.display())));
-            for (key, object) in &file.objects {
-                if let Some(other) = owners.insert(key, path) {
-                    problems.push(format!("{}: {key} is also in {}", path.display(), other.display()));
-                }
-                insert(&mut objects, key, object.clone());
-            }
-        }
-        Snapshot { ready, objects: Arc::new(objects), problems: Arc::new(problems) }
-    }
-}
-
-impl File {
-    fn read(&mut self, path: &Path, bytes: u64) {
-        self.problems.clear();
+    /// Reads a file and passes its objects on. Returns those that it does not have any more.
+    fn read(&mut self, path: &Path, bytes: u64, file: &mut File) -> BTreeSet<Arc<ObjectKey>> {
         if bytes > FILE_BYTES_MAX {
-            self.problems.push(format!("larger than {FILE_BYTES_MAX} bytes; its last good state stays"));
-            return;
+            file.problems.push(format!("larger than {FILE_BYTES_MAX} bytes; its last good state stays"));
+            return BTreeSet::new();
         }
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
-                self.problems.push(format!("cannot be read ({error}); its last good state stays"));
-                return;
+                file.problems.push(format!("cannot be read ({error}); its last good state stays"));
+                return BTreeSet::new();
             }
         };
         // Most writers truncate first: an empty file is one that is being written.
         if text.is_empty() {
-            self.problems.push("empty; its last good state stays".to_owned());
-            return;
+            file.problems.push("empty; its last good state stays".to_owned());
+            return BTreeSet::new();
         }
-        let documents = match parse_file(&text) {
-            Ok(documents) => documents,
-            Err(problem) => {
-                self.problems.push(format!("{problem}; its last good state stays"));
-                return;
+        let mut before = std::mem::take(&mut file.keys);
+        file.doubled.clear();
+        let take = |document| self.take_document(path, file, &mut before, document);
+        let is_json = path.extension().is_some_and(|extension| extension == "json");
+        let parsed = if is_json { parse_json(&text, take) } else { parse_yaml(&text, take) };
+        if let Err(problem) = parsed {
+            file.problems.push(format!("{problem}; its last good state stays"));
+            file.keys.append(&mut before);
+        }
+        info!(file = %path.display(), objects = file.keys.len(), "read");
+        before
+    }
+
+    fn take_document(
+        &mut self,
+        path: &Path,
+        file: &mut File,
+        before: &mut BTreeSet<Arc<ObjectKey>>,
+        document: Document,
+    ) {
+        match document {
+            Document::Object(key, object) => {
+                if let Some(other) = self.owners.get(&key).filter(|other| **other != *path) {
+                    file.problems.push(format!("{key} is also in {}, which counts", other.display()));
+                    file.doubled.insert(key);
+                    return;
+                }
+                let change = object.into_change(&key);
+                let key = before.take(&key).unwrap_or_else(|| Arc::new(key));
+                self.owners.entry(Arc::clone(&key)).or_insert_with(|| path.to_owned());
+                file.keys.insert(key);
+                self.pass_on(change);
             }
-        };
-        let mut before = std::mem::take(&mut self.objects);
-        for document in documents {
-            match document {
-                Document::Object(key, object) => {
-                    self.objects.insert(key, object);
-                }
-                Document::Other => {}
-                Document::Invalid(None, problem) => self.problems.push(problem),
-                Document::Invalid(Some(key), problem) => {
-                    let kept = before.remove(&key);
-                    let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
-                    self.problems.push(format!("{key} is invalid ({problem}); {what}"));
-                    self.objects.extend(kept.map(|object| (key, object)));
-                }
+            Document::Other => {}
+            Document::Invalid(None, problem) => file.problems.push(problem),
+            Document::Invalid(Some(key), problem) => {
+                let kept = before.take(&key);
+                let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
+                file.problems.push(format!("{key} is invalid ({problem}); {what}"));
+                file.keys.extend(kept);
             }
         }
-        info!(file = %path.display(), objects = self.objects.len(), "read");
+    }
+
+    /// Passes on that objects are gone. Returns the files that have them too.
+    fn take_away(&mut self, keys: BTreeSet<Arc<ObjectKey>>) -> Vec<PathBuf> {
+        for key in &keys {
+            self.owners.remove(key);
+            self.pass_on(key.removal());
+        }
+        let has = |file: &File| keys.iter().any(|key| file.doubled.contains(&**key));
+        self.files.iter().filter(|(_, file)| has(file)).map(|(path, _)| path.clone()).collect()
+    }
+
+    fn pass_on(&mut self, change: ObjectChange) {
+        self.changes.push(change);
+        if self.changes.len() >= CHANGES_MAX {
+            let changes = std::mem::take(&mut self.changes);
+            self.send(Batch { changes, complete: false, problems: Vec::new(), noticed: self.noticed });
+        }
+    }
+
+    /// Passes on what is left, and what is wrong.
+    fn pass_on_all(&mut self, readable: bool) -> Result<(), Gone> {
+        let mut problems = self.problems.clone();
+        for (path, file) in &self.files {
+            problems.extend(file.problems.iter().map(|problem| format!("{}: {problem}", path.display())));
+        }
+        let first = readable && !self.complete;
+        if first || !self.changes.is_empty() || problems != self.told {
+            self.complete |= readable;
+            self.told.clone_from(&problems);
+            let changes = std::mem::take(&mut self.changes);
+            self.send(Batch { changes, complete: self.complete, problems, noticed: self.noticed });
+        }
+        if self.gone || self.sender.is_closed() { Err(Gone) } else { Ok(()) }
+    }
+
+    fn send(&mut self, batch: Batch) {
+        self.gone |= self.sender.blocking_send(batch).is_err();
     }
 }
 
@@ -275,77 +363,126 @@ mod tests {
     const POLICY: &str = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n  \
                           podSelector: {}\n  ingress:\n  - ports: [{port: 80}]\n";
 
-    fn mk_folder() -> (tempfile::TempDir, Scanner) {
-        let folder = tempfile::tempdir().unwrap();
-        let scanner = Scanner { folder: folder.path().to_owned(), ..Scanner::default() };
-        (folder, scanner)
+    struct Bench {
+        folder: tempfile::TempDir,
+        scanner: Scanner,
+        receiver: mpsc::Receiver<Batch>,
     }
 
-    fn write(folder: &tempfile::TempDir, name: &str, text: &str) {
-        std::fs::write(folder.path().join(name), text).unwrap();
+    impl Bench {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let (sender, receiver) = mpsc::channel(BATCHES_MAX);
+            Self { scanner: Scanner::new(folder.path(), sender), folder, receiver }
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            std::fs::write(self.folder.path().join(name), text).unwrap();
+        }
+
+        /// Scans and tells what was passed on: kind and name, with a minus where the object is gone; and the problems.
+        fn scan(&mut self) -> (Vec<String>, Vec<String>) {
+            let readable = self.scanner.scan(&BTreeSet::new());
+            assert!(self.scanner.pass_on_all(readable).is_ok());
+            let (mut changes, mut problems) = (Vec::new(), Vec::new());
+            while let Ok(batch) = self.receiver.try_recv() {
+                changes.extend(batch.changes.iter().map(|change| match change {
+                    ObjectChange::Node(name, object) => text("Node", name, object.is_some()),
+                    ObjectChange::Namespace(name, object) => text("Namespace", name, object.is_some()),
+                    ObjectChange::Pod(name, object) => text("Pod", name, object.is_some()),
+                    ObjectChange::Policy(name, object) => text("Policy", name, object.is_some()),
+                    ObjectChange::ClusterPolicy(name, object) => {
+                        text("ClusterPolicy", name, object.is_some())
+                    }
+                }));
+                problems = batch.problems;
+            }
+            changes.sort();
+            (changes, problems)
+        }
+    }
+
+    fn text(kind: &str, name: &dyn std::fmt::Display, there: bool) -> String {
+        format!("{}{kind} {name}", if there { "" } else { "-" })
     }
 
     #[test]
     fn documents_of_one_file_and_lists_are_read() {
-        let (folder, mut scanner) = mk_folder();
-        write(&folder, "a.yaml", &format!("# comment\n---\n{POD}---\n{POLICY}---\n"));
-        write(
-            &folder,
+        let mut bench = Bench::new();
+        bench.write("a.yaml", &format!("# comment\n---\n{POD}---\n{POLICY}---\n"));
+        bench.write(
             "b.yml",
             "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n}}\n",
         );
-        write(&folder, "c.txt", "not looked at");
-        write(&folder, ".d.yaml", "not: looked at");
-        assert!(scanner.scan(&BTreeSet::new()));
-        let snapshot = scanner.snapshot(true);
-        assert_eq!(snapshot.problems.as_slice(), &[] as &[String]);
-        let objects = &snapshot.objects;
-        assert_eq!((objects.pods.len(), objects.policies.len(), objects.nodes.len()), (1, 1, 1));
+        bench.write("c.txt", "not looked at");
+        bench.write(".d.yaml", "not: looked at");
+        bench.write(
+            "e.json",
+            r#"{"apiVersion": "v1", "kind": "List", "items": [
+                {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "x"}},
+                {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "y"}}]}"#,
+        );
+        bench.write(
+            "f.json",
+            r#"{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "z", "namespace": "x"}}"#,
+        );
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["Namespace x", "Node n", "Pod default/web", "Pod x/z", "Policy default/p"]);
+        assert_eq!(problems, [""; 0]);
+        assert_eq!(bench.scan().0, [""; 0], "nothing changed");
     }
 
     #[test]
     fn an_invalid_file_or_object_keeps_its_last_good_state_and_is_named() {
-        let (folder, mut scanner) = mk_folder();
-        write(&folder, "pod.yaml", POD);
-        write(&folder, "policy.yaml", POLICY);
-        scanner.scan(&BTreeSet::new());
-        let good = scanner.snapshot(true);
-        write(&folder, "pod.yaml", "apiVersion: v1\nkind: Pod\n  bad indent: [");
-        write(&folder, "policy.yaml", &POLICY.replace("{port: 80}", "{port: http, endPort: 90}"));
-        scanner.scan(&BTreeSet::new());
-        let bad = scanner.snapshot(true);
-        assert_eq!(bad.objects, good.objects);
-        assert_eq!(bad.problems.len(), 2, "{:?}", bad.problems);
-        assert!(bad.problems[0].contains("pod.yaml") && bad.problems[1].contains("policy.yaml"));
-        write(&folder, "pod.yaml", "");
-        scanner.scan(&BTreeSet::new());
-        assert_eq!(scanner.snapshot(true).objects, good.objects, "an empty file is being written");
-        std::fs::remove_file(folder.path().join("pod.yaml")).unwrap();
-        scanner.scan(&BTreeSet::new());
-        assert!(scanner.snapshot(true).objects.pods.is_empty());
+        let mut bench = Bench::new();
+        bench.write("pod.yaml", POD);
+        bench.write("policy.yaml", POLICY);
+        bench.scan();
+        bench.write("pod.yaml", "apiVersion: v1\nkind: Pod\n  bad indent: [");
+        bench.write("policy.yaml", &POLICY.replace("{port: 80}", "{port: http, endPort: 90}"));
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, [""; 0]);
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].contains("pod.yaml") && problems[1].contains("policy.yaml"));
+        bench.write("pod.yaml", "");
+        assert_eq!(bench.scan().0, [""; 0], "an empty file is being written");
+        std::fs::remove_file(bench.folder.path().join("pod.yaml")).unwrap();
+        assert_eq!(bench.scan().0, ["-Pod default/web"]);
     }
 
     #[test]
-    fn a_missing_folder_is_not_ready_and_keeps_what_was_known() {
-        let (folder, mut scanner) = mk_folder();
-        write(&folder, "pod.yaml", POD);
-        assert!(scanner.scan(&BTreeSet::new()));
-        drop(folder);
-        assert!(!scanner.scan(&BTreeSet::new()));
-        assert_eq!(scanner.snapshot(false).objects.pods.len(), 1);
+    fn of_an_object_in_two_files_the_first_counts_until_it_is_gone() {
+        let mut bench = Bench::new();
+        bench.write("a.yaml", POD);
+        bench.write("b.yaml", POD);
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["Pod default/web"]);
+        assert!(problems[0].contains("b.yaml") && problems[0].contains("also in"), "{problems:?}");
+        std::fs::remove_file(bench.folder.path().join("a.yaml")).unwrap();
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["-Pod default/web", "Pod default/web"]);
+        assert_eq!(problems, [""; 0]);
+    }
+
+    #[test]
+    fn a_missing_folder_is_not_complete_and_keeps_what_was_known() {
+        let mut bench = Bench::new();
+        bench.write("pod.yaml", POD);
+        assert_eq!(bench.scan().0, ["Pod default/web"]);
+        std::fs::remove_dir_all(bench.folder.path()).unwrap();
+        let (changes, problems) = bench.scan();
+        assert_eq!((changes.len(), problems.len()), (0, 1));
     }
 
     #[tokio::test]
     async fn a_change_arrives_without_waiting_for_a_rescan() {
         let folder = tempfile::tempdir().unwrap();
         let mut receiver = watch(folder.path());
-        assert!(receiver.borrow().ready);
-        // The watch starts after the first scan; a file from in between is found by the scan that follows its event.
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(receiver.recv().await.unwrap().complete);
         let started = Instant::now();
-        write(&folder, "pod.yaml", POD);
-        let pods = |snapshot: &Snapshot| !snapshot.objects.pods.is_empty();
-        tokio::time::timeout(Duration::from_secs(5), receiver.wait_for(pods)).await.unwrap().unwrap();
+        std::fs::write(folder.path().join("pod.yaml"), POD).unwrap();
+        let batch = tokio::time::timeout(Duration::from_secs(5), receiver.recv()).await.unwrap().unwrap();
+        assert_eq!(batch.changes.len(), 1);
         assert!(started.elapsed() < RESCAN_INTERVAL);
     }
 }

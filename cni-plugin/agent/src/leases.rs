@@ -1,4 +1,4 @@
-//! Address leases and the policy numbering, in sled.
+//! Address leases, in sled.
 //!
 //! A lease is on stable storage before anything in the kernel refers to it, and leaves the store only after its
 //! interface is gone: a kill at any point leaves at most a lease too many, which the next start or GC finds, never an
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use holdfast_net_core::ipam::{Allocator, RangeUsedUp};
 use holdfast_net_core::plan::EndpointPlan;
-use holdfast_net_core::policy::{Numbering, Subject};
+use holdfast_net_core::policy::Subject;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -104,8 +104,6 @@ struct State {
     sequence: u64,
 }
 
-const NUMBERING_KEY: &str = "policy-numbering";
-
 impl Leases {
     /// Opens the store and reads all leases.
     ///
@@ -114,7 +112,7 @@ impl Leases {
     pub fn open(folder: &Path) -> Result<Self, LeaseError> {
         let path = folder.join("leases");
         let open_error = |source| LeaseError::Open { path: path.display().to_string(), source };
-        // Nothing is written without a flush that is waited for, except the numbering, which a start can do without.
+        // Nothing is written without a flush that is waited for.
         let db = sled::Config::new().path(&path).cache_capacity(8 << 20).open().map_err(open_error)?;
         let rows = db.open_tree("attachments")?;
         let mut leases = BTreeMap::new();
@@ -225,25 +223,6 @@ impl Leases {
     /// The range without a free address, if there is one.
     pub async fn used_up(&self) -> Option<RangeUsedUp> {
         self.state.lock().await.allocator.used_up()
-    }
-
-    /// The numbering of the last run. A damaged one counts as lost.
-    #[must_use]
-    pub fn numbering(&self) -> Option<Numbering> {
-        let text = self.db.get(NUMBERING_KEY).ok().flatten()?;
-        serde_json::from_slice(&text).ok()
-    }
-
-    /// Keeps the numbering. Not waited for: a lost one costs rewriting elements, not correctness, because the agent
-    /// then starts above what the kernel uses.
-    ///
-    /// # Errors
-    /// The store failed.
-    pub fn set_numbering(&self, numbering: &Numbering) -> Result<(), LeaseError> {
-        let text = serde_json::to_vec(numbering)
-            .map_err(|source| LeaseError::Row { key: NUMBERING_KEY.to_owned(), source })?;
-        self.db.insert(NUMBERING_KEY, text)?;
-        Ok(())
     }
 
     /// Waits until everything is on stable storage; for an orderly end.

@@ -1,7 +1,7 @@
 //! The node agent: owns addresses, interfaces and policy of one node.
 //!
 //! ```text
-//! folder of YAML --snapshots--> engine (single writer) --plan, ruleset--> holdfast-dataplane
+//! folder of YAML --changes--> engine (single writer) --plan, ruleset--> holdfast-dataplane
 //! holdfast-cni --gRPC--> service --> attacher --leases--> sled
 //! ```
 //!
@@ -32,7 +32,6 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
-pub use folder::{Snapshot, watch};
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases};
 pub use settings::{Mode, Settings};
 
@@ -46,6 +45,9 @@ const PENDING_INTERVAL: Duration = Duration::from_secs(5);
 /// Calls that are being served may take this long once the end was asked for. A reader of the flow log that takes nothing
 /// from its connection would keep it open for ever.
 const END_GRACE: Duration = Duration::from_secs(15);
+
+/// A start waits for the objects this long before it serves without them.
+const OBJECTS_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Runs an agent until `stop` is done.
 ///
@@ -64,16 +66,12 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let leases = Arc::new(Leases::open(&settings.state_dir)?);
     let dataplane = Dataplane::new(Config::default()).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
-    let snapshots = folder::watch(&settings.objects);
+    let batches = folder::watch(&settings.objects);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
-    let (engine, handle) =
-        Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), snapshots).await;
+    let (engine, handle) = Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), batches).await;
+    let mut seen = handle.seen();
     let flows = Feed::new();
-    let flows_task = tokio::spawn(Arc::clone(&flows).run(
-        Config::default().log_group,
-        handle.clone(),
-        Arc::clone(&leases),
-    ));
+    let flows_task = tokio::spawn(Arc::clone(&flows).run(Config::default().log_group, handle.clone()));
     let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
     let engine = tokio::spawn(engine.run());
     attacher
@@ -81,9 +79,12 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
         .await
         .map_err(anyhow::Error::msg)
         .context("cannot reconcile leases and interfaces")?;
+    // Without objects it serves all the same, later: DEL must work, and STATUS says what is missing.
+    if tokio::time::timeout(OBJECTS_WAIT_MAX, seen.wait_for(|seen| seen.ready)).await.is_err() {
+        tracing::warn!("objects were not read yet");
+    }
     attacher.replay_all().await;
     if let Err(error) = attacher.engine.sync().await {
-        // It serves all the same: DEL must work, and STATUS says what is missing.
         tracing::warn!(%error, "rules are not as compiled yet");
     }
 

@@ -8,7 +8,6 @@ use holdfast_net_core::ports::Proto;
 use holdfast_proto::agent as pb;
 
 use crate::engine::{EngineHandle, Question};
-use crate::leases::Leases;
 
 /// Pods that are asked about at once; n pods are n * n questions.
 const PODS_MAX: usize = 200;
@@ -31,10 +30,9 @@ pub(crate) struct MatrixQuestion {
 /// asked after the caller is gone.
 pub(crate) async fn matrix(
     engine: &EngineHandle,
-    leases: &Leases,
     question: &MatrixQuestion,
 ) -> Result<pb::MatrixReply, String> {
-    let pods = pods(engine, leases, question.namespace.as_deref()).await;
+    let pods = pods(engine, question.namespace.as_deref()).await?;
     if pods.len() > PODS_MAX {
         return Err(format!(
             "these are {} pods; ask about one namespace with at most {PODS_MAX}",
@@ -64,11 +62,8 @@ pub(crate) async fn matrix(
     Ok(pb::MatrixReply { failure: None, pods, rows })
 }
 
-async fn pods(engine: &EngineHandle, leases: &Leases, namespace: Option<&str>) -> BTreeSet<ObjectName> {
-    let objects = engine.snapshots().borrow().objects.clone();
-    let subjects = objects.pods.values().filter(|pod| pod.is_policy_pod() && !pod.addresses().is_empty());
-    let mut names: BTreeSet<ObjectName> = subjects.map(|pod| pod.object_name()).collect();
-    names.extend(leases.all().await.into_iter().filter_map(|lease| lease.pod));
+async fn pods(engine: &EngineHandle, namespace: Option<&str>) -> Result<BTreeSet<ObjectName>, String> {
+    let mut names: BTreeSet<ObjectName> = engine.pods().await?.into_iter().collect();
     names.retain(|name| namespace.is_none_or(|namespace| name.namespace == namespace));
-    names
+    Ok(names)
 }

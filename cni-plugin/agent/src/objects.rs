@@ -1,7 +1,7 @@
 //! Kubernetes YAML in, objects out.
 
 use holdfast_net_core::objects::{
-    ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectName, Objects, Pod,
+    ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectChange, ObjectName, Pod,
 };
 use holdfast_net_core::policy;
 use serde::Deserialize;
@@ -45,30 +45,88 @@ pub(crate) enum Document {
     Invalid(Option<ObjectKey>, String),
 }
 
-/// Reads all documents of a file; `v1` Lists are unpacked.
+/// Reads all documents of a YAML file; `v1` Lists are unpacked.
 ///
 /// # Errors
 /// The text is not YAML; nothing of it can be trusted then.
-pub(crate) fn parse_file(text: &str) -> Result<Vec<Document>, String> {
+pub(crate) fn parse_yaml(text: &str, mut found: impl FnMut(Document)) -> Result<(), String> {
     let mut documents = Vec::new();
     for document in serde_norway::Deserializer::from_str(text) {
         let value = Value::deserialize(document).map_err(|error| format!("not valid YAML: {error}"))?;
         if value.get("kind").and_then(Value::as_str) == Some("List") {
             let items = value.get("items").and_then(Value::as_sequence).cloned().unwrap_or_default();
-            documents.extend(items.into_iter().map(parse_document));
+            documents.extend(items);
         } else {
-            documents.push(parse_document(value));
+            documents.push(value);
         }
     }
-    Ok(documents)
+    documents.into_iter().map(parse_document).for_each(&mut found);
+    Ok(())
+}
+
+/// The same for JSON: one document, read much faster, and item by item.
+///
+/// # Errors
+/// The text is not JSON.
+pub(crate) fn parse_json(text: &str, mut found: impl FnMut(Document)) -> Result<(), String> {
+    let not_json = |error: serde_json::Error| format!("not valid JSON: {error}");
+    let head: Head = serde_json::from_str(text).map_err(not_json)?;
+    if head.kind != "List" {
+        found(parse_item(text, head));
+        return Ok(());
+    }
+    let list: List<'_> = serde_json::from_str(text).map_err(not_json)?;
+    for item in list.items {
+        match serde_json::from_str(item.get()) {
+            Ok(head) => found(parse_item(item.get(), head)),
+            Err(error) => found(Document::Invalid(None, error.to_string())),
+        }
+    }
+    Ok(())
+}
+
+/// What tells the kind of an object and names it.
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Head {
+    api_version: String,
+    kind: String,
+    metadata: HeadMeta,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct HeadMeta {
+    name: String,
+    namespace: String,
+}
+
+#[derive(Deserialize)]
+struct List<'a> {
+    #[serde(borrow, default)]
+    items: Vec<&'a serde_json::value::RawValue>,
+}
+
+fn parse_item(text: &str, head: Head) -> Document {
+    document(&head, |kind| {
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        parse_object(kind, &mut deserializer).map_err(|error| error.to_string())
+    })
 }
 
 fn parse_document(value: Value) -> Document {
     if value.is_null() {
         return Document::Other;
     }
-    let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default();
-    let kind = match (text("apiVersion"), text("kind")) {
+    let head = match Head::deserialize(&value) {
+        Ok(head) => head,
+        Err(error) => return Document::Invalid(None, error.to_string()),
+    };
+    document(&head, |kind| parse_object(kind, value).map_err(|error| error.to_string()))
+}
+
+fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, String>) -> Document {
+    let kind = match (head.api_version.as_str(), head.kind.as_str()) {
         ("v1", "Node") => "Node",
         ("v1", "Namespace") => "Namespace",
         ("v1", "Pod") => "Pod",
@@ -79,57 +137,64 @@ fn parse_document(value: Value) -> Document {
         }
         _ => return Document::Other,
     };
-    let meta = |key: &str| value.get("metadata").and_then(|meta| meta.get(key)).and_then(Value::as_str);
-    let Some(name) = meta("name").filter(|name| !name.is_empty()).map(str::to_owned) else {
+    if head.metadata.name.is_empty() {
         return Document::Invalid(None, format!("a {kind} lacks metadata.name"));
-    };
+    }
+    let name = head.metadata.name.clone();
     let namespace = match kind {
         "Node" | "Namespace" | CLUSTER_POLICY => String::new(),
-        _ => ObjectName::new(meta("namespace").unwrap_or_default(), &name).namespace,
+        _ => ObjectName::new(&head.metadata.namespace, &name).namespace,
     };
     let key = ObjectKey { kind, name: ObjectName { namespace, name } };
-    match parse_object(kind, value) {
+    match parse(kind) {
         Ok(object) => Document::Object(key, object),
         Err(problem) => Document::Invalid(Some(key), problem),
     }
 }
 
-fn parse_object(kind: &str, value: Value) -> Result<Object, String> {
-    let text = |error: serde_norway::Error| error.to_string();
+fn parse_object<'de, D: serde::Deserializer<'de>>(kind: &str, from: D) -> Result<Object, D::Error> {
+    use serde::de::Error;
     match kind {
-        "Node" => serde_norway::from_value(value).map(|node| Object::Node(Box::new(node))).map_err(text),
-        "Namespace" => {
-            serde_norway::from_value(value).map(|ns| Object::Namespace(Box::new(ns))).map_err(text)
-        }
-        "Pod" => serde_norway::from_value(value).map(|pod| Object::Pod(Box::new(pod))).map_err(text),
+        "Node" => Node::deserialize(from).map(|node| Object::Node(Box::new(node))),
+        "Namespace" => Namespace::deserialize(from).map(|namespace| Object::Namespace(Box::new(namespace))),
+        "Pod" => Pod::deserialize(from).map(|pod| Object::Pod(Box::new(pod))),
         CLUSTER_POLICY => {
-            let policy: ClusterNetworkPolicy = serde_norway::from_value(value).map_err(text)?;
-            policy::validate_cluster(&policy).map_err(|error| error.to_string())?;
+            let policy = ClusterNetworkPolicy::deserialize(from)?;
+            policy::validate_cluster(&policy).map_err(D::Error::custom)?;
             Ok(Object::ClusterNetworkPolicy(Box::new(policy)))
         }
         _ => {
-            let policy: NetworkPolicy = serde_norway::from_value(value).map_err(text)?;
-            policy::validate(&policy).map_err(|error| error.to_string())?;
+            let policy = NetworkPolicy::deserialize(from)?;
+            policy::validate(&policy).map_err(D::Error::custom)?;
             Ok(Object::NetworkPolicy(Box::new(policy)))
         }
     }
 }
 
-/// Puts an object into its place.
-pub(crate) fn insert(objects: &mut Objects, key: &ObjectKey, object: Object) {
-    match object {
-        Object::Node(node) => {
-            objects.nodes.insert(key.name.name.clone(), *node);
+impl Object {
+    /// The change that this object is.
+    pub(crate) fn into_change(self, key: &ObjectKey) -> ObjectChange {
+        let name = key.name.name.clone();
+        match self {
+            Self::Node(node) => ObjectChange::Node(name, Some(node)),
+            Self::Namespace(namespace) => ObjectChange::Namespace(name, Some(namespace.metadata.labels)),
+            Self::Pod(pod) => ObjectChange::Pod(key.name.clone(), Some(pod)),
+            Self::NetworkPolicy(policy) => ObjectChange::Policy(key.name.clone(), Some(policy)),
+            Self::ClusterNetworkPolicy(policy) => ObjectChange::ClusterPolicy(name, Some(policy)),
         }
-        Object::Namespace(namespace) => objects.insert_namespace(*namespace),
-        Object::Pod(pod) => {
-            objects.pods.insert(key.name.clone(), *pod);
-        }
-        Object::NetworkPolicy(policy) => {
-            objects.policies.insert(key.name.clone(), *policy);
-        }
-        Object::ClusterNetworkPolicy(policy) => {
-            objects.cluster_policies.insert(key.name.name.clone(), *policy);
+    }
+}
+
+impl ObjectKey {
+    /// The change that takes the object away.
+    pub(crate) fn removal(&self) -> ObjectChange {
+        let name = self.name.name.clone();
+        match self.kind {
+            "Node" => ObjectChange::Node(name, None),
+            "Namespace" => ObjectChange::Namespace(name, None),
+            "Pod" => ObjectChange::Pod(self.name.clone(), None),
+            CLUSTER_POLICY => ObjectChange::ClusterPolicy(name, None),
+            _ => ObjectChange::Policy(self.name.clone(), None),
         }
     }
 }

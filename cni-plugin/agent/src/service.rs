@@ -116,7 +116,7 @@ impl Service {
         let (proto, port) = protocol_and_port(&request.protocol, request.port).map_err(usage)?;
         let namespace = Some(request.namespace).filter(|namespace| !namespace.is_empty());
         let question = MatrixQuestion { namespace, proto, port };
-        matrix(&self.attacher.engine, &self.attacher.leases, &question).await.map_err(usage)
+        matrix(&self.attacher.engine, &question).await.map_err(usage)
     }
 }
 

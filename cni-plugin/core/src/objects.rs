@@ -62,40 +62,23 @@ impl std::fmt::Display for ObjectName {
     }
 }
 
-/// All objects that networking reads, as last seen.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Objects {
-    /// Nodes by name.
-    pub nodes: BTreeMap<String, Node>,
-    /// Labels of the namespaces by name.
-    pub namespaces: BTreeMap<String, Labels>,
-    /// Pods.
-    pub pods: BTreeMap<ObjectName, Pod>,
-    /// Network policies.
-    pub policies: BTreeMap<ObjectName, NetworkPolicy>,
-    /// Network policies of the whole cluster, by name.
-    pub cluster_policies: BTreeMap<String, ClusterNetworkPolicy>,
+/// A change of one object; `None`: it is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectChange {
+    /// A node, by name.
+    Node(String, Option<Box<Node>>),
+    /// A namespace's labels, by its name. [`NAMESPACE_NAME_LABEL`] may be left out.
+    Namespace(String, Option<Labels>),
+    /// A pod.
+    Pod(ObjectName, Option<Box<Pod>>),
+    /// A NetworkPolicy.
+    Policy(ObjectName, Option<Box<NetworkPolicy>>),
+    /// A ClusterNetworkPolicy, by name.
+    ClusterPolicy(String, Option<Box<ClusterNetworkPolicy>>),
 }
 
 /// Label that Kubernetes puts on every namespace.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
-
-impl Objects {
-    /// Adds or replaces a namespace, with the label that Kubernetes would put on it.
-    pub fn insert_namespace(&mut self, namespace: Namespace) {
-        let name = namespace.metadata.name;
-        let mut labels = namespace.metadata.labels;
-        labels.insert(NAMESPACE_NAME_LABEL.to_owned(), name.clone());
-        self.namespaces.insert(name, labels);
-    }
-
-    /// Labels of a namespace. One without an object has only its name label.
-    #[must_use]
-    pub fn namespace_labels(&self, name: &str) -> Labels {
-        let automatic = || Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), name.to_owned())]);
-        self.namespaces.get(name).cloned().unwrap_or_else(automatic)
-    }
-}
 
 /// A node of the cluster.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -276,18 +259,12 @@ impl Pod {
         addresses
     }
 
-    /// Ports behind a name, of one protocol or of any. Usually one; two containers may differ.
-    #[must_use]
-    pub fn named_ports(&self, name: &str, protocol: Option<Protocol>) -> Vec<(Protocol, u16)> {
+    /// The named ports of all containers that keep running.
+    pub fn all_named_ports(&self) -> impl Iterator<Item = (&str, Protocol, u16)> {
         let sidecars =
             self.spec.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
         let ports = self.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
-        let matching = ports
-            .filter(|port| port.name.as_deref() == Some(name) && protocol.is_none_or(|p| p == port.protocol));
-        let mut numbers: Vec<_> = matching.map(|port| (port.protocol, port.container_port)).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        numbers
+        ports.filter_map(|port| Some((port.name.as_deref()?, port.protocol, port.container_port)))
     }
 }
 
@@ -482,17 +459,25 @@ impl LabelSelector {
     /// Whether the labels meet every requirement.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
-        let exact = self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value));
-        exact && self.match_expressions.iter().all(|requirement| requirement.matches(labels))
+        self.matches_by(|key| labels.get(key).map(String::as_str))
+    }
+
+    /// The same for labels that `value_of` looks up.
+    pub fn matches_by<'a>(&self, value_of: impl Fn(&str) -> Option<&'a str>) -> bool {
+        let exact = self.match_labels.iter().all(|(key, value)| value_of(key) == Some(value));
+        exact
+            && self
+                .match_expressions
+                .iter()
+                .all(|requirement| requirement.matches(value_of(&requirement.key)))
     }
 }
 
 impl Requirement {
-    fn matches(&self, labels: &Labels) -> bool {
-        let value = labels.get(&self.key);
+    fn matches(&self, value: Option<&str>) -> bool {
         match self.operator {
-            Operator::In => value.is_some_and(|value| self.values.contains(value)),
-            Operator::NotIn => value.is_none_or(|value| !self.values.contains(value)),
+            Operator::In => value.is_some_and(|value| self.values.iter().any(|own| own == value)),
+            Operator::NotIn => value.is_none_or(|value| self.values.iter().all(|own| own != value)),
             Operator::Exists => value.is_some(),
             Operator::DoesNotExist => value.is_none(),
         }

@@ -102,27 +102,40 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
-    /// Pins the endpoint's sources and denies it everything, both directions, unless it already has a class there:
+    /// What pins the endpoint's sources and denies it everything, both directions, unless it already has a class there:
     /// the state of a pod whose policies are not known.
-    pub fn quarantine(&mut self, plan: &EndpointPlan) {
-        self.pins.extend(pins_of(plan));
+    #[must_use]
+    pub fn quarantine(&self, plan: &EndpointPlan) -> Changes {
+        let mut changes = Changes::default();
+        changes.add.extend(pins_of(plan).difference(&self.pins).cloned().map(Element::Pin));
         for address in &plan.addresses {
-            self.cls_in.entry(*address).or_insert(ClassId::DENY_ALL);
-            self.cls_eg.entry(*address).or_insert(ClassId::DENY_ALL);
-        }
-    }
-
-    /// Removes the pins of `host_ifname` and the classes of the addresses that no other port has.
-    pub fn forget_port(&mut self, host_ifname: &str) {
-        let (gone, kept): (BTreeSet<Pin>, BTreeSet<Pin>) =
-            std::mem::take(&mut self.pins).into_iter().partition(|pin| pin.ifname == host_ifname);
-        self.pins = kept;
-        for pin in gone {
-            if !self.pins.iter().any(|other| other.address == pin.address) {
-                self.cls_in.remove(&pin.address);
-                self.cls_eg.remove(&pin.address);
+            if !self.cls_in.contains_key(address) {
+                changes.add.push(Element::ClsIn(*address, ClassId::DENY_ALL));
+            }
+            if !self.cls_eg.contains_key(address) {
+                changes.add.push(Element::ClsEg(*address, ClassId::DENY_ALL));
             }
         }
+        changes
+    }
+
+    /// What removes the pins of `host_ifname` and the classes of the addresses that no other port has. It revokes: an
+    /// address may be handed out again while entries of the old pod's connections live on.
+    #[must_use]
+    pub fn forget_port(&self, host_ifname: &str) -> Changes {
+        let (gone, kept): (Vec<&Pin>, Vec<&Pin>) =
+            self.pins.iter().partition(|pin| pin.ifname == host_ifname);
+        let mut changes = Changes { revokes: !gone.is_empty(), ..Changes::default() };
+        for pin in gone {
+            changes.remove.push(Element::Pin(pin.clone()));
+            if kept.iter().any(|other| other.address == pin.address) {
+                continue;
+            }
+            let (ingress, egress) = (self.cls_in.get(&pin.address), self.cls_eg.get(&pin.address));
+            changes.remove.extend(ingress.map(|class| Element::ClsIn(pin.address, *class)));
+            changes.remove.extend(egress.map(|class| Element::ClsEg(pin.address, *class)));
+        }
+        changes
     }
 
     /// Whether the kernel can take this ruleset as it is.
@@ -181,6 +194,138 @@ pub enum Element {
     Profile(ProfileId, PortRule),
     /// A source pin.
     Pin(Pin),
+}
+
+/// What an element is for; an element is a key with its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// `cls_in`
+    ClsIn(IpAddr),
+    /// `cls_eg`
+    ClsEg(IpAddr),
+    /// `ident`
+    Ident(IpAddr),
+    /// `cidr`
+    Cidr(AddrRange),
+    /// `pair_in`
+    PairIn(ClassId, IdentityId),
+    /// `pair_eg`
+    PairEg(ClassId, IdentityId),
+    /// One rule of a profile. It has no value: any will do.
+    Profile(ProfileId, PortRule),
+}
+
+impl Key {
+    /// The element of this key with a value.
+    #[must_use]
+    pub fn element(self, value: u32) -> Element {
+        match self {
+            Self::ClsIn(address) => Element::ClsIn(address, ClassId(value)),
+            Self::ClsEg(address) => Element::ClsEg(address, ClassId(value)),
+            Self::Ident(address) => Element::Ident(address, IdentityId(value)),
+            Self::Cidr(range) => Element::Cidr(range, IdentityId(value)),
+            Self::PairIn(class, identity) => Element::PairIn(class, identity, ProfileId(value)),
+            Self::PairEg(class, identity) => Element::PairEg(class, identity, ProfileId(value)),
+            Self::Profile(profile, rule) => Element::Profile(profile, rule),
+        }
+    }
+}
+
+/// What some keys are to be; all others stay. Saying what is so already changes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// The values; `None`: no element.
+    pub keys: BTreeMap<Key, Option<u32>>,
+    /// As in [`Changes`].
+    pub revokes: bool,
+}
+
+impl Delta {
+    /// Says what a key is to be.
+    pub fn set(&mut self, key: Key, value: Option<u32>) {
+        self.keys.insert(key, value);
+    }
+}
+
+impl Ruleset {
+    /// The value of a key; 0 for a rule of a profile that is there.
+    #[must_use]
+    pub fn get(&self, key: &Key) -> Option<u32> {
+        match key {
+            Key::ClsIn(address) => self.cls_in.get(address).map(|class| class.0),
+            Key::ClsEg(address) => self.cls_eg.get(address).map(|class| class.0),
+            Key::Ident(address) => self.ident.get(address).map(|identity| identity.0),
+            Key::Cidr(range) => self.cidr.get(range).map(|identity| identity.0),
+            Key::PairIn(class, identity) => self.pair_in.get(&(*class, *identity)).map(|profile| profile.0),
+            Key::PairEg(class, identity) => self.pair_eg.get(&(*class, *identity)).map(|profile| profile.0),
+            Key::Profile(profile, rule) => {
+                self.profiles.get(profile).filter(|rules| rules.contains(rule)).map(|_| 0)
+            }
+        }
+    }
+
+    /// The elements that a delta changes here.
+    #[must_use]
+    pub fn changes(&self, delta: &Delta) -> Changes {
+        let mut changes = Changes { revokes: delta.revokes, ..Changes::default() };
+        for (key, value) in &delta.keys {
+            let before = self.get(key);
+            if before != *value {
+                changes.remove.extend(before.map(|before| key.element(before)));
+                changes.add.extend(value.map(|value| key.element(value)));
+            }
+        }
+        changes
+    }
+
+    /// Makes the changes.
+    pub fn apply(&mut self, changes: &Changes) {
+        changes.remove.iter().for_each(|element| self.take_out(element));
+        changes.add.iter().for_each(|element| self.put_in(element));
+    }
+
+    fn take_out(&mut self, element: &Element) {
+        match element {
+            Element::ClsIn(address, _) => drop(self.cls_in.remove(address)),
+            Element::ClsEg(address, _) => drop(self.cls_eg.remove(address)),
+            Element::Ident(address, _) => drop(self.ident.remove(address)),
+            Element::Cidr(range, _) => drop(self.cidr.remove(range)),
+            Element::PairIn(class, identity, _) => drop(self.pair_in.remove(&(*class, *identity))),
+            Element::PairEg(class, identity, _) => drop(self.pair_eg.remove(&(*class, *identity))),
+            Element::Profile(profile, rule) => {
+                let Some(rules) = self.profiles.get_mut(profile) else { return };
+                rules.retain(|own| own != rule);
+                if rules.is_empty() {
+                    self.profiles.remove(profile);
+                }
+            }
+            Element::Pin(pin) => drop(self.pins.remove(pin)),
+        }
+    }
+
+    fn put_in(&mut self, element: &Element) {
+        match element {
+            Element::ClsIn(address, class) => drop(self.cls_in.insert(*address, *class)),
+            Element::ClsEg(address, class) => drop(self.cls_eg.insert(*address, *class)),
+            Element::Ident(address, identity) => drop(self.ident.insert(*address, *identity)),
+            Element::Cidr(range, identity) => drop(self.cidr.insert(*range, *identity)),
+            Element::PairIn(class, identity, profile) => {
+                self.pair_in.insert((*class, *identity), *profile);
+            }
+            Element::PairEg(class, identity, profile) => {
+                self.pair_eg.insert((*class, *identity), *profile);
+            }
+            Element::Profile(profile, rule) => {
+                let rules = self.profiles.entry(*profile).or_default();
+                if let Err(index) = rules.binary_search(rule) {
+                    rules.insert(index, *rule);
+                }
+            }
+            Element::Pin(pin) => {
+                self.pins.insert(pin.clone());
+            }
+        }
+    }
 }
 
 /// The difference between two rulesets.
@@ -301,7 +446,7 @@ mod tests {
         let bridge = BridgePlan::for_node("n", 1500);
         let plan = EndpointPlan::new("c", "eth0", vec![ip(9)], &bridge);
         let mut quarantined = mk_ruleset();
-        quarantined.quarantine(&plan);
+        quarantined.apply(&old.quarantine(&plan));
         assert!(!diff(&old, &quarantined).revokes);
 
         let mut open = quarantined.clone();
@@ -310,7 +455,7 @@ mod tests {
         assert!(!diff(&quarantined, &open).revokes, "from deny-all every class is wider");
 
         let mut gone = quarantined.clone();
-        gone.forget_port(&plan.host_ifname);
+        gone.apply(&quarantined.forget_port(&plan.host_ifname));
         assert_eq!(gone, old);
         assert!(diff(&quarantined, &gone).revokes, "the address may be handed out again");
     }

@@ -7,10 +7,11 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use holdfast_net_core::objects::{
-    IngressRule, LabelSelector, Labels, Meta, Namespace, NetworkPolicy, NetworkPolicySpec, Objects, Peer,
-    Pod, PodStatus, PolicyPort, PortNumberOrName,
+    IngressRule, LabelSelector, Labels, Meta, NetworkPolicy, NetworkPolicySpec, ObjectChange, Peer, Pod,
+    PodStatus, PolicyPort, PortNumberOrName,
 };
-use holdfast_net_core::policy::{Model, Numbering, Subject};
+use holdfast_net_core::policy::{Compiler, Subject};
+use holdfast_net_core::ruleset::Ruleset;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -21,40 +22,62 @@ const POLICIES: u32 = 1_000;
 const LOCAL: usize = 100;
 
 #[test]
-fn a_large_clusters_ruleset_stays_small() {
+fn a_large_clusters_ruleset_stays_small_and_a_change_costs_what_it_reaches() {
     let mut rng = StdRng::seed_from_u64(1);
-    let mut objects = Objects::default();
+    let mut compiler = Compiler::default();
     for index in 0..NAMESPACES {
-        let metadata = Meta { name: format!("ns{index}"), ..Meta::default() };
-        objects.insert_namespace(Namespace { metadata });
+        compiler.apply(&ObjectChange::Namespace(format!("ns{index}"), Some(Labels::new())));
     }
-    for index in 0..PODS {
-        let pod = mk_pod(&mut rng, index);
-        objects.pods.insert(pod.object_name(), pod);
+    let pods: Vec<Pod> = (0..PODS).map(|index| mk_pod(&mut rng, index)).collect();
+    for pod in &pods {
+        compiler.apply(&put_pod(pod));
     }
     for index in 0..POLICIES {
-        let policy = mk_policy(&mut rng, index);
-        objects.policies.insert(policy.object_name(), policy);
+        compiler.apply(&put_policy(&mk_policy(&mut rng, index)));
     }
-    let subjects: Vec<Subject> = objects.pods.values().take(LOCAL).map(mk_subject).collect();
-    let mut numbering = Numbering::default();
+    for pod in pods.iter().take(LOCAL) {
+        compiler.put(&pod.metadata.name, mk_subject(pod));
+    }
     let started = Instant::now();
-    let ruleset = Model::compile(&objects, &subjects, &mut numbering).ruleset;
-    let first = started.elapsed();
+    let mut kernel = Ruleset::default();
+    kernel.apply(&kernel.changes(&compiler.commit()));
+    println!("first commit {:?}, {:?}", started.elapsed(), compiler.counts());
+    let counts = compiler.counts();
+    assert!(counts.identities < 1_000, "{counts:?}");
+    assert!(counts.pairs < 20_000, "{counts:?}");
+    assert_eq!(kernel, compiler.ruleset());
+
+    let mut relabelled = pods[PODS as usize - 1].clone();
+    relabelled.metadata.labels.insert("app".to_owned(), "app7".to_owned());
+    let small = time(&mut compiler, &mut kernel, &put_pod(&relabelled), "a pod's label");
+    assert!(small <= 4, "{small} elements for one label");
+    let mut policy = mk_policy(&mut rng, 1);
+    time(&mut compiler, &mut kernel, &put_policy(&policy), "a policy");
+    policy.spec.ingress[0].ports[0].port = Some(PortNumberOrName::Number(9999));
+    time(&mut compiler, &mut kernel, &put_policy(&policy), "a policy's port");
+    time(&mut compiler, &mut kernel, &ObjectChange::Policy(policy.object_name(), None), "a policy less");
+}
+
+/// Commits a change and tells how many elements it took.
+fn time(compiler: &mut Compiler, kernel: &mut Ruleset, change: &ObjectChange, what: &str) -> usize {
     let started = Instant::now();
-    let again = Model::compile(&objects, &subjects, &mut numbering).ruleset;
-    println!("first {first:?}, again {:?}", started.elapsed());
-    let identities: std::collections::BTreeSet<_> = ruleset.ident.values().collect();
-    println!(
-        "{} identities over {} addresses, {} pairs, {} profiles",
-        identities.len(),
-        ruleset.ident.len(),
-        ruleset.pair_in.len(),
-        ruleset.profiles.len()
-    );
-    assert_eq!(ruleset, again);
-    assert!(identities.len() < 1_000, "{}", identities.len());
-    assert!(ruleset.pair_in.len() < 20_000, "{}", ruleset.pair_in.len());
+    compiler.apply(change);
+    let delta = compiler.commit();
+    let elapsed = started.elapsed();
+    let changes = kernel.changes(&delta);
+    kernel.apply(&changes);
+    assert_eq!(*kernel, compiler.ruleset(), "{what}");
+    let elements = changes.add.len() + changes.remove.len();
+    println!("{what}: {elements} elements, {elapsed:?}");
+    elements
+}
+
+fn put_pod(pod: &Pod) -> ObjectChange {
+    ObjectChange::Pod(pod.object_name(), Some(Box::new(pod.clone())))
+}
+
+fn put_policy(policy: &NetworkPolicy) -> ObjectChange {
+    ObjectChange::Policy(policy.object_name(), Some(Box::new(policy.clone())))
 }
 
 fn mk_pod(rng: &mut StdRng, index: u32) -> Pod {

@@ -25,9 +25,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
-use holdfast_net_core::ruleset::{Ruleset, pins_of};
+use holdfast_net_core::ruleset::{Delta, Ruleset, pins_of};
 
 use links::Links;
 use nft::Nft;
@@ -68,7 +69,11 @@ pub struct FoundEndpoint {
     pub attachment: Option<(String, String)>,
 }
 
-/// What [`Dataplane::apply_ruleset`] did.
+/// The policy revision is advanced at most this often, but at once after a pause: each advance costs every live connection
+/// one slow path.
+const REVISION_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What [`Dataplane::apply_ruleset`] or [`Dataplane::apply_delta`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Applied {
     /// Elements added and removed; 0 means no kernel write.
@@ -91,6 +96,10 @@ struct Policy {
     nft: Nft,
     /// Ports attached since the last ruleset that pinned them: they stay pinned and in deny-all whatever comes.
     quarantined: BTreeMap<String, EndpointPlan>,
+    /// When the revision was advanced last.
+    advanced: Option<Instant>,
+    /// A change that revokes is in force, and the revision still to be advanced for it.
+    owes_revision: bool,
 }
 
 impl Dataplane {
@@ -105,7 +114,7 @@ impl Dataplane {
         // A new thread begins in the namespace of the one that starts it.
         let nft = tokio::task::spawn_blocking(move || Nft::open(config)).await;
         let nft = nft.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
-        let policy = Policy { nft, quarantined: BTreeMap::new() };
+        let policy = Policy { nft, quarantined: BTreeMap::new(), advanced: None, owes_revision: false };
         Ok(Self { links, policy: Arc::new(Mutex::new(policy)), bridge })
     }
 
@@ -209,6 +218,25 @@ impl Dataplane {
         self.with_policy(move |policy| policy.apply(wanted)).await
     }
 
+    /// Makes what a compiler found to differ; everything else stays. Cost follows the delta.
+    ///
+    /// New connections are judged by it when this returns. Live ones that it forbids stop at the next advance of the policy
+    /// revision: in the same transaction, or within 50 ms of the one before by [`Dataplane::settle`].
+    ///
+    /// # Errors
+    /// As for [`Dataplane::apply_ruleset`]; nothing was changed then.
+    pub async fn apply_delta(&self, delta: Delta) -> Result<Applied> {
+        self.with_policy(move |policy| policy.apply_delta(&delta)).await
+    }
+
+    /// Advances the policy revision if that is owed and due. Tells when to call again; `None`: nothing is owed.
+    ///
+    /// # Errors
+    /// [`Error::Nft`] if the kernel refuses; it stays owed.
+    pub async fn settle(&self) -> Result<Option<Duration>> {
+        self.with_policy(Policy::settle).await
+    }
+
     /// Whether somebody else changed our tables since they were last read or written: a reason to call
     /// [`Dataplane::apply_ruleset`] now.
     ///
@@ -247,9 +275,8 @@ impl Policy {
         if pins_of(&plan).is_subset(&self.nft.applied().pins) {
             return Ok(());
         }
-        let mut target = self.nft.applied().clone();
-        target.quarantine(&plan);
-        self.nft.apply(&target)?;
+        let changes = self.nft.applied().quarantine(&plan);
+        self.nft.change(&changes)?;
         self.quarantined.insert(plan.host_ifname.clone(), plan);
         Ok(())
     }
@@ -257,19 +284,52 @@ impl Policy {
     fn apply(&mut self, mut ruleset: Ruleset) -> Result<Applied> {
         self.quarantined.retain(|_, plan| !pins_of(plan).is_subset(&ruleset.pins));
         for plan in self.quarantined.values() {
-            ruleset.quarantine(plan);
+            let changes = ruleset.quarantine(plan);
+            ruleset.apply(&changes);
         }
-        self.nft.apply(&ruleset)
+        let applied = self.nft.apply(&ruleset)?;
+        if applied.revoked {
+            self.advanced = Some(Instant::now());
+            self.owes_revision = false;
+        }
+        Ok(applied)
+    }
+
+    fn apply_delta(&mut self, delta: &Delta) -> Result<Applied> {
+        let mut changes = self.nft.applied().changes(delta);
+        self.owes_revision |= changes.revokes;
+        changes.revokes = self.owes_revision && self.until_due().is_zero();
+        let applied = self.nft.change(&changes)?;
+        if applied.revoked {
+            self.advanced = Some(Instant::now());
+            self.owes_revision = false;
+        }
+        Ok(applied)
+    }
+
+    fn settle(&mut self) -> Result<Option<Duration>> {
+        if !self.owes_revision {
+            return Ok(None);
+        }
+        let wait = self.until_due();
+        if wait.is_zero() {
+            self.apply_delta(&Delta::default())?;
+            return Ok(None);
+        }
+        Ok(Some(wait))
+    }
+
+    fn until_due(&self) -> Duration {
+        self.advanced.map_or(Duration::ZERO, |at| REVISION_INTERVAL.saturating_sub(at.elapsed()))
     }
 
     fn forget(&mut self, host_ifname: &str) -> Result<()> {
         self.quarantined.remove(host_ifname);
-        if !self.nft.applied().pins.iter().any(|pin| pin.ifname == host_ifname) {
+        let changes = self.nft.applied().forget_port(host_ifname);
+        if changes.is_empty() {
             return Ok(());
         }
-        let mut target = self.nft.applied().clone();
-        target.forget_port(host_ifname);
-        self.nft.apply(&target).map(drop)
+        self.nft.change(&changes).map(drop)
     }
 
     /// The pinned addresses of a port.

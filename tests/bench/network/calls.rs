@@ -12,8 +12,9 @@ use holdfast_tests::{Namespaces, Work};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::nodes::{NAMESPACE, Ours, Peer, make_sandbox, pod_name};
-use crate::figures::Figure;
+use super::nodes::{NAMESPACE, Ours, Peer, pod_name};
+use crate::figures::{Figure, percentile};
+use crate::node::make_sandbox;
 
 const PEER_PLUGINS: &str = "/usr/lib/cni";
 const PEER_NAME: &str = "containernetworking bridge+host-local";
@@ -156,25 +157,4 @@ fn call(plugin: &Path, verb: &str, pod: &str, config: &Value) -> Result<(f64, St
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok((ms, stdout))
-}
-
-/// The smallest value that `percent` of the values do not exceed.
-fn percentile(values: &[f64], percent: usize) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let rank = (sorted.len() * percent).div_ceil(100).max(1);
-    sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::percentile;
-
-    #[test]
-    fn a_percentile_is_the_smallest_value_that_so_many_do_not_exceed() {
-        let values: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert!((percentile(&values, 50) - 50.0).abs() < f64::EPSILON);
-        assert!((percentile(&values, 99) - 99.0).abs() < f64::EPSILON);
-        assert!((percentile(&[7.0], 99) - 7.0).abs() < f64::EPSILON);
-    }
 }

@@ -1,21 +1,14 @@
 //! Two nodes of ours, and the peers' two namespaces.
 
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use holdfast_tests::cni::{self, Call};
-use holdfast_tests::process::wait_until;
-use holdfast_tests::work::binaries_dir;
-use holdfast_tests::{Namespaces, Objects, Program, ProgramSpec, Work};
+use anyhow::Result;
+use holdfast_tests::{Namespaces, Objects, Program, Work, cni};
 use serde_json::{Value, json};
 
-/// How long an agent may take to serve.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
-const AGENT_SOCKET: &str = "/run/holdfast/netd.sock";
+use crate::node::{AGENT_SOCKET, attach, make_sandbox, shell, start_agent, wait_serving};
+
 const NAMES: [&str; 2] = ["net-a", "net-b"];
 const PEER_NAMES: [&str; 2] = ["peer-a", "peer-b"];
 /// Kubernetes namespace of the pods.
@@ -50,12 +43,9 @@ impl Ours {
         for (index, node) in nodes.iter().enumerate() {
             let state = work.folder(NAMES[index])?;
             pending.push(state.join("pending"));
-            agents.push(start_agent(work, node, &state, &objects)?);
-            let socket = node.host_path(AGENT_SOCKET);
-            wait_until(START_TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))
-                .with_context(|| {
-                    format!("{} does not serve:\n{}", agents[index].name(), agents[index].log_tail())
-                })?;
+            let mut agent = start_agent(work, node, &state, objects.dir())?;
+            wait_serving(node, &mut agent)?;
+            agents.push(agent);
         }
         Ok(Self { nodes, pending, _agents: agents })
     }
@@ -68,12 +58,7 @@ impl Ours {
     /// Makes a pod that no policy selects.
     pub fn stream_pod(&self, node: usize, name: &str) -> Result<StreamPod> {
         let netns = make_sandbox(&self.nodes[node], name)?;
-        let path = netns.display().to_string();
-        let call = Call { command: "ADD", container_id: name, netns: &path, ifname: "eth0", args: "" };
-        let answer = cni::execute(&self.nodes[node], &call, &self.config(node).to_string())?;
-        let result = answer.result()?.json()?;
-        let text = result["ips"][0]["address"].as_str().context("the result has no address")?;
-        let address = text.split('/').next().unwrap_or(text).parse()?;
+        let address = attach(&self.nodes[node], &self.config(node), name, &netns, "")?;
         Ok(StreamPod { node, netns, address })
     }
 }
@@ -140,17 +125,6 @@ fn nth(first: Ipv4Addr, index: usize) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(first) + u32::try_from(index).unwrap_or(0))
 }
 
-/// Makes a sandbox as a runtime does, with its loopback up; its path inside the node.
-pub fn make_sandbox(node: &Namespaces, name: &str) -> Result<PathBuf> {
-    shell(node, &format!("ip netns add {name}; ip -n {name} link set lo up"))?;
-    Ok(Path::new("/run/netns").join(name))
-}
-
-/// Runs a line of shell on a node.
-pub fn shell(node: &Namespaces, line: &str) -> Result<String> {
-    node.run("sh", &["-ec", line])
-}
-
 fn join(work: &Work, names: [&str; 2], address: fn(usize) -> Ipv4Addr) -> Result<Vec<Namespaces>> {
     let nodes: Vec<Namespaces> =
         names.iter().map(|name| Namespaces::create(name, work)).collect::<Result<_>>()?;
@@ -206,24 +180,4 @@ fn write_objects(objects: &Objects, pods: usize) -> Result<()> {
 /// Name of the nth pod whose ADD is timed.
 pub fn pod_name(index: usize) -> String {
     format!("bench-{index}")
-}
-
-fn start_agent(work: &Work, node: &Namespaces, state: &Path, objects: &Objects) -> Result<Program> {
-    let name = format!("{}-netd", node.name());
-    let log = work.folder("logs")?.join(format!("{name}.log"));
-    let mut template = node.command(binaries_dir()?.join("holdfast-netd"));
-    template
-        .arg(format!("--node={}", node.name()))
-        .arg(format!("--objects={}", objects.dir().display()))
-        .arg(format!("--state-dir={}", state.display()))
-        .arg(format!("--pending-dir={}", state.join("pending").display()))
-        .arg(format!("--socket={AGENT_SOCKET}"));
-    let line: Vec<_> = template.get_args().map(std::ffi::OsStr::to_owned).collect();
-    let command = Arc::new(move || {
-        let mut command = Command::new("nsenter");
-        command.args(&line).stdin(Stdio::null());
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-    });
-    Program::start(ProgramSpec { name, log, command })
 }

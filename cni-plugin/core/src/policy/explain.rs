@@ -1,16 +1,15 @@
 //! Who decides about a connection: the compiled model names the tier, the policy and the rule.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::lookup::{Direction, allows};
-use super::model::{Model, Subject};
-use super::numbering::Numbering;
-use super::reference::PolicyRef;
-use super::rules::Action;
+use super::compiler::{ClassKey, Compiler, IdentityKey};
+use super::lookup::Direction;
+use super::reference::{PolicyRef, Tier};
+use super::rules::{Action, NamedPort, PeerRef, PolicyRules};
 use super::tiers::{Decider, Tiers};
-use crate::objects::{ObjectName, Objects};
+use crate::objects::ObjectName;
 use crate::ports::Proto;
-use crate::ruleset::ClassId;
 
 /// One end of a connection that is asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,92 +59,146 @@ impl Explanation {
     }
 }
 
-/// Explains a connection from `from` to `port` of `to`. Both ends are compiled as if they ran here, so any node's agent
-/// gives the same answer. `endpoints` are the local leases, which decide about addresses.
-#[must_use]
-pub fn explain(
-    objects: &Objects,
-    endpoints: &[Subject],
-    from: &Party,
-    to: &Party,
+/// A port of a connection.
+#[derive(Debug, Clone, Copy)]
+struct Target {
     proto: Proto,
     port: u16,
-) -> Explanation {
-    let mut subjects = endpoints.to_vec();
-    for party in [from, to] {
-        let known = subjects.iter().any(|subject| subject.addresses.contains(&party.address));
-        if party.pod.is_some() && !known {
-            let addresses = vec![party.address];
-            subjects.push(Subject { pod: party.pod.clone(), uid: String::new(), addresses });
-        }
-    }
-    let model = Model::compile(objects, &subjects, &mut Numbering::default());
-    if from.address == to.address {
-        let reason = "the connection stays inside the pod and never reaches a policy".to_owned();
-        let answer = DirectionAnswer { allowed: true, decided_by: None, reason };
-        return Explanation { egress: answer.clone(), ingress: answer };
-    }
-    Explanation {
-        egress: answer(&model, Direction::Egress, from, to, proto, port),
-        ingress: answer(&model, Direction::Ingress, to, from, proto, port),
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} port {}", self.proto, self.port)
     }
 }
 
-fn answer(
-    model: &Model,
-    direction: Direction,
-    subject: &Party,
-    peer: &Party,
-    proto: Proto,
-    port: u16,
-) -> DirectionAnswer {
-    let allowed = allows(&model.ruleset, direction, subject.address, peer.address, proto, port);
-    let word = match direction {
-        Direction::Ingress => "ingress",
-        Direction::Egress => "egress",
-    };
-    let (classes, policies, numbers) = match direction {
-        Direction::Ingress => (&model.classes_in, &model.policies_in, &model.ruleset.cls_in),
-        Direction::Egress => (&model.classes_eg, &model.policies_eg, &model.ruleset.cls_eg),
-    };
-    let (subject_name, peer_name) = (name(subject), name(peer));
-    let Some(class) = classes.get(&subject.address) else {
-        let reason = if numbers.get(&subject.address) == Some(&ClassId::DENY_ALL) {
-            format!("{subject_name} is attached but its Pod object is not known, so it is denied everything")
-        } else {
-            format!("no policy selects {subject_name} for {word}")
+impl Compiler {
+    /// Explains a connection from `from` to `port` of `to`. Both ends are looked at as if they ran here, so any node's agent
+    /// gives the same answer. Endpoints of this node decide about their addresses.
+    #[must_use]
+    pub fn explain(&self, from: &Party, to: &Party, proto: Proto, port: u16) -> Explanation {
+        let target = Target { proto, port };
+        if from.address == to.address {
+            let reason = "the connection stays inside the pod and never reaches a policy".to_owned();
+            let answer = DirectionAnswer { allowed: true, decided_by: None, reason };
+            return Explanation { egress: answer.clone(), ingress: answer };
+        }
+        Explanation {
+            egress: self.answer(Direction::Egress, from, to, target),
+            ingress: self.answer(Direction::Ingress, to, from, target),
+        }
+    }
+
+    /// The pod that has an address: an endpoint's of this node, else the one whose status names it.
+    #[must_use]
+    pub fn pod_at(&self, address: IpAddr) -> Option<ObjectName> {
+        self.owner(address).map(|id| self.cluster.pods[id].object_name())
+    }
+
+    /// Addresses of a pod: leased ones of this node, else those of its status. Empty for one that is not known.
+    #[must_use]
+    pub fn addresses_of(&self, pod: &ObjectName) -> Vec<IpAddr> {
+        let leased = self.locals.values().find(|local| local.subject.pod.as_ref() == Some(pod));
+        match leased {
+            Some(local) => local.subject.addresses.clone(),
+            None => {
+                self.cluster.find(pod).map_or_else(Vec::new, |id| self.cluster.pods[id].addresses().collect())
+            }
+        }
+    }
+
+    fn answer(&self, direction: Direction, subject: &Party, peer: &Party, target: Target) -> DirectionAnswer {
+        let open = |reason| DirectionAnswer { allowed: true, decided_by: None, reason };
+        let nothing_selects = || open(format!("no policy selects {} for {direction}", name(subject)));
+        let local = self.endpoint_at(subject.address).and_then(|endpoint| self.locals.get(endpoint));
+        let pod = match local {
+            Some(local) if local.subject.pod.is_some() => {
+                let Some(pod) = self.pod_of(&local.subject) else {
+                    let reason = format!(
+                        "{} is attached but its Pod object is not known, so it is denied everything",
+                        name(subject)
+                    );
+                    return DirectionAnswer { allowed: false, decided_by: None, reason };
+                };
+                Some(pod)
+            }
+            Some(_) => None,
+            None => subject.pod.as_ref().and_then(|name| self.cluster.find(name)),
         };
-        return DirectionAnswer { allowed, decided_by: None, reason };
-    };
-    let tiers = Tiers::of(class, |name| policies.get(name));
-    match tiers.decider(class, &model.identity_of(peer.address), proto, port) {
-        Decider::Rule { policy, number, rule } => {
-            let verb = match rule.action {
-                Action::Accept => "admits",
-                Action::Deny | Action::Pass => "denies",
-            };
-            let quoted = if rule.name.is_empty() { String::new() } else { format!(" \"{}\"", rule.name) };
-            let reason = format!(
-                "policy {policy}, {word} rule {number}{quoted}, {verb} {peer_name} on {proto} port {port}"
-            );
-            let decision = Decision { policy: policy.clone(), rule: number, rule_name: rule.name.clone() };
-            DirectionAnswer { allowed, decided_by: Some(decision), reason }
+        let concerned = pod.filter(|pod| self.cluster.pods[*pod].concerned);
+        let Some(class) = concerned.and_then(|pod| self.class_key(pod, direction)) else {
+            return nothing_selects();
+        };
+        self.decide(&class, subject, peer, target)
+    }
+
+    fn decide(&self, class: &ClassKey, subject: &Party, peer: &Party, target: Target) -> DirectionAnswer {
+        let direction = class.direction;
+        let rules = || class.policies.iter().filter_map(|name| self.policies.get(name)?.rules(direction));
+        let identity = self.identity_for(rules().collect(), peer.address);
+        let tiers = Tiers::of(class, |name| self.policies.get(name)?.rules(direction));
+        let (subject_name, peer_name) = (name(subject), name(peer));
+        match tiers.decider(class, &identity, target.proto, target.port) {
+            Decider::Rule { policy, number, rule } => {
+                let allowed = rule.action == Action::Accept;
+                let verb = if allowed { "admits" } else { "denies" };
+                let quoted = if rule.name.is_empty() { String::new() } else { format!(" \"{}\"", rule.name) };
+                let reason = format!(
+                    "policy {policy}, {direction} rule {number}{quoted}, {verb} {peer_name} on {target}"
+                );
+                let decision =
+                    Decision { policy: policy.clone(), rule: number, rule_name: rule.name.clone() };
+                DirectionAnswer { allowed, decided_by: Some(decision), reason }
+            }
+            Decider::Isolation => {
+                let isolating = class.policies.iter().filter(|policy| policy.tier == Tier::NetworkPolicy);
+                let names: Vec<String> = isolating.map(ToString::to_string).collect();
+                let reason = format!(
+                    "{subject_name} is isolated for {direction} by {} and no rule admits {peer_name} on {target}",
+                    names.join(", ")
+                );
+                DirectionAnswer { allowed: false, decided_by: None, reason }
+            }
+            Decider::Default => {
+                let reason = format!(
+                    "no {direction} rule of the policies that select {subject_name} matches {peer_name} on {target}"
+                );
+                DirectionAnswer { allowed: true, decided_by: None, reason }
+            }
         }
-        Decider::Isolation => {
-            let isolating = class.policies.iter().filter(|policy| policy.tier == super::Tier::NetworkPolicy);
-            let names: Vec<String> = isolating.map(ToString::to_string).collect();
-            let reason = format!(
-                "{subject_name} is isolated for {word} by {} and no rule admits {peer_name} on {proto} port {port}",
-                names.join(", ")
-            );
-            DirectionAnswer { allowed, decided_by: None, reason }
+    }
+
+    /// What an address is to these rules, whether they are in force here or not.
+    fn identity_for(&self, rules: Vec<&PolicyRules>, address: IpAddr) -> IdentityKey {
+        let owner = self.owner(address);
+        let matches = |peer: &PeerRef| match *peer {
+            PeerRef::Block(number) => self.peers.blocks.get(number).is_some_and(|entry| {
+                let block = &entry.content;
+                block.cidr.contains(address) && !block.except.iter().any(|except| except.contains(address))
+            }),
+            PeerRef::Selector(number) => self.peers.selectors.get(number).is_some_and(|entry| match owner {
+                Some(pod) => {
+                    let group = &self.cluster.groups[self.cluster.pods[pod].group];
+                    group.is_matched(&entry.content, &self.cluster.namespace_labels(&group.namespace))
+                }
+                None => self.cluster.nodes.values().any(|node| {
+                    node.addresses.contains(&address) && entry.content.matches_node(&node.labels)
+                }),
+            }),
+        };
+        let peers: BTreeSet<PeerRef> = rules.iter().flat_map(|rules| rules.peers()).collect();
+        let mut identity = IdentityKey::default();
+        for peer in peers.into_iter().filter(matches) {
+            match peer {
+                PeerRef::Selector(number) => identity.selectors.push(number),
+                PeerRef::Block(number) => identity.blocks.push(number),
+            }
         }
-        Decider::Default => {
-            let reason = format!(
-                "no {word} rule of the policies that select {subject_name} matches {peer_name} on {proto} port {port}"
-            );
-            DirectionAnswer { allowed, decided_by: None, reason }
+        let names: BTreeSet<&NamedPort> = rules.iter().flat_map(|rules| rules.named_ports()).collect();
+        if let Some(pod) = owner {
+            identity.ports = self.cluster.pods[pod].resolve(names.into_iter());
         }
+        identity
     }
 }
 

@@ -15,6 +15,20 @@ pub enum Direction {
     Egress,
 }
 
+impl Direction {
+    /// Both.
+    pub const BOTH: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+}
+
+impl std::fmt::Display for Direction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        })
+    }
+}
+
 /// Whether the ruleset lets `subject` (a local pod's address) talk with `peer` in one direction. `port` is the server's.
 #[must_use]
 pub fn allows(

@@ -105,6 +105,30 @@ fn address(value: u128, v4: bool) -> IpAddr {
     }
 }
 
+/// The address after this one; none after the highest of its family.
+pub(super) fn successor(address: IpAddr) -> Option<IpAddr> {
+    match address {
+        IpAddr::V4(a) => u32::from(a).checked_add(1).map(|n| IpAddr::V4(Ipv4Addr::from(n))),
+        IpAddr::V6(a) => u128::from(a).checked_add(1).map(|n| IpAddr::V6(Ipv6Addr::from(n))),
+    }
+}
+
+/// The address before this one, or the lowest of its family.
+pub(super) fn predecessor(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(a) => IpAddr::V4(Ipv4Addr::from(u32::from(a).saturating_sub(1))),
+        IpAddr::V6(a) => IpAddr::V6(Ipv6Addr::from(u128::from(a).saturating_sub(1))),
+    }
+}
+
+/// The highest address of this one's family.
+pub(super) fn last_of_family(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::BROADCAST),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from(u128::MAX)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

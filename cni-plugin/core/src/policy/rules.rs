@@ -1,11 +1,7 @@
 //! Policies of both kinds in the one form that compiling and explaining share: interned peers, rules with an action.
 
-use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
-
+use super::compiler::Peers;
 use super::lookup::Direction;
-use super::numbering::Numbering;
 use super::reference::{PolicyRef, Tier};
 use crate::objects::{
     ClusterAction, ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterPorts, ClusterProtocol, IpBlock,
@@ -14,7 +10,7 @@ use crate::objects::{
 use crate::ports::{PortSet, Proto};
 
 /// A peer that selects objects.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum PeerSelector {
     /// Pods.
     Pods { namespaces: NamespaceScope, pods: LabelSelector },
@@ -23,7 +19,7 @@ pub(super) enum PeerSelector {
 }
 
 /// In which namespaces a [`PeerSelector`] looks.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum NamespaceScope {
     /// The policy's own: no namespaceSelector was written.
     Named(String),
@@ -32,7 +28,7 @@ pub(super) enum NamespaceScope {
 }
 
 /// A port name with the protocol it is looked up for; `None`: of any protocol.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct NamedPort {
     pub name: String,
     pub protocol: Option<Protocol>,
@@ -42,7 +38,7 @@ pub(super) struct NamedPort {
 pub(super) type ResolvedPorts = Vec<(NamedPort, Vec<(Protocol, u16)>)>;
 
 /// A peer by the number of its content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum PeerRef {
     Selector(u32),
     Block(u32),
@@ -81,23 +77,25 @@ pub(super) struct PolicyRules {
     pub rules: Vec<Rule>,
 }
 
-impl PeerSelector {
-    pub(super) fn matches_pod(
-        &self,
-        namespace: &str,
-        namespace_labels: &Labels,
-        pod_labels: &Labels,
-    ) -> bool {
-        let Self::Pods { namespaces, pods } = self else { return false };
-        let in_scope = match namespaces {
-            NamespaceScope::Named(name) => name == namespace,
-            NamespaceScope::Matching(selector) => selector.matches(namespace_labels),
-        };
-        in_scope && pods.matches(pod_labels)
+impl PolicyRules {
+    /// Every peer that a rule names, as often as it does.
+    pub(super) fn peers(&self) -> impl Iterator<Item = PeerRef> {
+        self.rules.iter().flat_map(|rule| rule.peers.iter().flatten().copied())
     }
 
+    /// The port names that the rules use.
+    pub(super) fn named_ports(&self) -> impl Iterator<Item = &NamedPort> {
+        self.rules.iter().flat_map(Rule::named_ports)
+    }
+}
+
+impl PeerSelector {
     pub(super) fn matches_node(&self, labels: &Labels) -> bool {
         matches!(self, Self::Nodes(selector) if selector.matches(labels))
+    }
+
+    pub(super) fn is_of_nodes(&self) -> bool {
+        matches!(self, Self::Nodes(_))
     }
 }
 
@@ -125,117 +123,82 @@ pub(super) fn reference(policy: &ClusterNetworkPolicy) -> PolicyRef {
     PolicyRef::cluster(policy.spec.tier, policy.spec.priority, &policy.metadata.name)
 }
 
-/// What the peers of policies mean, collected while their rules are interned.
-#[derive(Debug, Default)]
-pub(super) struct Interned {
-    pub selectors: BTreeMap<u32, PeerSelector>,
-    pub blocks: BTreeMap<u32, IpBlock>,
+/// The rules of a NetworkPolicy: all of them accept. Each peer counts as used once more.
+pub(super) fn of_policy(policy: &NetworkPolicy, direction: Direction, peers: &mut Peers) -> PolicyRules {
+    let namespace = policy.object_name().namespace;
+    let mut rule = |named: &[Peer], ports: &[PolicyPort]| Rule {
+        name: String::new(),
+        action: Action::Accept,
+        peers: (!named.is_empty())
+            .then(|| named.iter().filter_map(|peer| peer_of(&namespace, peer, peers)).collect()),
+        ports: (!ports.is_empty()).then(|| ports.iter().map(port_match).collect()),
+    };
+    let rules = match direction {
+        Direction::Ingress => policy.spec.ingress.iter().map(|r| rule(&r.from, &r.ports)).collect(),
+        Direction::Egress => policy.spec.egress.iter().map(|r| rule(&r.to, &r.ports)).collect(),
+    };
+    PolicyRules { rules }
 }
 
-impl Interned {
-    /// The rules of a NetworkPolicy: all of them accept.
-    pub(super) fn policy(
-        &mut self,
-        policy: &NetworkPolicy,
-        direction: Direction,
-        numbering: &mut Numbering,
-    ) -> PolicyRules {
-        let namespace = policy.object_name().namespace;
-        let mut rule = |peers: &[Peer], ports: &[PolicyPort]| Rule {
-            name: String::new(),
-            action: Action::Accept,
-            peers: (!peers.is_empty())
-                .then(|| peers.iter().filter_map(|peer| self.peer(&namespace, peer, numbering)).collect()),
-            ports: (!ports.is_empty()).then(|| ports.iter().map(port_match).collect()),
-        };
-        let rules = match direction {
-            Direction::Ingress => policy.spec.ingress.iter().map(|r| rule(&r.from, &r.ports)).collect(),
-            Direction::Egress => policy.spec.egress.iter().map(|r| rule(&r.to, &r.ports)).collect(),
-        };
-        PolicyRules { rules }
+/// A peer without any selector matches nobody: the API refuses it, and admitting everybody would be a surprise.
+fn peer_of(namespace: &str, peer: &Peer, peers: &mut Peers) -> Option<PeerRef> {
+    if let Some(block) = &peer.ip_block {
+        return Some(peers.block(block.clone()));
     }
+    let namespaces = match (&peer.namespace_selector, &peer.pod_selector) {
+        (Some(selector), _) => NamespaceScope::Matching(selector.clone()),
+        (None, Some(_)) => NamespaceScope::Named(namespace.to_owned()),
+        (None, None) => return None,
+    };
+    let pods = peer.pod_selector.clone().unwrap_or_default();
+    Some(peers.selector(PeerSelector::Pods { namespaces, pods }))
+}
 
-    /// A peer without any selector matches nobody: the API refuses it, and admitting everybody would be a surprise.
-    fn peer(&mut self, namespace: &str, peer: &Peer, numbering: &mut Numbering) -> Option<PeerRef> {
-        if let Some(block) = &peer.ip_block {
-            return Some(self.block(block.clone(), numbering));
+/// The rules of a ClusterNetworkPolicy. Each peer counts as used once more.
+pub(super) fn of_cluster_policy(
+    policy: &ClusterNetworkPolicy,
+    direction: Direction,
+    peers: &mut Peers,
+) -> PolicyRules {
+    let mut rule = |name: &String, action, named: &[ClusterPeer], protocols: &Option<Vec<_>>| {
+        let known = named.iter().all(|peer| is_known(peer, direction));
+        let named = known.then(|| named.iter().flat_map(|peer| cluster_peer(peer, peers)).collect());
+        let ports = protocols.as_ref().map(|list| list.iter().map(protocol_match).collect::<Option<_>>());
+        cluster_rule(name.clone(), action, named, ports, peers)
+    };
+    let rules = match direction {
+        Direction::Ingress => {
+            policy.spec.ingress.iter().map(|r| rule(&r.name, r.action, &r.from, &r.protocols)).collect()
         }
-        let namespaces = match (&peer.namespace_selector, &peer.pod_selector) {
-            (Some(selector), _) => NamespaceScope::Matching(selector.clone()),
-            (None, Some(_)) => NamespaceScope::Named(namespace.to_owned()),
-            (None, None) => return None,
-        };
-        let pods = peer.pod_selector.clone().unwrap_or_default();
-        Some(self.selector(PeerSelector::Pods { namespaces, pods }, numbering))
-    }
-
-    /// The rules of a ClusterNetworkPolicy.
-    pub(super) fn cluster_policy(
-        &mut self,
-        policy: &ClusterNetworkPolicy,
-        direction: Direction,
-        numbering: &mut Numbering,
-    ) -> PolicyRules {
-        let mut rule = |name: &String, action, peers: &[ClusterPeer], protocols: &Option<Vec<_>>| {
-            let peers = self.cluster_peers(peers, direction, numbering);
-            let ports = protocols.as_ref().map(|list| list.iter().map(protocol_match).collect::<Option<_>>());
-            cluster_rule(name.clone(), action, peers, ports)
-        };
-        let rules = match direction {
-            Direction::Ingress => {
-                policy.spec.ingress.iter().map(|r| rule(&r.name, r.action, &r.from, &r.protocols)).collect()
-            }
-            Direction::Egress => {
-                policy.spec.egress.iter().map(|r| rule(&r.name, r.action, &r.to, &r.protocols)).collect()
-            }
-        };
-        PolicyRules { rules }
-    }
-
-    /// `None` where one of them is not known.
-    fn cluster_peers(
-        &mut self,
-        peers: &[ClusterPeer],
-        direction: Direction,
-        numbering: &mut Numbering,
-    ) -> Option<Vec<PeerRef>> {
-        let mut found = Vec::new();
-        for peer in peers {
-            let selector = match (peer, direction) {
-                (ClusterPeer { namespaces: Some(selector), .. }, _) => PeerSelector::Pods {
-                    namespaces: NamespaceScope::Matching(selector.clone()),
-                    pods: LabelSelector::default(),
-                },
-                (ClusterPeer { pods: Some(both), .. }, _) => PeerSelector::Pods {
-                    namespaces: NamespaceScope::Matching(both.namespace_selector.clone()),
-                    pods: both.pod_selector.clone(),
-                },
-                (ClusterPeer { nodes: Some(selector), .. }, Direction::Egress) => {
-                    PeerSelector::Nodes(selector.clone())
-                }
-                (ClusterPeer { networks: Some(networks), .. }, Direction::Egress) => {
-                    let block = |cidr: &ipnetwork::IpNetwork| IpBlock { cidr: *cidr, except: Vec::new() };
-                    found.extend(networks.iter().map(|cidr| self.block(block(cidr), numbering)));
-                    continue;
-                }
-                _ => return None,
-            };
-            found.push(self.selector(selector, numbering));
+        Direction::Egress => {
+            policy.spec.egress.iter().map(|r| rule(&r.name, r.action, &r.to, &r.protocols)).collect()
         }
-        Some(found)
-    }
+    };
+    PolicyRules { rules }
+}
 
-    fn selector(&mut self, selector: PeerSelector, numbering: &mut Numbering) -> PeerRef {
-        let number = numbering.selector(&selector);
-        self.selectors.insert(number, selector);
-        PeerRef::Selector(number)
-    }
+fn is_known(peer: &ClusterPeer, direction: Direction) -> bool {
+    let pods = peer.namespaces.is_some() || peer.pods.is_some();
+    let addresses = peer.nodes.is_some() || peer.networks.is_some();
+    pods || (direction == Direction::Egress && addresses)
+}
 
-    fn block(&mut self, block: IpBlock, numbering: &mut Numbering) -> PeerRef {
-        let number = numbering.block(&block);
-        self.blocks.insert(number, block);
-        PeerRef::Block(number)
+fn cluster_peer(peer: &ClusterPeer, peers: &mut Peers) -> Vec<PeerRef> {
+    let pods = |namespaces: &LabelSelector, pods: LabelSelector| PeerSelector::Pods {
+        namespaces: NamespaceScope::Matching(namespaces.clone()),
+        pods,
+    };
+    if let Some(namespaces) = &peer.namespaces {
+        return vec![peers.selector(pods(namespaces, LabelSelector::default()))];
     }
+    if let Some(both) = &peer.pods {
+        return vec![peers.selector(pods(&both.namespace_selector, both.pod_selector.clone()))];
+    }
+    if let Some(nodes) = &peer.nodes {
+        return vec![peers.selector(PeerSelector::Nodes(nodes.clone()))];
+    }
+    let networks = peer.networks.iter().flatten();
+    networks.map(|cidr| peers.block(IpBlock { cidr: *cidr, except: Vec::new() })).collect()
 }
 
 /// A rule with a part that this version does not know fails closed: Accept matches nothing, Deny and Pass deny everything
@@ -245,8 +208,12 @@ fn cluster_rule(
     action: ClusterAction,
     peers: Option<Vec<PeerRef>>,
     ports: Option<Option<Vec<PortMatch>>>,
+    all: &mut Peers,
 ) -> Rule {
     let unknown = peers.is_none() || ports == Some(None);
+    if unknown {
+        peers.iter().flatten().for_each(|peer| all.release(*peer));
+    }
     match (unknown, action) {
         (true, ClusterAction::Accept) => {
             Rule { name, action: Action::Accept, peers: Some(Vec::new()), ports: None }

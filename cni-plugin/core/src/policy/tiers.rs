@@ -6,7 +6,8 @@
 //! Baseline, by priority   Accept, Deny decide; Pass leaves the tier; the rest is allowed
 //! ```
 
-use super::numbering::{ClassKey, IdentityKey};
+use super::compiler::{ClassKey, IdentityKey};
+use super::lookup::Direction;
 use super::reference::{PolicyRef, Tier};
 use super::rules::{Action, PolicyRules, ResolvedPorts, Rule};
 use crate::ports::{PortSet, Proto};
@@ -115,5 +116,8 @@ fn matching<'a>(policy: &'a PolicyRules, peer: &'a IdentityKey) -> impl Iterator
 
 /// A port name is resolved for the target: the subject itself for ingress, the peer for egress.
 fn target_ports<'a>(class: &'a ClassKey, peer: &'a IdentityKey) -> &'a ResolvedPorts {
-    if class.ingress { &class.ports } else { &peer.ports }
+    match class.direction {
+        Direction::Ingress => &class.ports,
+        Direction::Egress => &peer.ports,
+    }
 }

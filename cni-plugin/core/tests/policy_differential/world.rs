@@ -6,28 +6,82 @@ use std::net::IpAddr;
 use holdfast_net_core::objects::{
     ClusterAction, ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterNetworkPolicySpec,
     ClusterPeer, ClusterPort, ClusterPortRange, ClusterPorts, ClusterProtocol, ClusterSubject, ClusterTier,
-    Container, ContainerPort, EgressRule, IngressRule, IpBlock, LabelSelector, Labels, Meta, Namespace,
-    NamespacedPods, NetworkPolicy, NetworkPolicySpec, Node, NodeAddress, ObjectName, Objects, Operator, Peer,
-    Pod, PodIp, PodSpec, PodStatus, PolicyPort, PolicyType, PortNumberOrName, Protocol, Requirement,
+    Container, ContainerPort, EgressRule, IngressRule, IpBlock, LabelSelector, Labels, Meta, NamespacedPods,
+    NetworkPolicy, NetworkPolicySpec, Node, NodeAddress, ObjectChange, ObjectName, Operator, Peer, Pod,
+    PodIp, PodSpec, PodStatus, PolicyPort, PolicyType, PortNumberOrName, Protocol, Requirement,
 };
 use holdfast_net_core::policy::{Subject, validate, validate_cluster};
 use rand::Rng;
 use rand::rngs::StdRng;
 
+/// All objects of a cluster.
+#[derive(Debug, Clone, Default)]
+pub struct Objects {
+    pub nodes: BTreeMap<String, Node>,
+    pub namespaces: BTreeMap<String, Labels>,
+    pub pods: BTreeMap<ObjectName, Pod>,
+    pub policies: BTreeMap<ObjectName, NetworkPolicy>,
+    pub cluster_policies: BTreeMap<String, ClusterNetworkPolicy>,
+}
+
+impl Objects {
+    /// What turns `before` into this.
+    pub fn changes_since(&self, before: &Self) -> Vec<ObjectChange> {
+        let mut changes = Vec::new();
+        differing(&before.nodes, &self.nodes, |name, node| {
+            changes.push(ObjectChange::Node(name.clone(), node.cloned().map(Box::new)));
+        });
+        differing(&before.namespaces, &self.namespaces, |name, labels| {
+            changes.push(ObjectChange::Namespace(name.clone(), labels.cloned()));
+        });
+        differing(&before.pods, &self.pods, |name, pod| {
+            changes.push(ObjectChange::Pod(name.clone(), pod.cloned().map(Box::new)));
+        });
+        differing(&before.policies, &self.policies, |name, policy| {
+            changes.push(ObjectChange::Policy(name.clone(), policy.cloned().map(Box::new)));
+        });
+        differing(&before.cluster_policies, &self.cluster_policies, |name, policy| {
+            changes.push(ObjectChange::ClusterPolicy(name.clone(), policy.cloned().map(Box::new)));
+        });
+        changes
+    }
+}
+
+fn differing<K: Ord + Clone, V: PartialEq>(
+    before: &BTreeMap<K, V>,
+    now: &BTreeMap<K, V>,
+    mut found: impl FnMut(&K, Option<&V>),
+) {
+    let keys: std::collections::BTreeSet<&K> = before.keys().chain(now.keys()).collect();
+    for key in keys {
+        if before.get(key) != now.get(key) {
+            found(key, now.get(key));
+        }
+    }
+}
+
 /// Objects and the endpoints of one node.
+#[derive(Clone)]
 pub struct World {
     /// All objects.
     pub objects: Objects,
     /// The local endpoints.
     pub subjects: Vec<Subject>,
+    /// Endpoints that may come back.
+    parked: Vec<Subject>,
 }
 
 impl World {
+    /// Nothing.
+    pub fn empty() -> Self {
+        Self { objects: Objects::default(), subjects: Vec::new(), parked: Vec::new() }
+    }
+
     pub fn generate(rng: &mut StdRng) -> Self {
-        let mut world = Self { objects: Objects::default(), subjects: Vec::new() };
+        let mut world = Self { objects: Objects::default(), subjects: Vec::new(), parked: Vec::new() };
         for name in ["x", "y", "z"] {
             let metadata = Meta { name: name.into(), labels: mk_labels(rng), ..Meta::default() };
-            world.objects.insert_namespace(Namespace { metadata });
+            world.objects.namespaces.insert(metadata.name, metadata.labels);
         }
         for index in 0..9 {
             let pod = mk_pod(rng, index);
@@ -58,7 +112,30 @@ impl World {
 
     pub fn mutate(&mut self, rng: &mut StdRng) {
         for _ in 0..rng.random_range(1..4) {
-            match rng.random_range(0..9) {
+            match rng.random_range(0..12) {
+                9 => {
+                    let nth = rng.random_range(0..self.subjects.len());
+                    let mut subject = self.subjects.remove(nth);
+                    if rng.random_bool(0.5) {
+                        subject.uid = if rng.random_bool(0.3) { "another".into() } else { String::new() };
+                        self.subjects.push(subject);
+                    } else {
+                        self.parked.push(subject);
+                    }
+                }
+                10 => self.subjects.extend(self.parked.pop()),
+                11 => {
+                    let index = rng.random_range(0..9);
+                    let known =
+                        self.objects.pods.keys().find(|name| name.name == format!("pod{index}")).cloned();
+                    match known {
+                        Some(name) => drop(self.objects.pods.remove(&name)),
+                        None => {
+                            let pod = mk_pod(rng, index);
+                            self.objects.pods.insert(pod.object_name(), pod);
+                        }
+                    }
+                }
                 6 => {
                     let index = rng.random_range(0..4);
                     self.put_cluster_policy(rng, index);
@@ -80,6 +157,9 @@ impl World {
                     self.objects.policies.retain(|name, _| name.name != format!("p{index}"));
                 }
                 3 | 4 => {
+                    if self.objects.pods.is_empty() {
+                        continue;
+                    }
                     let nth = rng.random_range(0..self.objects.pods.len());
                     let pod = self.objects.pods.values_mut().nth(nth).unwrap();
                     match rng.random_range(0..3) {
@@ -91,7 +171,7 @@ impl World {
                 _ => {
                     let name = ["x", "y", "z"][rng.random_range(0..3)];
                     let metadata = Meta { name: name.into(), labels: mk_labels(rng), ..Meta::default() };
-                    self.objects.insert_namespace(Namespace { metadata });
+                    self.objects.namespaces.insert(metadata.name, metadata.labels);
                 }
             }
         }

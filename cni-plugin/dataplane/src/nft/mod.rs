@@ -10,7 +10,7 @@ mod skeleton;
 mod socket;
 mod wire;
 
-use holdfast_net_core::ruleset::{Changes, Ruleset, diff};
+use holdfast_net_core::ruleset::{Changes, Element, Ruleset, diff};
 
 use crate::error::{Error, Result};
 use crate::{Applied, Config};
@@ -104,6 +104,36 @@ impl Nft {
         }
     }
 
+    /// Makes changes to what the kernel holds; their cost does not grow with the rest. Where somebody else changed our
+    /// tables, or the kernel refuses, all of it is compared first.
+    pub fn change(&mut self, changes: &Changes) -> Result<Applied> {
+        self.stale |= self.events.foreign_change(&self.config.table, self.socket.port())?;
+        if !self.stale {
+            if changes.is_empty() && !changes.revokes {
+                return Ok(Applied::default());
+            }
+            match self.write(changes) {
+                Ok(()) => {
+                    self.applied.apply(changes);
+                    let elements = changes.add.len() + changes.remove.len();
+                    return Ok(Applied { elements, revoked: changes.revokes, mended: false });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "policy transaction refused; reading our tables back and trying again");
+                    self.stale = true;
+                }
+            }
+        }
+        let mut target = self.applied.clone();
+        target.apply(changes);
+        let mut applied = self.apply(&target)?;
+        if changes.revokes && !applied.revoked {
+            self.write(&Changes { revokes: true, ..Changes::default() })?;
+            applied.revoked = true;
+        }
+        Ok(applied)
+    }
+
     /// Whether a socket other than ours changed our tables since the last look.
     pub fn foreign_change(&mut self) -> Result<bool> {
         self.stale |= self.events.foreign_change(&self.config.table, self.socket.port())?;
@@ -118,7 +148,20 @@ impl Nft {
         Ok(())
     }
 
+    /// New profiles go ahead in a transaction of their own, in which nothing refers to them: the kernel swaps a set with ranges
+    /// some time after the rest of a transaction is in force, and a packet in between would find its pair and no profile,
+    /// which is a deny.
     fn write(&mut self, changes: &Changes) -> Result<()> {
+        let (profiles, rest): (Vec<Element>, Vec<Element>) =
+            changes.add.iter().cloned().partition(|element| matches!(element, Element::Profile(..)));
+        if profiles.is_empty() || (rest.is_empty() && changes.remove.is_empty()) {
+            return self.write_at_once(changes);
+        }
+        self.write_at_once(&Changes { add: profiles, ..Changes::default() })?;
+        self.write_at_once(&Changes { remove: changes.remove.clone(), add: rest, revokes: changes.revokes })
+    }
+
+    fn write_at_once(&mut self, changes: &Changes) -> Result<()> {
         if !changes.revokes {
             let mut batch = self.socket.batch();
             program::change(&mut batch, &self.config.table, changes);

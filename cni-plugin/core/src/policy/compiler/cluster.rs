@@ -1,0 +1,322 @@
+//! The cluster's objects as the compiler keeps them: small, since there may be a hundred thousand pods.
+//!
+//! Pods of one namespace with the same labels are a group: selectors are matched against groups.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{Hash, Hasher};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hashbrown::HashTable;
+
+use super::arena::Arena;
+use crate::objects::{Labels, NAMESPACE_NAME_LABEL, Node, ObjectName, Pod, Protocol};
+use crate::policy::rules::{NamedPort, NamespaceScope, PeerSelector, ResolvedPorts};
+
+/// A pod.
+#[derive(Debug)]
+pub(in crate::policy) struct PodFacts {
+    pub namespace: Arc<str>,
+    pub name: Box<str>,
+    /// `None` for an object without a uid.
+    uid: Option<u64>,
+    pub group: u32,
+    pub addresses: [Option<IpAddr>; 2],
+    pub ports: Arc<[PodPort]>,
+    /// Policies concern it: neither completed nor on the host network.
+    pub concerned: bool,
+    pub deleting: bool,
+}
+
+/// A named container port.
+pub(in crate::policy) type PodPort = (Box<str>, Protocol, u16);
+
+/// Pods of one namespace with the same labels.
+#[derive(Debug)]
+pub(in crate::policy) struct Group {
+    pub namespace: Arc<str>,
+    /// Sorted by key.
+    pub labels: Arc<[(Arc<str>, Box<str>)]>,
+    /// Selectors in force that match it, sorted.
+    pub selectors: Vec<u32>,
+    pub members: Vec<u32>,
+}
+
+type GroupKey = (Arc<str>, Arc<[(Arc<str>, Box<str>)]>);
+
+#[derive(Debug)]
+struct NamespaceFacts {
+    labels: Labels,
+    groups: BTreeSet<u32>,
+}
+
+/// A node, for peers that select nodes.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::policy) struct NodeFacts {
+    pub labels: Labels,
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Namespaces, pods and nodes.
+#[derive(Debug, Default)]
+pub(in crate::policy) struct Cluster {
+    namespaces: BTreeMap<Arc<str>, NamespaceFacts>,
+    pub pods: Arena<PodFacts>,
+    by_name: HashTable<u32>,
+    pub groups: Arena<Group>,
+    by_key: BTreeMap<GroupKey, u32>,
+    /// Groups by the hash of each of their labels.
+    by_label: BTreeMap<u64, BTreeSet<u32>>,
+    /// Label keys and lists of ports, each once.
+    words: BTreeSet<Arc<str>>,
+    port_lists: BTreeSet<Arc<[PodPort]>>,
+    pub nodes: BTreeMap<String, NodeFacts>,
+}
+
+/// A stable hash of a label. Two labels of one hash only make a needless comparison.
+pub(in crate::policy) fn label_hash(key: &str, value: &str) -> u64 {
+    hash(&(key, value))
+}
+
+fn hash(value: &impl Hash) -> u64 {
+    // Its keys are fixed, so that a run can be repeated.
+    let mut hasher = std::collections::hash_map::DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+impl PodFacts {
+    /// Whether an attachment that was made for a pod of this uid is this pod's. Either may be unknown.
+    pub(in crate::policy) fn has_uid(&self, uid: &str) -> bool {
+        uid.is_empty() || self.uid.is_none_or(|own| own == hash(&uid))
+    }
+
+    pub(in crate::policy) fn object_name(&self) -> ObjectName {
+        ObjectName { namespace: self.namespace.to_string(), name: self.name.to_string() }
+    }
+
+    pub(in crate::policy) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.into_iter().flatten()
+    }
+
+    /// What port names stand for at this pod; those it does not have are left out.
+    pub(in crate::policy) fn resolve<'a>(&self, names: impl Iterator<Item = &'a NamedPort>) -> ResolvedPorts {
+        let numbers = |name: &NamedPort| -> Vec<(Protocol, u16)> {
+            let fits = |(own, protocol, _): &&PodPort| {
+                **own == *name.name && name.protocol.is_none_or(|wanted| wanted == *protocol)
+            };
+            self.ports.iter().filter(fits).map(|(_, protocol, number)| (*protocol, *number)).collect()
+        };
+        names.map(|name| (name.clone(), numbers(name))).filter(|(_, numbers)| !numbers.is_empty()).collect()
+    }
+}
+
+impl Group {
+    pub(in crate::policy) fn label(&self, key: &str) -> Option<&str> {
+        let index = self.labels.binary_search_by(|(own, _)| (**own).cmp(key)).ok()?;
+        Some(&self.labels[index].1)
+    }
+
+    pub(in crate::policy) fn is_matched(&self, selector: &PeerSelector, namespace_labels: &Labels) -> bool {
+        let PeerSelector::Pods { namespaces, pods } = selector else { return false };
+        let in_scope = match namespaces {
+            NamespaceScope::Named(name) => **name == *self.namespace,
+            NamespaceScope::Matching(selector) => selector.matches(namespace_labels),
+        };
+        in_scope && pods.matches_by(|key| self.label(key))
+    }
+}
+
+/// What a change of a pod did.
+#[derive(Debug, Default)]
+pub(in crate::policy) struct PodChange {
+    /// What it was, with its number.
+    pub before: Option<(u32, PodFacts)>,
+    /// Its number now.
+    pub now: Option<u32>,
+    /// A group that this made; its selectors are to be found.
+    pub new_group: Option<u32>,
+    /// A group that this ended, with its selectors.
+    pub ended_group: Option<(u32, Vec<u32>)>,
+}
+
+impl Cluster {
+    pub(in crate::policy) fn find(&self, name: &ObjectName) -> Option<u32> {
+        self.by_name
+            .find(hash(&(name.namespace.as_str(), name.name.as_str())), |id| {
+                let pod = &self.pods[*id];
+                *pod.namespace == *name.namespace && *pod.name == *name.name
+            })
+            .copied()
+    }
+
+    /// Labels of a namespace. One without an object has only its name label.
+    pub(in crate::policy) fn namespace_labels(&self, name: &str) -> Labels {
+        let automatic = || Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), name.to_owned())]);
+        self.namespaces.get(name).map_or_else(automatic, |namespace| namespace.labels.clone())
+    }
+
+    /// Sets the labels of a namespace; `None`: it is gone. Returns the groups that are in it, if anything changed.
+    pub(in crate::policy) fn set_namespace(&mut self, name: &str, labels: Option<Labels>) -> Vec<u32> {
+        let mut labels = labels.unwrap_or_default();
+        labels.insert(NAMESPACE_NAME_LABEL.to_owned(), name.to_owned());
+        let namespace = self.namespace(name);
+        if namespace.labels == labels {
+            return Vec::new();
+        }
+        namespace.labels = labels;
+        namespace.groups.iter().copied().collect()
+    }
+
+    fn namespace(&mut self, name: &str) -> &mut NamespaceFacts {
+        let word = self.word(name);
+        self.namespaces.entry(word).or_insert_with(|| NamespaceFacts {
+            labels: Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), name.to_owned())]),
+            groups: BTreeSet::new(),
+        })
+    }
+
+    /// Sets a node; `None`: it is gone. Returns the addresses that this concerns.
+    pub(in crate::policy) fn set_node(&mut self, name: &str, node: Option<&Node>) -> Vec<IpAddr> {
+        let now = node.map(|node| NodeFacts {
+            labels: node.metadata.labels.clone(),
+            addresses: node.addresses().collect(),
+        });
+        let before = self.nodes.remove(name);
+        if before == now {
+            self.nodes.extend(before.map(|facts| (name.to_owned(), facts)));
+            return Vec::new();
+        }
+        let concerned = before.iter().chain(&now).flat_map(|facts| facts.addresses.clone()).collect();
+        self.nodes.extend(now.map(|facts| (name.to_owned(), facts)));
+        concerned
+    }
+
+    /// Sets a pod; `None`: it is gone.
+    pub(in crate::policy) fn set_pod(&mut self, name: &ObjectName, pod: Option<&Pod>) -> PodChange {
+        let mut change = PodChange::default();
+        if let Some(id) = self.find(name) {
+            change.before = self.take_pod(id).map(|pod| (id, pod));
+        }
+        if let Some(pod) = pod {
+            let (group, is_new) = self.group(name, &pod.metadata.labels);
+            change.new_group = is_new.then_some(group);
+            change.now = Some(self.put_pod(name, pod, group));
+        }
+        if let Some(group) = change.before.as_ref().map(|(_, pod)| pod.group) {
+            change.ended_group = self.end_group(group).map(|selectors| (group, selectors));
+        }
+        change
+    }
+
+    fn take_pod(&mut self, id: u32) -> Option<PodFacts> {
+        let pod = self.pods.remove(id)?;
+        let hashed = hash(&(&*pod.namespace, &*pod.name));
+        if let Ok(entry) = self.by_name.find_entry(hashed, |other| *other == id) {
+            entry.remove();
+        }
+        self.groups[pod.group].members.retain(|member| *member != id);
+        Some(pod)
+    }
+
+    fn put_pod(&mut self, name: &ObjectName, pod: &Pod, group: u32) -> u32 {
+        let mut addresses = pod.addresses().into_iter();
+        let facts = PodFacts {
+            namespace: Arc::clone(&self.groups[group].namespace),
+            name: name.name.as_str().into(),
+            uid: (!pod.metadata.uid.is_empty()).then(|| hash(&pod.metadata.uid.as_str())),
+            group,
+            addresses: [addresses.next(), addresses.next()],
+            ports: self.port_list(pod),
+            concerned: pod.is_policy_pod(),
+            deleting: pod.metadata.deletion_timestamp.is_some(),
+        };
+        let id = self.pods.insert(facts);
+        self.groups[group].members.push(id);
+        let pods = &self.pods;
+        let hasher = |id: &u32| hash(&(&*pods[*id].namespace, &*pods[*id].name));
+        self.by_name.insert_unique(hash(&(name.namespace.as_str(), name.name.as_str())), id, hasher);
+        id
+    }
+
+    fn port_list(&mut self, pod: &Pod) -> Arc<[PodPort]> {
+        let list: Arc<[PodPort]> =
+            pod.all_named_ports().map(|(name, protocol, number)| (name.into(), protocol, number)).collect();
+        if let Some(known) = self.port_lists.get(&list) {
+            return Arc::clone(known);
+        }
+        self.port_lists.insert(Arc::clone(&list));
+        list
+    }
+
+    fn word(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.words.get(text) {
+            return Arc::clone(known);
+        }
+        let word: Arc<str> = text.into();
+        self.words.insert(Arc::clone(&word));
+        word
+    }
+
+    fn group(&mut self, name: &ObjectName, labels: &Labels) -> (u32, bool) {
+        let namespace = self.word(&name.namespace);
+        let labels: Arc<[(Arc<str>, Box<str>)]> =
+            labels.iter().map(|(key, value)| (self.word(key), value.as_str().into())).collect();
+        let key = (Arc::clone(&namespace), Arc::clone(&labels));
+        if let Some(group) = self.by_key.get(&key) {
+            return (*group, false);
+        }
+        let hashes: Vec<u64> = labels.iter().map(|(key, value)| label_hash(key, value)).collect();
+        let group =
+            self.groups.insert(Group { namespace, labels, selectors: Vec::new(), members: Vec::new() });
+        self.by_key.insert(key, group);
+        for hashed in hashes {
+            self.by_label.entry(hashed).or_default().insert(group);
+        }
+        self.namespace(&name.namespace).groups.insert(group);
+        (group, true)
+    }
+
+    /// Removes a group that has no member any more and returns its selectors.
+    fn end_group(&mut self, slot: u32) -> Option<Vec<u32>> {
+        if !self.groups[slot].members.is_empty() {
+            return None;
+        }
+        let group = self.groups.remove(slot)?;
+        for (key, value) in group.labels.iter() {
+            let hashed = label_hash(key, value);
+            if let Some(groups) = self.by_label.get_mut(&hashed) {
+                groups.remove(&slot);
+                if groups.is_empty() {
+                    self.by_label.remove(&hashed);
+                }
+            }
+        }
+        self.namespace(&group.namespace).groups.remove(&slot);
+        self.by_key.remove(&(group.namespace, group.labels));
+        Some(group.selectors)
+    }
+
+    /// The groups that a selector matches.
+    pub(in crate::policy) fn groups_matching(&self, selector: &PeerSelector) -> Vec<u32> {
+        let PeerSelector::Pods { namespaces, pods } = selector else { return Vec::new() };
+        let matches = |group: &u32| {
+            let group = &self.groups[*group];
+            match self.namespaces.get(&group.namespace) {
+                Some(namespace) => group.is_matched(selector, &namespace.labels),
+                None => false,
+            }
+        };
+        let empty = BTreeSet::new();
+        let of_label =
+            |(key, value): (&String, &String)| self.by_label.get(&label_hash(key, value)).unwrap_or(&empty);
+        if let Some(candidates) = pods.match_labels.iter().map(of_label).min_by_key(|groups| groups.len()) {
+            return candidates.iter().copied().filter(matches).collect();
+        }
+        if let NamespaceScope::Named(name) = namespaces {
+            let of_namespace = self.namespaces.get(name.as_str()).map(|namespace| &namespace.groups);
+            return of_namespace.into_iter().flatten().copied().filter(matches).collect();
+        }
+        self.groups.iter().map(|(slot, _)| slot).filter(matches).collect()
+    }
+}
