@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use holdfast_net_core::objects::{
-    IngressRule, LabelSelector, Labels, Meta, NetworkPolicy, NetworkPolicySpec, ObjectChange, Peer, Pod,
-    PodStatus, PolicyPort, PortNumberOrName,
+    IngressRule, LabelSelector, Labels, Meta, NetworkPolicy, NetworkPolicySpec, ObjectChange, Operator, Peer,
+    Pod, PodStatus, PolicyPort, PortNumberOrName, Requirement,
 };
 use holdfast_net_core::policy::{Compiler, Subject};
 use holdfast_net_core::ruleset::Ruleset;
@@ -20,6 +20,9 @@ const APPS: u32 = 300;
 const NAMESPACES: u32 = 40;
 const POLICIES: u32 = 1_000;
 const LOCAL: usize = 100;
+const MANY_PEERS: u32 = 100_000;
+const MANY_POLICIES: u32 = 10_000;
+const SLOTS: u32 = 100;
 
 #[test]
 fn a_large_clusters_ruleset_stays_small_and_a_change_costs_what_it_reaches() {
@@ -58,14 +61,107 @@ fn a_large_clusters_ruleset_stays_small_and_a_change_costs_what_it_reaches() {
     time(&mut compiler, &mut kernel, &ObjectChange::Policy(policy.object_name(), None), "a policy less");
 }
 
+/// Ten thousand policies, a hundred on each of a hundred local pods, that name a hundred thousand peers in lists of labels.
+#[test]
+fn selectors_that_list_values_and_pods_with_many_policies_cost_no_more() {
+    let mut compiler = Compiler::default();
+    let started = Instant::now();
+    for index in 0..MANY_PEERS {
+        compiler.apply(&put_pod(&mk_grouped_pod(index, index % MANY_POLICIES)));
+    }
+    for index in 0..MANY_POLICIES {
+        compiler.apply(&put_policy(&mk_listing_policy(index, 8000)));
+    }
+    for slot in 0..SLOTS {
+        let pod = mk_slot_pod(slot);
+        compiler.apply(&put_pod(&pod));
+        compiler.put(&pod.metadata.name, mk_subject(&pod));
+    }
+    println!("objects in {:?}", started.elapsed());
+    let started = Instant::now();
+    let delta = compiler.commit();
+    println!("first commit {:?}, {:?}", started.elapsed(), compiler.counts());
+    let mut kernel = Ruleset::default();
+    kernel.apply(&kernel.changes(&delta));
+    let started = Instant::now();
+    assert_eq!(kernel, compiler.ruleset());
+    println!("the whole ruleset {:?}", started.elapsed());
+    let started = Instant::now();
+    compiler.adopt(&kernel);
+    println!("adopted in {:?}", started.elapsed());
+    assert_eq!(kernel, compiler.ruleset());
+
+    let label = put_pod(&mk_grouped_pod(77, 78));
+    assert!(time(&mut compiler, &mut kernel, &label, "a pod's label") <= 4);
+    let address = put_pod(&mk_grouped_pod(MANY_PEERS, 5));
+    assert!(time(&mut compiler, &mut kernel, &address, "a pod more") <= 4);
+    let name = mk_grouped_pod(MANY_PEERS, 5).object_name();
+    assert!(time(&mut compiler, &mut kernel, &ObjectChange::Pod(name, None), "a pod less") <= 4);
+    let port = put_policy(&mk_listing_policy(7, 9000));
+    assert!(time(&mut compiler, &mut kernel, &port, "a policy's port") <= 8);
+    let more = put_policy(&mk_listing_policy(MANY_POLICIES, 8000));
+    // A new class of 101 policies takes the place of one of 100.
+    assert!(time(&mut compiler, &mut kernel, &more, "a policy more") <= 1000);
+    let name = mk_listing_policy(MANY_POLICIES, 8000).object_name();
+    assert!(time(&mut compiler, &mut kernel, &ObjectChange::Policy(name, None), "a policy less") <= 1000);
+}
+
+fn mk_grouped_pod(index: u32, group: u32) -> Pod {
+    let labels = Labels::from([("group".to_owned(), format!("g{group}"))]);
+    let metadata = Meta {
+        name: format!("peer{index}"),
+        namespace: format!("ns{}", index % NAMESPACES),
+        labels,
+        ..Meta::default()
+    };
+    let address = IpAddr::from((0x0a80_0000 + index).to_be_bytes());
+    let status = PodStatus { phase: "Running".to_owned(), pod_ip: Some(address), ..PodStatus::default() };
+    Pod { metadata, status, ..Pod::default() }
+}
+
+fn mk_slot_pod(slot: u32) -> Pod {
+    let labels = Labels::from([("slot".to_owned(), format!("s{slot}"))]);
+    let metadata =
+        Meta { name: format!("slot{slot}"), namespace: "local".to_owned(), labels, ..Meta::default() };
+    let address = IpAddr::from((0x0af4_0000 + slot).to_be_bytes());
+    let status = PodStatus { phase: "Running".to_owned(), pod_ip: Some(address), ..PodStatus::default() };
+    Pod { metadata, status, ..Pod::default() }
+}
+
+fn mk_listing_policy(index: u32, first_port: u16) -> NetworkPolicy {
+    let values = [index, index + 1].map(|group| format!("g{}", group % MANY_POLICIES)).to_vec();
+    let listed = Requirement { key: "group".to_owned(), operator: Operator::In, values };
+    let from = vec![Peer {
+        pod_selector: Some(LabelSelector { match_expressions: vec![listed], ..LabelSelector::default() }),
+        namespace_selector: Some(LabelSelector::default()),
+        ip_block: None,
+    }];
+    let number = first_port + u16::try_from(index % 50).unwrap();
+    let ports = vec![PolicyPort { port: Some(PortNumberOrName::Number(number)), ..PolicyPort::default() }];
+    let pod_selector = LabelSelector {
+        match_labels: Labels::from([("slot".to_owned(), format!("s{}", index % SLOTS))]),
+        ..LabelSelector::default()
+    };
+    NetworkPolicy {
+        metadata: Meta { name: format!("policy{index}"), namespace: "local".to_owned(), ..Meta::default() },
+        spec: NetworkPolicySpec {
+            pod_selector,
+            ingress: vec![IngressRule { from, ports }],
+            ..NetworkPolicySpec::default()
+        },
+    }
+}
+
 /// Commits a change and tells how many elements it took.
 fn time(compiler: &mut Compiler, kernel: &mut Ruleset, change: &ObjectChange, what: &str) -> usize {
     let started = Instant::now();
     compiler.apply(change);
     let delta = compiler.commit();
     let elapsed = started.elapsed();
+    let comparing = Instant::now();
     let changes = kernel.changes(&delta);
     kernel.apply(&changes);
+    println!("{what}: compared in {:?}", comparing.elapsed());
     assert_eq!(*kernel, compiler.ruleset(), "{what}");
     let elements = changes.add.len() + changes.remove.len();
     println!("{what}: {elements} elements, {elapsed:?}");

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Compiler, Local, Membership, Policy, PolicySubject, Subject};
 use crate::objects::{ClusterNetworkPolicy, Labels, NetworkPolicy, ObjectChange, ObjectName, Pod};
 use crate::policy::lookup::Direction;
-use crate::policy::reference::{PolicyRef, Tier};
+use crate::policy::reference::PolicyRef;
 use crate::policy::rules::{self, PeerRef, PolicyRules};
 
 impl Compiler {
@@ -139,11 +139,18 @@ impl Compiler {
             _ => false,
         };
         if !same_subject {
-            let namespace = (reference.tier == Tier::NetworkPolicy).then(|| reference.name.namespace.clone());
-            self.mark_locals(|local| {
-                let pod = local.subject.pod.as_ref();
-                pod.is_some_and(|pod| namespace.as_ref().is_none_or(|own| *own == pod.namespace))
-            });
+            for policy in before.iter().chain(&now) {
+                let selected =
+                    self.locals.iter().filter(|(_, local)| self.selects_local(&reference, policy, local));
+                let names: Vec<String> = selected.map(|(name, _)| name.clone()).collect();
+                self.dirty.locals.extend(names);
+            }
+        }
+        if let Some(PolicySubject::Namespaced(selector)) = before.as_ref().map(|policy| &policy.subject) {
+            self.subjects.remove(&reference, selector);
+        }
+        if let Some(PolicySubject::Namespaced(selector)) = now.as_ref().map(|policy| &policy.subject) {
+            self.subjects.insert(&reference, selector);
         }
         for rules in before.iter().flat_map(Policy::all_rules) {
             rules.peers().for_each(|peer| self.peers.release(peer));
@@ -156,7 +163,8 @@ impl Compiler {
             now.classes = before.map(|before| before.classes).unwrap_or_default();
         } else {
             // Classes that name the policy may be there even if it was not: it went and came back before a commit.
-            let with_it = self.classes.iter().filter(|(_, class)| class.key.policies.contains(&reference));
+            let with_it =
+                self.classes.iter().filter(|(_, class)| class.key.policies.binary_search(&reference).is_ok());
             now.classes = with_it.map(|(slot, _)| slot).collect();
             let touched = before.as_ref().and_then(|before| touched_peers(before, &now));
             let known = self.dirty.policies.remove(&reference);

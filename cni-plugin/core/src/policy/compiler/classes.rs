@@ -4,10 +4,8 @@ use std::collections::BTreeSet;
 
 use super::commit::{Move, Round};
 use super::peers::Force;
-use super::{Class, ClassKey, Compiler, Membership, PolicySubject};
-use crate::objects::{ClusterSubject, Labels, ObjectName};
+use super::{Class, ClassKey, Compiler, Membership};
 use crate::policy::lookup::Direction;
-use crate::policy::reference::{PolicyRef, Tier};
 use crate::policy::rules::{NamedPort, PeerRef, PolicyRules, Rule};
 use crate::ruleset::ClassId;
 
@@ -32,7 +30,7 @@ impl Compiler {
                         None => Membership::Open,
                     },
                 };
-                self.join(direction, before, now, round);
+                self.join(before, now, round);
                 if before != now || fresh {
                     round.moves.push(Move {
                         addresses: subject.addresses.clone(),
@@ -50,7 +48,7 @@ impl Compiler {
         }
     }
 
-    fn join(&mut self, _direction: Direction, before: Membership, now: Membership, round: &mut Round) {
+    fn join(&mut self, before: Membership, now: Membership, round: &mut Round) {
         if before == now {
             return;
         }
@@ -78,30 +76,6 @@ impl Compiler {
             Direction::Egress => Vec::new(),
         };
         Some(ClassKey { direction, policies, ports })
-    }
-
-    /// The policies that select a pod, in the order in which they are asked.
-    fn policies_selecting(&self, pod: u32, direction: Direction) -> Vec<PolicyRef> {
-        let pod = &self.cluster.pods[pod];
-        let group = &self.cluster.groups[pod.group];
-        let namespace_labels = self.cluster.namespace_labels(&pod.namespace);
-        let first =
-            PolicyRef::namespaced(ObjectName { namespace: pod.namespace.to_string(), name: String::new() });
-        // Names sort by namespace, so a namespace's policies are neighbours.
-        let in_namespace = self.policies.range(first..).take_while(|(name, _)| {
-            name.tier == Tier::NetworkPolicy && *name.name.namespace == *pod.namespace
-        });
-        let cluster_wide = self.cluster_refs.values().filter_map(|name| self.policies.get_key_value(name));
-        let selects = |subject: &PolicySubject| match subject {
-            PolicySubject::Namespaced(selector) => selector.matches_by(|key| group.label(key)),
-            PolicySubject::Cluster(subject) => is_subject(subject, &namespace_labels, |key| group.label(key)),
-        };
-        let selecting = in_namespace
-            .chain(cluster_wide)
-            .filter(|(_, policy)| policy.rules(direction).is_some() && selects(&policy.subject));
-        let mut names: Vec<PolicyRef> = selecting.map(|(name, _)| name.clone()).collect();
-        names.sort();
-        names
     }
 
     fn class(&mut self, key: ClassKey, round: &mut Round) -> u32 {
@@ -221,19 +195,5 @@ impl Compiler {
         }
         self.dirty.nodes |= entry.content.is_of_nodes();
         self.peers.selectors.forget_if_unused(number);
-    }
-}
-
-fn is_subject<'a>(
-    subject: &ClusterSubject,
-    namespace_labels: &Labels,
-    label: impl Fn(&str) -> Option<&'a str>,
-) -> bool {
-    match (&subject.namespaces, &subject.pods) {
-        (Some(namespaces), _) => namespaces.matches(namespace_labels),
-        (None, Some(pods)) => {
-            pods.namespace_selector.matches(namespace_labels) && pods.pod_selector.matches_by(label)
-        }
-        (None, None) => false,
     }
 }

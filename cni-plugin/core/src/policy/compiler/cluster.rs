@@ -10,7 +10,9 @@ use std::sync::Arc;
 use hashbrown::HashTable;
 
 use super::arena::Arena;
-use crate::objects::{Labels, NAMESPACE_NAME_LABEL, Node, ObjectName, Pod, Protocol};
+use crate::objects::{
+    LabelSelector, Labels, NAMESPACE_NAME_LABEL, Node, ObjectName, Operator, Pod, Protocol,
+};
 use crate::policy::rules::{NamedPort, NamespaceScope, PeerSelector, ResolvedPorts};
 
 /// A pod.
@@ -78,7 +80,18 @@ pub(in crate::policy) fn label_hash(key: &str, value: &str) -> u64 {
     hash(&(key, value))
 }
 
-fn hash(value: &impl Hash) -> u64 {
+/// Hashes of labels of which whatever a selector matches has one; `None`: it needs no certain label.
+pub(in crate::policy) fn needed_labels(selector: &LabelSelector) -> Option<Vec<u64>> {
+    if let Some((key, value)) = selector.match_labels.iter().next() {
+        return Some(vec![label_hash(key, value)]);
+    }
+    let listing =
+        selector.match_expressions.iter().filter(|requirement| requirement.operator == Operator::In);
+    let shortest = listing.min_by_key(|requirement| requirement.values.len())?;
+    Some(shortest.values.iter().map(|value| label_hash(&shortest.key, value)).collect())
+}
+
+pub(super) fn hash(value: &impl Hash) -> u64 {
     // Its keys are fixed, so that a run can be repeated.
     let mut hasher = std::collections::hash_map::DefaultHasher::new();
     value.hash(&mut hasher);
@@ -297,7 +310,7 @@ impl Cluster {
         Some(group.selectors)
     }
 
-    /// The groups that a selector matches.
+    /// The groups that a selector matches; one may be named twice.
     pub(in crate::policy) fn groups_matching(&self, selector: &PeerSelector) -> Vec<u32> {
         let PeerSelector::Pods { namespaces, pods } = selector else { return Vec::new() };
         let matches = |group: &u32| {
@@ -307,11 +320,9 @@ impl Cluster {
                 None => false,
             }
         };
-        let empty = BTreeSet::new();
-        let of_label =
-            |(key, value): (&String, &String)| self.by_label.get(&label_hash(key, value)).unwrap_or(&empty);
-        if let Some(candidates) = pods.match_labels.iter().map(of_label).min_by_key(|groups| groups.len()) {
-            return candidates.iter().copied().filter(matches).collect();
+        if let Some(needed) = needed_labels(pods) {
+            let with_one = needed.iter().filter_map(|hashed| self.by_label.get(hashed)).flatten();
+            return with_one.copied().filter(matches).collect();
         }
         if let NamespaceScope::Named(name) = namespaces {
             let of_namespace = self.namespaces.get(name.as_str()).map(|namespace| &namespace.groups);

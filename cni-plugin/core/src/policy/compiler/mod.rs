@@ -25,6 +25,7 @@ mod pairs;
 mod peers;
 mod revocation;
 mod state;
+mod subjects;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -41,6 +42,7 @@ use cluster::Cluster;
 use numbers::Numbers;
 pub(super) use peers::Peers;
 pub use state::Counts;
+use subjects::Subjects;
 
 /// A local endpoint: addresses that were leased, and the pod they were leased to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +61,7 @@ pub struct Compiler {
     pub(super) cluster: Cluster,
     pub(super) peers: Peers,
     pub(super) policies: BTreeMap<PolicyRef, Policy>,
+    subjects: Subjects,
     /// ClusterNetworkPolicies by name: their tier and priority may change.
     cluster_refs: BTreeMap<String, PolicyRef>,
     /// Endpoints by the name that the caller gave them.

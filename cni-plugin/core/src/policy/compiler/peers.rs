@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::cluster::{Group, label_hash};
+use super::cluster::{Group, label_hash, needed_labels};
 use crate::objects::{IpBlock, Labels};
 use crate::policy::rules::{PeerRef, PeerSelector};
 
@@ -15,7 +15,7 @@ use crate::policy::rules::{PeerRef, PeerSelector};
 pub(in crate::policy) struct Peers {
     pub selectors: Table<PeerSelector>,
     pub blocks: Table<IpBlock>,
-    /// Selectors in force by the hash of one label that they need.
+    /// Selectors in force by the hashes of labels of which they need one.
     by_label: BTreeMap<u64, BTreeSet<u32>>,
     /// Selectors of pods in force that need no certain label.
     unlabelled: BTreeSet<u32>,
@@ -144,7 +144,7 @@ impl Peers {
             return Force::Same;
         }
         if let Some((number, selector)) = selector {
-            self.index(&selector).insert(number);
+            self.index(&selector, |numbers| numbers.insert(number));
         }
         Force::Changed
     }
@@ -166,18 +166,27 @@ impl Peers {
             return Force::Same;
         }
         if let Some((number, selector)) = selector {
-            self.index(&selector).remove(&number);
+            self.index(&selector, |numbers| numbers.remove(&number));
         }
         Force::Changed
     }
 
-    fn index(&mut self, selector: &PeerSelector) -> &mut BTreeSet<u32> {
-        match selector {
-            PeerSelector::Nodes(_) => &mut self.of_nodes,
-            PeerSelector::Pods { pods, .. } => match pods.match_labels.iter().next() {
-                Some((key, value)) => self.by_label.entry(label_hash(key, value)).or_default(),
-                None => &mut self.unlabelled,
-            },
+    /// Changes the sets of numbers by which a selector is found.
+    fn index(&mut self, selector: &PeerSelector, change: impl Fn(&mut BTreeSet<u32>) -> bool) {
+        let PeerSelector::Pods { pods, .. } = selector else {
+            change(&mut self.of_nodes);
+            return;
+        };
+        let Some(needed) = needed_labels(pods) else {
+            change(&mut self.unlabelled);
+            return;
+        };
+        for hashed in needed {
+            let numbers = self.by_label.entry(hashed).or_default();
+            change(numbers);
+            if numbers.is_empty() {
+                self.by_label.remove(&hashed);
+            }
         }
     }
 
