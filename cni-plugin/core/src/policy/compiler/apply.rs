@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Compiler, Local, Membership, Policy, PolicySubject, Subject};
+use super::{Class, Compiler, Local, Membership, Policy, PolicySubject, Subject};
 use crate::objects::{ClusterNetworkPolicy, Labels, NetworkPolicy, ObjectChange, ObjectName, Pod};
 use crate::policy::lookup::Direction;
 use crate::policy::reference::PolicyRef;
@@ -155,25 +155,28 @@ impl Compiler {
         for rules in before.iter().flat_map(Policy::all_rules) {
             rules.peers().for_each(|peer| self.peers.release(peer));
         }
-        let Some(mut now) = now else { return };
         let same_rules = before
             .as_ref()
-            .is_some_and(|before| before.ingress == now.ingress && before.egress == now.egress);
-        if same_rules {
-            now.classes = before.map(|before| before.classes).unwrap_or_default();
-        } else {
-            // Classes that name the policy may be there even if it was not: it went and came back before a commit.
-            let with_it =
-                self.classes.iter().filter(|(_, class)| class.key.policies.binary_search(&reference).is_ok());
-            now.classes = with_it.map(|(slot, _)| slot).collect();
-            let touched = before.as_ref().and_then(|before| touched_peers(before, &now));
-            let known = self.dirty.policies.remove(&reference);
-            let touched = match known {
+            .zip(now.as_ref())
+            .is_some_and(|(before, now)| before.ingress == now.ingress && before.egress == now.egress);
+        if !same_rules {
+            let touched = touched_peers(before.iter().chain(&now));
+            let touched = match self.dirty.policies.remove(&reference) {
                 None => touched,
                 Some(earlier) => earlier.zip(touched).map(|(a, b)| a.union(&b).copied().collect()),
             };
             self.dirty.policies.insert(reference.clone(), touched);
         }
+        let Some(mut now) = now else { return };
+        now.classes = match before {
+            Some(before) => before.classes,
+            // Classes that name the policy may be there even if it was not: it went and came back before a commit.
+            None => {
+                let with_it =
+                    |(_, class): &(u32, &Class)| class.key.policies.binary_search(&reference).is_ok();
+                self.classes.iter().filter(with_it).map(|(slot, _)| slot).collect()
+            }
+        };
         self.policies.insert(reference, now);
     }
 
@@ -211,10 +214,11 @@ impl Policy {
     }
 }
 
-/// The peers that rules of either name; `None` where one of them has a rule for everybody.
-fn touched_peers(before: &Policy, now: &Policy) -> Option<BTreeSet<PeerRef>> {
-    let rules = || before.all_rules().chain(now.all_rules()).flat_map(|policy| &policy.rules);
-    rules()
-        .all(|rule| rule.peers.is_some())
-        .then(|| rules().flat_map(|rule| rule.peers.iter().flatten().copied()).collect())
+/// The peers that rules of these policies name; `None` where one of them has a rule for everybody.
+pub(super) fn touched_peers<'a>(policies: impl IntoIterator<Item = &'a Policy>) -> Option<BTreeSet<PeerRef>> {
+    let mut touched = BTreeSet::new();
+    for rule in policies.into_iter().flat_map(Policy::all_rules).flat_map(|policy| &policy.rules) {
+        touched.extend(rule.peers.as_ref()?);
+    }
+    Some(touched)
 }

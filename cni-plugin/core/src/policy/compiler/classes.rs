@@ -106,6 +106,7 @@ impl Compiler {
         round.left.append(&mut self.dirty.left);
         let changed = self.dirty.policies.keys().filter_map(|name| self.policies.get(name));
         round.changed_classes = changed.flat_map(|policy| policy.classes.iter().copied()).collect();
+        round.changed_classes.extend(round.succeeded.keys());
         let candidates: BTreeSet<u32> =
             round.left.iter().chain(&round.new_classes).chain(&round.changed_classes).copied().collect();
         for slot in candidates {

@@ -15,6 +15,8 @@ pub(super) struct Round {
     pub moves: Vec<Move>,
     pub new_classes: BTreeSet<u32>,
     pub ended_classes: BTreeSet<u32>,
+    /// Classes that took the place of others with their number: the peers whose pairs may differ; `None`: all.
+    pub succeeded: BTreeMap<u32, Option<BTreeSet<PeerRef>>>,
     /// Classes whose rules changed.
     pub changed_classes: BTreeSet<u32>,
     /// Classes that an endpoint left.
@@ -57,6 +59,7 @@ pub(super) fn commit(compiler: &mut Compiler) -> Delta {
     let mut round = Round::default();
     let mut delta = Delta::default();
     compiler.reclassify(&mut round);
+    compiler.succeed(&mut round);
     compiler.register_classes(&mut round);
     round.changed_policies = std::mem::take(&mut compiler.dirty.policies);
     compiler.refresh_ranges(&mut round, &mut delta);

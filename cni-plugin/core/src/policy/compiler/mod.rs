@@ -26,6 +26,7 @@ mod peers;
 mod revocation;
 mod state;
 mod subjects;
+mod succession;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

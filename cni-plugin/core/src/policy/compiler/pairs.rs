@@ -36,14 +36,18 @@ impl Compiler {
         for class in &round.new_classes {
             reached.insert(*class, self.all_pairs_of(*class));
         }
-        for (name, touched) in &round.changed_policies {
+        let changed = round.changed_policies.iter().flat_map(|(name, touched)| {
             let classes = self.policies.get(name).into_iter().flat_map(|policy| &policy.classes);
-            for class in classes.filter(|class| !round.new_classes.contains(class)) {
-                let of = reached.entry(*class).or_default();
-                match touched {
-                    Some(peers) => of.extend(self.identities_with(peers.iter()).map(Some)),
-                    None => of.extend(self.all_pairs_of(*class)),
-                }
+            classes.map(move |class| (class, touched))
+        });
+        for (class, touched) in changed.chain(&round.succeeded) {
+            if round.new_classes.contains(class) {
+                continue;
+            }
+            let of = reached.entry(*class).or_default();
+            match touched {
+                Some(peers) => of.extend(self.identities_with(peers.iter()).map(Some)),
+                None => of.extend(self.all_pairs_of(*class)),
             }
         }
         for identity in &round.new_identities {
