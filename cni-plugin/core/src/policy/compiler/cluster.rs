@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use hashbrown::HashTable;
@@ -21,7 +22,7 @@ pub(in crate::policy) struct PodFacts {
     pub namespace: Arc<str>,
     pub name: Box<str>,
     /// `None` for an object without a uid.
-    uid: Option<u64>,
+    uid: Option<NonZeroU64>,
     pub group: u32,
     pub addresses: [Option<IpAddr>; 2],
     pub ports: Arc<[PodPort]>,
@@ -98,10 +99,14 @@ pub(super) fn hash(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
+fn hash_uid(uid: &str) -> Option<NonZeroU64> {
+    NonZeroU64::new(hash(&uid)).filter(|_| !uid.is_empty())
+}
+
 impl PodFacts {
     /// Whether an attachment that was made for a pod of this uid is this pod's. Either may be unknown.
     pub(in crate::policy) fn has_uid(&self, uid: &str) -> bool {
-        uid.is_empty() || self.uid.is_none_or(|own| own == hash(&uid))
+        uid.is_empty() || self.uid.is_none_or(|own| Some(own) == hash_uid(uid))
     }
 
     pub(in crate::policy) fn object_name(&self) -> ObjectName {
@@ -237,7 +242,7 @@ impl Cluster {
         let facts = PodFacts {
             namespace: Arc::clone(&self.groups[group].namespace),
             name: name.name.as_str().into(),
-            uid: (!pod.metadata.uid.is_empty()).then(|| hash(&pod.metadata.uid.as_str())),
+            uid: hash_uid(&pod.metadata.uid),
             group,
             addresses: [addresses.next(), addresses.next()],
             ports: self.port_list(pod),

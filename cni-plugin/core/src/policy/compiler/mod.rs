@@ -31,6 +31,8 @@ mod succession;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use smallvec::SmallVec;
+
 use super::lookup::Direction;
 use super::reference::PolicyRef;
 use super::rules::{NamedPort, PeerRef, PolicyRules, ResolvedPorts};
@@ -231,7 +233,7 @@ struct Range {
 #[derive(Debug, Default)]
 struct Address {
     /// Pods whose status names it.
-    claims: Vec<u32>,
+    claims: SmallVec<[u32; 2]>,
     identity: Option<u32>,
 }
 
