@@ -1,7 +1,10 @@
 //! Checks of a ClusterNetworkPolicy that the API server would have done.
 
-use super::validate::{InvalidPolicy, invalid, selector};
-use crate::objects::{ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterProtocol, NamespacedPods};
+use super::limits::{PARTS_MAX, parts_of_selector};
+use super::validate::{self, InvalidPolicy, invalid};
+use crate::objects::{
+    ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterProtocol, LabelSelector, NamespacedPods,
+};
 
 /// Rules of a direction, peers and protocols of a rule, networks of a peer.
 const LIST_MAX: usize = 25;
@@ -126,6 +129,13 @@ fn check_port(field: &str, port: &ClusterPort) -> Result<(), InvalidPolicy> {
         (Some(_), Some(_)) => invalid(field, "exactly one of number and range is allowed"),
         _ => Ok(()),
     }
+}
+
+fn selector(field: &str, selector: &LabelSelector) -> Result<(), InvalidPolicy> {
+    if parts_of_selector(selector) > PARTS_MAX {
+        return invalid(field, &format!("more than {PARTS_MAX} requirements and values are not enforced"));
+    }
+    validate::selector(field, selector)
 }
 
 fn both(field: &str, pods: &NamespacedPods) -> Result<(), InvalidPolicy> {
