@@ -188,6 +188,17 @@ mod tests {
     }
 
     #[test]
+    fn a_selector_that_is_too_large_is_refused() {
+        let values: Vec<String> = (0..PARTS_MAX).map(|number| format!("\"v{number}\"")).collect();
+        let large = format!(
+            "\"namespaces\": {{\"matchExpressions\": [{{\"key\": \"a\", \"operator\": \"In\", \"values\": [{}]}}]}}",
+            values.join(",")
+        );
+        let found = problem(&GOOD.replace("\"namespaces\": {}", &large));
+        assert!(found.contains("spec.subject.namespaces: more than 20000"), "{found}");
+    }
+
+    #[test]
     fn a_peer_or_protocol_of_a_newer_api_is_not_refused() {
         assert_eq!(problem(&GOOD.replace("{\"networks\": [\"10.0.0.0/8\"]}", "{\"services\": {}}")), "");
         assert_eq!(problem(&GOOD.replace("{\"tcp\": {\"destinationPort\"", "{\"icmp\": {\"type\"")), "");

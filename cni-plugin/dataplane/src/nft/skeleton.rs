@@ -306,10 +306,10 @@ fn state(bits: u32) -> Vec<Expr> {
 /// known any more, so both readings must be allowed. Else a server that goes on sending would turn a connection that is
 /// forbidden into one that it opened itself.
 fn pickup() -> Vec<Expr> {
-    let mut rule = state(NEW);
+    // The protocol first: other packets are done with after one comparison.
+    let mut rule = vec![Expr::MetaLoad(Meta::L4Proto, R0), Expr::Cmp(R0, Cmp::Eq, vec![TCP])];
+    rule.extend(state(NEW));
     rule.extend([
-        Expr::MetaLoad(Meta::L4Proto, R0),
-        Expr::Cmp(R0, Cmp::Eq, vec![TCP]),
         Expr::Payload(Base::Transport, TCP_FLAGS_AT, 1, R0),
         Expr::MaskByte(R0, TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK),
         Expr::Cmp(R0, Cmp::Neq, vec![TCP_SYN]),
