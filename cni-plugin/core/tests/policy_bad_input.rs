@@ -140,7 +140,8 @@ fn try_large(what: &str, policy: &NetworkPolicy) -> Node {
     assert!(small < 10, "{what}: {small} elements for another policy");
     assert!(took_beside < COMMIT_LIMIT / 4, "{what}: another policy took {took_beside:?}");
     let started = Instant::now();
-    node.compiler.explain(&party([10, 9, 9, 9]), &party([10, 0, 0, 1]), Proto::Tcp, 80);
+    let explained = node.compiler.explain(&party([10, 9, 9, 9]), &party([10, 0, 0, 1]), Proto::Tcp, 80);
+    assert_eq!(explained.is_allowed(), node.admits([10, 9, 9, 9], 80), "{what}");
     assert!(started.elapsed() < COMMIT_LIMIT / 4, "{what}: explaining took {:?}", started.elapsed());
     node
 }
