@@ -153,7 +153,8 @@ fn matches(pattern: &str, end: &End) -> bool {
     }
 }
 
-fn matches_pod(pattern: &str, pod: &PodName) -> bool {
+/// Whether a pattern of a table names a pod.
+pub fn matches_pod(pattern: &str, pod: &PodName) -> bool {
     pattern == "*"
         || pattern.strip_suffix("/*").is_some_and(|namespace| namespace == pod.namespace)
         || pattern == pod.to_string()
@@ -252,7 +253,10 @@ fn apply(bed: &mut Bed, world: &mut World, action: &Action) -> Result<()> {
 }
 
 /// Puts ranges into a spec: `<x/a v4 24>`.
-fn fill(world: &World, spec: &str) -> Result<String> {
+///
+/// # Errors
+/// What stands between the brackets is no such range.
+pub fn fill(world: &World, spec: &str) -> Result<String> {
     let mut parts = spec.split('<');
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {

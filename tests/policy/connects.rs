@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,15 +57,25 @@ impl Servers {
     /// # Errors
     /// A pod's network namespace cannot be entered.
     pub fn start(bed: &Bed) -> Result<Self> {
+        // One socket for both families.
+        let any = || vec![IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+        Self::start_at(bed.sandboxes().map(|(name, netns)| (name.clone(), netns.to_path_buf(), any())))
+    }
+
+    /// Starts one in each of these network namespaces, at these addresses; it says the name.
+    ///
+    /// # Errors
+    /// A network namespace cannot be entered.
+    pub fn start_at(places: impl Iterator<Item = (PodName, PathBuf, Vec<IpAddr>)>) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut servers = Self { stop: stop.clone(), threads: Vec::new() };
         let (ready, wait) = std::sync::mpsc::channel();
-        for (name, netns) in bed.sandboxes() {
-            let (name, netns, stop, ready) =
-                (name.to_string(), netns.to_path_buf(), stop.clone(), ready.clone());
+        for (name, netns, addresses) in places {
+            let (name, stop, ready) = (name.to_string(), stop.clone(), ready.clone());
             servers.threads.push(std::thread::spawn(move || {
                 enter(&netns)?;
-                let (listeners, sockets) = listen().with_context(|| format!("the server of {name}"))?;
+                let (listeners, sockets) =
+                    listen(&addresses).with_context(|| format!("the server of {name}"))?;
                 ready.send(()).map_err(|_| anyhow!("nobody waits for the server"))?;
                 drop(ready);
                 serve(&name, &listeners, &sockets, &stop)
@@ -132,11 +142,9 @@ pub fn enter(netns: &Path) -> Result<()> {
     setns(file, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")
 }
 
-fn listen() -> Result<(Vec<TcpListener>, Vec<UdpSocket>)> {
+fn listen(addresses: &[IpAddr]) -> Result<(Vec<TcpListener>, Vec<UdpSocket>)> {
     let (mut listeners, mut sockets) = (Vec::new(), Vec::new());
-    for port in PORTS {
-        // One socket for both families.
-        let address = (Ipv6Addr::UNSPECIFIED, port);
+    for address in PORTS.iter().flat_map(|port| addresses.iter().map(|address| (*address, *port))) {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
         listeners.push(listener);

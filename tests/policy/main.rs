@@ -12,12 +12,14 @@ mod cluster_policy;
 mod connects;
 mod e2e;
 mod generated;
+mod hygiene;
 mod no_gap;
 mod oracle;
 mod packets;
 mod prober;
 mod random;
 mod revocation;
+mod services;
 mod world;
 
 use std::process::ExitCode;
@@ -52,8 +54,15 @@ fn main() -> ExitCode {
         trial(&shared, "the_230_situations_of_policy_assistant", generated::run),
         trial(&shared, "the_92_situations_of_the_network_policy_api", cluster_policies::run),
         trial(&shared, "unknown_peers_fail_closed", cluster_policies::run_beyond),
+        trial(&shared, "a_connection_through_a_service_is_judged_by_its_real_ends", services::run),
         trial(&shared, "a_pod_that_starts_sends_and_gets_nothing_that_is_forbidden", no_gap::run),
         trial(&shared, "a_connection_that_a_change_forbids_stops_and_another_loses_nothing", revocation::run),
+        trial(
+            &shared,
+            "a_connection_through_a_service_that_a_change_forbids_stops_and_another_loses_nothing",
+            revocation::run_through_service,
+        ),
+        trial(&shared, "conntrack_entries_that_a_change_forbids_are_deleted_and_no_others", hygiene::run),
         trial(&shared, "random_policies_are_enforced_as_the_oracle_says", random::run),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials);

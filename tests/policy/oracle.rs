@@ -61,30 +61,39 @@ enum Direction {
 /// The question names a pod that does not exist.
 #[must_use]
 pub fn allows(world: &World, question: &Question<'_>) -> bool {
-    let egress = Case {
+    let client = End::Pod(question.source.clone());
+    egress(world, question).allows() && ingress_allows(world, question, client, question.source_address)
+}
+
+/// The same where the client's node puts its own address in the client's place, and the server is on another node: that
+/// one sees the client's node.
+///
+/// # Panics
+/// The question names a pod that does not exist.
+#[must_use]
+pub fn allows_behind(world: &World, question: &Question<'_>, node: &str, node_address: IpAddr) -> bool {
+    let client = End::Node(node.to_owned());
+    egress(world, question).allows() && ingress_allows(world, question, client, node_address)
+}
+
+fn egress<'a>(world: &'a World, question: &'a Question<'a>) -> Case<'a> {
+    Case {
         world,
         direction: Direction::Egress,
         subject: question.source,
         peer: question.target.clone(),
         peer_address: question.target_address,
         question,
-    };
-    if !egress.allows() {
-        return false;
     }
+}
+
+fn ingress_allows(world: &World, question: &Question<'_>, client: End, client_address: IpAddr) -> bool {
     let End::Pod(target) = question.target else {
         // Connections to a node are no pod's ingress.
         return true;
     };
-    let ingress = Case {
-        world,
-        direction: Direction::Ingress,
-        subject: target,
-        peer: End::Pod(question.source.clone()),
-        peer_address: question.source_address,
-        question,
-    };
-    ingress.allows()
+    let direction = Direction::Ingress;
+    Case { world, direction, subject: target, peer: client, peer_address: client_address, question }.allows()
 }
 
 /// One direction of a question: `subject` is the pod whose policies decide.

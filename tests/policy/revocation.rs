@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::bed::Bed;
 use crate::connects::enter;
+use crate::services::{near, with_services};
 use crate::world::{PodName, Protocol};
 
 /// A forbidden connection is silent after this.
@@ -30,7 +31,7 @@ const RUN: Duration = Duration::from_millis(250);
 /// Port of the server.
 const PORT: u16 = 80;
 /// Admits x/b to y/b, and nobody else.
-const ONLY_X_B: &str = "{podSelector: {matchLabels: {pod: b}}, policyTypes: [Ingress], \
+pub const ONLY_X_B: &str = "{podSelector: {matchLabels: {pod: b}}, policyTypes: [Ingress], \
     ingress: [{from: [{namespaceSelector: {matchLabels: {ns: x}}, podSelector: {matchLabels: {pod: b}}}]}]}";
 
 /// Who sends.
@@ -46,25 +47,37 @@ struct Kind {
     protocol: Protocol,
     sender: Sender,
     v6: bool,
+    /// The Service that the clients ask for, whose address and port are translated; else the server itself.
+    service: Option<[SocketAddr; 2]>,
 }
 
-/// Every kind, several times.
+/// Every kind, several times, without address translation.
 pub fn run(bed: &mut Bed) -> Result<()> {
+    every_kind(bed, None)
+}
+
+/// The same through a Service.
+pub fn run_through_service(bed: &mut Bed) -> Result<()> {
+    with_services(bed, |bed, services| every_kind(bed, Some(near(services)?.front)))
+}
+
+fn every_kind(bed: &mut Bed, service: Option<[SocketAddr; 2]>) -> Result<()> {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         for sender in [Sender::Server, Sender::Client] {
             let mut times = Vec::new();
             for round in 0..ROUNDS {
-                let kind = Kind { protocol, sender, v6: round % 2 == 1 };
+                let kind = Kind { protocol, sender, v6: round % 2 == 1, service };
                 times.push(round_of(bed, kind, "y/revoke").with_context(|| format!("{kind:?}"))?);
             }
             times.sort_unstable();
-            println!("revocation, {}, {sender:?} sends: silent after {times:?}", protocol.word());
+            let by = if service.is_some() { "through a Service" } else { "direct" };
+            println!("revocation, {}, {by}, {sender:?} sends: silent after {times:?}", protocol.word());
             ensure!(times[ROUNDS / 2] <= PROMISE, "the median is {:?}", times[ROUNDS / 2]);
             ensure!(times[ROUNDS - 1] <= LIMIT, "one round took {:?}", times[ROUNDS - 1]);
         }
     }
     // The twin: a policy of another namespace forbids nothing here, and the connection must be seen to go on.
-    let kind = Kind { protocol: Protocol::Tcp, sender: Sender::Server, v6: false };
+    let kind = Kind { protocol: Protocol::Tcp, sender: Sender::Server, v6: false, service };
     let goes_on = round_of(bed, kind, "z/revoke")?;
     ensure!(goes_on > PROMISE, "a connection that nothing forbids looks cut after {goes_on:?}");
     Ok(())
@@ -76,15 +89,16 @@ fn round_of(bed: &mut Bed, kind: Kind, policy: &str) -> Result<Duration> {
     bed.show(&world)?;
     let name = PodName::new;
     let server_pod = &world.pods[&name("y/b")];
-    let address = SocketAddr::new(server_pod.addresses[usize::from(kind.v6)], PORT);
+    let family = usize::from(kind.v6);
+    let direct = SocketAddr::new(server_pod.addresses[family], PORT);
+    let address = kind.service.map_or(direct, |front| front[family]);
     let sandbox = |pod: &str| -> Result<PathBuf> {
         let found = bed.sandboxes().find(|(other, _)| **other == name(pod));
         Ok(found.with_context(|| format!("{pod} has no sandbox"))?.1.to_path_buf())
     };
     let stop = Arc::new(AtomicBool::new(false));
     let begin = Instant::now();
-    let clients =
-        ["x/a", "x/b"].map(|pod| (world.pods[&name(pod)].addresses[usize::from(kind.v6)], Heard::new(begin)));
+    let clients = ["x/a", "x/b"].map(|pod| (world.pods[&name(pod)].addresses[family], Heard::new(begin)));
     let mut threads = vec![start_server(kind, sandbox("y/b")?, clients.clone(), stop.clone())?];
     for ((_, heard), pod) in clients.iter().zip(["x/a", "x/b"]) {
         threads.push(start_client(kind, sandbox(pod)?, address, heard.clone(), stop.clone()));

@@ -17,7 +17,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::objects::{Document, ObjectKey, parse_json, parse_yaml};
+use crate::objects::{Document, Object, ObjectKey, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -278,17 +278,19 @@ impl Scanner {
         document: Document,
     ) {
         match document {
-            Document::Object(key, object) => {
-                if let Some(other) = self.owners.get(&key).filter(|other| **other != *path) {
-                    file.problems.push(format!("{key} is also in {}, which counts", other.display()));
-                    file.doubled.insert(key);
-                    return;
+            Document::Object(key, object) => self.take_object(path, file, before, key, object),
+            Document::Oversized(key, closed, problem) => {
+                let kept = before.take(&key);
+                let what = if kept.is_some() {
+                    "its last good state stays"
+                } else {
+                    "it isolates what it selects and admits nothing"
+                };
+                file.problems.push(format!("{key} is too large ({problem}); {what}"));
+                match kept {
+                    Some(key) => drop(file.keys.insert(key)),
+                    None => self.take_object(path, file, before, key, closed),
                 }
-                let change = object.into_change(&key);
-                let key = before.take(&key).unwrap_or_else(|| Arc::new(key));
-                self.owners.entry(Arc::clone(&key)).or_insert_with(|| path.to_owned());
-                file.keys.insert(key);
-                self.pass_on(change);
             }
             Document::Other => {}
             Document::Invalid(None, problem) => file.problems.push(problem),
@@ -299,6 +301,26 @@ impl Scanner {
                 file.keys.extend(kept);
             }
         }
+    }
+
+    fn take_object(
+        &mut self,
+        path: &Path,
+        file: &mut File,
+        before: &mut BTreeSet<Arc<ObjectKey>>,
+        key: ObjectKey,
+        object: Object,
+    ) {
+        if let Some(other) = self.owners.get(&key).filter(|other| **other != *path) {
+            file.problems.push(format!("{key} is also in {}, which counts", other.display()));
+            file.doubled.insert(key);
+            return;
+        }
+        let change = object.into_change(&key);
+        let key = before.take(&key).unwrap_or_else(|| Arc::new(key));
+        self.owners.entry(Arc::clone(&key)).or_insert_with(|| path.to_owned());
+        file.keys.insert(key);
+        self.pass_on(change);
     }
 
     /// Passes on that objects are gone. Returns the files that have them too.
@@ -448,6 +470,32 @@ mod tests {
         assert_eq!(bench.scan().0, [""; 0], "an empty file is being written");
         std::fs::remove_file(bench.folder.path().join("pod.yaml")).unwrap();
         assert_eq!(bench.scan().0, ["-Pod default/web"]);
+    }
+
+    #[test]
+    fn a_policy_that_is_too_large_closes_what_it_selects_unless_it_has_a_last_good_state() {
+        let ports: Vec<String> = (0..100_000).map(|_| "{port: 80}".to_owned()).collect();
+        let large = POLICY.replace("{port: 80}", &ports.join(", "));
+        let mut bench = Bench::new();
+        bench.write("policy.yaml", &large);
+        let readable = bench.scanner.scan(&BTreeSet::new());
+        assert!(bench.scanner.pass_on_all(readable).is_ok());
+        let batch = bench.receiver.try_recv().unwrap();
+        let [ObjectChange::Policy(name, Some(closed))] = batch.changes.as_slice() else {
+            panic!("{:?}", batch.changes)
+        };
+        assert_eq!((name.to_string().as_str(), closed.spec.ingress.len()), ("default/p", 0));
+        assert!(batch.problems[0].contains("NetworkPolicy default/p is too large"), "{:?}", batch.problems);
+        assert!(batch.problems[0].contains("admits nothing"));
+
+        bench.write("policy.yaml", POLICY);
+        assert_eq!(bench.scan(), (vec!["Policy default/p".to_owned()], vec![]));
+        bench.write("policy.yaml", &large);
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, [""; 0]);
+        assert!(problems[0].contains("its last good state stays"), "{problems:?}");
+        std::fs::remove_file(bench.folder.path().join("policy.yaml")).unwrap();
+        assert_eq!(bench.scan().0, ["-Policy default/p"]);
     }
 
     #[test]

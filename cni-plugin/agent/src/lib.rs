@@ -12,6 +12,7 @@ mod attach;
 mod engine;
 mod flows;
 mod folder;
+mod hygiene;
 mod leases;
 mod matrix;
 mod objects;
@@ -72,6 +73,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let mut seen = handle.seen();
     let flows = Feed::new();
     let flows_task = tokio::spawn(Arc::clone(&flows).run(Config::default().log_group, handle.clone()));
+    let hygiene = tokio::spawn(hygiene::run(Arc::clone(&dataplane)));
     let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
     let engine = tokio::spawn(engine.run());
     attacher
@@ -102,6 +104,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let served = serve(listener, Service { attacher, flows }, stop).await;
     later.abort();
     flows_task.abort();
+    hygiene.abort();
     engine.abort();
     // A plugin that finds no socket knows at once that nobody serves.
     let _ = std::fs::remove_file(&socket);

@@ -39,6 +39,8 @@ const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
 pub(crate) enum Document {
     /// A valid object.
     Object(ObjectKey, Object),
+    /// A valid object that is too large: what can be enforced of it, which is less than it admits, and why.
+    Oversized(ObjectKey, Object, String),
     /// A kind that is not read here, or an empty document.
     Other,
     /// An object that is wrong; its key where that could be read.
@@ -147,6 +149,13 @@ fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, Stri
     };
     let key = ObjectKey { kind, name: ObjectName { namespace, name } };
     match parse(kind) {
+        Ok(Object::NetworkPolicy(policy)) => match policy::check_size(&policy) {
+            Ok(()) => Document::Object(key, Object::NetworkPolicy(policy)),
+            Err(problem) => {
+                let closed = Object::NetworkPolicy(Box::new(policy::closed(&policy)));
+                Document::Oversized(key, closed, problem.to_string())
+            }
+        },
         Ok(object) => Document::Object(key, object),
         Err(problem) => Document::Invalid(Some(key), problem),
     }

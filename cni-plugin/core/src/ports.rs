@@ -1,7 +1,5 @@
 //! Sets of protocols and ports: what a policy rule names, and what a profile allows.
 
-use std::collections::BTreeSet;
-
 use serde::{Deserialize, Serialize};
 
 /// A transport protocol of Kubernetes policies.
@@ -108,6 +106,20 @@ impl PortSet {
         set
     }
 
+    /// All of these ranges together; one whose first port is above its last adds nothing.
+    #[must_use]
+    pub fn of_ranges(ranges: impl IntoIterator<Item = (Proto, u16, u16)>) -> Self {
+        let mut set = Self::default();
+        for (proto, first, last) in ranges.into_iter().filter(|(_, first, last)| first <= last) {
+            set.ranges[proto as usize].push((first, last));
+        }
+        for ranges in &mut set.ranges {
+            ranges.sort_unstable();
+            *ranges = merged(ranges);
+        }
+        set
+    }
+
     /// Whether nothing is in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -166,7 +178,13 @@ impl PortSet {
 type Ranges = [(u16, u16)];
 
 fn union(a: &Ranges, b: &Ranges) -> Vec<(u16, u16)> {
-    let sorted: BTreeSet<&(u16, u16)> = a.iter().chain(b).collect();
+    let mut all = [a, b].concat();
+    all.sort_unstable();
+    merged(&all)
+}
+
+/// Sorted ranges without overlaps and neighbours.
+fn merged(sorted: &Ranges) -> Vec<(u16, u16)> {
     let mut merged: Vec<(u16, u16)> = Vec::new();
     for &(first, last) in sorted {
         match merged.last_mut() {
@@ -178,8 +196,21 @@ fn union(a: &Ranges, b: &Ranges) -> Vec<(u16, u16)> {
 }
 
 fn intersection(a: &Ranges, b: &Ranges) -> Vec<(u16, u16)> {
-    let pairs = a.iter().flat_map(|x| b.iter().map(move |y| (x.0.max(y.0), x.1.min(y.1))));
-    pairs.filter(|(first, last)| first <= last).collect()
+    let (mut left, mut right) = (a.iter().peekable(), b.iter().peekable());
+    let mut common = Vec::new();
+    while let (Some(x), Some(y)) = (left.peek(), right.peek()) {
+        let (first, last) = (x.0.max(y.0), x.1.min(y.1));
+        if first <= last {
+            common.push((first, last));
+        }
+        // The one that ends first has met all that it can.
+        if x.1 < y.1 {
+            left.next();
+        } else {
+            right.next();
+        }
+    }
+    common
 }
 
 fn complement(a: &Ranges) -> Vec<(u16, u16)> {
@@ -197,11 +228,20 @@ fn complement(a: &Ranges) -> Vec<(u16, u16)> {
 
 impl FromIterator<PortRule> for PortSet {
     fn from_iter<I: IntoIterator<Item = PortRule>>(rules: I) -> Self {
-        rules.into_iter().fold(Self::default(), |set, rule| match rule {
-            PortRule::All => Self::all(),
-            PortRule::Protos { .. } => Self { others: true, ..set },
-            PortRule::Ports { proto, first, last } => set.union(&Self::ports(proto, first, last)),
-        })
+        let (mut all, mut others) = (false, false);
+        let ranges = rules.into_iter().filter_map(|rule| match rule {
+            PortRule::All => {
+                all = true;
+                None
+            }
+            PortRule::Protos { .. } => {
+                others = true;
+                None
+            }
+            PortRule::Ports { proto, first, last } => Some((proto, first, last)),
+        });
+        let set = Self::of_ranges(ranges);
+        if all { Self::all() } else { Self { others, ..set } }
     }
 }
 

@@ -16,6 +16,7 @@
 mod dump;
 mod endpoint;
 mod error;
+mod hygiene;
 mod links;
 mod nft;
 mod node;
@@ -32,8 +33,11 @@ use holdfast_net_core::ruleset::{Delta, Ruleset, pins_of};
 
 use links::Links;
 use nft::Nft;
+use nft::socket::NetfilterSocket;
+use tokio::sync::Notify;
 
 pub use error::{Error, Result};
+pub use hygiene::Hygiene;
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 
 /// Settings of the data path.
@@ -88,6 +92,9 @@ pub struct Applied {
 pub struct Dataplane {
     links: Links,
     policy: Arc<Mutex<Policy>>,
+    /// For reading and deleting conntrack entries beside transactions.
+    conntrack: Arc<Mutex<NetfilterSocket>>,
+    revoked: Arc<Notify>,
     bridge: String,
 }
 
@@ -100,6 +107,8 @@ struct Policy {
     advanced: Option<Instant>,
     /// A change that revokes is in force, and the revision still to be advanced for it.
     owes_revision: bool,
+    /// Told at every advance of the revision.
+    revoked: Arc<Notify>,
 }
 
 impl Dataplane {
@@ -112,10 +121,20 @@ impl Dataplane {
         let links = Links::open()?;
         let bridge = config.bridge.clone();
         // A new thread begins in the namespace of the one that starts it.
-        let nft = tokio::task::spawn_blocking(move || Nft::open(config)).await;
-        let nft = nft.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
-        let policy = Policy { nft, quarantined: BTreeMap::new(), advanced: None, owes_revision: false };
-        Ok(Self { links, policy: Arc::new(Mutex::new(policy)), bridge })
+        let open = move || Ok((NetfilterSocket::open()?, Nft::open(config)?));
+        let opened = tokio::task::spawn_blocking(open).await;
+        let (conntrack, nft) =
+            opened.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
+        let revoked = Arc::new(Notify::new());
+        let policy = Policy {
+            nft,
+            quarantined: BTreeMap::new(),
+            advanced: None,
+            owes_revision: false,
+            revoked: Arc::clone(&revoked),
+        };
+        let (policy, conntrack) = (Arc::new(Mutex::new(policy)), Arc::new(Mutex::new(conntrack)));
+        Ok(Self { links, policy, conntrack, revoked, bridge })
     }
 
     /// The ruleset in the kernel, ours of an earlier run included.
@@ -237,6 +256,30 @@ impl Dataplane {
         self.with_policy(Policy::settle).await
     }
 
+    /// Waits for the next advance of the policy revision; returns at once if there was one since the last call. For one
+    /// caller at a time.
+    pub async fn revoked(&self) {
+        self.revoked.notified().await;
+    }
+
+    /// Deletes conntrack entries of local pods' connections that the rules in the kernel forbid and whose next packet would
+    /// be dropped without an entry, too. Nothing depends on it. Entries of others, and of the node itself, are not touched.
+    /// Transactions go on meanwhile.
+    ///
+    /// # Errors
+    /// The kernel refuses to list or to delete; some entries may be deleted.
+    pub async fn delete_forbidden(&self) -> Result<Hygiene> {
+        let own = self.links.own_addresses().await?;
+        let (policy, socket) = (Arc::clone(&self.policy), Arc::clone(&self.conntrack));
+        let run = move || match socket.lock() {
+            Ok(mut socket) => hygiene::pass(&policy, &mut socket, &own),
+            Err(_) => Err(Error::Protocol("the conntrack socket was lost in a panic; restart".into())),
+        };
+        tokio::task::spawn_blocking(run)
+            .await
+            .unwrap_or_else(|_| Err(Error::Protocol("deleting conntrack entries was cut off".into())))
+    }
+
     /// Whether somebody else changed our tables since they were last read or written: a reason to call
     /// [`Dataplane::apply_ruleset`] now.
     ///
@@ -288,10 +331,7 @@ impl Policy {
             ruleset.apply(&changes);
         }
         let applied = self.nft.apply(&ruleset)?;
-        if applied.revoked {
-            self.advanced = Some(Instant::now());
-            self.owes_revision = false;
-        }
+        self.note(applied);
         Ok(applied)
     }
 
@@ -300,11 +340,16 @@ impl Policy {
         self.owes_revision |= changes.revokes;
         changes.revokes = self.owes_revision && self.until_due().is_zero();
         let applied = self.nft.change(&changes)?;
+        self.note(applied);
+        Ok(applied)
+    }
+
+    fn note(&mut self, applied: Applied) {
         if applied.revoked {
             self.advanced = Some(Instant::now());
             self.owes_revision = false;
+            self.revoked.notify_one();
         }
-        Ok(applied)
     }
 
     fn settle(&mut self) -> Result<Option<Duration>> {

@@ -2,6 +2,7 @@
 //!
 //! Everything of ours is told apart: routes carry [`ROUTE_PROTOCOL`], host ends carry a name prefix and an alias.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -140,19 +141,33 @@ impl Links {
 
     /// The addresses of a link with their prefix lengths.
     pub async fn addresses(&self, index: u32) -> Result<Vec<(IpAddr, u8)>> {
+        let all = self.all_addresses().await?.into_iter();
+        Ok(all.filter(|(of, ..)| *of == index).map(|(_, address, prefix)| (address, prefix)).collect())
+    }
+
+    /// The addresses of all links.
+    pub async fn own_addresses(&self) -> Result<BTreeSet<IpAddr>> {
+        Ok(self.all_addresses().await?.into_iter().map(|(_, address, _)| address).collect())
+    }
+
+    /// Link, address and prefix length.
+    async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr, u8)>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let found = self.dumps.run(request, "list addresses").await?;
-        let address = |attributes: &[AddressAttribute]| {
-            attributes.iter().find_map(|a| match a {
+        let address = |message: &RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewAddress(message) = message else { return None };
+            // The local end, where the other one of a point-to-point link is told, too.
+            let own = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            let address = message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Address(address) => Some(*address),
                 _ => None,
-            })
+            });
+            Some((message.header.index, own.or(address)?, message.header.prefix_len))
         };
-        let of_link = found.iter().filter_map(|m| match m {
-            RouteNetlinkMessage::NewAddress(m) if m.header.index == index => Some(m),
-            _ => None,
-        });
-        Ok(of_link.filter_map(|m| Some((address(&m.attributes)?, m.header.prefix_len))).collect())
+        Ok(found.iter().filter_map(address).collect())
     }
 
     /// Adds an address without duplicate address detection (it would delay a pod's start by a second); fine if present.

@@ -14,12 +14,21 @@ use rtnetlink::{LinkBridge, LinkVxlan};
 use crate::error::{Error, Result};
 use crate::links::{Fdb, Links, Route, set_sysctl};
 
+/// What the kernel module `br_netfilter` adds, if it is there: bridged packets pass the IP hooks on their way through the
+/// bridge. A packet to a Service whose server is a pod of this node would then be translated inside the bridge, and bridged
+/// on to that pod's port, which no port of ours may send to: it would be lost. All our traffic is routed, so nothing is
+/// gained by it; but it can only be turned off for all bridges of the node at once.
+const BRIDGE_FILTERS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+
 /// Makes the node as planned; returns the number of writes.
 pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
     let mut writes = 0;
     writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
     if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
         writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
+    }
+    for name in BRIDGE_FILTERS {
+        writes += usize::from(set_sysctl(&format!("bridge/{name}"), "0")?);
     }
     writes += apply_bridge(links, &plan.bridge).await?;
     let mut routes: BTreeSet<Route> = BTreeSet::new();

@@ -12,59 +12,11 @@ use std::time::Duration;
 
 use holdfast_dataplane::{Applied, Dataplane, Error};
 use holdfast_net_core::plan::{
-    BridgePlan, EndpointPlan, NodePlan, PeerPlan, VXLAN_NAME, VXLAN_PORT, VXLAN_VNI, VxlanPlan, vtep_mac,
+    EndpointPlan, NodePlan, PeerPlan, VXLAN_NAME, VXLAN_PORT, VXLAN_VNI, VxlanPlan, vtep_mac,
 };
 use holdfast_net_core::ports::{PortRule, Proto};
 use holdfast_net_core::ruleset::{ClassId, IdentityId, ProfileId, Ruleset, pins_of};
-use support::{Netns, connects, link_nodes, serve_bytes};
-
-/// A node: its namespace, its thread with runtime and data path.
-struct Node {
-    netns: Netns,
-    runtime: support::NodeRuntime,
-    bridge: BridgePlan,
-}
-
-impl Node {
-    fn new(name: &str) -> Self {
-        let netns = Netns::new(name);
-        let runtime = support::NodeRuntime::start(&netns);
-        Self { netns, runtime, bridge: BridgePlan::for_node(name, 1450) }
-    }
-
-    fn alone_plan(&self) -> NodePlan {
-        NodePlan {
-            bridge: self.bridge.clone(),
-            vxlan: None,
-            peers: vec![],
-            pod_ranges: vec!["fd99::/64".parse().unwrap()],
-        }
-    }
-
-    fn endpoint(&self, pod: &Netns, address: &str) -> EndpointPlan {
-        let addresses = address.split(',').map(|a| a.parse().unwrap()).collect();
-        EndpointPlan::new(pod.name(), "eth0", addresses, &self.bridge)
-    }
-}
-
-/// Pods of one node may reach `server` as `allowed` says: client address -> port.
-fn mk_policy(plans: &[&EndpointPlan], server: &EndpointPlan, allowed: &[(&EndpointPlan, u16)]) -> Ruleset {
-    let mut r = Ruleset::default();
-    for plan in plans {
-        r.pins.extend(pins_of(plan));
-    }
-    for address in &server.addresses {
-        r.cls_in.insert(*address, ClassId(2));
-    }
-    for (n, (client, port)) in (1u32..).zip(allowed) {
-        for address in &client.addresses {
-            r.ident.insert(*address, IdentityId(n));
-        }
-        r.pair_in.insert((ClassId(2), IdentityId(n)), ProfileId(n));
-        r.profiles.insert(ProfileId(n), vec![PortRule::port(Proto::Tcp, *port)]);
-    }
-    r
-}
+use support::{Netns, Node, connects, link_nodes, mk_policy, serve_bytes};
 
 #[test]
 fn pods_on_one_node_reach_each_other_as_their_classes_say_and_nothing_is_left_behind() {

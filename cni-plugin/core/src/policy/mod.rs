@@ -11,6 +11,7 @@
 
 mod compiler;
 mod explain;
+mod limits;
 mod lookup;
 mod ranges;
 mod reference;
@@ -21,6 +22,7 @@ mod validate_cluster;
 
 pub use compiler::{Compiler, Counts, Subject};
 pub use explain::{Decision, DirectionAnswer, Explanation, Party};
+pub use limits::{PARTS_MAX, PIECES_MAX, PORTS_MAX, check_size, closed};
 pub use lookup::{Direction, allows};
 pub use reference::{PolicyRef, Tier};
 pub use validate::{InvalidPolicy, validate};

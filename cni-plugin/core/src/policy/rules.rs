@@ -53,7 +53,7 @@ pub(super) enum Action {
 }
 
 /// Ports as they were written.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum PortMatch {
     Range(Proto, u16, u16),
     Named(NamedPort),
@@ -264,6 +264,19 @@ fn protocol_match(protocol: &ClusterProtocol) -> Option<PortMatch> {
     }
 }
 
+impl PortMatch {
+    /// The ports it stands for; `ports` tells what names stand for at the target.
+    pub(super) fn ranges(&self, ports: &ResolvedPorts) -> Vec<(Proto, u16, u16)> {
+        match self {
+            Self::Range(proto, first, last) => vec![(*proto, *first, *last)],
+            Self::Named(named) => {
+                let numbers = ports.iter().filter(|(name, _)| name == named).flat_map(|(_, numbers)| numbers);
+                numbers.map(|(protocol, number)| ((*protocol).into(), *number, *number)).collect()
+            }
+        }
+    }
+}
+
 impl Rule {
     /// Whether the rule matches a peer with these selectors and blocks (sorted).
     pub(super) fn matches_peer(&self, selectors: &[u32], blocks: &[u32]) -> bool {
@@ -278,15 +291,7 @@ impl Rule {
     /// The traffic the rule matches; `ports` tells what the names stand for at the target.
     pub(super) fn traffic(&self, ports: &ResolvedPorts) -> PortSet {
         let Some(matches) = &self.ports else { return PortSet::all() };
-        matches.iter().fold(PortSet::default(), |set, port| match port {
-            PortMatch::Range(proto, first, last) => set.union(&PortSet::ports(*proto, *first, *last)),
-            PortMatch::Named(named) => {
-                let numbers = ports.iter().filter(|(name, _)| name == named).flat_map(|(_, numbers)| numbers);
-                numbers.fold(set, |set, (protocol, number)| {
-                    set.union(&PortSet::ports((*protocol).into(), *number, *number))
-                })
-            }
-        })
+        PortSet::of_ranges(matches.iter().flat_map(|port| port.ranges(ports)))
     }
 
     /// The port names the rule uses.

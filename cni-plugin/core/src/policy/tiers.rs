@@ -6,15 +6,72 @@
 //! Baseline, by priority   Accept, Deny decide; Pass leaves the tier; the rest is allowed
 //! ```
 
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::compiler::{ClassKey, IdentityKey};
 use super::lookup::Direction;
 use super::reference::{PolicyRef, Tier};
-use super::rules::{Action, PolicyRules, ResolvedPorts, Rule};
+use super::rules::{Action, PeerRef, PolicyRules, PortMatch, ResolvedPorts, Rule};
 use crate::ports::{PortSet, Proto};
 
 /// The policies of a class in the order in which they are asked.
 pub(super) struct Tiers<'a> {
     policies: Vec<(&'a PolicyRef, &'a PolicyRules)>,
+    /// What all NetworkPolicies admit: their order means nothing, and there may be ten thousands of rules.
+    admitting: OnceCell<Admitting<'a>>,
+}
+
+/// What some policies admit, by peer.
+#[derive(Default)]
+struct Admitting<'a> {
+    everybody: Ports<'a>,
+    by_peer: BTreeMap<PeerRef, Ports<'a>>,
+}
+
+/// What rules name, each port once.
+#[derive(Default)]
+struct Ports<'a> {
+    /// One of them names no ports: all traffic.
+    all: bool,
+    matches: BTreeSet<&'a PortMatch>,
+}
+
+impl<'a> Ports<'a> {
+    fn add(&mut self, rule: &'a Rule) {
+        match &rule.ports {
+            None => self.all = true,
+            Some(ports) => self.matches.extend(ports),
+        }
+    }
+}
+
+impl<'a> Admitting<'a> {
+    fn of(policies: impl Iterator<Item = &'a PolicyRules>) -> Self {
+        let mut admitting = Self::default();
+        for rule in policies.flat_map(|policy| &policy.rules) {
+            match &rule.peers {
+                None => admitting.everybody.add(rule),
+                Some(peers) => {
+                    for peer in peers {
+                        admitting.by_peer.entry(*peer).or_default().add(rule);
+                    }
+                }
+            }
+        }
+        admitting
+    }
+
+    fn allowed(&self, peer: &IdentityKey, ports: &ResolvedPorts) -> PortSet {
+        let selectors = peer.selectors.iter().map(|number| PeerRef::Selector(*number));
+        let named = selectors.chain(peer.blocks.iter().map(|number| PeerRef::Block(*number)));
+        let of_peer: Vec<&Ports<'_>> = named.filter_map(|peer| self.by_peer.get(&peer)).collect();
+        let admitted = || of_peer.iter().copied().chain([&self.everybody]);
+        if admitted().any(|ports| ports.all) {
+            return PortSet::all();
+        }
+        PortSet::of_ranges(admitted().flat_map(|ports| &ports.matches).flat_map(|port| port.ranges(ports)))
+    }
 }
 
 /// Who decides about one port.
@@ -31,22 +88,18 @@ pub(super) enum Decider<'a> {
 impl<'a> Tiers<'a> {
     /// The policies that `rules` gives for the names of a class, whose order is that of the tiers.
     pub(super) fn of(class: &'a ClassKey, rules: impl Fn(&PolicyRef) -> Option<&'a PolicyRules>) -> Self {
-        Self { policies: class.policies.iter().filter_map(|name| Some((name, rules(name)?))).collect() }
+        let policies = class.policies.iter().filter_map(|name| Some((name, rules(name)?))).collect();
+        Self { policies, admitting: OnceCell::new() }
     }
 
     /// What the peer may use.
     pub(super) fn allowed(&self, class: &ClassKey, peer: &IdentityKey) -> PortSet {
         let ports = target_ports(class, peer);
-        let (mut allowed, open) = self.ordered(Tier::Admin, PortSet::all(), peer, ports);
-        let mut isolated = false;
-        for (_, policy) in self.of_tier(Tier::NetworkPolicy) {
-            isolated = true;
-            for rule in matching(policy, peer) {
-                allowed = allowed.union(&rule.traffic(ports).intersection(&open));
-            }
-        }
-        if isolated {
-            return allowed;
+        let (allowed, open) = self.ordered(Tier::Admin, PortSet::all(), peer, ports);
+        if self.of_tier(Tier::NetworkPolicy).next().is_some() {
+            let policies = || self.of_tier(Tier::NetworkPolicy).map(|(_, policy)| policy);
+            let admitting = self.admitting.get_or_init(|| Admitting::of(policies()));
+            return allowed.union(&admitting.allowed(peer, ports).intersection(&open));
         }
         let (accepted, open) = self.ordered(Tier::Baseline, open, peer, ports);
         allowed.union(&accepted).union(&open)

@@ -1,16 +1,24 @@
-//! Conntrack entries, as far as the policy revision needs them: a revision number may be used again only when no entry
-//! carries it any more, else a forbidden connection would come back to life.
+//! Conntrack entries, as far as policy needs them. A revision number may be used again only when no entry carries it any
+//! more, else a forbidden connection would come back to life. And entries that the rules forbid are deleted, as hygiene.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use holdfast_net_core::ports::Proto;
 
 use super::socket::{NetfilterSocket, SUBSYS_CONNTRACK};
-use super::wire::{Buffer, F_ACK, F_REQUEST};
+use super::wire::{Attrs, Buffer, F_ACK, F_REQUEST};
 use crate::error::Result;
 
 /// `IPCTNL_MSG_CT_NEW`
 const MSG_NEW: u16 = SUBSYS_CONNTRACK << 8;
 /// `IPCTNL_MSG_CT_GET`
 const MSG_GET: u16 = (SUBSYS_CONNTRACK << 8) | 1;
+/// `IPCTNL_MSG_CT_DELETE`
+const MSG_DELETE: u16 = (SUBSYS_CONNTRACK << 8) | 2;
 const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_MARK: u16 = 8;
+const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;
 /// `NLA_F_NESTED`, which the raw copy of a tuple needs.
@@ -49,10 +57,111 @@ pub fn clear_marks(socket: &mut NetfilterSocket, mask: u32) -> Result<usize> {
             buffer.be32(CTA_MARK_MASK, mask);
             buffer.end_message(start);
         }
-        match socket.send_each(&buffer, "clear the revision from conntrack entries") {
-            Err(crate::Error::Nft { errno: libc::ENOENT, .. }) | Ok(()) => {}
-            Err(e) => return Err(e),
-        }
+        socket.send_each(&buffer, "clear the revision from conntrack entries")?;
     }
     Ok(marked.len())
+}
+
+/// A connection as the chains see it: the keys that they look up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    /// Who opened it.
+    pub client: IpAddr,
+    /// From where.
+    pub client_port: u16,
+    /// Who answers, after destination NAT.
+    pub server: IpAddr,
+    /// Where.
+    pub server_port: u16,
+    /// Its protocol; entries of others are not read.
+    pub proto: Proto,
+    /// The ct mark.
+    pub mark: u32,
+}
+
+/// An entry and what names it to the kernel.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// What it is about.
+    pub connection: Connection,
+    family: u8,
+    tuple: Vec<u8>,
+    zone: Option<Vec<u8>>,
+    /// Another entry with the same tuple has another number.
+    id: Vec<u8>,
+}
+
+/// Reads all entries and keeps those that `keep` wants, at most `max`.
+pub fn read(
+    socket: &mut NetfilterSocket,
+    max: usize,
+    mut keep: impl FnMut(&Connection) -> bool,
+) -> Result<Vec<Entry>> {
+    let mut kept = 0;
+    socket.dump(
+        MSG_GET,
+        0,
+        |_| {},
+        |message| {
+            let attrs = message.attrs();
+            let connection = connection(attrs)?;
+            if kept == max || !keep(&connection) {
+                return None;
+            }
+            kept += 1;
+            Some(Entry {
+                connection,
+                family: *message.body.first()?,
+                tuple: attrs.find(CTA_TUPLE_ORIG)?.to_vec(),
+                zone: attrs.find(CTA_ZONE).map(<[u8]>::to_vec),
+                id: attrs.find(CTA_ID)?.to_vec(),
+            })
+        },
+    )
+}
+
+/// Deletes entries; tells how many were still there.
+pub fn delete<'a>(socket: &mut NetfilterSocket, entries: impl Iterator<Item = &'a Entry>) -> Result<usize> {
+    let mut buffer = Buffer::default();
+    for entry in entries {
+        let seq = socket.next_seq();
+        let start = buffer.begin_message(MSG_DELETE, F_REQUEST | F_ACK, seq, entry.family, 0);
+        buffer.attr(CTA_TUPLE_ORIG | NESTED, &entry.tuple);
+        if let Some(zone) = &entry.zone {
+            buffer.attr(CTA_ZONE, zone);
+        }
+        buffer.attr(CTA_ID, &entry.id);
+        buffer.end_message(start);
+    }
+    if buffer.len() == 0 {
+        return Ok(0);
+    }
+    socket.send_each(&buffer, "delete forbidden conntrack entries")
+}
+
+fn connection(attrs: Attrs<'_>) -> Option<Connection> {
+    let [original, reply] = [attrs.nested(CTA_TUPLE_ORIG)?, attrs.nested(CTA_TUPLE_REPLY)?];
+    let (client, number, client_port) = source(original)?;
+    let (server, _, server_port) = source(reply)?;
+    let proto = Proto::from_number(number)?;
+    let mark = attrs.u32(CTA_MARK).unwrap_or(0);
+    Some(Connection { client, client_port, server, server_port, proto, mark })
+}
+
+/// Source address, protocol and source port of a tuple.
+fn source(tuple: Attrs<'_>) -> Option<(IpAddr, u8, u16)> {
+    const CTA_TUPLE_IP: u16 = 1;
+    const CTA_TUPLE_PROTO: u16 = 2;
+    const CTA_IP_V4_SRC: u16 = 1;
+    const CTA_IP_V6_SRC: u16 = 3;
+    const CTA_PROTO_NUM: u16 = 1;
+    const CTA_PROTO_SRC_PORT: u16 = 2;
+    let ip = tuple.nested(CTA_TUPLE_IP)?;
+    let address = match (ip.find(CTA_IP_V4_SRC), ip.find(CTA_IP_V6_SRC)) {
+        (Some(v4), _) => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(v4).ok()?)),
+        (None, v6) => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(v6?).ok()?)),
+    };
+    let proto = tuple.nested(CTA_TUPLE_PROTO)?;
+    let port = u16::from_be_bytes(proto.find(CTA_PROTO_SRC_PORT)?.try_into().ok()?);
+    Some((address, *proto.find(CTA_PROTO_NUM)?.first()?, port))
 }

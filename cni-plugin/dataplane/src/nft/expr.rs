@@ -167,6 +167,8 @@ pub enum Expr {
     Cmp(Reg, Cmp, Vec<u8>),
     /// `reg = (reg & mask) ^ xor`, 32 bits in host byte order.
     Bitwise(Reg, u32, u32),
+    /// The same with a mask for the first byte alone.
+    MaskByte(Reg, u8),
     /// A 32-bit constant in host byte order to register.
     Constant(Reg, u32),
     /// Key in register; break if absent.
@@ -202,7 +204,7 @@ impl Expr {
             Expr::CtLoad(..) | Expr::CtSetMark(..) => "ct",
             Expr::Payload(..) => "payload",
             Expr::Cmp(..) => "cmp",
-            Expr::Bitwise(..) => "bitwise",
+            Expr::Bitwise(..) | Expr::MaskByte(..) => "bitwise",
             Expr::Constant(..) | Expr::Verdict(..) => "immediate",
             Expr::Contains(..) | Expr::Lacks(..) | Expr::Map(..) | Expr::VerdictMap(..) => "lookup",
             Expr::Counter => "counter",
@@ -243,6 +245,13 @@ impl Expr {
                 out.be32(3, 4);
                 out.nest(4, |out| out.attr(1, &host32(*mask)));
                 out.nest(5, |out| out.attr(1, &host32(*xor)));
+            }
+            Expr::MaskByte(reg, mask) => {
+                out.be32(1, reg.0);
+                out.be32(2, reg.0);
+                out.be32(3, 1);
+                out.nest(4, |out| out.attr(1, &[*mask]));
+                out.nest(5, |out| out.attr(1, &[0]));
             }
             Expr::Constant(reg, value) => {
                 out.be32(1, reg.0);

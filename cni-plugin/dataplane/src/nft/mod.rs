@@ -1,13 +1,13 @@
 //! nf_tables: our two tables, kept equal to a [`Ruleset`] by one transaction per change.
 
-mod conntrack;
+pub(crate) mod conntrack;
 mod elements;
 mod expr;
 mod load;
 mod nflog;
 mod program;
 mod skeleton;
-mod socket;
+pub(crate) mod socket;
 mod wire;
 
 use holdfast_net_core::ruleset::{Changes, Element, Ruleset, diff};
@@ -64,6 +64,11 @@ impl Nft {
     /// What the kernel holds.
     pub fn applied(&self) -> &Ruleset {
         &self.applied
+    }
+
+    /// The mask of the revision's bits in the ct mark, and those of a connection that was judged by the rules of now.
+    pub fn mark(&self) -> (u32, u32) {
+        (self.config.ct_mark_mask, self.params(self.revision).mark)
     }
 
     /// Packets dropped by policy and by the source pin since the tables were made.
@@ -203,8 +208,9 @@ impl Nft {
 
     /// Reads our tables; puts them right if they are not whole. True if something had to be mended or had changed.
     fn refresh(&mut self) -> Result<bool> {
+        let found = load::load(&mut self.socket, &self.config.table)?;
         let before = std::mem::take(&mut self.applied);
-        match load::load(&mut self.socket, &self.config.table)? {
+        match found {
             Loaded::Whole { ruleset, revision, rules } => {
                 let changed = !diff(&before, &ruleset).is_empty();
                 (self.applied, self.revision, self.revision_rules) = (ruleset, revision, rules);
@@ -228,18 +234,19 @@ impl Nft {
         }
     }
 
+    /// Where the kernel refuses, `ruleset` is what the next try begins with.
     fn rebuild(&mut self, ruleset: Ruleset) -> Result<()> {
+        self.applied = ruleset;
         if self.revision == 0 {
             // Marks of an earlier life of this host must not pass for judged connections.
             conntrack::clear_marks(&mut self.socket, self.config.ct_mark_mask)?;
         }
         let next = self.next_revision()?;
         let mut batch = self.socket.batch();
-        program::rebuild(&mut batch, &self.config.table, &ruleset, self.params(next), next);
+        program::rebuild(&mut batch, &self.config.table, &self.applied, self.params(next), next);
         self.socket.commit(batch)?;
         self.finish_revision(next)?;
         self.revision_rules = load::revision_rules(&mut self.socket, &self.config.table)?;
-        self.applied = ruleset;
         self.stale = false;
         Ok(())
     }
@@ -276,7 +283,7 @@ mod tests {
 
     use holdfast_net_core::plan::MacAddr;
     use holdfast_net_core::ports::{PortRule, Proto};
-    use holdfast_net_core::ruleset::{AddrRange, ClassId, IdentityId, Pin, ProfileId, Ruleset};
+    use holdfast_net_core::ruleset::{AddrRange, ClassId, Element, IdentityId, Pin, ProfileId, Ruleset};
 
     use super::{Nft, check_mask};
     use crate::Config;
@@ -455,6 +462,29 @@ mod tests {
                 "{error}"
             );
             assert_eq!(nft_text(&["list", "ruleset"]), before);
+        });
+    }
+
+    #[test]
+    fn a_change_that_the_kernel_refuses_leaves_the_rules_and_the_next_one_is_made() {
+        in_own_netns(|| {
+            let mut nft = Nft::open(Config::default()).unwrap();
+            nft.apply(&mk_ruleset()).unwrap();
+            let before = nft_text(&["list", "ruleset"]);
+            let ip = |text: &str| text.parse().unwrap();
+            // It lies across the border of two ranges that are there.
+            let across = AddrRange { first: ip("10.1.255.0"), last: ip("10.2.0.255") };
+            let mut bad = super::Changes::default();
+            bad.add.push(Element::Cidr(across, IdentityId(9)));
+            bad.add.push(super::program_test_element("10.0.0.200"));
+            let error = nft.change(&bad).unwrap_err();
+            assert!(error.to_string().contains("invalid ruleset"), "{error}");
+            assert_eq!(nft_text(&["list", "ruleset"]), before);
+
+            let mut good = super::Changes::default();
+            good.add.push(super::program_test_element("10.0.0.200"));
+            assert_eq!(nft.change(&good).unwrap().elements, 1);
+            assert!(nft_text(&["list", "map", "inet", "holdfast", "ident4"]).contains("10.0.0.200"));
         });
     }
 

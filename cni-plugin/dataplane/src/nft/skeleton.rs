@@ -5,6 +5,7 @@
 //!   forward (hook forward) --> egress, ingress           pin (hook prerouting): a port of ours may send only from
 //!   input   (hook input)   --> egress                    its own MAC with its own addresses (IPv4, ARP, IPv6);
 //!   egress/ingress: class, identity, profile             all else it sends is dropped
+//!   pickup: the same for the reversed reading of a TCP packet that opens nothing
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
 //! ```
@@ -22,7 +23,7 @@ use super::wire::host32;
 use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
 
 /// Version of this skeleton, part of every rule's comment.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Packets per second that each of the two logs passes on, so that a reader costs few of the new connections per second.
 const LOG_PER_SECOND: u64 = 100;
 
@@ -226,12 +227,15 @@ const fn chain(name: &'static str, hook: Option<Hook>) -> ChainDef {
 }
 
 /// All chains, those that are jumped to first.
-pub const CHAINS: [ChainDef; 8] = [
+pub const CHAINS: [ChainDef; 11] = [
     chain("deny_log", None),
     chain("deny", None),
     chain("stateless", None),
     chain("egress", None),
     chain("ingress", None),
+    chain("egress_back", None),
+    chain("ingress_back", None),
+    chain("pickup", None),
     // NF_INET_FORWARD after DNAT, before SNAT; NF_INET_LOCAL_IN.
     chain("forward", Some(Hook { number: 2, priority: 0 })),
     chain("input", Some(Hook { number: 1, priority: 0 })),
@@ -261,10 +265,15 @@ pub struct Params {
 /// The rules of a chain, in order.
 pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
     match chain {
-        "forward" => judge(params, &["egress", "ingress"]),
-        "input" => judge(params, &["egress"]),
-        "egress" => fixed(direction_rules(&EGRESS, "pair_eg")),
-        "ingress" => fixed(direction_rules(&INGRESS, "pair_in")),
+        "forward" => judge(params, &["egress", "ingress"], Some(pickup())),
+        "input" => judge(params, &["egress"], None),
+        "egress" => fixed(direction_rules(EGRESS, "pair_eg")),
+        "ingress" => fixed(direction_rules(INGRESS, "pair_in")),
+        "egress_back" => fixed(direction_rules(EGRESS.map(Keys::reversed), "pair_eg")),
+        "ingress_back" => fixed(direction_rules(INGRESS.map(Keys::reversed), "pair_in")),
+        "pickup" => fixed(
+            ["egress_back", "ingress_back"].map(|chain| vec![Expr::Verdict(Verdict::Jump(chain))]).to_vec(),
+        ),
         "stateless" => fixed(stateless()),
         "deny" => fixed(deny()),
         "deny_log" => fixed(deny_log(params.log_group)),
@@ -293,7 +302,31 @@ fn state(bits: u32) -> Vec<Expr> {
     vec![Expr::CtLoad(Ct::State, R0), Expr::Bitwise(R0, bits, 0), Expr::Cmp(R0, Cmp::Neq, host32(0).to_vec())]
 }
 
-fn judge(params: Params, jumps: &[&'static str]) -> Vec<Rule> {
+/// A new TCP connection that does not begin with a SYN alone: its entry is gone, deleted or timed out. Who opened it is not
+/// known any more, so both readings must be allowed. Else a server that goes on sending would turn a connection that is
+/// forbidden into one that it opened itself.
+fn pickup() -> Vec<Expr> {
+    // The protocol first: other packets are done with after one comparison.
+    let mut rule = vec![Expr::MetaLoad(Meta::L4Proto, R0), Expr::Cmp(R0, Cmp::Eq, vec![TCP])];
+    rule.extend(state(NEW));
+    rule.extend([
+        Expr::Payload(Base::Transport, TCP_FLAGS_AT, 1, R0),
+        Expr::MaskByte(R0, TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK),
+        Expr::Cmp(R0, Cmp::Neq, vec![TCP_SYN]),
+        Expr::Verdict(Verdict::Jump("pickup")),
+    ]);
+    rule
+}
+
+/// RFC 9293, section 3.1.
+const TCP: u8 = 6;
+const TCP_FLAGS_AT: u32 = 13;
+const TCP_FIN: u8 = 0x01;
+const TCP_SYN: u8 = 0x02;
+const TCP_RST: u8 = 0x04;
+const TCP_ACK: u8 = 0x10;
+
+fn judge(params: Params, jumps: &[&'static str], pickup: Option<Vec<Expr>>) -> Vec<Rule> {
     let mut stateless = state(INVALID_UNTRACKED);
     stateless.push(Expr::Verdict(Verdict::Goto("stateless")));
     let mut fast = state(ESTABLISHED_RELATED);
@@ -305,6 +338,7 @@ fn judge(params: Params, jumps: &[&'static str]) -> Vec<Rule> {
     ]);
     // The fast path first: it is what nearly every packet takes.
     let mut rules = vec![Rule { exprs: fast, revision: true }, Rule { exprs: stateless, revision: false }];
+    rules.extend(pickup.map(|exprs| Rule { exprs, revision: false }));
     rules
         .extend(jumps.iter().map(|c| Rule { exprs: vec![Expr::Verdict(Verdict::Jump(c))], revision: false }));
     // The state first: a connection that is judged again after a revocation is no new one and takes no token.
@@ -323,12 +357,21 @@ fn judge(params: Params, jumps: &[&'static str]) -> Vec<Rule> {
 
 /// One direction and family. For ingress the isolated pod is the server and the peer the client; for egress the
 /// reverse. The port is the server's in both.
+#[derive(Clone, Copy)]
 struct Keys {
     subject: Ct,
     class: &'static str,
     peer: Ct,
     exact: &'static str,
     range: &'static str,
+    port: Ct,
+}
+
+impl Keys {
+    /// The same where the other side is taken for the one that opened the connection.
+    fn reversed(self) -> Self {
+        Self { subject: self.peer, peer: self.subject, port: Ct::ProtoSrc(Dir::Original), ..self }
+    }
 }
 
 const INGRESS: [Keys; 2] = [
@@ -338,6 +381,7 @@ const INGRESS: [Keys; 2] = [
         peer: Ct::Src4(Dir::Original),
         exact: "ident4",
         range: "cidr4",
+        port: Ct::ProtoSrc(Dir::Reply),
     },
     Keys {
         subject: Ct::Src6(Dir::Reply),
@@ -345,6 +389,7 @@ const INGRESS: [Keys; 2] = [
         peer: Ct::Src6(Dir::Original),
         exact: "ident6",
         range: "cidr6",
+        port: Ct::ProtoSrc(Dir::Reply),
     },
 ];
 const EGRESS: [Keys; 2] = [
@@ -354,6 +399,7 @@ const EGRESS: [Keys; 2] = [
         peer: Ct::Src4(Dir::Reply),
         exact: "ident4",
         range: "cidr4",
+        port: Ct::ProtoSrc(Dir::Reply),
     },
     Keys {
         subject: Ct::Src6(Dir::Original),
@@ -361,11 +407,12 @@ const EGRESS: [Keys; 2] = [
         peer: Ct::Src6(Dir::Reply),
         exact: "ident6",
         range: "cidr6",
+        port: Ct::ProtoSrc(Dir::Reply),
     },
 ];
 
 /// A conntrack key of the other family breaks a rule, so each family has its own rules.
-fn direction_rules(families: &[Keys; 2], pair: &'static str) -> Vec<Vec<Expr>> {
+fn direction_rules(families: [Keys; 2], pair: &'static str) -> Vec<Vec<Expr>> {
     let isolated = families
         .iter()
         .map(|k| vec![Expr::CtLoad(k.subject, R0), Expr::Lacks(k.class, R0), Expr::Verdict(Verdict::Return)]);
@@ -395,7 +442,7 @@ fn pair_rule(keys: &Keys, pair: &'static str, identity: Vec<Expr>) -> Vec<Expr> 
     rule.extend(bounce(R0));
     rule.extend([
         Expr::MetaLoad(Meta::L4Proto, R1),
-        Expr::CtLoad(Ct::ProtoSrc(Dir::Reply), R2),
+        Expr::CtLoad(keys.port, R2),
         Expr::VerdictMap("profile", R0),
     ]);
     rule

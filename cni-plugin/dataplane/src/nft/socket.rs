@@ -199,17 +199,22 @@ impl NetfilterSocket {
         }
     }
 
-    /// Sends messages outside a transaction that ask for no answer; the first error is returned.
-    pub fn send_each(&mut self, buffer: &Buffer, what: &str) -> Result<()> {
+    /// Sends messages outside a transaction, each of which asks for an acknowledgement; tells how many were done. That a
+    /// thing is not there any more is no error; the first other one is returned.
+    pub fn send_each(&mut self, buffer: &Buffer, what: &str) -> Result<usize> {
         self.send(buffer.as_slice())?;
         let mut datagram = Vec::with_capacity(DATAGRAM_BYTES);
-        let mut first = None;
+        let (mut done, mut first) = (0, None);
         while self.receive(&mut datagram, libc::MSG_DONTWAIT)? {
-            for errno in messages(&datagram).filter_map(|m| m.errno()).filter(|errno| *errno != 0) {
-                first.get_or_insert(errno);
+            for errno in messages(&datagram).filter_map(|m| m.errno()) {
+                match errno {
+                    0 => done += 1,
+                    libc::ENOENT => {}
+                    errno => drop(first.get_or_insert(errno)),
+                }
             }
         }
-        first.map_or(Ok(()), |errno| Err(Error::Nft { what: what.to_string(), errno }))
+        first.map_or(Ok(done), |errno| Err(Error::Nft { what: what.to_string(), errno }))
     }
 
     /// A sequence number of its own.

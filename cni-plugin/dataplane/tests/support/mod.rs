@@ -1,5 +1,8 @@
 //! Network namespaces, threads inside them and small servers.
 
+// Each test file uses its own part.
+#![allow(dead_code)]
+
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -10,6 +13,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use holdfast_dataplane::{Config, Dataplane};
+use holdfast_net_core::plan::{BridgePlan, EndpointPlan, NodePlan};
+use holdfast_net_core::ports::{PortRule, Proto};
+use holdfast_net_core::ruleset::{ClassId, IdentityId, ProfileId, Ruleset, pins_of};
 
 /// A named network namespace; deleted with the value.
 pub struct Netns {
@@ -119,6 +125,58 @@ impl NodeRuntime {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
+}
+
+/// A node: its namespace, its thread with runtime and data path.
+pub struct Node {
+    pub netns: Netns,
+    pub runtime: NodeRuntime,
+    pub bridge: BridgePlan,
+}
+
+impl Node {
+    pub fn new(name: &str) -> Self {
+        let netns = Netns::new(name);
+        let runtime = NodeRuntime::start(&netns);
+        Self { netns, runtime, bridge: BridgePlan::for_node(name, 1450) }
+    }
+
+    pub fn alone_plan(&self) -> NodePlan {
+        NodePlan {
+            bridge: self.bridge.clone(),
+            vxlan: None,
+            peers: vec![],
+            pod_ranges: vec!["fd99::/64".parse().unwrap()],
+        }
+    }
+
+    pub fn endpoint(&self, pod: &Netns, address: &str) -> EndpointPlan {
+        let addresses = address.split(',').map(|a| a.parse().unwrap()).collect();
+        EndpointPlan::new(pod.name(), "eth0", addresses, &self.bridge)
+    }
+}
+
+/// Pods of one node may reach `server` as `allowed` says: client address -> port.
+pub fn mk_policy(
+    plans: &[&EndpointPlan],
+    server: &EndpointPlan,
+    allowed: &[(&EndpointPlan, u16)],
+) -> Ruleset {
+    let mut r = Ruleset::default();
+    for plan in plans {
+        r.pins.extend(pins_of(plan));
+    }
+    for address in &server.addresses {
+        r.cls_in.insert(*address, ClassId(2));
+    }
+    for (n, (client, port)) in (1u32..).zip(allowed) {
+        for address in &client.addresses {
+            r.ident.insert(*address, IdentityId(n));
+        }
+        r.pair_in.insert((ClassId(2), IdentityId(n)), ProfileId(n));
+        r.profiles.insert(ProfileId(n), vec![PortRule::port(Proto::Tcp, *port)]);
+    }
+    r
 }
 
 /// Joins two nodes by a veth pair; gives their addresses.
