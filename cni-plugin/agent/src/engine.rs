@@ -9,6 +9,8 @@
 //! Commands that arrive while the engine works are taken together, so a burst of pods costs a few transactions and not
 //! one each; each waits for the commit that covers it.
 
+mod questions;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,10 +20,9 @@ use holdfast_dataplane::Dataplane;
 use holdfast_net_core::objects::{Node, ObjectChange, ObjectName};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{BridgePlan, NodePlan};
-use holdfast_net_core::policy::{Compiler, Explanation, Party};
-use holdfast_net_core::ports::Proto;
+use holdfast_net_core::policy::{Compiler, Explanation};
 use holdfast_net_core::ruleset::pins_of;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
@@ -29,6 +30,8 @@ use crate::folder::Batch;
 use crate::leases::{AttachmentKey, Lease, Leases};
 use crate::settings::Settings;
 use crate::uplink;
+
+pub(crate) use questions::Question;
 
 /// Commands that wait; a full queue makes callers wait.
 const COMMANDS_MAX: usize = 1024;
@@ -65,14 +68,6 @@ enum Command {
     Pods(oneshot::Sender<Vec<ObjectName>>),
     /// The pods that have these addresses.
     PodsAt([IpAddr; 2], oneshot::Sender<[Option<ObjectName>; 2]>),
-}
-
-/// A question to the policy model.
-pub(crate) struct Question {
-    pub from: String,
-    pub to: String,
-    pub proto: Proto,
-    pub port: u16,
 }
 
 /// Whether pods can be attached and are connected.
@@ -515,62 +510,6 @@ impl Engine {
         let broken = self.rules_error.clone().or_else(|| self.node_error.clone());
         Health { not_ready, broken }
     }
-
-    fn explain(&self, question: &Question) -> Result<Explanation, String> {
-        let from = party(&self.compiler, &question.from, None)?;
-        let to = party(&self.compiler, &question.to, Some(from.address))?;
-        Ok(self.compiler.explain(&from, &to, question.proto, question.port))
-    }
-
-    fn dump(&self) -> Value {
-        let counts = self.compiler.counts();
-        json!({
-            "node": self.settings.node,
-            "objects": {
-                "ready": self.seen.borrow().ready,
-                "batches": self.seen.borrow().batches,
-                "nodes": self.nodes.len(),
-                "pods": counts.pods,
-                "policies": counts.policies - counts.cluster_policies,
-                "clusterPolicies": counts.cluster_policies,
-                "problems": self.problems,
-            },
-            "leases": self.endpoints.values().collect::<Vec<_>>(),
-            "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
-                "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,
-            })).collect::<Vec<_>>(),
-            "leftOut": self.left_out,
-            "rules": {
-                "classes": counts.classes,
-                "identities": counts.identities,
-                "addresses": counts.addresses,
-                "ranges": counts.ranges,
-                "pairs": counts.pairs,
-                "profiles": counts.profiles,
-            },
-            "changes": { "recentUs": self.durations_us },
-            "contested": self.compiler.contested(),
-            "nodeError": self.node_error,
-            "rulesError": self.rules_error,
-            "passes": self.passes,
-        })
-    }
-}
-
-/// Reads "namespace/pod" or an address. A pod with two families answers in that of `like`.
-fn party(compiler: &Compiler, text: &str, like: Option<IpAddr>) -> Result<Party, String> {
-    if let Ok(address) = text.parse::<IpAddr>() {
-        return Ok(Party { pod: compiler.pod_at(address), address });
-    }
-    let Some((namespace, name)) = text.split_once('/') else {
-        return Err(format!("\"{text}\" is neither an address nor namespace/pod"));
-    };
-    let name = ObjectName::new(namespace, name);
-    let addresses = compiler.addresses_of(&name);
-    let fits = |address: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4());
-    let address = addresses.iter().find(fits).or(addresses.first());
-    let address = address.ok_or_else(|| format!("pod {name} is not known or has no address yet"))?;
-    Ok(Party { pod: Some(name), address: *address })
 }
 
 /// An error with its causes as one sentence.
