@@ -3,32 +3,39 @@
 //! ```text
 //! folder --changes--> engine --Delta, NodePlan--> dataplane
 //! ADD, DEL --command-->   |
-//!                         +--> health (STATUS), dump, explain
+//!                         +--> answers: health (STATUS), explain, how policies stand, dump
 //! ```
 //!
 //! Commands that arrive while the engine works are taken together, so a burst of pods costs a few transactions and not
 //! one each; each waits for the commit that covers it.
 
+mod questions;
+mod why;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use holdfast_dataplane::Dataplane;
-use holdfast_net_core::objects::{Node, ObjectChange, ObjectName};
+use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{BridgePlan, NodePlan};
-use holdfast_net_core::policy::{Compiler, Explanation, Party};
-use holdfast_net_core::ports::Proto;
+use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
-use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::folder::Batch;
 use crate::leases::{AttachmentKey, Lease, Leases};
+use crate::metrics::Metrics;
+use crate::objects::ObjectKey;
 use crate::settings::Settings;
 use crate::uplink;
+
+use questions::Ask;
+
+pub(crate) use questions::Question;
+pub(crate) use why::{LiveAnswer, Why};
 
 /// Commands that wait; a full queue makes callers wait.
 const COMMANDS_MAX: usize = 1024;
@@ -44,8 +51,6 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const SWEEP_AFTER: Duration = Duration::from_secs(2);
 /// How long so many of the last changes took is kept for people and tests.
 const DURATIONS_MAX: usize = 1000;
-/// Pods that a question about all of them may name.
-const PODS_MAX: usize = 100_000;
 
 /// What the engine is asked.
 enum Command {
@@ -55,33 +60,8 @@ enum Command {
     Forget(AttachmentKey, oneshot::Sender<()>),
     /// Answered when everything known before is in the kernel.
     Sync(oneshot::Sender<Result<(), String>>),
-    /// Why the network is not whole, if it is not.
-    Health(oneshot::Sender<Health>),
-    /// Who decides about a connection?
-    Explain(Box<Question>, oneshot::Sender<Result<Explanation, String>>),
-    /// State for people.
-    Dump(oneshot::Sender<Value>),
-    /// Pods that have an address and that policies concern.
-    Pods(oneshot::Sender<Vec<ObjectName>>),
-    /// The pods that have these addresses.
-    PodsAt([IpAddr; 2], oneshot::Sender<[Option<ObjectName>; 2]>),
-}
-
-/// A question to the policy model.
-pub(crate) struct Question {
-    pub from: String,
-    pub to: String,
-    pub proto: Proto,
-    pub port: u16,
-}
-
-/// Whether pods can be attached and are connected.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Health {
-    /// Why ADD cannot be served.
-    pub not_ready: Option<String>,
-    /// What could not be applied: existing pods may be cut.
-    pub broken: Option<String>,
+    /// A question, answered when everything known before is compiled and, if possible, in the kernel.
+    Ask(Ask),
 }
 
 /// Talks to the engine.
@@ -90,6 +70,8 @@ pub(crate) struct EngineHandle {
     commands: mpsc::Sender<Command>,
     bridge: watch::Receiver<Option<BridgePlan>>,
     seen: watch::Receiver<Seen>,
+    /// Whoever has the kernel asked holds it: one such question at a time is in the engine's way.
+    alone: Arc<Mutex<()>>,
 }
 
 /// How far the engine has come with the objects.
@@ -118,18 +100,6 @@ impl EngineHandle {
         self.ask(Command::Sync).await.unwrap_or_else(Err)
     }
 
-    pub(crate) async fn health(&self) -> Result<Health, String> {
-        self.ask(Command::Health).await
-    }
-
-    pub(crate) async fn explain(&self, question: Question) -> Result<Explanation, String> {
-        self.ask(|reply| Command::Explain(Box::new(question), reply)).await.unwrap_or_else(Err)
-    }
-
-    pub(crate) async fn dump(&self) -> Result<Value, String> {
-        self.ask(Command::Dump).await
-    }
-
     /// The bridge, once the node's plan is applied.
     pub(crate) fn bridge(&self) -> Option<BridgePlan> {
         self.bridge.borrow().clone()
@@ -138,16 +108,6 @@ impl EngineHandle {
     /// Wakes on new objects.
     pub(crate) fn seen(&self) -> watch::Receiver<Seen> {
         self.seen.clone()
-    }
-
-    /// Pods that have an address and that policies concern, here or elsewhere.
-    pub(crate) async fn pods(&self) -> Result<Vec<ObjectName>, String> {
-        self.ask(Command::Pods).await
-    }
-
-    /// The pods that have these addresses, here or elsewhere.
-    pub(crate) async fn pods_at(&self, addresses: [IpAddr; 2]) -> Result<[Option<ObjectName>; 2], String> {
-        self.ask(|reply| Command::PodsAt(addresses, reply)).await
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, String> {
@@ -169,6 +129,8 @@ pub(crate) struct Engine {
     endpoints: BTreeMap<AttachmentKey, Lease>,
     nodes: BTreeMap<String, Node>,
     problems: Vec<String>,
+    /// Objects that are wrong, each with what is wrong; those that were good once count as they were.
+    refused: BTreeMap<ObjectKey, String>,
     compiler: Compiler,
     /// Numbers of what the kernel holds were taken over.
     adopted: bool,
@@ -188,6 +150,7 @@ pub(crate) struct Engine {
     settle_at: Option<Instant>,
     /// The notification socket fails: said once.
     deaf: bool,
+    metrics: Arc<Metrics>,
 }
 
 impl Engine {
@@ -197,11 +160,17 @@ impl Engine {
         dataplane: Arc<Dataplane>,
         leases: Arc<Leases>,
         batches: mpsc::Receiver<Batch>,
+        metrics: Arc<Metrics>,
     ) -> (Self, EngineHandle) {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
         let (bridge, bridge_receiver) = watch::channel(None);
         let (seen, seen_receiver) = watch::channel(Seen::default());
-        let handle = EngineHandle { commands: sender, bridge: bridge_receiver, seen: seen_receiver };
+        let handle = EngineHandle {
+            commands: sender,
+            bridge: bridge_receiver,
+            seen: seen_receiver,
+            alone: Arc::default(),
+        };
         let endpoints: BTreeMap<AttachmentKey, Lease> =
             leases.all().await.into_iter().map(|lease| (lease.key.clone(), lease)).collect();
         let mut compiler = Compiler::default();
@@ -219,6 +188,7 @@ impl Engine {
             endpoints,
             nodes: BTreeMap::new(),
             problems: Vec::new(),
+            refused: BTreeMap::new(),
             compiler,
             adopted: false,
             in_force: false,
@@ -232,6 +202,7 @@ impl Engine {
             last_change: Instant::now(),
             settle_at: None,
             deaf: false,
+            metrics,
         };
         (engine, handle)
     }
@@ -303,6 +274,8 @@ impl Engine {
             return;
         }
         self.problems = batch.problems;
+        self.refused = batch.refused;
+        self.metrics.note_objects(self.problems.len(), &self.refused);
         let first = !self.seen.borrow().ready;
         if nodes_changed || first {
             self.apply_node().await;
@@ -317,6 +290,7 @@ impl Engine {
     async fn handle(&mut self, batch: Vec<Command>) {
         let mut puts = Vec::new();
         let mut syncs = Vec::new();
+        let mut questions = Vec::new();
         for command in batch {
             match command {
                 Command::Put(lease, reply) => {
@@ -332,21 +306,7 @@ impl Engine {
                     let _ = reply.send(());
                 }
                 Command::Sync(reply) => syncs.push(reply),
-                Command::Health(reply) => {
-                    let _ = reply.send(self.health());
-                }
-                Command::Explain(question, reply) => {
-                    let _ = reply.send(self.explain(&question));
-                }
-                Command::Dump(reply) => {
-                    let _ = reply.send(self.dump());
-                }
-                Command::PodsAt(addresses, reply) => {
-                    let _ = reply.send(addresses.map(|address| self.compiler.pod_at(address)));
-                }
-                Command::Pods(reply) => {
-                    let _ = reply.send(self.compiler.concerned_pods(PODS_MAX));
-                }
+                Command::Ask(question) => questions.push(question),
             }
         }
         if !puts.is_empty() || !syncs.is_empty() {
@@ -362,6 +322,9 @@ impl Engine {
         }
         for reply in syncs {
             let _ = reply.send(result.clone());
+        }
+        for question in questions {
+            self.answer(question).await;
         }
     }
 
@@ -379,6 +342,10 @@ impl Engine {
             if self.in_force { self.dataplane.apply_delta(delta).await } else { self.put_in_force().await };
         match applied {
             Ok(applied) => {
+                self.metrics.note_applied(&applied, noticed.unwrap_or(started).elapsed());
+                if applied.revoked {
+                    self.settle_at = None;
+                }
                 if applied.elements > 0 || applied.mended {
                     self.last_change = Instant::now();
                     let total = noticed.unwrap_or(started).elapsed();
@@ -388,8 +355,10 @@ impl Engine {
                 }
                 self.rules_error = None;
                 self.in_force = true;
+                self.compiler.confirm(now_ms());
             }
             Err(error) => {
+                self.metrics.note_failure();
                 let error = sentence(&error);
                 warn!(%error, "the rules could not be applied; those of before stay in force");
                 self.rules_error = Some(error);
@@ -416,8 +385,16 @@ impl Engine {
 
     /// Advances the policy revision where a change that revokes came soon after another.
     async fn settle(&mut self) {
+        let owed = self.settle_at.is_some();
         self.settle_at = match self.dataplane.settle().await {
-            Ok(wait) => wait.map(|wait| Instant::now() + wait),
+            Ok(None) => {
+                // What was owed is done now, or there was nothing.
+                if owed {
+                    self.metrics.note_revocation();
+                }
+                None
+            }
+            Ok(Some(wait)) => Some(Instant::now() + wait),
             Err(error) => {
                 warn!(error = sentence(&error), "the policy revision could not be advanced");
                 Some(Instant::now() + RETRY_INTERVAL)
@@ -432,6 +409,7 @@ impl Engine {
             return;
         }
         if let Err(error) = self.dataplane.apply_delta(self.compiler.sweep()).await {
+            self.metrics.note_failure();
             self.rules_error = Some(sentence(&error));
             self.in_force = false;
         }
@@ -507,70 +485,12 @@ impl Engine {
         }
         self.deaf = false;
     }
-
-    fn health(&self) -> Health {
-        let not_ready = (self.node_plan.is_none()).then(|| {
-            self.node_error.clone().unwrap_or_else(|| "the node's network is being set up".to_owned())
-        });
-        let broken = self.rules_error.clone().or_else(|| self.node_error.clone());
-        Health { not_ready, broken }
-    }
-
-    fn explain(&self, question: &Question) -> Result<Explanation, String> {
-        let from = party(&self.compiler, &question.from, None)?;
-        let to = party(&self.compiler, &question.to, Some(from.address))?;
-        Ok(self.compiler.explain(&from, &to, question.proto, question.port))
-    }
-
-    fn dump(&self) -> Value {
-        let counts = self.compiler.counts();
-        json!({
-            "node": self.settings.node,
-            "objects": {
-                "ready": self.seen.borrow().ready,
-                "batches": self.seen.borrow().batches,
-                "nodes": self.nodes.len(),
-                "pods": counts.pods,
-                "policies": counts.policies - counts.cluster_policies,
-                "clusterPolicies": counts.cluster_policies,
-                "problems": self.problems,
-            },
-            "leases": self.endpoints.values().collect::<Vec<_>>(),
-            "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
-                "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,
-            })).collect::<Vec<_>>(),
-            "leftOut": self.left_out,
-            "rules": {
-                "classes": counts.classes,
-                "identities": counts.identities,
-                "addresses": counts.addresses,
-                "ranges": counts.ranges,
-                "pairs": counts.pairs,
-                "profiles": counts.profiles,
-            },
-            "changes": { "recentUs": self.durations_us },
-            "contested": self.compiler.contested(),
-            "nodeError": self.node_error,
-            "rulesError": self.rules_error,
-            "passes": self.passes,
-        })
-    }
 }
 
-/// Reads "namespace/pod" or an address. A pod with two families answers in that of `like`.
-fn party(compiler: &Compiler, text: &str, like: Option<IpAddr>) -> Result<Party, String> {
-    if let Ok(address) = text.parse::<IpAddr>() {
-        return Ok(Party { pod: compiler.pod_at(address), address });
-    }
-    let Some((namespace, name)) = text.split_once('/') else {
-        return Err(format!("\"{text}\" is neither an address nor namespace/pod"));
-    };
-    let name = ObjectName::new(namespace, name);
-    let addresses = compiler.addresses_of(&name);
-    let fits = |address: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4());
-    let address = addresses.iter().find(fits).or(addresses.first());
-    let address = address.ok_or_else(|| format!("pod {name} is not known or has no address yet"))?;
-    Ok(Party { pod: Some(name), address: *address })
+/// Milliseconds since 1970.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// An error with its causes as one sentence.

@@ -22,6 +22,7 @@ use tokio::sync::{broadcast, watch};
 use tracing::warn;
 
 use crate::engine::{EngineHandle, Question, sentence};
+use crate::metrics::Metrics;
 
 /// Readers at a time; one more is refused.
 const READERS_MAX: usize = 16;
@@ -65,6 +66,7 @@ struct State {
 pub(crate) struct Feed {
     state: watch::Sender<State>,
     items: broadcast::Sender<Item>,
+    metrics: Arc<Metrics>,
 }
 
 const ENDING: &str = "the agent is ending";
@@ -79,9 +81,9 @@ pub(crate) enum FeedError {
 }
 
 impl Feed {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new(metrics: Arc<Metrics>) -> Arc<Self> {
         let state = watch::Sender::new(State { readers: 0, log: Log::Closed });
-        Arc::new(Self { state, items: broadcast::Sender::new(QUEUE_MAX) })
+        Arc::new(Self { state, items: broadcast::Sender::new(QUEUE_MAX), metrics })
     }
 
     /// Begins to read; answers when the kernel's log is open, so that nothing that happens later is missed. Cancellation
@@ -152,6 +154,7 @@ impl Feed {
             };
             match batch {
                 Ok(FlowBatch { events, mut lost }) => {
+                    self.metrics.note_flows(events.len(), lost);
                     for event in events {
                         let flow = Arc::new(describer.describe(&event).await);
                         let _ = self.items.send(Item::Flow(flow, std::mem::take(&mut lost)));
@@ -217,7 +220,10 @@ impl Reader {
                     }
                 }
                 Ok(Item::End(why)) => return Err(FeedError::Unavailable(why.to_string())),
-                Err(broadcast::error::RecvError::Lagged(count)) => self.lost += count,
+                Err(broadcast::error::RecvError::Lagged(count)) => {
+                    self.feed.metrics.note_flows_lost(count);
+                    self.lost += count;
+                }
                 Err(broadcast::error::RecvError::Closed) => {
                     return Err(FeedError::Unavailable(ENDING.to_owned()));
                 }
@@ -438,7 +444,7 @@ mod tests {
 
     /// A feed whose log is open, without a kernel.
     fn mk_open() -> Arc<Feed> {
-        let feed = Feed::new();
+        let feed = Feed::new(Metrics::new());
         assert!(feed.set_open());
         feed
     }

@@ -47,6 +47,8 @@ pub struct Batch {
     pub complete: bool,
     /// One sentence per file or object that is wrong. Only in a complete one.
     pub problems: Vec<String>,
+    /// Those of them that are about one object, by its key. Only in a complete one.
+    pub refused: BTreeMap<ObjectKey, String>,
     /// When the first of the changes was noticed.
     pub noticed: Instant,
 }
@@ -154,6 +156,8 @@ struct File {
     /// Objects of it that count as another file's.
     doubled: BTreeSet<ObjectKey>,
     problems: Vec<String>,
+    /// Objects that are invalid, with what is wrong.
+    refused: BTreeMap<ObjectKey, String>,
 }
 
 /// Tells a changed file from an unchanged one. Two writes within one tick of the clock look alike; the second one's
@@ -231,6 +235,7 @@ impl Scanner {
         };
         file.stamp = stamp;
         file.problems.clear();
+        file.refused.clear();
         let left = self.read(path, stamp.bytes, &mut file);
         for problem in &file.problems {
             warn!(file = %path.display(), "{problem}");
@@ -298,6 +303,7 @@ impl Scanner {
                 let kept = before.take(&key);
                 let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
                 file.problems.push(format!("{key} is invalid ({problem}); {what}"));
+                file.refused.insert(key, format!("invalid ({problem}); {what}"));
                 file.keys.extend(kept);
             }
         }
@@ -337,7 +343,8 @@ impl Scanner {
         self.changes.push(change);
         if self.changes.len() >= CHANGES_MAX {
             let changes = std::mem::take(&mut self.changes);
-            self.send(Batch { changes, complete: false, problems: Vec::new(), noticed: self.noticed });
+            let (problems, refused) = (Vec::new(), BTreeMap::new());
+            self.send(Batch { changes, complete: false, problems, refused, noticed: self.noticed });
         }
     }
 
@@ -352,7 +359,8 @@ impl Scanner {
             self.complete |= readable;
             self.told.clone_from(&problems);
             let changes = std::mem::take(&mut self.changes);
-            self.send(Batch { changes, complete: self.complete, problems, noticed: self.noticed });
+            let refused = self.files.values().flat_map(|file| file.refused.clone()).collect();
+            self.send(Batch { changes, complete: self.complete, problems, refused, noticed: self.noticed });
         }
         if self.gone || self.sender.is_closed() { Err(Gone) } else { Ok(()) }
     }

@@ -15,6 +15,7 @@ mod folder;
 mod hygiene;
 mod leases;
 mod matrix;
+mod metrics;
 mod objects;
 pub mod pending;
 mod service;
@@ -29,7 +30,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use holdfast_dataplane::{Config, Dataplane};
 use holdfast_proto::agent::agent_server::AgentServer;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
@@ -39,6 +40,7 @@ pub use settings::{Mode, Settings};
 use attach::Attacher;
 use engine::Engine;
 use flows::Feed;
+use metrics::{Exporter, Metrics};
 use service::Service;
 
 /// Delete records written while the agent was coming up are looked for this often.
@@ -69,9 +71,22 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let dataplane = Arc::new(dataplane);
     let batches = folder::watch(&settings.objects);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
-    let (engine, handle) = Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), batches).await;
+    let node: Arc<str> = settings.node.as_str().into();
+    let metrics_listener = match settings.metrics {
+        Some(address) => {
+            let bound = TcpListener::bind(address).await;
+            Some(bound.with_context(|| format!("cannot serve metrics on {address}"))?)
+        }
+        None => None,
+    };
+    let metrics = Metrics::new();
+    let (engine, handle) =
+        Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), batches, Arc::clone(&metrics))
+            .await;
     let mut seen = handle.seen();
-    let flows = Feed::new();
+    let flows = Feed::new(Arc::clone(&metrics));
+    let exporter = Exporter { metrics, engine: handle.clone(), dataplane: Arc::clone(&dataplane) };
+    let metrics_task = metrics_listener.map(|listener| tokio::spawn(exporter.serve(listener)));
     let flows_task = tokio::spawn(Arc::clone(&flows).run(Config::default().log_group, handle.clone()));
     let hygiene = tokio::spawn(hygiene::run(Arc::clone(&dataplane)));
     let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
@@ -101,10 +116,11 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
             }
         }
     });
-    let served = serve(listener, Service { attacher, flows }, stop).await;
+    let served = serve(listener, Service { attacher, flows, node }, stop).await;
     later.abort();
     flows_task.abort();
     hygiene.abort();
+    metrics_task.inspect(tokio::task::JoinHandle::abort);
     engine.abort();
     // A plugin that finds no socket knows at once that nobody serves.
     let _ = std::fs::remove_file(&socket);

@@ -33,7 +33,9 @@ impl std::fmt::Display for ObjectKey {
     }
 }
 
-const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
+/// Kinds of policies.
+pub(crate) const NETWORK_POLICY: &str = "NetworkPolicy";
+pub(crate) const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
 
 /// One document of a file.
 pub(crate) enum Document {
@@ -132,7 +134,7 @@ fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, Stri
         ("v1", "Node") => "Node",
         ("v1", "Namespace") => "Namespace",
         ("v1", "Pod") => "Pod",
-        ("networking.k8s.io/v1", "NetworkPolicy") => "NetworkPolicy",
+        ("networking.k8s.io/v1", NETWORK_POLICY) => NETWORK_POLICY,
         ("policy.networking.k8s.io/v1alpha2", CLUSTER_POLICY) => CLUSTER_POLICY,
         ("", _) | (_, "") => {
             return Document::Invalid(None, "a document lacks apiVersion or kind".to_owned());

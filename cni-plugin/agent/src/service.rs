@@ -8,13 +8,14 @@ use futures::Stream;
 use holdfast_net_core::cni::{CniError, code};
 use holdfast_net_core::objects::{ObjectName, Protocol};
 use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
+use holdfast_net_core::policy::Trace;
 use holdfast_net_core::ports::Proto;
 use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_server::Agent;
 use tonic::{Request, Response, Status};
 
 use crate::attach::{AddInput, Attacher};
-use crate::engine::Question;
+use crate::engine::{LiveAnswer, Question};
 use crate::flows::{Feed, FeedError, Filter, Reader};
 use crate::leases::{AttachmentKey, Lease};
 use crate::matrix::{MatrixQuestion, matrix};
@@ -24,6 +25,8 @@ use crate::matrix::{MatrixQuestion, matrix};
 pub(crate) struct Service {
     pub(crate) attacher: Arc<Attacher>,
     pub(crate) flows: Arc<Feed>,
+    /// This node's name.
+    pub(crate) node: Arc<str>,
 }
 
 /// Runs a verb to its end also when the caller hangs up: half an ADD would stay otherwise.
@@ -102,13 +105,31 @@ impl Service {
         let usage = |text: String| CniError::new(code::INVALID_CONFIG, text);
         let (proto, port) = protocol_and_port(&request.protocol, request.port).map_err(usage)?;
         let question = Question { from: request.from, to: request.to, proto, port };
-        let explanation = self.attacher.engine.explain(question).await.map_err(usage)?;
+        let why = self.attacher.engine.why(question).await.map_err(usage)?;
         Ok(pb::ExplainReply {
             failure: None,
-            allowed: explanation.is_allowed(),
-            egress: answer_text(&explanation.egress),
-            ingress: answer_text(&explanation.ingress),
+            allowed: why.explanation.is_allowed(),
+            egress: answer_text(&why.explanation.egress),
+            ingress: answer_text(&why.explanation.ingress),
+            egress_live: Some(live_answer(why.egress)),
+            ingress_live: Some(live_answer(why.ingress)),
+            notes: why.notes,
+            node: why.node,
         })
+    }
+
+    async fn do_policies(self, request: pb::PoliciesRequest) -> Result<pb::PoliciesReply, CniError> {
+        let usage = |text: String| CniError::new(code::INVALID_CONFIG, text);
+        let wanted = Some(request.policy.as_str()).filter(|name| !name.is_empty());
+        let name = wanted.map(|text| match text.split_once('/') {
+            Some((namespace, name)) => ObjectName::new(namespace, name),
+            None => ObjectName { namespace: String::new(), name: text.to_owned() },
+        });
+        let policies = self.attacher.engine.policies(name).await.map_err(usage)?;
+        if policies.is_empty() && wanted.is_some() {
+            return Err(usage(format!("there is no policy \"{}\"", request.policy)));
+        }
+        Ok(pb::PoliciesReply { failure: None, node: self.node.to_string(), policies })
     }
 
     async fn do_matrix(self, request: pb::MatrixRequest) -> Result<pb::MatrixReply, CniError> {
@@ -148,6 +169,30 @@ fn protocol_and_port(protocol: &str, port: u32) -> Result<(Proto, u16), String> 
 
 fn answer_text(answer: &holdfast_net_core::policy::DirectionAnswer) -> String {
     format!("{}: {}", if answer.allowed { "allowed" } else { "denied" }, answer.reason)
+}
+
+fn live_answer(answer: LiveAnswer) -> pb::LiveAnswer {
+    use pb::live_answer::State;
+    let mut live = pb::LiveAnswer::default();
+    let (state, trace) = match answer {
+        LiveAnswer::Agrees(trace) => (State::Agrees, Some(trace)),
+        LiveAnswer::Differs(trace, differences) => {
+            live.differences = differences;
+            (State::Differs, trace)
+        }
+        LiveAnswer::Elsewhere(note) => {
+            live.note = note;
+            (State::Elsewhere, None)
+        }
+        LiveAnswer::Unread(note) => {
+            live.note = note;
+            (State::Unread, None)
+        }
+    };
+    live.set_state(state);
+    live.allowed = trace.as_ref().map(Trace::is_allowed);
+    live.found = trace.map(|trace| trace.to_string()).unwrap_or_default();
+    live
 }
 
 /// The attachment as a CNI result: the bridge, the host end, the pod's end.
@@ -218,6 +263,16 @@ impl Agent for Service {
     ) -> Result<Response<pb::ExplainReply>, Status> {
         let reply = self.clone().do_explain(request.into_inner()).await.unwrap_or_else(|error| {
             pb::ExplainReply { failure: Some(failure(error)), ..pb::ExplainReply::default() }
+        });
+        Ok(Response::new(reply))
+    }
+
+    async fn policies(
+        &self,
+        request: Request<pb::PoliciesRequest>,
+    ) -> Result<Response<pb::PoliciesReply>, Status> {
+        let reply = self.clone().do_policies(request.into_inner()).await.unwrap_or_else(|error| {
+            pb::PoliciesReply { failure: Some(failure(error)), ..pb::PoliciesReply::default() }
         });
         Ok(Response::new(reply))
     }

@@ -1,5 +1,6 @@
 //! Settings of the agent.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use holdfast_net_core::overlay::OverlaySettings;
@@ -32,4 +33,6 @@ pub struct Settings {
     pub uplink: Option<String>,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
+    /// Where metrics are served, without asking who reads; nowhere if `None`.
+    pub metrics: Option<SocketAddr>,
 }

@@ -1,12 +1,14 @@
 //! holdfast: the operators' command. It asks the processes of the node it runs on.
 
+mod explain;
 mod flows;
 mod matrix;
+mod standing;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use holdfast_proto::agent as agent_pb;
 use holdfast_proto::agent::agent_client::AgentClient;
@@ -56,18 +58,15 @@ enum PolicyVerb {
     /// Who decides about a connection: `holdfast policy explain FROM '->' TO:PORT/PROTO`.
     ///
     /// FROM and TO are namespace/pod or an address (in brackets for IPv6 before a port); PROTO is tcp unless given. `to`
-    /// may stand for the arrow, which a shell wants quoted. Exits with 0 when allowed, 1 when denied, 2 on an error.
-    Explain {
-        /// FROM -> TO:PORT/PROTO
-        #[arg(required = true)]
-        question: Vec<String>,
-        /// Socket of the node agent.
-        #[arg(long, default_value = "/run/holdfast/netd.sock")]
-        socket: String,
-        /// One JSON object.
-        #[arg(long)]
-        json: bool,
-    },
+    /// may stand for the arrow, which a shell wants quoted. Told are the policies' verdict and, for the ends that are pods of
+    /// this node, whether the kernel holds elements that give the same. Exits with 0 when the policies allow it, 1 when
+    /// they deny it, 2 on an error.
+    Explain(explain::Options),
+    /// How policies stand on this node: `holdfast policy status [NAMESPACE/NAME | cluster NAME]`.
+    ///
+    /// In force since when, or why not, and how many pods of this node each selects. Exits with 0 when a policy that was
+    /// named is in force, 1 when it is not, 2 on an error.
+    Status(standing::Options),
     /// Connections that policy lets through or drops on this node, as they happen, with the pods and who decides.
     ///
     /// A sample: the kernel passes on at most 100 of each verdict per second. Who decides is told by the policies as they
@@ -99,9 +98,8 @@ async fn main() -> ExitCode {
 async fn run(part: Part) -> anyhow::Result<ExitCode> {
     match part {
         Part::Volume(VolumeVerb::Status { volume, socket, json }) => status(volume, &socket, json).await,
-        Part::Policy(PolicyVerb::Explain { question, socket, json }) => {
-            explain(&question.join(" "), &socket, json).await
-        }
+        Part::Policy(PolicyVerb::Explain(options)) => explain::run(options).await,
+        Part::Policy(PolicyVerb::Status(options)) => standing::run(options).await,
         Part::Policy(PolicyVerb::Flows(options)) => flows::run(options).await,
         Part::Policy(PolicyVerb::Matrix(options)) => matrix::run(options).await,
         Part::Policy(PolicyVerb::Dump { socket }) => dump(&socket).await,
@@ -147,50 +145,10 @@ async fn status(volume: String, socket: &str, as_json: bool) -> anyhow::Result<E
     Ok(ExitCode::SUCCESS)
 }
 
-async fn explain(question: &str, socket: &str, as_json: bool) -> anyhow::Result<ExitCode> {
-    let request = parse_question(question)?;
-    let mut client = AgentClient::new(connect(socket, "node agent").await?);
-    let reply = client.explain(request.clone()).await.map_err(refusal)?.into_inner();
-    if let Some(failure) = reply.failure {
-        bail!("{}{}", failure.msg, in_brackets(&failure.details));
-    }
-    if as_json {
-        let object = json!({
-            "from": request.from, "to": request.to, "port": request.port, "protocol": request.protocol,
-            "allowed": reply.allowed, "egress": reply.egress, "ingress": reply.ingress,
-        });
-        println!("{object}");
-    } else {
-        let verdict = if reply.allowed { "allowed" } else { "denied" };
-        println!("{} -> {}:{}/{}: {verdict}", request.from, request.to, request.port, request.protocol);
-        println!("  egress   {}", reply.egress);
-        println!("  ingress  {}", reply.ingress);
-    }
-    Ok(if reply.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
 async fn dump(socket: &str) -> anyhow::Result<ExitCode> {
     let mut client = AgentClient::new(connect(socket, "node agent").await?);
     println!("{}", client.dump(agent_pb::DumpRequest {}).await.map_err(refusal)?.into_inner().json);
     Ok(ExitCode::SUCCESS)
-}
-
-/// Reads `FROM -> TO:PORT/PROTO`.
-fn parse_question(text: &str) -> anyhow::Result<agent_pb::ExplainRequest> {
-    let usage = "write FROM '->' TO:PORT/PROTO, for example shop/web '->' shop/db:5432/tcp";
-    let (from, target) = text.split_once("->").or_else(|| text.split_once(" to ")).context(usage)?;
-    let target = target.trim();
-    let (target, protocol) = match target.rsplit_once('/') {
-        Some((rest, word)) if ["tcp", "udp", "sctp"].contains(&word.to_ascii_lowercase().as_str()) => {
-            (rest, word.to_ascii_lowercase())
-        }
-        Some(_) | None => (target, "tcp".to_owned()),
-    };
-    let (to, port) = target.rsplit_once(':').context(usage)?;
-    let port = port.parse::<u16>().with_context(|| format!("\"{port}\" is not a port; {usage}"))?;
-    let to = to.strip_prefix('[').and_then(|to| to.strip_suffix(']')).unwrap_or(to);
-    let (from, to) = (from.trim().to_owned(), to.to_owned());
-    Ok(agent_pb::ExplainRequest { from, to, port: port.into(), protocol })
 }
 
 async fn connect(socket: &str, what: &str) -> anyhow::Result<Channel> {
@@ -219,29 +177,4 @@ fn refusal(status: tonic::Status) -> anyhow::Error {
 
 fn in_brackets(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!(" ({text})") }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parsed(text: &str) -> (String, String, u32, String) {
-        let request = parse_question(text).unwrap();
-        (request.from, request.to, request.port, request.protocol)
-    }
-
-    #[test]
-    fn questions_are_read() {
-        let db = |protocol: &str| ("shop/web".into(), "shop/db".into(), 5432, protocol.into());
-        assert_eq!(parsed("shop/web -> shop/db:5432/udp"), db("udp"));
-        assert_eq!(parsed("shop/web->shop/db:5432"), db("tcp"));
-        assert_eq!(parsed("shop/web to shop/db:5432/TCP"), db("tcp"));
-        assert_eq!(
-            parsed("10.0.0.1 -> [fd00::1]:80/tcp"),
-            ("10.0.0.1".into(), "fd00::1".into(), 80, "tcp".into())
-        );
-        for wrong in ["shop/web shop/db:80", "a -> b", "a -> b:http", "a -> b:70000"] {
-            assert!(parse_question(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -31,6 +31,9 @@ pub struct Meta {
     pub namespace: String,
     /// Tells two objects of one name apart.
     pub uid: String,
+    /// `metadata.generation`: rises with every change of the object's spec.
+    #[serde(rename = "generation")]
+    pub metadata_generation: i64,
     /// Labels that selectors match.
     #[serde(deserialize_with = "null_default")]
     pub labels: Labels,

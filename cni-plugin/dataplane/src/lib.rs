@@ -29,16 +29,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
+use holdfast_net_core::policy::Lookup;
 use holdfast_net_core::ruleset::{Delta, Ruleset, pins_of};
 
 use links::Links;
-use nft::Nft;
 use nft::socket::NetfilterSocket;
+use nft::{Nft, Reader};
 use tokio::sync::Notify;
 
 pub use error::{Error, Result};
 pub use hygiene::Hygiene;
-pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
+pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]
@@ -95,6 +96,8 @@ pub struct Dataplane {
     /// For reading and deleting conntrack entries beside transactions.
     conntrack: Arc<Mutex<NetfilterSocket>>,
     revoked: Arc<Notify>,
+    /// Behind a lock of its own: whoever asks does not wait for a transaction, and no transaction waits for him.
+    reader: Arc<Mutex<Reader>>,
     bridge: String,
 }
 
@@ -121,9 +124,9 @@ impl Dataplane {
         let links = Links::open()?;
         let bridge = config.bridge.clone();
         // A new thread begins in the namespace of the one that starts it.
-        let open = move || Ok((NetfilterSocket::open()?, Nft::open(config)?));
+        let open = move || Ok((NetfilterSocket::open()?, Reader::open(&config.table)?, Nft::open(config)?));
         let opened = tokio::task::spawn_blocking(open).await;
-        let (conntrack, nft) =
+        let (conntrack, reader, nft) =
             opened.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
         let revoked = Arc::new(Notify::new());
         let policy = Policy {
@@ -133,8 +136,14 @@ impl Dataplane {
             owes_revision: false,
             revoked: Arc::clone(&revoked),
         };
-        let (policy, conntrack) = (Arc::new(Mutex::new(policy)), Arc::new(Mutex::new(conntrack)));
-        Ok(Self { links, policy, conntrack, revoked, bridge })
+        Ok(Self {
+            links,
+            policy: Arc::new(Mutex::new(policy)),
+            conntrack: Arc::new(Mutex::new(conntrack)),
+            revoked,
+            reader: Arc::new(Mutex::new(reader)),
+            bridge,
+        })
     }
 
     /// The ruleset in the kernel, ours of an earlier run included.
@@ -289,6 +298,15 @@ impl Dataplane {
         self.with_policy(|policy| policy.nft.foreign_change()).await
     }
 
+    /// What the kernel finds for some connections now, read element by element: at most fifteen questions for each lookup,
+    /// and one look at our rules, whose number is fixed. Changes nothing and waits for no transaction.
+    ///
+    /// # Errors
+    /// The kernel refuses to tell, an element is none of ours, or the rules change too fast for an answer of one moment.
+    pub async fn trace(&self, lookups: Vec<Lookup>) -> Result<Live> {
+        with_locked(&self.reader, move |reader| reader.trace(&lookups)).await
+    }
+
     /// Packets dropped since the tables were made: by policy, and by the source pin.
     ///
     /// # Errors
@@ -297,20 +315,27 @@ impl Dataplane {
         self.with_policy(|policy| policy.nft.denied()).await
     }
 
-    /// Runs `work` on a thread that may wait: a transaction of a large ruleset takes the kernel a second.
     async fn with_policy<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Policy) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let policy = Arc::clone(&self.policy);
-        let run = move || match policy.lock() {
-            Ok(mut policy) => work(&mut policy),
-            Err(_) => Err(Error::Protocol("the policy state was lost in a panic; restart".into())),
-        };
-        tokio::task::spawn_blocking(run)
-            .await
-            .unwrap_or_else(|_| Err(Error::Protocol("a policy transaction was cut off".into())))
+        with_locked(&self.policy, work).await
     }
+}
+
+/// Runs `work` on a thread that may wait: a transaction of a large ruleset takes the kernel a second.
+async fn with_locked<S: Send + 'static, T: Send + 'static>(
+    state: &Arc<Mutex<S>>,
+    work: impl FnOnce(&mut S) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let state = Arc::clone(state);
+    let run = move || match state.lock() {
+        Ok(mut state) => work(&mut state),
+        Err(_) => Err(Error::Protocol("the policy state was lost in a panic; restart".into())),
+    };
+    tokio::task::spawn_blocking(run)
+        .await
+        .unwrap_or_else(|_| Err(Error::Protocol("a policy transaction was cut off".into())))
 }
 
 impl Policy {

@@ -1,5 +1,6 @@
 //! holdfast-netd: the node agent's process. Settings, privileges, logging and signals; the work is in `holdfast-agent`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -54,6 +55,9 @@ struct Args {
     /// UDP port of the overlay.
     #[arg(long, default_value_t = 4789, value_parser = clap::value_parser!(u16).range(1..))]
     vxlan_port: u16,
+    /// Serve metrics for Prometheus on this address and port, as /metrics, to whoever asks; not at all by default.
+    #[arg(long)]
+    metrics: Option<SocketAddr>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -83,6 +87,7 @@ impl From<Args> for Settings {
             mode,
             uplink: args.uplink,
             overlay,
+            metrics: args.metrics,
         }
     }
 }

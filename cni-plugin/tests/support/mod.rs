@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use holdfast_proto::agent::agent_client::AgentClient;
 use serde_json::{Value, json};
 
+/// Where an agent serves metrics, on its node's loopback.
+pub const METRICS_PORT: u16 = 9480;
+
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
 /// A network namespace that lives as long as this value.
@@ -183,6 +186,8 @@ impl Node {
         command.args(["--node", &self.name]).arg("--objects").arg(&self.objects);
         command.arg("--state-dir").arg(self.state.join("state")).arg("--socket").arg(self.socket());
         command.arg("--pending-dir").arg(self.pending());
+        // Each node has a loopback of its own.
+        command.arg("--metrics").arg(format!("127.0.0.1:{METRICS_PORT}"));
         self.agent = Some(command.stderr(log).spawn().unwrap());
     }
 

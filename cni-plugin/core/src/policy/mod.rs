@@ -9,6 +9,7 @@
 //! use); an identity is the set of peer selectors and IP blocks, of the policies in force on this node, that match an
 //! address. A pair of them has a profile: the ports that all tiers together allow.
 
+mod compare;
 mod compiler;
 mod explain;
 mod limits;
@@ -20,10 +21,11 @@ mod tiers;
 mod validate;
 mod validate_cluster;
 
-pub use compiler::{Compiler, Counts, Subject};
+pub use compare::{Difference, differences};
+pub use compiler::{Compiler, Counts, PolicyStanding, Subject};
 pub use explain::{Decision, DirectionAnswer, Explanation, Party};
 pub use limits::{PARTS_MAX, PIECES_MAX, PORTS_MAX, check_size, closed};
-pub use lookup::{Direction, allows};
+pub use lookup::{Direction, Elements, Lookup, PairStep, PortLookup, Trace, allows};
 pub use reference::{PolicyRef, Tier};
 pub use validate::{InvalidPolicy, validate};
 pub use validate_cluster::validate_cluster;

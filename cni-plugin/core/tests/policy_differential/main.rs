@@ -15,7 +15,7 @@ use std::net::IpAddr;
 
 use holdfast_net_core::objects::Protocol;
 use holdfast_net_core::plan::MacAddr;
-use holdfast_net_core::policy::{Compiler, Direction, Party, Subject, allows};
+use holdfast_net_core::policy::{Compiler, Direction, Lookup, Party, Subject, Trace, allows, differences};
 use holdfast_net_core::ruleset::{ClassId, Delta, Pin, Ruleset, diff};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -167,6 +167,9 @@ fn run_history(seed: u64, tally: &mut Tally) {
         tally.needless += u64::from(taken_away.is_none() && delta.revokes);
         verdicts = now;
         compare_explain(&world, &agent.compiler, &mut rng, tally, &at);
+        // A generator of its own: what is asked does not change the history.
+        let mut asked = StdRng::seed_from_u64(seed * 1000 + step as u64);
+        compare_elements(&world, &agent.compiler, &agent.kernel, &mut asked, &at);
         if rng.random_bool(0.2) {
             agent.restart(&world, &mut rng, &at);
             tally.restarts += 1;
@@ -243,6 +246,28 @@ fn compare_explain(world: &World, compiler: &Compiler, rng: &mut StdRng, tally: 
             assert_eq!(answer.ingress.allowed, ingress, "{at}: {answer:?}");
         }
         tally.explained += 1;
+    }
+}
+
+/// What the compiler says of single elements is what is programmed, so that a kernel can be compared with it.
+fn compare_elements(world: &World, compiler: &Compiler, kernel: &Ruleset, rng: &mut StdRng, at: &str) {
+    let peers = world.interesting_addresses();
+    for subject in &world.subjects {
+        let subject = subject.addresses[0];
+        let peer = peers[rng.random_range(0..peers.len())];
+        if peer.is_ipv4() != subject.is_ipv4() {
+            continue;
+        }
+        let (protocol, port) = PROBES[rng.random_range(0..PROBES.len())];
+        for direction in Direction::BOTH {
+            let lookup = Lookup { direction, subject, peer, proto: protocol.into(), port };
+            let (Ok(compiled), Ok(held)) =
+                (Trace::of(&mut &*compiler, &lookup), Trace::of(&mut &*kernel, &lookup));
+            assert_eq!(compiled, held, "{at}: {lookup:?}");
+            assert_eq!(differences(&lookup, &compiled, &held), [], "{at}: {lookup:?}");
+            let allowed = allows(kernel, direction, subject, peer, protocol.into(), port);
+            assert_eq!(held.is_allowed(), allowed, "{at}: {lookup:?}");
+        }
     }
 }
 

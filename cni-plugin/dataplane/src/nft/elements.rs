@@ -54,7 +54,8 @@ fn by_family(address: IpAddr, v4: &'static str, v6: &'static str) -> &'static st
     }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+/// An address as a key.
+pub fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(a) => a.octets().to_vec(),
         IpAddr::V6(a) => a.octets().to_vec(),
@@ -91,14 +92,16 @@ fn cidr(range: &AddrRange, identity: IdentityId) -> Vec<Raw> {
     raws
 }
 
-fn successor(address: IpAddr) -> Option<IpAddr> {
+/// The address after, if there is one.
+pub fn successor(address: IpAddr) -> Option<IpAddr> {
     match address {
         IpAddr::V4(a) => u32::from(a).checked_add(1).map(|n| IpAddr::V4(Ipv4Addr::from(n))),
         IpAddr::V6(a) => u128::from(a).checked_add(1).map(|n| IpAddr::V6(Ipv6Addr::from(n))),
     }
 }
 
-fn predecessor(address: IpAddr) -> Option<IpAddr> {
+/// The address before, if there is one.
+pub fn predecessor(address: IpAddr) -> Option<IpAddr> {
     match address {
         IpAddr::V4(a) => u32::from(a).checked_sub(1).map(|n| IpAddr::V4(Ipv4Addr::from(n))),
         IpAddr::V6(a) => u128::from(a).checked_sub(1).map(|n| IpAddr::V6(Ipv6Addr::from(n))),
@@ -223,7 +226,8 @@ fn add_ranges(ruleset: &mut Ruleset, mut ranges: Vec<(&'static str, IpAddr, Opti
     strange
 }
 
-fn address(key: &[u8]) -> Option<IpAddr> {
+/// An address from a key.
+pub fn address(key: &[u8]) -> Option<IpAddr> {
     match key.len() {
         4 => Some(IpAddr::from(<[u8; 4]>::try_from(key).ok()?)),
         16 => Some(IpAddr::from(<[u8; 16]>::try_from(key).ok()?)),

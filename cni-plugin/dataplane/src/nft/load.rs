@@ -12,7 +12,7 @@ use crate::error::Result;
 const MSG_GETTABLE: u16 = 1;
 const MSG_GETRULE: u16 = 7;
 const MSG_GETSET: u16 = 10;
-const MSG_GETSETELEM: u16 = 13;
+pub const MSG_GETSETELEM: u16 = 13;
 const ELEM_INTERVAL_END: u32 = 1;
 /// NFT_RETURN
 const VERDICT_RETURN: u32 = i32::cast_unsigned(-5);
@@ -89,6 +89,12 @@ pub fn load(socket: &mut NetfilterSocket, table: &str) -> Result<Loaded> {
 pub fn revision_rules(socket: &mut NetfilterSocket, table: &str) -> Result<Vec<RuleRef>> {
     let found = found_rules(socket, table)?;
     whole_rules(&found).map(|(_, rules)| rules).map_err(crate::Error::Protocol)
+}
+
+/// Why our rules are not this program's, if they are not. They use all sets, which the kernel keeps as long as they do.
+pub fn damage(socket: &mut NetfilterSocket, table: &str) -> Result<Option<String>> {
+    let found = found_rules(socket, table)?;
+    Ok(whole_rules(&found).err())
 }
 
 /// Packets dropped by policy, and by the source pin.
@@ -209,7 +215,8 @@ fn elements(socket: &mut NetfilterSocket, table: &str, def: &'static SetDef) -> 
     Ok(lists.into_iter().flat_map(|list: Vec<Raw>| list).collect())
 }
 
-fn raw(def: &'static SetDef, element: Attrs<'_>) -> Option<Raw> {
+/// An element as the kernel tells it; `None` for data that is none of ours.
+pub fn raw(def: &'static SetDef, element: Attrs<'_>) -> Option<Raw> {
     let value = |kind: u16| Some(element.nested(kind)?.find(1)?.to_vec());
     let data = match element.nested(2) {
         None => Data::None,

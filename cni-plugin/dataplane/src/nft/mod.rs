@@ -6,6 +6,7 @@ mod expr;
 mod load;
 mod nflog;
 mod program;
+mod reader;
 mod skeleton;
 pub(crate) mod socket;
 mod wire;
@@ -19,6 +20,7 @@ use skeleton::Params;
 use socket::{Events, NetfilterSocket};
 
 pub use nflog::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
+pub use reader::{Live, Reader};
 
 /// A refused transaction is tried again from the kernel's true state this often: somebody changed our tables between
 /// our look and our write. Then the error is the caller's.
@@ -289,7 +291,7 @@ mod tests {
     use crate::Config;
 
     /// Runs `test` in a network namespace of its own, which vanishes with its thread.
-    fn in_own_netns(test: impl FnOnce() + Send + 'static) {
+    pub(super) fn in_own_netns(test: impl FnOnce() + Send + 'static) {
         let thread = std::thread::spawn(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests run as root");
             test();
@@ -297,7 +299,7 @@ mod tests {
         thread.join().unwrap();
     }
 
-    fn nft_text(args: &[&str]) -> String {
+    pub(super) fn nft_text(args: &[&str]) -> String {
         let out = Command::new("nft").args(args).output().expect("nft is installed");
         assert!(out.status.success(), "nft {args:?}: {}", String::from_utf8_lossy(&out.stderr));
         String::from_utf8(out.stdout).unwrap()

@@ -223,7 +223,8 @@ fn change_raw(batch: &mut Batch, table: &str, message: u16, raws: Vec<Raw>) {
     debug_assert!(raws.iter().all(|raw| set(raw.set).name == raw.set));
 }
 
-fn encode_element(out: &mut Buffer, raw: &Raw, with_data: bool) {
+/// One element; without its data it is a key to look for or to delete.
+pub fn encode_element(out: &mut Buffer, raw: &Raw, with_data: bool) {
     out.nest(1, |out| {
         let flags = if raw.interval_end {
             ELEM_INTERVAL_END

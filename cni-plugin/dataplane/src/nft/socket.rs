@@ -199,6 +199,44 @@ impl NetfilterSocket {
         }
     }
 
+    /// Asks for one thing that is not a dump and gives the answer to `read`. `None`: there is none, which the kernel says as
+    /// ENOENT or, for the end of a range above the last one, by an acknowledgement alone. `what` names it in errors.
+    pub fn ask<T>(
+        &mut self,
+        kind: u16,
+        family: u8,
+        what: &str,
+        fill: impl FnOnce(&mut Buffer),
+        read: impl Fn(super::wire::Message<'_>) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let seq = self.next_seq();
+        let mut buffer = Buffer::default();
+        let start = buffer.begin_message(kind, F_REQUEST | F_ACK, seq, family, 0);
+        fill(&mut buffer);
+        buffer.end_message(start);
+        self.send(buffer.as_slice())?;
+        let mut found = None;
+        let mut datagram = Vec::with_capacity(DATAGRAM_BYTES);
+        while self.receive(&mut datagram, libc::MSG_DONTWAIT)? {
+            // What an earlier question left is not the answer.
+            for message in messages(&datagram).filter(|message| message.seq == seq) {
+                match message.errno() {
+                    Some(0) => return Ok(found),
+                    Some(libc::ENOENT) => return Ok(None),
+                    Some(errno) => return Err(Error::Nft { what: what.to_string(), errno }),
+                    None => match read(message) {
+                        Some(answer) => found = Some(answer),
+                        None => {
+                            let what = format!("{what}: it is not what this program writes");
+                            return Err(Error::Protocol(what));
+                        }
+                    },
+                }
+            }
+        }
+        Err(Error::Protocol(format!("{what}: no answer")))
+    }
+
     /// Sends messages outside a transaction, each of which asks for an acknowledgement; tells how many were done. That a
     /// thing is not there any more is no error; the first other one is returned.
     pub fn send_each(&mut self, buffer: &Buffer, what: &str) -> Result<usize> {

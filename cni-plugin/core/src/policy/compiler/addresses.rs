@@ -185,7 +185,7 @@ impl Compiler {
     }
 }
 
-fn range_at(ranges: &[Range], address: IpAddr) -> Option<&Range> {
+pub(super) fn range_at(ranges: &[Range], address: IpAddr) -> Option<&Range> {
     let after = ranges.partition_point(|range| range.range.first <= address);
     let range = ranges.get(after.checked_sub(1)?)?;
     (address <= range.range.last).then_some(range)

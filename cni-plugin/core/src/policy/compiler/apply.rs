@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Class, Compiler, Local, Membership, Policy, PolicySubject, Subject};
+use super::{Class, Compiler, Local, Membership, Origin, Policy, PolicySubject, Subject};
 use crate::objects::{ClusterNetworkPolicy, Labels, NetworkPolicy, ObjectChange, ObjectName, Pod};
 use crate::policy::lookup::Direction;
 use crate::policy::reference::PolicyRef;
@@ -105,7 +105,8 @@ impl Compiler {
             };
             let (ingress, egress) = (rules(Direction::Ingress), rules(Direction::Egress));
             let subject = PolicySubject::Namespaced(policy.spec.pod_selector.clone());
-            Policy { subject, ingress, egress, classes: BTreeSet::new() }
+            let (classes, origin) = (BTreeSet::new(), Origin::of(&policy.metadata));
+            Policy { subject, ingress, egress, classes, origin, since_ms: None }
         });
         self.set_policy(reference, now);
     }
@@ -124,7 +125,9 @@ impl Compiler {
         };
         let (ingress, egress) = (rules(Direction::Ingress), rules(Direction::Egress));
         let subject = PolicySubject::Cluster(policy.spec.subject.clone());
-        self.set_policy(reference, Some(Policy { subject, ingress, egress, classes: BTreeSet::new() }));
+        let (classes, origin) = (BTreeSet::new(), Origin::of(&policy.metadata));
+        let now = Policy { subject, ingress, egress, classes, origin, since_ms: None };
+        self.set_policy(reference, Some(now));
     }
 
     fn set_policy(&mut self, reference: PolicyRef, now: Option<Policy>) {
@@ -167,7 +170,13 @@ impl Compiler {
             };
             self.dirty.policies.insert(reference.clone(), touched);
         }
-        let Some(mut now) = now else { return };
+        let Some(mut now) = now else {
+            self.unconfirmed.remove(&reference);
+            return;
+        };
+        let earlier = before.as_ref().filter(|before| before.origin.uid == now.origin.uid);
+        let unchanged = same_subject && same_rules && earlier.is_some();
+        now.since_ms = earlier.and_then(|before| before.since_ms);
         now.classes = match before {
             Some(before) => before.classes,
             // Classes that name the policy may be there even if it was not: it went and came back before a commit.
@@ -177,7 +186,10 @@ impl Compiler {
                 self.classes.iter().filter(with_it).map(|(slot, _)| slot).collect()
             }
         };
-        self.policies.insert(reference, now);
+        self.policies.insert(reference.clone(), now);
+        if !unchanged {
+            self.unconfirm(&reference);
+        }
     }
 
     fn mark_locals(&mut self, concerned: impl Fn(&Local) -> bool) {

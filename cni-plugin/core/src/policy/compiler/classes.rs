@@ -92,8 +92,10 @@ impl Compiler {
         };
         let slot = self.classes.insert(class);
         for name in &key.policies {
-            if let Some(policy) = self.policies.get_mut(name) {
-                policy.classes.insert(slot);
+            let Some(policy) = self.policies.get_mut(name) else { continue };
+            policy.classes.insert(slot);
+            if policy.classes.len() == 1 {
+                self.unconfirm(name);
             }
         }
         self.class_keys.insert(key, slot);

@@ -20,10 +20,12 @@ mod arena;
 mod classes;
 mod cluster;
 mod commit;
+mod elements;
 mod numbers;
 mod pairs;
 mod peers;
 mod revocation;
+mod standing;
 mod state;
 mod subjects;
 mod succession;
@@ -44,6 +46,7 @@ use arena::Arena;
 use cluster::Cluster;
 use numbers::Numbers;
 pub(super) use peers::Peers;
+pub use standing::PolicyStanding;
 pub use state::Counts;
 use subjects::Subjects;
 
@@ -89,6 +92,8 @@ pub struct Compiler {
     identity_numbers: Numbers,
     profile_numbers: Numbers,
     dirty: Dirty,
+    /// Policies whose content, or first pod here, no kernel was said to have.
+    unconfirmed: BTreeSet<PolicyRef>,
 }
 
 /// A policy of either kind.
@@ -100,6 +105,16 @@ pub(super) struct Policy {
     egress: Option<PolicyRules>,
     /// Classes that have it.
     classes: BTreeSet<u32>,
+    origin: Origin,
+    /// When the kernel was said to have it as it is; milliseconds since 1970.
+    since_ms: Option<u64>,
+}
+
+/// Which object a policy was read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Origin {
+    uid: Box<str>,
+    metadata_generation: i64,
 }
 
 impl Policy {
@@ -238,7 +253,7 @@ struct Address {
 }
 
 /// What changes reach, until the next commit.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Dirty {
     locals: BTreeSet<String>,
     addresses: BTreeSet<IpAddr>,
