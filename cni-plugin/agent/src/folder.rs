@@ -17,7 +17,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::objects::{Document, Object, ObjectKey, parse_json, parse_yaml};
+use crate::objects::{Document, Object, ObjectKey, PackedKey, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -137,7 +137,7 @@ struct Scanner {
     folder: PathBuf,
     files: BTreeMap<PathBuf, File>,
     /// Which file an object is from.
-    owners: BTreeMap<Arc<ObjectKey>, PathBuf>,
+    owners: BTreeMap<PackedKey, Arc<Path>>,
     /// Problems of the folder itself.
     problems: Vec<String>,
     changes: Vec<ObjectChange>,
@@ -152,9 +152,9 @@ struct Scanner {
 #[derive(Default)]
 struct File {
     stamp: Stamp,
-    keys: BTreeSet<Arc<ObjectKey>>,
+    keys: BTreeSet<PackedKey>,
     /// Objects of it that count as another file's.
-    doubled: BTreeSet<ObjectKey>,
+    doubled: BTreeSet<PackedKey>,
     problems: Vec<String>,
     /// Objects that are invalid, with what is wrong.
     refused: BTreeMap<ObjectKey, String>,
@@ -245,7 +245,7 @@ impl Scanner {
     }
 
     /// Reads a file and passes its objects on. Returns those that it does not have any more.
-    fn read(&mut self, path: &Path, bytes: u64, file: &mut File) -> BTreeSet<Arc<ObjectKey>> {
+    fn read(&mut self, path: &Path, bytes: u64, file: &mut File) -> BTreeSet<PackedKey> {
         if bytes > FILE_BYTES_MAX {
             file.problems.push(format!("larger than {FILE_BYTES_MAX} bytes; its last good state stays"));
             return BTreeSet::new();
@@ -264,7 +264,8 @@ impl Scanner {
         }
         let mut before = std::mem::take(&mut file.keys);
         file.doubled.clear();
-        let take = |document| self.take_document(path, file, &mut before, document);
+        let own: Arc<Path> = path.into();
+        let take = |document| self.take_document(&own, file, &mut before, document);
         let is_json = path.extension().is_some_and(|extension| extension == "json");
         let parsed = if is_json { parse_json(&text, take) } else { parse_yaml(&text, take) };
         if let Err(problem) = parsed {
@@ -277,21 +278,22 @@ impl Scanner {
 
     fn take_document(
         &mut self,
-        path: &Path,
+        path: &Arc<Path>,
         file: &mut File,
-        before: &mut BTreeSet<Arc<ObjectKey>>,
+        before: &mut BTreeSet<PackedKey>,
         document: Document,
     ) {
         match document {
             Document::Object(key, object) => self.take_object(path, file, before, key, object),
             Document::Oversized(key, closed, problem) => {
-                let kept = before.take(&key);
+                let kept = before.take(&key.packed());
                 let what = if kept.is_some() {
                     "its last good state stays"
                 } else {
                     "it isolates what it selects and admits nothing"
                 };
                 file.problems.push(format!("{key} is too large ({problem}); {what}"));
+                file.refused.insert(key.clone(), format!("too large ({problem}); {what}"));
                 match kept {
                     Some(key) => drop(file.keys.insert(key)),
                     None => self.take_object(path, file, before, key, closed),
@@ -300,7 +302,7 @@ impl Scanner {
             Document::Other => {}
             Document::Invalid(None, problem) => file.problems.push(problem),
             Document::Invalid(Some(key), problem) => {
-                let kept = before.take(&key);
+                let kept = before.take(&key.packed());
                 let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
                 file.problems.push(format!("{key} is invalid ({problem}); {what}"));
                 file.refused.insert(key, format!("invalid ({problem}); {what}"));
@@ -311,31 +313,32 @@ impl Scanner {
 
     fn take_object(
         &mut self,
-        path: &Path,
+        path: &Arc<Path>,
         file: &mut File,
-        before: &mut BTreeSet<Arc<ObjectKey>>,
+        before: &mut BTreeSet<PackedKey>,
         key: ObjectKey,
         object: Object,
     ) {
-        if let Some(other) = self.owners.get(&key).filter(|other| **other != *path) {
+        let packed = key.packed();
+        if let Some(other) = self.owners.get(&packed).filter(|other| *other != path) {
             file.problems.push(format!("{key} is also in {}, which counts", other.display()));
-            file.doubled.insert(key);
+            file.doubled.insert(packed);
             return;
         }
+        let packed = before.take(&packed).unwrap_or(packed);
+        self.owners.entry(packed.clone()).or_insert_with(|| Arc::clone(path));
+        file.keys.insert(packed);
         let change = object.into_change(&key);
-        let key = before.take(&key).unwrap_or_else(|| Arc::new(key));
-        self.owners.entry(Arc::clone(&key)).or_insert_with(|| path.to_owned());
-        file.keys.insert(key);
         self.pass_on(change);
     }
 
     /// Passes on that objects are gone. Returns the files that have them too.
-    fn take_away(&mut self, keys: BTreeSet<Arc<ObjectKey>>) -> Vec<PathBuf> {
+    fn take_away(&mut self, keys: BTreeSet<PackedKey>) -> Vec<PathBuf> {
         for key in &keys {
             self.owners.remove(key);
             self.pass_on(key.removal());
         }
-        let has = |file: &File| keys.iter().any(|key| file.doubled.contains(&**key));
+        let has = |file: &File| keys.iter().any(|key| file.doubled.contains(key));
         self.files.iter().filter(|(_, file)| has(file)).map(|(path, _)| path.clone()).collect()
     }
 

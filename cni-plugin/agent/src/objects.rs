@@ -1,5 +1,7 @@
 //! Kubernetes YAML in, objects out.
 
+use std::sync::Arc;
+
 use holdfast_net_core::objects::{
     ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectChange, ObjectName, Pod,
 };
@@ -196,16 +198,32 @@ impl Object {
     }
 }
 
+/// An [`ObjectKey`] in one allocation, as there may be a hundred thousand: kind, length of the namespace, namespace, name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PackedKey(Arc<str>);
+
 impl ObjectKey {
+    pub(crate) fn packed(&self) -> PackedKey {
+        let ObjectName { namespace, name } = &self.name;
+        PackedKey(format!("{} {} {namespace}{name}", self.kind, namespace.len()).into())
+    }
+}
+
+impl PackedKey {
     /// The change that takes the object away.
     pub(crate) fn removal(&self) -> ObjectChange {
-        let name = self.name.name.clone();
-        match self.kind {
+        let mut parts = self.0.splitn(3, ' ');
+        let kind = parts.next().unwrap_or_default();
+        let length = parts.next().and_then(|length| length.parse().ok()).unwrap_or(0);
+        let (namespace, name) =
+            parts.next().and_then(|rest| rest.split_at_checked(length)).unwrap_or_default();
+        let (namespace, name) = (namespace.to_owned(), name.to_owned());
+        match kind {
             "Node" => ObjectChange::Node(name, None),
             "Namespace" => ObjectChange::Namespace(name, None),
-            "Pod" => ObjectChange::Pod(self.name.clone(), None),
+            "Pod" => ObjectChange::Pod(ObjectName { namespace, name }, None),
             CLUSTER_POLICY => ObjectChange::ClusterPolicy(name, None),
-            _ => ObjectChange::Policy(self.name.clone(), None),
+            _ => ObjectChange::Policy(ObjectName { namespace, name }, None),
         }
     }
 }
