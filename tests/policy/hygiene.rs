@@ -30,9 +30,8 @@ pub fn run(bed: &mut Bed) -> Result<()> {
     with_services(bed, |bed, services| {
         let mut world = bed.base();
         bed.show(&world)?;
-        let addresses = |pod: &str| world.pods[&PodName::new(pod)].addresses.clone();
-        let (forbidden, allowed) = (addresses("x/a"), addresses("x/b"));
-        let direct = addresses("y/b").into_iter().map(|address| SocketAddr::new(address, PORT));
+        let addresses = world.pods[&PodName::new("y/b")].addresses.clone();
+        let direct = addresses.into_iter().map(|address| SocketAddr::new(address, PORT));
         let targets: Vec<SocketAddr> = direct.chain(near(services)?.front).collect();
         let sandboxes = ["y/b", "x/a", "x/b"].map(|pod| sandbox(bed, pod));
         let [server, client, other] = sandboxes;
@@ -40,6 +39,7 @@ pub fn run(bed: &mut Bed) -> Result<()> {
         let echoing = echo(server?, targets.len() * 2)?;
         let cut = connect(&client?, &targets)?;
         let mut kept = connect(&other?, &targets)?;
+        let (forbidden, allowed) = (own_ends(&cut)?, own_ends(&kept)?);
         let before = entries(bed, &forbidden)?;
         ensure!(before == targets.len(), "{before} entries of {} connections", targets.len());
 
@@ -66,14 +66,22 @@ fn sandbox(bed: &Bed, pod: &str) -> Result<PathBuf> {
     Ok(found.with_context(|| format!("{pod} has no sandbox"))?.1.to_path_buf())
 }
 
-/// Entries on node-a whose connection one of these addresses opened, over TCP.
-fn entries(bed: &mut Bed, addresses: &[IpAddr]) -> Result<usize> {
+/// The clients' ends. Others of the same pods may be left of earlier trials.
+fn own_ends(streams: &[TcpStream]) -> Result<Vec<SocketAddr>> {
+    streams.iter().map(|stream| Ok(stream.local_addr()?)).collect()
+}
+
+/// Entries on node-a whose connection one of these ends opened, over TCP.
+fn entries(bed: &mut Bed, clients: &[SocketAddr]) -> Result<usize> {
     let all = bed.net().nodes[0].spaces.run("cat", &["/proc/net/nf_conntrack"])?;
-    let client = |line: &str| -> Option<IpAddr> {
-        line.split(' ').find_map(|word| word.strip_prefix("src="))?.parse().ok()
+    let first = |line: &str, name: &str| -> Option<String> {
+        line.split(' ').find_map(|word| word.strip_prefix(name)).map(str::to_owned)
     };
-    let ours =
-        |line: &&str| line.contains(" tcp ") && client(line).is_some_and(|from| addresses.contains(&from));
+    let client = |line: &str| -> Option<SocketAddr> {
+        let address: IpAddr = first(line, "src=")?.parse().ok()?;
+        Some(SocketAddr::new(address, first(line, "sport=")?.parse().ok()?))
+    };
+    let ours = |line: &&str| line.contains(" tcp ") && client(line).is_some_and(|end| clients.contains(&end));
     Ok(all.lines().filter(ours).count())
 }
 
