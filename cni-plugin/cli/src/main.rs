@@ -178,3 +178,25 @@ fn refusal(status: tonic::Status) -> anyhow::Error {
 fn in_brackets(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!(" ({text})") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verbs_take_their_words_and_options_in_either_order() {
+        let parses = |words: &str| Args::try_parse_from(words.split(' ')).is_ok();
+        for right in [
+            "holdfast policy explain shop/web to shop/db:80 --json",
+            "holdfast policy explain --json shop/web to shop/db:80",
+            "holdfast policy status",
+            "holdfast policy status shop/to-db --json",
+            "holdfast policy status --json cluster base",
+        ] {
+            assert!(parses(right), "{right}");
+        }
+        for wrong in ["holdfast policy explain", "holdfast policy status a b c", "holdfast policy"] {
+            assert!(!parses(wrong), "{wrong}");
+        }
+    }
+}
