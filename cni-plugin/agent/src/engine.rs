@@ -47,8 +47,10 @@ const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 const TAMPER_INTERVAL: Duration = Duration::from_millis(250);
 /// A failed pass is repeated after this.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// Profiles that nobody uses are deleted when nothing changed for so long.
+/// Profiles that nobody uses are deleted, and memory given back, when nothing changed for so long.
 const SWEEP_AFTER: Duration = Duration::from_secs(2);
+/// After so many elements in one commit, or a first reading, memory is given back.
+const TRIM_ELEMENTS: usize = 10_000;
 /// How long so many of the last changes took is kept for people and tests.
 const DURATIONS_MAX: usize = 1000;
 
@@ -136,6 +138,8 @@ pub(crate) struct Engine {
     adopted: bool,
     /// The kernel holds what was compiled, but for what changed since.
     in_force: bool,
+    /// Much was allocated and freed since memory was given back.
+    owes_trim: bool,
     /// How many contested addresses were reported.
     contested: usize,
     node_plan: Option<NodePlan>,
@@ -192,6 +196,7 @@ impl Engine {
             compiler,
             adopted: false,
             in_force: false,
+            owes_trim: false,
             contested: 0,
             node_plan: None,
             node_error: None,
@@ -277,6 +282,7 @@ impl Engine {
         self.refused = batch.refused;
         self.metrics.note_objects(self.problems.len(), &self.refused);
         let first = !self.seen.borrow().ready;
+        self.owes_trim |= first;
         if nodes_changed || first {
             self.apply_node().await;
         }
@@ -346,6 +352,7 @@ impl Engine {
                 if applied.revoked {
                     self.settle_at = None;
                 }
+                self.owes_trim |= applied.elements >= TRIM_ELEMENTS;
                 if applied.elements > 0 || applied.mended {
                     self.last_change = Instant::now();
                     let total = noticed.unwrap_or(started).elapsed();
@@ -405,6 +412,9 @@ impl Engine {
     /// Deletes profiles that nobody uses, when there is time.
     async fn sweep(&mut self) {
         let quiet = self.last_change.elapsed() > SWEEP_AFTER;
+        if quiet && std::mem::take(&mut self.owes_trim) {
+            let _ = tokio::task::spawn_blocking(holdfast_dataplane::trim_memory).await;
+        }
         if !self.in_force || !(self.compiler.needs_sweep() || quiet && self.compiler.can_sweep()) {
             return;
         }

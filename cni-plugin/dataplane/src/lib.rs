@@ -18,6 +18,7 @@ mod endpoint;
 mod error;
 mod hygiene;
 mod links;
+mod memory;
 mod nft;
 mod node;
 mod sandbox;
@@ -39,6 +40,7 @@ use tokio::sync::Notify;
 
 pub use error::{Error, Result};
 pub use hygiene::Hygiene;
+pub use memory::trim_memory;
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
 
 /// Settings of the data path.

@@ -10,10 +10,6 @@ use holdfast_agent::{Mode, Settings};
 use holdfast_net_core::overlay::OverlaySettings;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// A first start reads a whole cluster and throws most of it away again, on several threads: this one gives that back.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// What is kept: links, routes and rules; entering sandboxes; and sandboxes that are named by a process.
 const CAPABILITIES: [Capability; 3] =
     [Capability::CAP_NET_ADMIN, Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
