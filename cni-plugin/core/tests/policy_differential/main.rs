@@ -178,7 +178,10 @@ fn run_history(seed: u64, tally: &mut Tally) {
             agent.kernel.apply(&agent.kernel.changes(&swept));
         }
         let earlier = world.clone();
-        world.mutate(&mut rng);
+        // Changes that are committed together must not spoil each other.
+        for _ in 0..rng.random_range(1..=3) {
+            world.mutate(&mut rng);
+        }
         agent.take_in(&earlier, &world, &mut rng);
     }
 }

@@ -65,7 +65,8 @@ impl Compiler {
             if moved.now == Membership::In(to) {
                 moved.now = Membership::In(from);
             }
-            moved.before != moved.now
+            // A new endpoint's is made also where nothing isolates it: until then it is denied everything.
+            moved.before != moved.now || moved.fresh
         });
         round.new_classes.remove(&to);
         round.left.remove(&from);
