@@ -24,7 +24,7 @@ use rand::{Rng, SeedableRng};
 use oracle::oracle;
 use world::World;
 
-const SEEDS: u64 = 80;
+const SEEDS: u64 = 200;
 const STEPS: usize = 12;
 const DECISIONS_MIN: u64 = 1_000_000;
 

@@ -113,6 +113,7 @@ impl World {
     pub fn mutate(&mut self, rng: &mut StdRng) {
         for _ in 0..rng.random_range(1..4) {
             match rng.random_range(0..12) {
+                9 if self.subjects.is_empty() => {}
                 9 => {
                     let nth = rng.random_range(0..self.subjects.len());
                     let mut subject = self.subjects.remove(nth);

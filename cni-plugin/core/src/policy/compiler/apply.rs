@@ -6,7 +6,7 @@ use super::{Class, Compiler, Local, Membership, Origin, Policy, PolicySubject, S
 use crate::objects::{ClusterNetworkPolicy, Labels, NetworkPolicy, ObjectChange, ObjectName, Pod};
 use crate::policy::lookup::Direction;
 use crate::policy::reference::PolicyRef;
-use crate::policy::rules::{self, PeerRef, PolicyRules};
+use crate::policy::rules::{self, NamedPort, PeerRef, PolicyRules};
 
 impl Compiler {
     /// Takes in a change of an object. Policies must have passed [`crate::policy::validate`] or
@@ -141,7 +141,9 @@ impl Compiler {
             (None, None) => return,
             _ => false,
         };
-        if !same_subject {
+        // What port names mean at a pod is part of its class.
+        let same_names = port_names(before.as_ref()) == port_names(now.as_ref());
+        if !(same_subject && same_names) {
             for policy in before.iter().chain(&now) {
                 let selected =
                     self.locals.iter().filter(|(_, local)| self.selects_local(&reference, policy, local));
@@ -224,6 +226,12 @@ impl Policy {
     fn all_rules(&self) -> impl Iterator<Item = &PolicyRules> {
         self.ingress.iter().chain(&self.egress)
     }
+}
+
+/// The port names that are looked up at the pods that a policy selects.
+fn port_names(policy: Option<&Policy>) -> BTreeSet<&NamedPort> {
+    let ingress = policy.and_then(|policy| policy.ingress.as_ref());
+    ingress.into_iter().flat_map(PolicyRules::named_ports).collect()
 }
 
 /// The peers that rules of these policies name; `None` where one of them has a rule for everybody.
