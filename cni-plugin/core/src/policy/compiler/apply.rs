@@ -9,8 +9,8 @@ use crate::policy::reference::PolicyRef;
 use crate::policy::rules::{self, NamedPort, PeerRef, PolicyRules};
 
 impl Compiler {
-    /// Takes in a change of an object. Policies must have passed [`crate::policy::validate`] or
-    /// [`crate::policy::validate_cluster`].
+    /// Takes in a change of an object. Policies must have passed [`crate::policy::validate()`] or
+    /// [`crate::policy::validate_cluster()`].
     pub fn apply(&mut self, change: &ObjectChange) {
         match change {
             ObjectChange::Node(name, node) => {
