@@ -79,3 +79,38 @@ fn an_edited_deny_may_use_a_port_name_that_none_used_before() {
     assert!(!put(json!({ "destinationNamedPort": "http" })));
     assert!(put(json!({ "destinationNamedPort": "https" })));
 }
+
+/// The port of an endpoint outlives it, and keeps its class's number in the kernel.
+#[test]
+fn what_is_left_of_a_pod_does_not_come_under_the_new_rules_of_its_twin() {
+    let mut compiler = mk_compiler();
+    let twin_address = IpAddr::from([10, 0, 0, 3]);
+    let put_twin = |compiler: &mut Compiler, app: &str| {
+        let pod = json!({
+            "metadata": { "name": "twin", "namespace": "shop", "labels": { "app": app } },
+            "status": { "phase": "Running", "podIP": twin_address },
+        });
+        compiler.apply(&ObjectChange::Pod(ObjectName::new("shop", "twin"), Some(from_value(pod).unwrap())));
+        let _ = compiler.commit();
+        compiler.ruleset().cls_in.get(&twin_address).copied()
+    };
+    for (app, ports) in [("server", json!([{ "port": 80 }])), ("open", json!([]))] {
+        let policy: NetworkPolicy = from_value(json!({
+            "metadata": { "name": app, "namespace": "shop" },
+            "spec": { "podSelector": { "matchLabels": { "app": app } }, "ingress": [{ "ports": ports }] },
+        }))
+        .unwrap();
+        compiler.apply(&ObjectChange::Policy(policy.object_name(), Some(Box::new(policy))));
+    }
+    let twin = Subject {
+        pod: Some(ObjectName::new("shop", "twin")),
+        uid: String::new(),
+        addresses: vec![twin_address],
+    };
+    compiler.put("hf2", twin);
+    let before = put_twin(&mut compiler, "server");
+    assert_eq!(before, compiler.ruleset().cls_in.get(&SERVER).copied(), "they are of one class");
+    compiler.remove("hf1");
+    let _ = compiler.commit();
+    assert_ne!(put_twin(&mut compiler, "open"), before);
+}

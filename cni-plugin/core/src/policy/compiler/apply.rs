@@ -53,6 +53,7 @@ impl Compiler {
         for membership in [local.ingress, local.egress] {
             if let Membership::In(class) = membership {
                 self.classes[class].members -= 1;
+                self.classes[class].bereft = true;
                 self.dirty.left.insert(class);
             }
         }

@@ -86,6 +86,7 @@ impl Compiler {
             key: key.clone(),
             number: ClassId(self.class_numbers.take(FIRST_CLASS)),
             members: 0,
+            bereft: false,
             peers: BTreeSet::new(),
             names: BTreeSet::new(),
             pairs: std::collections::BTreeMap::new(),

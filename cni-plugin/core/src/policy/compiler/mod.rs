@@ -178,6 +178,8 @@ pub(super) struct Class {
     number: ClassId,
     /// Endpoints in it.
     members: u32,
+    /// An endpoint of it is gone, and its port may still be there with this class's number.
+    bereft: bool,
     /// The peers that its rules name.
     peers: BTreeSet<PeerRef>,
     /// Port names of its egress rules.

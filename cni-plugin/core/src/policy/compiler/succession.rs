@@ -25,7 +25,7 @@ impl Compiler {
         }
         for (from, to) in ways {
             let Some(Some(to)) = to.first().copied().filter(|_| to.len() == 1) else { continue };
-            let left = self.classes[from].members == 0 && !self.dirty.left.contains(&from);
+            let left = self.classes[from].members == 0 && !self.classes[from].bereft;
             // One that has a predecessor already is new no more.
             if left && round.new_classes.contains(&to) {
                 self.hand_on(from, to, round);
