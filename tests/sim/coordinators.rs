@@ -219,7 +219,13 @@ impl Groups {
         self.log(|| format!("coordinator {number} of group {} starts: {task:?}", group_id.0));
         let rate_ppm = 980_000 + self.rng.random_range(0..40_000);
         let creates = matches!(task, GroupTask::Create(_));
-        let config = GroupConfig { group_id, task, hold_ms: self.store.hold_ms };
+        let config = GroupConfig {
+            group_id,
+            name: String::new(),
+            asked_unix_ms: 0,
+            task,
+            hold_ms: self.store.hold_ms,
+        };
         let group = Group::with_guards(clock_ms(self.now, rate_ppm), config, self.guards);
         let coordinator = Coordinator { group_id, group, creates, rate_ppm, paused_until: 0 };
         self.coordinators.insert(number, coordinator);

@@ -211,6 +211,7 @@ fn mk_record(rng: &mut StdRng) -> VolumeRecord {
         epoch_nonce: rng.random(),
         replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
         params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
+        source: None,
     })
 }
 

@@ -12,11 +12,13 @@ use crate::ids::{
 };
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
-/// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`; records of earlier versions have none and are read
-/// as they are.
-pub const RECORD_FORMAT: u32 = 3;
+/// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`; records
+/// of earlier versions have none and are read as they are.
+pub const RECORD_FORMAT: u32 = 4;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
 pub const SNAPSHOTS_MAX: usize = 100;
+/// Most snapshots that are asked for, cut or not.
+pub const REQUESTED_MAX: usize = 2 * SNAPSHOTS_MAX;
 
 /// One volume, as the record store keeps it (replication reference, section (a) "Record").
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +27,7 @@ pub struct VolumeRecord {
     pub format: u32,
     /// Random id; also the CSI volume id.
     pub volume_id: VolumeId,
-    /// The name CreateVolume was called with; unique among volumes that are not deleting.
+    /// The name CreateVolume was called with; unique among volumes that are not gone ([`VolumeRecord::is_gone`]).
     pub name: String,
     /// The volume's history.
     pub lineage: Lineage,
@@ -53,6 +55,15 @@ pub struct VolumeRecord {
     /// Snapshots, oldest first; the order of the layers on every holder.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub snapshots: Vec<SnapshotRecord>,
+    /// Snapshots that somebody asked for, each from before it is cut until after it is gone: what a repeated call finds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requested: Vec<RequestedSnapshot>,
+    /// Deleted while it had snapshots: nobody may publish it, its name is free, and it goes with the last of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub retired: bool,
+    /// What it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<CloneSource>,
     /// A replica knew another history than this record, as after the store was restored from a backup: no target serves
     /// before every replica agrees with it, or an operator promoted one (R35).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -113,9 +124,44 @@ pub struct SnapshotRecord {
     /// Replicas that have its layer, with the same bytes; empty while it is being cut. They keep it while they are
     /// offline.
     pub holders: BTreeSet<ReplicaId>,
-    /// Volumes that were made from it, named before they are made (R30).
+    /// Volumes that are being made from it, named before they are made (R30). Once all replicas of one are there, they have
+    /// links of their own to the layers, and its name goes.
     #[serde(default)]
     pub clones: BTreeSet<VolumeId>,
+    /// How far formatting had gone at the cut; what is not known for sure counts as `yes`, which forbids mkfs (R36).
+    #[serde(default = "formatted_unless_known")]
+    pub formatted: Formatted,
+}
+
+fn formatted_unless_known() -> Formatted {
+    Formatted::Yes
+}
+
+/// A snapshot that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestedSnapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The name CreateSnapshot was called with; empty where a clone needs it.
+    pub name: String,
+    /// When the cut was asked for last, milliseconds since 1970.
+    pub asked_unix_ms: u64,
+    /// The volume that is made from it; it goes when that is there or given up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub for_clone: Option<VolumeId>,
+}
+
+/// What a volume was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneSource {
+    /// The volume whose snapshot it is.
+    pub volume: VolumeId,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The caller named the volume, and the snapshot is only a means.
+    pub of_volume: bool,
+    /// All replicas were made, so that the source is not needed any more.
+    pub linked: bool,
 }
 
 /// Whether a snapshot counts.
@@ -141,6 +187,18 @@ impl VolumeRecord {
     /// The committed snapshots, oldest first.
     pub fn committed(&self) -> impl Iterator<Item = &SnapshotRecord> {
         self.snapshots.iter().filter(|snapshot| snapshot.state == SnapshotState::Committed)
+    }
+
+    /// What was asked for under this snapshot id.
+    #[must_use]
+    pub fn request(&self, id: SnapshotId) -> Option<&RequestedSnapshot> {
+        self.requested.iter().find(|request| request.id == id)
+    }
+
+    /// Whether CreateVolume may give its name to another volume, and callers are told that there is no such volume.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.deleting || self.retired
     }
 
     /// The committed snapshots that a replica holds.

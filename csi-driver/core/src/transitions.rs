@@ -6,13 +6,16 @@ use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
 use crate::record::{
-    Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, SNAPSHOTS_MAX, VolumeParams, VolumeRecord,
+    CloneSource, Formatted, RECORD_FORMAT, REQUESTED_MAX, ReplicaRecord, ReplicaState, SNAPSHOTS_MAX,
+    VolumeParams, VolumeRecord,
 };
 
 mod history;
+mod requests;
 mod snapshots;
 
 pub use history::*;
+pub use requests::*;
 pub use snapshots::*;
 
 /// Why a record cannot be changed as asked.
@@ -31,6 +34,9 @@ pub enum TransitionError {
     /// The volume is being deleted.
     #[error("volume {0} is being deleted")]
     Deleting(VolumeId),
+    /// The volume was deleted while it had snapshots.
+    #[error("volume {0} was deleted; only its snapshots are kept")]
+    Retired(VolumeId),
     /// The volume is published to another node.
     #[error("volume {volume} is published to node {node}")]
     PublishedElsewhere {
@@ -122,6 +128,9 @@ pub enum TransitionError {
     /// No further snapshot fits.
     #[error("volume {0} has {SNAPSHOTS_MAX} snapshots, the most it can have: delete one first")]
     SnapshotsFull(VolumeId),
+    /// No further snapshot can be asked for.
+    #[error("of volume {0} {REQUESTED_MAX} snapshots are asked for, the most there can be: delete one first")]
+    RequestsFull(VolumeId),
     /// A replica returns without having all snapshots (R28).
     #[error("replica {replica} of volume {volume} lacks snapshot {snapshot}")]
     SnapshotMissing {
@@ -172,11 +181,14 @@ pub struct NewVolume {
     pub replicas: Vec<(ReplicaId, NodeName)>,
     /// Parameters.
     pub params: VolumeParams,
+    /// The snapshot that the replicas begin as, with its format state; none: they begin without data.
+    pub source: Option<(CloneSource, Formatted)>,
 }
 
 /// The record of a new volume: all replicas in sync, epoch 1. The replicas are created with that epoch.
 #[must_use]
 pub fn create(volume: NewVolume) -> VolumeRecord {
+    let (source, formatted) = volume.source.map_or((None, Formatted::Never), |(s, f)| (Some(s), f));
     VolumeRecord {
         format: RECORD_FORMAT,
         volume_id: volume.volume_id,
@@ -197,9 +209,12 @@ pub fn create(volume: NewVolume) -> VolumeRecord {
             .map(|(id, node)| (id, ReplicaRecord { node, state: ReplicaState::InSync }))
             .collect(),
         snapshots: Vec::new(),
+        requested: Vec::new(),
+        retired: false,
+        source,
         restored: false,
         promoted: None,
-        formatted: Formatted::Never,
+        formatted,
         deleting: false,
         params: volume.params,
     }
@@ -212,6 +227,9 @@ pub fn publish(
     read_only: bool,
 ) -> Result<VolumeRecord, TransitionError> {
     check_live(record)?;
+    if record.retired {
+        return Err(TransitionError::Retired(record.volume_id));
+    }
     match &record.attached_to {
         Some(at) if at != node => {
             Err(TransitionError::PublishedElsewhere { volume: record.volume_id, node: at.clone() })
@@ -443,6 +461,7 @@ pub(crate) mod tests {
             epoch_nonce: 5,
             replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
             params: VolumeParams { replicas: 3, fs_type: "ext4".to_owned(), min_in_sync: 1 },
+            source: None,
         })
     }
 

@@ -1,7 +1,7 @@
 //! CSI Identity: who the plugin is and whether it is ready.
 
 use holdfast_proto::csi::identity_server::Identity;
-use holdfast_proto::csi::plugin_capability::{Service, Type, service};
+use holdfast_proto::csi::plugin_capability::{Service, Type, VolumeExpansion, service, volume_expansion};
 use holdfast_proto::csi::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse,
@@ -50,8 +50,15 @@ impl Identity for IdentityService {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        let controller = Type::Service(Service { r#type: service::Type::ControllerService.into() });
-        let capabilities = vec![PluginCapability { r#type: Some(controller) }];
+        let services = [
+            service::Type::ControllerService,
+            service::Type::GroupControllerService,
+            service::Type::VolumeAccessibilityConstraints,
+        ];
+        let mut types: Vec<Type> =
+            services.map(|kind| Type::Service(Service { r#type: kind.into() })).to_vec();
+        types.push(Type::VolumeExpansion(VolumeExpansion { r#type: volume_expansion::Type::Online.into() }));
+        let capabilities = types.into_iter().map(|kind| PluginCapability { r#type: Some(kind) }).collect();
         Ok(Response::new(GetPluginCapabilitiesResponse { capabilities }))
     }
 

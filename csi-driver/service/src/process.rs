@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use futures::future::select_all;
 use holdfast_proto::csi::controller_server::ControllerServer;
+use holdfast_proto::csi::group_controller_server::GroupControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::node_server::NodeServer;
 use holdfast_proto::storage::operator_server::OperatorServer;
 use holdfast_storage_core::node_directory::NodeDirectory;
-use holdfast_storage_core::record_store::RecordStore;
+use holdfast_storage_core::record_store::{GroupStore, RecordStore};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -81,20 +82,24 @@ impl Process {
     pub async fn start_controller(config: ControllerConfig) -> Result<Self, StartError> {
         let store_dir = config.store_dir;
         let opened = tokio::task::spawn_blocking(move || SledStore::open(&store_dir)).await;
-        let store: Arc<dyn RecordStore> = match opened {
-            Ok(opened) => Arc::new(opened?),
+        let opened = match opened {
+            Ok(opened) => opened?,
             Err(failure) => std::panic::resume_unwind(failure.into_panic()),
         };
+        let group_store: Arc<dyn GroupStore> = Arc::new(opened.clone());
+        let store: Arc<dyn RecordStore> = Arc::new(opened);
         let listen = |source| StartError::Listen { address: config.registry_listen, source };
         let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
         let registry_address = registry_listener.local_addr().map_err(listen)?;
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
-        let controller = ControllerService::new(Arc::clone(&store), book, config.tls.clone());
+        let controller = ControllerService::new(Arc::clone(&store), group_store, book, config.tls.clone());
+        let sweeper = controller.clone();
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
             .add_service(OperatorServer::new(controller.clone()))
+            .add_service(GroupControllerServer::new(controller.clone()))
             .add_service(ControllerServer::new(controller));
         let registry = RegistryServer::new(store, directory, config.tls.is_some());
         let registry = server().add_service(registry.into_service());
@@ -102,7 +107,14 @@ impl Process {
         let tls = config.tls.as_ref().map(TlsIdentity::server);
         let tasks = vec![
             tokio::spawn(serve_unix(csi, csi_listener, told(stopped.clone()))),
-            tokio::spawn(serve_tcp(registry, registry_listener, tls, told(stopped))),
+            tokio::spawn(serve_tcp(registry, registry_listener, tls, told(stopped.clone()))),
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = sweeper.keep_sweeping() => {}
+                    () = told(stopped) => {}
+                }
+                Ok(())
+            }),
         ];
         tracing::info!(socket = %config.csi_socket.display(), registry = %registry_address, "controller started");
         Ok(Self { stop, tasks, registry_address: Some(registry_address) })

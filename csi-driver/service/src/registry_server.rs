@@ -91,8 +91,12 @@ impl Caller {
             && old.deleting == new.deleting
             && old.lineage == new.lineage
             && old.promoted == new.promoted
-            && old.size_bytes == new.size_bytes
-            && old.params == new.params;
+            && old.requested == new.requested
+            && old.retired == new.retired
+            && old.source == new.source
+            && old.params == new.params
+            // Its target makes a volume larger, nobody smaller (R31).
+            && old.size_bytes <= new.size_bytes;
         if involved && kept {
             return Ok(());
         }

@@ -18,6 +18,7 @@ pub(crate) fn to_status(error: &StoreError) -> Status {
         StoreError::NotFound(volume) => (Code::NotFound, Some(*volume)),
         StoreError::Exists(volume) => (Code::AlreadyExists, Some(*volume)),
         StoreError::Conflict(volume) => (Code::Aborted, Some(*volume)),
+        StoreError::GroupConflict(_) => (Code::Aborted, None),
         StoreError::Unknown(reason) => return Status::unavailable(reason.clone()),
         StoreError::Refused(reason) => return decided(Status::failed_precondition(reason.clone())),
     };

@@ -1,7 +1,7 @@
 //! Volume records in an embedded sled database: one machine without Kubernetes, the demo and development.
 //!
 //! Layout: tree `records` maps a volume id (16 bytes, big endian) to the record's version (8 bytes, little endian)
-//! followed by the record as JSON; tree `names` maps the name of each volume that is not deleting to its id, which
+//! followed by the record as JSON, tree `groups` likewise a group id to its record; tree `names` maps the name of each volume that is not gone to its id, which
 //! makes names unique inside the same transaction.
 //!
 //! A change is answered only when it is durable, and nobody reads it before: one lock is held over a change and its
@@ -13,10 +13,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use holdfast_storage_core::ids::{RecordVersion, VolumeId};
+use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
+use holdfast_storage_core::ids::{GroupId, RecordVersion, VolumeId};
 use holdfast_storage_core::record::{RECORD_FORMAT, VolumeRecord};
-use holdfast_storage_core::record_store::{RecordStore, StoreError, StoreFuture, Versioned};
+use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError, StoreFuture, Versioned};
 use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sled::transaction::{ConflictableTransactionError, TransactionError, Transactional};
 
 /// Memory that sled may use for its page cache; records are about 1 KiB each. Beyond it sled reads from the disk.
@@ -61,6 +64,7 @@ struct Inner {
     db: sled::Db,
     records: sled::Tree,
     names: sled::Tree,
+    groups: sled::Tree,
     /// sled's log file, opened once more for syncing.
     log: File,
     /// Writers hold it over change and flush. `true` once a flush failed: memory then holds what the disk may not.
@@ -91,12 +95,13 @@ impl SledStore {
             .map_err(database)?;
         let records = db.open_tree("records").map_err(database)?;
         let names = db.open_tree("names").map_err(database)?;
+        let groups = db.open_tree("groups").map_err(database)?;
         let log = File::open(path.join("db")).map_err(folder)?;
         // The files' directory entries must last as long as what is in them.
         for each in [&path, dir] {
             File::open(each).and_then(|handle| handle.sync_all()).map_err(folder)?;
         }
-        let inner = Inner { db, records, names, log, broken: RwLock::new(false), _lock: lock };
+        let inner = Inner { db, records, names, groups, log, broken: RwLock::new(false), _lock: lock };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -135,6 +140,25 @@ impl RecordStore for SledStore {
     }
 }
 
+impl GroupStore for SledStore {
+    fn read_group(&self, group: GroupId) -> StoreFuture<'_, Option<VersionedGroup>> {
+        self.run(move |inner| inner.read_group(group))
+    }
+
+    fn list_groups(&self) -> StoreFuture<'_, Vec<VersionedGroup>> {
+        self.run(Inner::list_groups)
+    }
+
+    fn swap_group(
+        &self,
+        group: GroupId,
+        expected: Option<RecordVersion>,
+        record: Option<GroupRecord>,
+    ) -> StoreFuture<'_, RecordVersion> {
+        self.run(move |inner| inner.swap_group(group, expected, record.as_ref()))
+    }
+}
+
 impl Inner {
     fn read(&self, volume: VolumeId) -> Result<Versioned, StoreError> {
         self.reading(|| {
@@ -158,7 +182,7 @@ impl Inner {
                 if records.get(key(volume))?.is_some() {
                     return Err(ConflictableTransactionError::Abort(StoreError::Exists(volume)));
                 }
-                if !record.deleting {
+                if !record.is_gone() {
                     if let Some(other) = names.get(record.name.as_bytes())? {
                         return Err(ConflictableTransactionError::Abort(StoreError::Exists(unkey(&other))));
                     }
@@ -185,7 +209,7 @@ impl Inner {
                     return Err(abort(StoreError::Conflict(volume)));
                 }
                 allowed(&old.record, record).map_err(abort)?;
-                if record.deleting && !old.record.deleting {
+                if record.is_gone() && !old.record.is_gone() {
                     names.remove(record.name.as_bytes())?;
                 }
                 records.insert(&key(volume), value.as_slice())?;
@@ -215,6 +239,49 @@ impl Inner {
             });
             change.map_err(refused)
         })
+    }
+
+    fn read_group(&self, group: GroupId) -> Result<Option<VersionedGroup>, StoreError> {
+        self.reading(|| {
+            let value = self.groups.get(group.0.to_be_bytes()).map_err(|e| unreadable(&e))?;
+            value.map(|value| decode_group(&value)).transpose()
+        })
+    }
+
+    fn list_groups(&self) -> Result<Vec<VersionedGroup>, StoreError> {
+        self.reading(|| {
+            self.groups.iter().map(|entry| decode_group(&entry.map_err(|e| unreadable(&e))?.1)).collect()
+        })
+    }
+
+    fn swap_group(
+        &self,
+        group: GroupId,
+        expected: Option<RecordVersion>,
+        record: Option<&GroupRecord>,
+    ) -> Result<RecordVersion, StoreError> {
+        let mut version = RecordVersion(0);
+        self.changing(|| {
+            // One counter for all groups, which goes on when a record is removed.
+            let drawn = self.db.generate_id().map_err(|e| unreadable(&e))?;
+            version = RecordVersion(drawn);
+            let value = record.map(|record| encode(version, record)).transpose()?;
+            let change = self.groups.transaction(|groups| {
+                let abort = ConflictableTransactionError::Abort;
+                let found = groups.get(group.0.to_be_bytes())?;
+                let found = found.map(|value| decode_group(&value)).transpose().map_err(abort)?;
+                if found.map(|found| found.version) != expected {
+                    return Err(abort(StoreError::GroupConflict(group)));
+                }
+                match &value {
+                    Some(value) => drop(groups.insert(&group.0.to_be_bytes(), value.as_slice())?),
+                    None => drop(groups.remove(&group.0.to_be_bytes())?),
+                }
+                Ok(())
+            });
+            change.map_err(refused)
+        })?;
+        Ok(version)
     }
 
     fn reading<T>(&self, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
@@ -256,8 +323,8 @@ fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), StoreError> {
     if old.name != new.name {
         return refuse("a swap may not rename it");
     }
-    if old.deleting && !new.deleting {
-        return refuse("a tombstone is never taken back");
+    if (old.deleting && !new.deleting) || (old.retired && !new.retired) {
+        return refuse("a deletion is never taken back");
     }
     if new.in_sync.is_empty() {
         return refuse("the in-sync set may not become empty");
@@ -280,27 +347,38 @@ fn unkey(bytes: &[u8]) -> VolumeId {
     VolumeId(u128::from_be_bytes(id))
 }
 
-fn encode(version: RecordVersion, record: &VolumeRecord) -> Result<Vec<u8>, StoreError> {
+fn encode(version: RecordVersion, record: &impl Serialize) -> Result<Vec<u8>, StoreError> {
     let mut value = version.0.to_le_bytes().to_vec();
     serde_json::to_writer(&mut value, record)
         .map_err(|e| StoreError::Refused(format!("the record has no JSON form: {e}")))?;
     Ok(value)
 }
 
-fn decode(value: &[u8]) -> Result<Versioned, StoreError> {
+fn split<T: DeserializeOwned>(value: &[u8]) -> Result<(RecordVersion, T), StoreError> {
     let (version, json) = value
         .split_first_chunk::<VERSION_BYTES>()
         .ok_or_else(|| StoreError::Refused("a stored record is cut short; restore the store".to_owned()))?;
-    let record: VolumeRecord = serde_json::from_slice(json).map_err(|e| {
+    let record = serde_json::from_slice(json).map_err(|e| {
         StoreError::Refused(format!("a stored record cannot be read: {e}; restore the store"))
     })?;
+    Ok((RecordVersion(u64::from_le_bytes(*version)), record))
+}
+
+/// The coordinator judges the record's format.
+fn decode_group(value: &[u8]) -> Result<VersionedGroup, StoreError> {
+    let (version, record) = split(value)?;
+    Ok(VersionedGroup { version, record })
+}
+
+fn decode(value: &[u8]) -> Result<Versioned, StoreError> {
+    let (version, record): (_, VolumeRecord) = split(value)?;
     if record.format > RECORD_FORMAT {
         return Err(StoreError::Refused(format!(
             "the record of volume {} has format {}, this program knows up to {RECORD_FORMAT}: use the newer program",
             record.volume_id, record.format
         )));
     }
-    Ok(Versioned { version: RecordVersion(u64::from_le_bytes(*version)), record })
+    Ok(Versioned { version, record })
 }
 
 fn refused(error: TransactionError<StoreError>) -> StoreError {

@@ -8,7 +8,7 @@ pub(crate) fn from_store(error: StoreError) -> Status {
     let sentence = error.to_string();
     match error {
         StoreError::NotFound(_) => Status::not_found(sentence),
-        StoreError::Exists(_) | StoreError::Conflict(_) => {
+        StoreError::Exists(_) | StoreError::Conflict(_) | StoreError::GroupConflict(_) => {
             Status::aborted(format!("{sentence}; repeat the call"))
         }
         StoreError::Unknown(_) => Status::unavailable(sentence),
@@ -19,7 +19,7 @@ pub(crate) fn from_store(error: StoreError) -> Status {
 pub(crate) fn from_transition(error: TransitionError) -> Status {
     let sentence = error.to_string();
     match error {
-        TransitionError::Deleting(_) => Status::not_found(sentence),
+        TransitionError::Deleting(_) | TransitionError::Retired(_) => Status::not_found(sentence),
         TransitionError::PublishedElsewhere { .. } => {
             Status::failed_precondition(format!("{sentence}; unpublish it there first"))
         }
@@ -36,7 +36,9 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::SnapshotMissing { .. }
         | TransitionError::LineageUsed(_)
         | TransitionError::Published { .. } => Status::failed_precondition(sentence),
-        TransitionError::SnapshotsFull(_) => Status::resource_exhausted(sentence),
+        TransitionError::SnapshotsFull(_) | TransitionError::RequestsFull(_) => {
+            Status::resource_exhausted(sentence)
+        }
         TransitionError::Size { .. } => Status::out_of_range(sentence),
         TransitionError::Format { .. } => Status::internal(sentence),
     }

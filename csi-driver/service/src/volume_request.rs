@@ -1,11 +1,16 @@
 //! What a caller may ask of a volume, checked before anything is changed: names, sizes, capabilities, parameters.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
 
 use holdfast_proto::csi::volume_capability::AccessType;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
-use holdfast_proto::csi::{CapacityRange, CreateVolumeRequest, VolumeCapability};
-use holdfast_storage_core::ids::{REGION_BYTES, VolumeId};
+use holdfast_proto::csi::volume_content_source::Type as SourceType;
+use holdfast_proto::csi::{
+    CapacityRange, CreateVolumeRequest, TopologyRequirement, VolumeCapability, VolumeContentSource,
+};
+use holdfast_storage_core::ids::{InvalidId, NodeName, REGION_BYTES, SnapshotId, VolumeId};
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use tonic::Status;
 
@@ -21,6 +26,8 @@ pub const SIZE_BYTES_MAX: u64 = 64 << 40;
 pub const DEFAULT_REPLICAS: u32 = 3;
 /// Most replicas a volume may have.
 pub const REPLICAS_MAX: u32 = 8;
+/// Key of a node's topology: its own name.
+pub const TOPOLOGY_NODE_KEY: &str = "csi.holdfast.dev/node";
 /// Longest name the specification lets a caller send.
 const NAME_BYTES_MAX: usize = 128;
 /// File system of a mounted volume where nobody names one.
@@ -43,6 +50,43 @@ pub struct VolumeRequest {
     pub size_bytes: u64,
     /// Everything else.
     pub params: VolumeParams,
+    /// What it is to begin as; none: without data.
+    pub source: Option<VolumeSource>,
+    /// The node that is to hold a replica if it can, as its first pod will run there.
+    pub prefer: Option<NodeName>,
+}
+
+/// What a volume begins as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeSource {
+    /// A snapshot.
+    Snapshot(SnapshotHandle),
+    /// Another volume, as it is at some moment of the call.
+    Volume(VolumeId),
+}
+
+/// CSI's snapshot id: the volume's id, `@`, the snapshot's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SnapshotHandle {
+    /// The volume that the snapshot is of.
+    pub volume: VolumeId,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+}
+
+impl fmt::Display for SnapshotHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.volume, self.snapshot)
+    }
+}
+
+impl FromStr for SnapshotHandle {
+    type Err = InvalidId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        let (volume, snapshot) = text.split_once('@').ok_or_else(|| InvalidId(text.to_owned()))?;
+        Ok(Self { volume: volume.parse()?, snapshot: snapshot.parse()? })
+    }
 }
 
 /// The bounds of a CapacityRange; an absent bound is open.
@@ -68,17 +112,8 @@ impl VolumeRequest {
     /// # Errors
     /// INVALID_ARGUMENT or OUT_OF_RANGE with a sentence that names field and cause.
     pub fn parse(request: &CreateVolumeRequest) -> Result<Self, Status> {
-        if request.name.is_empty() {
-            return Err(Status::invalid_argument("name is missing"));
-        }
-        if request.name.len() > NAME_BYTES_MAX {
-            return Err(Status::invalid_argument(format!("name is longer than {NAME_BYTES_MAX} bytes")));
-        }
-        if request.volume_content_source.is_some() {
-            return Err(Status::invalid_argument(
-                "volume_content_source: this driver cannot make a volume from a snapshot or another volume",
-            ));
-        }
+        check_name(&request.name)?;
+        let source = request.volume_content_source.as_ref().map(parse_source).transpose()?;
         if let Some(key) = request.mutable_parameters.keys().next() {
             return Err(Status::invalid_argument(format!("mutable_parameters: key \"{key}\" is unknown")));
         }
@@ -86,8 +121,68 @@ impl VolumeRequest {
         let params = parse_params(&request.parameters, &capabilities)?;
         let range = parse_range(request.capacity_range.as_ref())?;
         let size_bytes = choose_size(range, request.capacity_range.is_some(), &params.fs_type)?;
-        Ok(Self { name: request.name.clone(), range, size_bytes, params })
+        let prefer = preferred_node(request.accessibility_requirements.as_ref());
+        Ok(Self { name: request.name.clone(), range, size_bytes, params, source, prefer })
     }
+}
+
+fn parse_source(source: &VolumeContentSource) -> Result<VolumeSource, Status> {
+    let missing =
+        |field: &str| Err(Status::invalid_argument(format!("volume_content_source.{field} is missing")));
+    match &source.r#type {
+        None => missing("type"),
+        Some(SourceType::Snapshot(source)) if source.snapshot_id.is_empty() => {
+            missing("snapshot.snapshot_id")
+        }
+        Some(SourceType::Snapshot(source)) => {
+            existing_snapshot(&source.snapshot_id).map(VolumeSource::Snapshot)
+        }
+        Some(SourceType::Volume(source)) if source.volume_id.is_empty() => missing("volume.volume_id"),
+        Some(SourceType::Volume(source)) => existing_volume_id(&source.volume_id).map(VolumeSource::Volume),
+    }
+}
+
+/// Turns a snapshot id as a caller spells it into one of ours.
+///
+/// # Errors
+/// `None` for everything that cannot be the id of a snapshot of ours; INVALID_ARGUMENT for an empty one.
+pub fn parse_snapshot(text: &str) -> Result<Option<SnapshotHandle>, Status> {
+    if text.is_empty() {
+        return Err(Status::invalid_argument("snapshot_id is missing"));
+    }
+    Ok(text.parse().ok())
+}
+
+/// [`parse_snapshot`] for calls that need the snapshot to exist.
+///
+/// # Errors
+/// NOT_FOUND for everything that cannot be the id of a snapshot of ours; INVALID_ARGUMENT for an empty one.
+pub fn existing_snapshot(text: &str) -> Result<SnapshotHandle, Status> {
+    parse_snapshot(text)?.ok_or_else(|| {
+        let shown: String = text.chars().take(80).collect();
+        Status::not_found(format!("snapshot_id: there is no snapshot \"{shown}\""))
+    })
+}
+
+/// The node of the most preferred topology: where the first pod of a volume is going to run.
+fn preferred_node(topology: Option<&TopologyRequirement>) -> Option<NodeName> {
+    let topology = topology?;
+    let first = topology.preferred.first().or(topology.requisite.first())?;
+    first.segments.get(TOPOLOGY_NODE_KEY).map(|node| NodeName(node.clone()))
+}
+
+/// Checks a name that a caller gives to a new object.
+///
+/// # Errors
+/// INVALID_ARGUMENT for an empty one and for one that is longer than the specification allows.
+pub fn check_name(name: &str) -> Result<(), Status> {
+    if name.is_empty() {
+        return Err(Status::invalid_argument("name is missing"));
+    }
+    if name.len() > NAME_BYTES_MAX {
+        return Err(Status::invalid_argument(format!("name is longer than {NAME_BYTES_MAX} bytes")));
+    }
+    Ok(())
 }
 
 /// What a list of capabilities comes to.
@@ -272,7 +367,11 @@ fn check_fs_type(field: &str, fs_type: &str) -> Result<(), Status> {
     )))
 }
 
-fn parse_range(range: Option<&CapacityRange>) -> Result<SizeRange, Status> {
+/// Reads the bounds of a size.
+///
+/// # Errors
+/// INVALID_ARGUMENT or OUT_OF_RANGE naming the field.
+pub fn parse_range(range: Option<&CapacityRange>) -> Result<SizeRange, Status> {
     let Some(range) = range else {
         return Ok(SizeRange { required_bytes: 0, limit_bytes: None });
     };
@@ -295,8 +394,11 @@ fn parse_range(range: Option<&CapacityRange>) -> Result<SizeRange, Status> {
     Ok(SizeRange { required_bytes, limit_bytes: (limit_bytes != 0).then_some(limit_bytes) })
 }
 
-/// Sizes are whole regions: the unit of the intent log.
-fn choose_size(range: SizeRange, asked: bool, fs_type: &str) -> Result<u64, Status> {
+/// Chooses a size; sizes are whole regions, the unit of the intent log.
+///
+/// # Errors
+/// OUT_OF_RANGE naming the bound.
+pub fn choose_size(range: SizeRange, asked: bool, fs_type: &str) -> Result<u64, Status> {
     if range.required_bytes > SIZE_BYTES_MAX {
         return Err(Status::out_of_range(format!(
             "capacity_range.required_bytes {} is above the largest volume, {SIZE_BYTES_MAX} bytes",

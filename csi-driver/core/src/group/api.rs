@@ -17,6 +17,10 @@ pub struct GroupRecord {
     pub format: u32,
     /// The group.
     pub group_id: GroupId,
+    /// The name that its caller gave it; unique among groups.
+    pub name: String,
+    /// When this try was asked for, milliseconds since 1970.
+    pub asked_unix_ms: u64,
     /// Every member with its snapshot. The ids are drawn anew for each try, so they also say whose try it is.
     pub snapshots: BTreeMap<VolumeId, SnapshotId>,
     /// What the snapshots are worth.
@@ -51,6 +55,10 @@ pub struct VersionedGroup {
 pub struct GroupConfig {
     /// The group. Whoever repeats a call names the same one.
     pub group_id: GroupId,
+    /// Its name, for the record.
+    pub name: String,
+    /// When it was asked for, milliseconds since 1970, for the record.
+    pub asked_unix_ms: u64,
     /// What to do.
     pub task: GroupTask,
     /// For how long a member may hold its writes, from its target's answer on; at most

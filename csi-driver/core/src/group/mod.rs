@@ -205,8 +205,15 @@ impl Group {
     }
 
     fn ours(&self, state: GroupState) -> GroupRecord {
-        let group_id = self.config.group_id;
-        GroupRecord { format: GROUP_FORMAT, group_id, snapshots: self.members(), state }
+        let GroupConfig { group_id, name, asked_unix_ms, .. } = &self.config;
+        GroupRecord {
+            format: GROUP_FORMAT,
+            group_id: *group_id,
+            name: name.clone(),
+            asked_unix_ms: *asked_unix_ms,
+            snapshots: self.members(),
+            state,
+        }
     }
 
     fn members(&self) -> BTreeMap<VolumeId, SnapshotId> {

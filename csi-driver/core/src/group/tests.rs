@@ -46,7 +46,8 @@ struct Bench {
 
 impl Bench {
     fn start(task: GroupTask) -> Self {
-        let config = GroupConfig { group_id: GROUP, task, hold_ms: HOLD_MS };
+        let config =
+            GroupConfig { group_id: GROUP, name: String::new(), asked_unix_ms: 0, task, hold_ms: HOLD_MS };
         let group = Group::new(0, config);
         Self { group, now_ms: 0, asked: Vec::new(), swaps: Vec::new(), done: None }
     }
@@ -131,6 +132,17 @@ fn mk_held(store: &mut Store) -> (Bench, Vec<Asked>) {
         [Job::Cut { snapshot: SnapshotId(10) }, Job::Cut { snapshot: SnapshotId(20) }]
     );
     (bench, cuts)
+}
+
+fn mk_group_record(snapshots: BTreeMap<VolumeId, SnapshotId>, state: GroupState) -> GroupRecord {
+    GroupRecord {
+        format: GROUP_FORMAT,
+        group_id: GROUP,
+        name: "nightly".to_owned(),
+        asked_unix_ms: 7,
+        snapshots,
+        state,
+    }
 }
 
 #[test]
@@ -383,7 +395,7 @@ fn a_record_of_a_later_program_is_left_alone() {
     let mut store = Store::default();
     let snapshots = mk_snapshots([10, 20]);
     let format = GROUP_FORMAT + 1;
-    let record = GroupRecord { format, group_id: GROUP, snapshots, state: GroupState::Cutting };
+    let record = GroupRecord { format, ..mk_group_record(snapshots, GroupState::Cutting) };
     store.swap(None, Some(record.clone())).unwrap();
     let mut bench = Bench::create([30, 40]);
     bench.store(&mut store);
@@ -394,8 +406,7 @@ fn a_record_of_a_later_program_is_left_alone() {
 #[test]
 fn a_record_survives_its_text_form() {
     let snapshots = mk_snapshots([10, 20]);
-    let record =
-        GroupRecord { format: GROUP_FORMAT, group_id: GROUP, snapshots, state: GroupState::Committed };
+    let record = mk_group_record(snapshots, GroupState::Committed);
     let text = serde_json::to_string(&record).unwrap();
     assert_eq!(serde_json::from_str::<GroupRecord>(&text).unwrap(), record);
 }

@@ -313,7 +313,8 @@ impl Target {
                 StoreError::Unknown(_)
                 | StoreError::Refused(_)
                 | StoreError::Exists(_)
-                | StoreError::Conflict(_),
+                | StoreError::Conflict(_)
+                | StoreError::GroupConflict(_),
             ) => self.retry_store(),
         }
     }
@@ -393,9 +394,12 @@ impl Target {
             }
             Err(StoreError::Conflict(_)) => self.store.need_read = true,
             Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
-            Err(StoreError::Unknown(_) | StoreError::Refused(_) | StoreError::Exists(_)) => {
-                self.retry_store()
-            }
+            Err(
+                StoreError::Unknown(_)
+                | StoreError::Refused(_)
+                | StoreError::Exists(_)
+                | StoreError::GroupConflict(_),
+            ) => self.retry_store(),
         }
     }
 

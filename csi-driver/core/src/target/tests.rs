@@ -35,6 +35,7 @@ fn mk_bench(replicas: u128) -> Bench {
         epoch_nonce: 50,
         replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
         params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
+        source: None,
     });
     let record = transitions::publish(&record, &node, false).unwrap();
     let config = TargetConfig {

@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 
 use crate::ids::{REGION_BYTES, ReplicaId, SnapshotId, TargetId, VolumeId};
-use crate::record::{RECORD_FORMAT, SNAPSHOTS_MAX, SnapshotRecord, SnapshotState, VolumeRecord};
+use crate::record::{Formatted, RECORD_FORMAT, SNAPSHOTS_MAX, SnapshotRecord, SnapshotState, VolumeRecord};
 
 use super::{TransitionError, check_live, check_owner, wrong_state};
 
@@ -37,6 +37,7 @@ pub fn begin_cut(
         size_bytes: record.size_bytes,
         holders: BTreeSet::new(),
         clones: BTreeSet::new(),
+        formatted: record.formatted,
     });
     Ok(next)
 }
@@ -57,6 +58,10 @@ pub fn commit_cut(
         Some(entry) if !holders.is_empty() => {
             entry.state = SnapshotState::Committed;
             entry.holders = holders;
+            // It moved on during the cut, so nobody knows what the layer has: mkfs is forbidden there.
+            if entry.formatted != record.formatted {
+                entry.formatted = Formatted::Yes;
+            }
         }
         _ => return Err(wrong_snapshot(record, snapshot, "being cut by this target")),
     }
@@ -170,7 +175,9 @@ mod tests {
     use super::*;
     use crate::ids::{Attachment, Generation, NodeName};
     use crate::transitions::tests::mk_owned;
-    use crate::transitions::{join, swap_out, take_detached_generation, take_generation, unpublish};
+    use crate::transitions::{
+        join, set_formatted, swap_out, take_detached_generation, take_generation, unpublish,
+    };
 
     const OWNER: TargetId = TargetId(7);
     const ONE: SnapshotId = SnapshotId(1);
@@ -251,6 +258,19 @@ mod tests {
         for size_bytes in [0, (1 << 20) + 4096, 1] {
             assert!(matches!(grow(&record, OWNER, size_bytes), Err(TransitionError::Size { .. })));
         }
+    }
+
+    #[test]
+    fn r36_a_snapshot_remembers_how_far_formatting_was_and_forbids_mkfs_where_nobody_knows() {
+        let record = mk_owned(1);
+        let state = |cut: &VolumeRecord| cut.snapshot(ONE).map(|s| s.formatted);
+        assert_eq!(state(&mk_cut(&record, ONE, &[1])), Some(Formatted::Never));
+        let cutting = begin_cut(&record, OWNER, ONE).unwrap();
+        let moved = set_formatted(&cutting, Formatted::Formatting).unwrap();
+        let committed = commit_cut(&moved, OWNER, ONE, &mk_holders(&[1])).unwrap();
+        assert_eq!(state(&committed), Some(Formatted::Yes));
+        let yes = set_formatted(&moved, Formatted::Yes).unwrap();
+        assert_eq!(state(&mk_cut(&yes, ONE, &[1])), Some(Formatted::Yes));
     }
 
     #[test]

@@ -174,6 +174,7 @@ impl Cluster {
                 fs_type: String::new(),
                 min_in_sync: 1,
             },
+            source: None,
         });
         for &index in nodes {
             let node = &self.nodes[index];

@@ -5,6 +5,8 @@
 //!    by name, the record is found, and this step is done again.
 //! 3. Success is answered.
 //!
+//! A volume that is made from a snapshot takes further steps around these: [`super::clone`].
+//!
 //! A node that fails in step 2 is replaced by another: its replica stays listed as faulted, because it may have been
 //! made after all, and DeleteVolume asks that node too.
 
@@ -13,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
 use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
-use holdfast_storage_core::ids::{Attachment, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::Versioned;
@@ -21,8 +23,9 @@ use holdfast_storage_core::transitions::{self, NewVolume};
 use tonic::Status;
 
 use super::Inner;
+use super::clone::{CloneLayers, content_source, same_source};
 use super::pools::PoolSpace;
-use crate::status::from_store;
+use crate::status::{from_store, from_transition};
 use crate::volume_request::VolumeRequest;
 
 /// How often replicas on failing nodes are replaced within one call; then the caller is told to repeat.
@@ -37,28 +40,32 @@ impl Inner {
     ) -> Result<CreateVolumeResponse, Status> {
         let wanted = VolumeRequest::parse(&request)?;
         let _by_name = self.in_flight.begin(format!("the volume named \"{}\"", wanted.name))?;
-        let found = match self.find_by_name(&wanted.name).await? {
-            Some(found) => {
+        let found = match (self.find_by_name(&wanted.name).await?, wanted.source) {
+            (Some(found), _) => {
                 check_same(&found.record, &wanted)?;
                 found
             }
-            None => self.create_record(&wanted).await?,
+            (None, None) => self.create_record(&wanted).await?,
+            (None, Some(source)) => self.create_clone_record(&wanted, source).await?,
         };
         let volume_id = found.record.volume_id;
         let _by_id = self.in_flight.begin(format!("volume {volume_id}"))?;
+        self.claim_source(&found.record).await?;
         let record = self.make_replicas(volume_id).await?;
+        let record = self.link_source(record).await?;
         tracing::info!(volume = %volume_id, name = record.name, bytes = record.size_bytes, "volume created");
         Ok(CreateVolumeResponse { volume: Some(to_csi(&record)) })
     }
 
     async fn find_by_name(&self, name: &str) -> Result<Option<Versioned>, Status> {
         let all = self.store.list().await.map_err(from_store)?;
-        Ok(all.into_iter().find(|v| !v.record.deleting && v.record.name == name))
+        Ok(all.into_iter().find(|v| !v.record.is_gone() && v.record.name == name))
     }
 
     async fn create_record(&self, wanted: &VolumeRequest) -> Result<Versioned, Status> {
         let _placing = self.placing.lock().await;
-        let nodes = self.choose_nodes(wanted.params.replicas, wanted.size_bytes, &BTreeSet::new()).await?;
+        let (replicas, prefer) = (wanted.params.replicas, wanted.prefer.clone());
+        let nodes = self.choose_nodes(replicas, wanted.size_bytes, &BTreeSet::new(), prefer).await?;
         let record = new_record(wanted, nodes);
         let version = self.store.create(record.clone()).await.map_err(from_store)?;
         Ok(Versioned { version, record })
@@ -70,10 +77,11 @@ impl Inner {
         replicas: u32,
         size_bytes: u64,
         taken: &BTreeSet<NodeName>,
+        prefer: Option<NodeName>,
     ) -> Result<Vec<NodeName>, Status> {
         let pools: Vec<PoolSpace> =
             self.free_space().await?.into_iter().filter(|pool| !taken.contains(&pool.node)).collect();
-        let request = PlacementRequest { replicas, size_bytes, prefer: None, allowed: Vec::new() };
+        let request = PlacementRequest { replicas, size_bytes, prefer, allowed: Vec::new() };
         let spaces: Vec<NodeSpace> = pools
             .iter()
             .map(|pool| NodeSpace { name: pool.node.clone(), available_bytes: pool.available_bytes })
@@ -132,60 +140,109 @@ impl Inner {
             if record.deleting {
                 return Err(Status::aborted(format!("volume {volume} is being deleted; repeat the call")));
             }
-            // It was published once, so an earlier call has made them all.
-            if record.attachment > Attachment(0) || record.generation > Generation(0) {
+            // It was published once, or its clone's layers are linked, so an earlier call has made them all. Making one anew
+            // would put an empty replica in the place of a full one.
+            let linked = record.source.as_ref().is_some_and(|source| source.linked);
+            if linked || record.attachment > Attachment(0) || record.generation > Generation(0) {
                 return Ok(found.record);
             }
-            let failed = self.make_listed(record).await;
+            let layers = self.source_replicas(record).await?;
+            let failed = self.make_listed(record, layers.as_ref()).await;
             if failed.is_empty() {
                 return Ok(found.record);
             }
-            self.replace(found, &failed).await?;
+            self.replace(found, &failed, layers.as_ref()).await?;
         }
         Err(Status::unavailable(format!("volume {volume}: too many nodes failed in turn; repeat the call")))
     }
 
-    async fn make_listed(&self, record: &VolumeRecord) -> BTreeMap<ReplicaId, Status> {
+    async fn make_listed(
+        &self,
+        record: &VolumeRecord,
+        layers: Option<&CloneLayers>,
+    ) -> BTreeMap<ReplicaId, Status> {
         let make = |(id, replica): (ReplicaId, ReplicaRecord)| async move {
+            let member = record.in_sync.contains(&id);
+            let from = layers.filter(|_| member).map(|layers| layers.by_node.get(&replica.node));
+            if let Some(None) = from {
+                let sentence = format!("node {} does not hold the snapshot any more", replica.node);
+                return (id, Err(Status::unavailable(sentence)));
+            }
+            let source_replica_id = from.flatten().map(ToString::to_string).unwrap_or_default();
+            let snapshot = layers.filter(|_| member).map(|layers| layers.entry.id.to_string());
+            let epoch = if member { record.epoch } else { Epoch::default() };
             let request = CreateReplicaRequest {
                 volume_id: record.volume_id.to_string(),
                 replica_id: id.to_string(),
                 lineage: record.lineage.to_string(),
                 size_bytes: record.size_bytes,
-                epoch: Some(WireEpoch { number: record.epoch.number, nonce: record.epoch.nonce }),
-                ..CreateReplicaRequest::default()
+                epoch: Some(WireEpoch { number: epoch.number, nonce: epoch.nonce }),
+                source_replica_id,
+                source_snapshot_id: snapshot.unwrap_or_default(),
             };
             (id, self.pools.create_replica(&replica.node, request).await)
         };
-        let listed = record.replicas.iter().filter(|(id, _)| record.in_sync.contains(id));
+        let listed = record.replicas.iter().filter(|(_, replica)| replica.state != ReplicaState::Faulted);
         let answers = join_all(listed.map(|(id, replica)| make((*id, replica.clone())))).await;
         answers.into_iter().filter_map(|(id, answer)| answer.err().map(|status| (id, status))).collect()
     }
 
     /// Lists new replicas on other nodes in place of the failed ones. Nothing was ever written to this volume, so
-    /// the set may change without a target.
-    async fn replace(&self, found: Versioned, failed: &BTreeMap<ReplicaId, Status>) -> Result<(), Status> {
+    /// the set may change without a target. A member of a clone needs a node that holds the snapshot; where there is none
+    /// left, the new replica is listed out of sync, and the target rebuilds it.
+    async fn replace(
+        &self,
+        found: Versioned,
+        failed: &BTreeMap<ReplicaId, Status>,
+        layers: Option<&CloneLayers>,
+    ) -> Result<(), Status> {
         let Versioned { version, mut record } = found;
         let reasons: Vec<&str> = failed.values().map(Status::message).collect();
         let reasons = reasons.join("; ");
         tracing::warn!(volume = %record.volume_id, %reasons, "replicas could not be made; choosing other nodes");
         let _placing = self.placing.lock().await;
-        let taken = record.replicas.values().map(|replica| replica.node.clone()).collect();
-        let count = u32::try_from(failed.len()).unwrap_or(u32::MAX);
-        let nodes = self.choose_nodes(count, record.size_bytes, &taken).await.map_err(|status| {
-            Status::unavailable(format!(
-                "volume {}: {reasons}; and no other node can take over: {}; repeat the call",
-                record.volume_id,
-                status.message()
-            ))
-        })?;
+        let mut taken: BTreeSet<NodeName> = record.replicas.values().map(|r| r.node.clone()).collect();
+        let members = failed.keys().filter(|id| record.in_sync.contains(id)).count();
+        let mut nodes = match layers {
+            None => Vec::new(),
+            Some(layers) => {
+                self.holder_nodes(&layers.source, &layers.entry, record.size_bytes, &taken).await?
+            }
+        };
+        nodes.truncate(members);
+        taken.extend(nodes.iter().cloned());
+        let count = u32::try_from(failed.len() - nodes.len()).unwrap_or(u32::MAX);
+        let others = match count {
+            0 => Vec::new(),
+            _ => self.choose_nodes(count, record.size_bytes, &taken, None).await.map_err(|status| {
+                Status::unavailable(format!(
+                    "volume {}: {reasons}; and no other node can take over: {}; repeat the call",
+                    record.volume_id,
+                    status.message()
+                ))
+            })?,
+        };
         for id in failed.keys() {
             record.in_sync.remove(id);
             if let Some(replica) = record.replicas.get_mut(id) {
                 replica.state = ReplicaState::Faulted;
             }
         }
-        list_replicas(&mut record, nodes);
+        if layers.is_some() {
+            list_replicas(&mut record, nodes);
+            for node in others {
+                record = transitions::add_replica(&record, ReplicaId(rand::random()), &node)
+                    .map_err(from_transition)?;
+            }
+        } else {
+            list_replicas(&mut record, others);
+        }
+        if record.in_sync.is_empty() {
+            return Err(Status::unavailable(format!(
+                "volume {}: {reasons}; no other node holds what it is to be made from; repeat the call",
+                record.volume_id
+            )));
+        }
         self.store.swap(version, record).await.map_err(from_store)?;
         Ok(())
     }
@@ -196,6 +253,7 @@ pub(super) fn to_csi(record: &VolumeRecord) -> Volume {
     Volume {
         capacity_bytes: i64::try_from(record.size_bytes).unwrap_or(i64::MAX),
         volume_id: record.volume_id.to_string(),
+        content_source: content_source(record),
         ..Volume::default()
     }
 }
@@ -209,6 +267,7 @@ fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
         epoch_nonce: rand::random(),
         replicas: nodes.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
         params: wanted.params.clone(),
+        source: None,
     })
 }
 
@@ -235,6 +294,9 @@ fn check_same(record: &VolumeRecord, wanted: &VolumeRequest) -> Result<(), Statu
             wanted.range.required_bytes,
             wanted.range.limit_bytes.unwrap_or(0)
         ));
+    }
+    if !same_source(record, wanted.source) {
+        return differs("it was made from something else than volume_content_source names".to_owned());
     }
     if record.params != wanted.params {
         return differs(format!("it was made with {:?} and {:?} is asked for", record.params, wanted.params));

@@ -5,6 +5,9 @@
 //! 2. Every listed replica is deleted on its node, faulted ones too; deleting an absent one is a success. A crash
 //!    before or between: the caller repeats, the tombstone is found, and this step is done again.
 //! 3. The record is removed (R34: not before every replica confirmed).
+//!
+//! A volume with snapshots is retired instead: it is gone for its users, its name is free, its snapshots stay, and the steps
+//! above follow the deletion of the last of them.
 
 use futures::future::join_all;
 use holdfast_proto::csi::{DeleteVolumeRequest, DeleteVolumeResponse};
@@ -29,14 +32,51 @@ impl Inner {
             return Ok(DeleteVolumeResponse {});
         };
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
-        let Some(found) = self.bury(volume).await? else {
+        if self.keeps_snapshots(volume).await? {
+            self.change(volume, transitions::retire).await?;
+            tracing::info!(%volume, "volume deleted; its snapshots are kept");
             return Ok(DeleteVolumeResponse {});
+        }
+        self.erase(volume).await?;
+        Ok(DeleteVolumeResponse {})
+    }
+
+    /// Whether a volume has snapshots that outlive it: for their users they are objects of their own.
+    async fn keeps_snapshots(&self, volume: VolumeId) -> Result<bool, Status> {
+        match self.store.read(volume).await {
+            Ok(found) => Ok(!found.record.deleting && found.record.committed().next().is_some()),
+            Err(StoreError::NotFound(_)) => Ok(false),
+            Err(error) => Err(from_store(error)),
+        }
+    }
+
+    /// Deletes a retired volume that has no snapshot any more; leaves any other one alone.
+    pub(super) async fn remove_if_bare(&self, volume: VolumeId) -> Result<(), Status> {
+        let record = match self.store.read(volume).await {
+            Ok(found) => found.record,
+            Err(StoreError::NotFound(_)) => return Ok(()),
+            Err(error) => return Err(from_store(error)),
         };
+        if !record.retired || record.committed().next().is_some() {
+            return Ok(());
+        }
+        let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
+        self.erase(volume).await
+    }
+
+    /// Deletes a volume with everything of it. Repeatable; no such volume is a success.
+    pub(super) async fn erase(&self, volume: VolumeId) -> Result<(), Status> {
+        let Some(found) = self.bury(volume).await? else { return Ok(()) };
         self.delete_replicas(&found.record).await?;
+        // Not later than this: the record says whose clone it is.
+        if let Some(source) = &found.record.source {
+            self.release_source(source, volume).await?;
+            self.sweep_soon.notify_one();
+        }
         match self.store.remove(found.version, volume).await {
             Ok(()) | Err(StoreError::NotFound(_)) => {
                 tracing::info!(%volume, name = found.record.name, "volume deleted");
-                Ok(DeleteVolumeResponse {})
+                Ok(())
             }
             Err(error) => Err(from_store(error)),
         }

@@ -1,6 +1,8 @@
 //! ListVolumes, GetCapacity, ValidateVolumeCapabilities: questions that change nothing.
 
 use std::cmp::Reverse;
+use std::fmt::Display;
+use std::str::FromStr;
 
 use holdfast_proto::csi::list_volumes_response::{Entry, VolumeStatus};
 use holdfast_proto::csi::validate_volume_capabilities_response::Confirmed;
@@ -8,7 +10,7 @@ use holdfast_proto::csi::{
     GetCapacityRequest, GetCapacityResponse, ListVolumesRequest, ListVolumesResponse,
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
 };
-use holdfast_storage_core::ids::{REGION_BYTES, VolumeId};
+use holdfast_storage_core::ids::REGION_BYTES;
 use tonic::Status;
 
 use super::Inner;
@@ -18,7 +20,7 @@ use crate::volume_request::{
     Access, SIZE_BYTES_MIN, check_access, check_capabilities, existing_volume_id, parse_params,
 };
 
-/// Volumes in one answer where the caller sets no limit; the rest follows by token.
+/// Objects in one answer where the caller sets no limit; the rest follows by token.
 const PAGE_MAX: usize = 4096;
 
 impl Inner {
@@ -26,34 +28,14 @@ impl Inner {
         &self,
         request: ListVolumesRequest,
     ) -> Result<ListVolumesResponse, Status> {
-        let wanted = usize::try_from(request.max_entries).map_err(|_| {
-            Status::invalid_argument(format!("max_entries is negative ({})", request.max_entries))
-        })?;
-        let page = if wanted == 0 { PAGE_MAX } else { wanted.min(PAGE_MAX) };
-        // A token is the last id of the page before, so it stays good while volumes come and go.
-        let after: Option<VolumeId> = match request.starting_token.as_str() {
-            "" => None,
-            token => Some(token.parse().map_err(|_| {
-                let shown: String = token.chars().take(64).collect();
-                Status::aborted(format!(
-                    "starting_token: \"{shown}\" is no token of this plugin; list from the start"
-                ))
-            })?),
-        };
+        let size = page_size(request.max_entries)?;
         let all = self.store.list().await.map_err(from_store)?;
-        let mut records: Vec<_> =
-            all.into_iter().map(|v| v.record).filter(|record| !record.deleting).collect();
-        records.sort_by_key(|record| record.volume_id);
-        records.retain(|record| after.is_none_or(|after| record.volume_id > after));
-        let more = records.len() > page;
-        records.truncate(page);
-        let next_token = match records.last() {
-            Some(last) if more => last.volume_id.to_string(),
-            _ => String::new(),
-        };
+        let live = all.into_iter().map(|found| found.record).filter(|record| !record.is_gone());
+        let records = live.map(|record| (record.volume_id, record)).collect();
+        let (records, next_token) = page_of(records, &request.starting_token, size)?;
         let entries = records
             .iter()
-            .map(|record| Entry {
+            .map(|(_, record)| Entry {
                 volume: Some(to_csi(record)),
                 status: Some(VolumeStatus {
                     published_node_ids: record.attached_to.iter().map(|node| node.0.clone()).collect(),
@@ -102,10 +84,7 @@ impl Inner {
             return Err(Status::invalid_argument("volume_capabilities is missing"));
         }
         let volume = existing_volume_id(&request.volume_id)?;
-        let record = self.store.read(volume).await.map_err(from_store)?.record;
-        if record.deleting {
-            return Err(Status::not_found(format!("volume {volume} is being deleted")));
-        }
+        let record = self.live(volume).await?;
         let judged = check_capabilities(&request.volume_capabilities).and_then(|access| {
             check_access(&record, &access)?;
             if request.parameters.is_empty() {
@@ -131,4 +110,38 @@ impl Inner {
             }
         })
     }
+}
+
+/// How many objects a caller wants at most in one answer.
+pub(super) fn page_size(max_entries: i32) -> Result<usize, Status> {
+    let wanted = usize::try_from(max_entries)
+        .map_err(|_| Status::invalid_argument(format!("max_entries is negative ({max_entries})")))?;
+    Ok(if wanted == 0 { PAGE_MAX } else { wanted.min(PAGE_MAX) })
+}
+
+/// One page of a list, in order of ids, and the token of the next one. A token is the last id of the page before, so it
+/// stays good while objects come and go.
+pub(super) fn page_of<I: Ord + Copy + Display + FromStr, T>(
+    mut all: Vec<(I, T)>,
+    starting_token: &str,
+    size: usize,
+) -> Result<(Vec<(I, T)>, String), Status> {
+    let after: Option<I> = match starting_token {
+        "" => None,
+        token => Some(token.parse().map_err(|_| {
+            let shown: String = token.chars().take(64).collect();
+            Status::aborted(format!(
+                "starting_token: \"{shown}\" is no token of this plugin; list from the start"
+            ))
+        })?),
+    };
+    all.sort_by_key(|(id, _)| *id);
+    all.retain(|(id, _)| after.is_none_or(|after| *id > after));
+    let more = all.len() > size;
+    all.truncate(size);
+    let next_token = match all.last() {
+        Some((last, _)) if more => last.to_string(),
+        _ => String::new(),
+    };
+    Ok((all, next_token))
 }

@@ -4,13 +4,20 @@
 //! repeat after a crash at any point: the record is written before the first replica is made and removed after the
 //! last one is gone, so that no replica is ever forgotten.
 
+mod clone;
 mod create;
 mod delete;
+mod expand;
+mod groups;
+mod health;
+mod jobs;
 mod list;
 mod pools;
 mod promote;
 mod publish;
 mod replace;
+mod snapshots;
+mod sweep;
 
 use std::sync::Arc;
 
@@ -21,14 +28,19 @@ use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{
     PromoteReplicaReply, PromoteReplicaRequest, ReplaceReplicaReply, ReplaceReplicaRequest,
 };
-use holdfast_storage_core::record_store::RecordStore;
-use tokio::sync::Mutex;
+use holdfast_storage_core::ids::VolumeId;
+use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
+use holdfast_storage_core::transitions::TransitionError;
+use tokio::sync::{Mutex, Notify};
 use tonic::{Request, Response, Status};
 
 use crate::in_flight::{InFlight, detached};
 use crate::node_book::NodeBook;
+use crate::status::{from_store, from_transition};
 use crate::tls::TlsIdentity;
 use pools::Pools;
+use sweep::Making;
 
 /// Key of publish_context under which the attachment's number travels to the node (R1).
 pub const ATTACHMENT_KEY: &str = "attachment";
@@ -46,20 +58,84 @@ pub struct ControllerService {
 
 struct Inner {
     store: Arc<dyn RecordStore>,
+    group_store: Arc<dyn GroupStore>,
     book: Arc<NodeBook>,
     pools: Pools,
     in_flight: InFlight,
     /// Held from reading the free space to writing the record, so that no space is promised twice.
     placing: Mutex<()>,
+    making: Making,
+    /// Something was left for the sweep.
+    sweep_soon: Notify,
 }
 
 impl ControllerService {
-    /// A controller over `store` that knows the nodes of `book` and reaches their pools, with TLS where given.
+    /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes,
+    /// with TLS where given.
     #[must_use]
-    pub fn new(store: Arc<dyn RecordStore>, book: Arc<NodeBook>, tls: Option<TlsIdentity>) -> Self {
+    pub fn new(
+        store: Arc<dyn RecordStore>,
+        group_store: Arc<dyn GroupStore>,
+        book: Arc<NodeBook>,
+        tls: Option<TlsIdentity>,
+    ) -> Self {
         let pools = Pools::new(Arc::clone(&book), tls);
-        let inner = Inner { store, book, pools, in_flight: InFlight::default(), placing: Mutex::new(()) };
+        let inner = Inner {
+            store,
+            group_store,
+            book,
+            pools,
+            in_flight: InFlight::default(),
+            placing: Mutex::new(()),
+            making: Making::default(),
+            sweep_soon: Notify::new(),
+        };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// Clears away what calls leave behind; runs for ever, cancellation safe. Exactly one of it is needed.
+    pub async fn keep_sweeping(&self) {
+        self.inner.keep_sweeping().await;
+    }
+
+    /// Clears away once what calls left behind.
+    ///
+    /// # Errors
+    /// Why something could not be cleared away; everything else was.
+    pub async fn sweep_once(&self) -> Result<(), Status> {
+        self.inner.sweep().await
+    }
+}
+
+impl Inner {
+    /// The record of a volume that its users can see.
+    async fn live(&self, volume: VolumeId) -> Result<VolumeRecord, Status> {
+        let record = self.store.read(volume).await.map_err(from_store)?.record;
+        if record.is_gone() {
+            return Err(Status::not_found(format!("volume {volume} is deleted")));
+        }
+        Ok(record)
+    }
+
+    /// Swaps a change of a volume's record in, deciding anew while others change it; answers the new record.
+    async fn change(
+        &self,
+        volume: VolumeId,
+        change: impl Fn(&VolumeRecord) -> Result<VolumeRecord, TransitionError>,
+    ) -> Result<VolumeRecord, Status> {
+        for _ in 0..SWAP_ATTEMPTS_MAX {
+            let found = self.store.read(volume).await.map_err(from_store)?;
+            let record = change(&found.record).map_err(from_transition)?;
+            if record == found.record {
+                return Ok(record);
+            }
+            match self.store.swap(found.version, record.clone()).await {
+                Ok(_) => return Ok(record),
+                Err(StoreError::Conflict(_)) => {}
+                Err(error) => return Err(from_store(error)),
+            }
+        }
+        Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
     }
 }
 
@@ -147,6 +223,14 @@ impl Controller for ControllerService {
             rpc::Type::ListVolumes,
             rpc::Type::ListVolumesPublishedNodes,
             rpc::Type::GetCapacity,
+            rpc::Type::CreateDeleteSnapshot,
+            rpc::Type::ListSnapshots,
+            rpc::Type::GetSnapshot,
+            rpc::Type::CloneVolume,
+            rpc::Type::ExpandVolume,
+            rpc::Type::GetVolume,
+            rpc::Type::GetVolumeHealth,
+            rpc::Type::ListVolumeHealth,
             rpc::Type::PublishReadonly,
             rpc::Type::SingleNodeMultiWriter,
         ];
@@ -158,58 +242,61 @@ impl Controller for ControllerService {
 
     async fn controller_list_volume_health(
         &self,
-        _: Request<ControllerListVolumeHealthRequest>,
+        request: Request<ControllerListVolumeHealthRequest>,
     ) -> Result<Response<ControllerListVolumeHealthResponse>, Status> {
-        Err(unsupported("ControllerListVolumeHealth"))
+        self.inner.list_volume_health(request.into_inner()).await.map(Response::new)
     }
 
     async fn controller_get_volume_health(
         &self,
-        _: Request<ControllerGetVolumeHealthRequest>,
+        request: Request<ControllerGetVolumeHealthRequest>,
     ) -> Result<Response<ControllerGetVolumeHealthResponse>, Status> {
-        Err(unsupported("ControllerGetVolumeHealth"))
+        self.inner.volume_health(request.into_inner()).await.map(Response::new)
     }
 
     async fn create_snapshot(
         &self,
-        _: Request<CreateSnapshotRequest>,
+        request: Request<CreateSnapshotRequest>,
     ) -> Result<Response<CreateSnapshotResponse>, Status> {
-        Err(unsupported("CreateSnapshot"))
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.create_snapshot(request.into_inner()).await }).await.map(Response::new)
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<DeleteSnapshotRequest>,
+        request: Request<DeleteSnapshotRequest>,
     ) -> Result<Response<DeleteSnapshotResponse>, Status> {
-        Err(unsupported("DeleteSnapshot"))
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.delete_snapshot(request.into_inner()).await }).await.map(Response::new)
     }
 
     async fn list_snapshots(
         &self,
-        _: Request<ListSnapshotsRequest>,
+        request: Request<ListSnapshotsRequest>,
     ) -> Result<Response<ListSnapshotsResponse>, Status> {
-        Err(unsupported("ListSnapshots"))
+        self.inner.list_snapshots(request.into_inner()).await.map(Response::new)
     }
 
     async fn get_snapshot(
         &self,
-        _: Request<GetSnapshotRequest>,
+        request: Request<GetSnapshotRequest>,
     ) -> Result<Response<GetSnapshotResponse>, Status> {
-        Err(unsupported("GetSnapshot"))
+        self.inner.get_snapshot(request.into_inner()).await.map(Response::new)
     }
 
     async fn controller_expand_volume(
         &self,
-        _: Request<ControllerExpandVolumeRequest>,
+        request: Request<ControllerExpandVolumeRequest>,
     ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
-        Err(unsupported("ControllerExpandVolume"))
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.expand_volume(request.into_inner()).await }).await.map(Response::new)
     }
 
     async fn controller_get_volume(
         &self,
-        _: Request<ControllerGetVolumeRequest>,
+        request: Request<ControllerGetVolumeRequest>,
     ) -> Result<Response<ControllerGetVolumeResponse>, Status> {
-        Err(unsupported("ControllerGetVolume"))
+        self.inner.get_volume(request.into_inner()).await.map(Response::new)
     }
 
     async fn controller_modify_volume(

@@ -83,18 +83,22 @@ impl Pools {
         within(CHANGE_TIMEOUT, node, client.delete_replica(request)).await.map(|_| ())
     }
 
-    fn known(&self, node: &NodeName) -> Result<NodeInfo, Status> {
+    pub(super) fn known(&self, node: &NodeName) -> Result<NodeInfo, Status> {
         self.book.get(node).ok_or_else(|| {
             Status::unavailable(format!("node {node} has not announced itself since this controller started"))
         })
     }
 
     fn client(&self, info: &NodeInfo) -> Result<PoolClient<Channel>, Status> {
+        self.channel(info).map(PoolClient::new)
+    }
+
+    pub(super) fn channel(&self, info: &NodeInfo) -> Result<Channel, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((address, channel)) = channels.get(&info.name)
             && *address == info.control_address
         {
-            return Ok(PoolClient::new(channel.clone()));
+            return Ok(channel.clone());
         }
         let channel = self.connect(info).map_err(|e| {
             Status::unavailable(format!(
@@ -103,7 +107,7 @@ impl Pools {
             ))
         })?;
         channels.insert(info.name.clone(), (info.control_address.clone(), channel.clone()));
-        Ok(PoolClient::new(channel))
+        Ok(channel)
     }
 
     fn connect(&self, info: &NodeInfo) -> Result<Channel, tonic::transport::Error> {
@@ -121,7 +125,7 @@ impl Pools {
     }
 }
 
-async fn within<T>(
+pub(super) async fn within<T>(
     limit: Duration,
     node: &NodeName,
     call: impl Future<Output = Result<Response<T>, Status>>,

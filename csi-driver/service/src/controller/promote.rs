@@ -101,6 +101,7 @@ mod tests {
             epoch_nonce: 5,
             replicas: vec![(ReplicaId(1), node.clone()), (ReplicaId(2), NodeName("b".to_owned()))],
             params: VolumeParams { replicas: 2, fs_type: String::new(), min_in_sync: 1 },
+            source: None,
         });
         let published = transitions::publish(&created, &node, false).unwrap();
         let attachment = published.attachment;
@@ -116,9 +117,11 @@ mod tests {
         record: VolumeRecord,
     ) -> (ControllerService, Arc<dyn RecordStore>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let store: Arc<dyn RecordStore> = Arc::new(SledStore::open(dir.path()).unwrap());
+        let sled = SledStore::open(dir.path()).unwrap();
+        let groups = Arc::new(sled.clone());
+        let store: Arc<dyn RecordStore> = Arc::new(sled);
         store.create(record).await.unwrap();
-        let service = ControllerService::new(Arc::clone(&store), Arc::new(NodeBook::new()), None);
+        let service = ControllerService::new(Arc::clone(&store), groups, Arc::new(NodeBook::new()), None);
         (service, store, dir)
     }
 

@@ -75,7 +75,7 @@ impl Inner {
             };
             let kept = freed.replicas.values().filter(|replica| replica.state != ReplicaState::Faulted);
             let taken: BTreeSet<NodeName> = kept.map(|replica| replica.node.clone()).collect();
-            let nodes = self.choose_nodes(1, freed.size_bytes, &taken).await?;
+            let nodes = self.choose_nodes(1, freed.size_bytes, &taken, None).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
             let record = transitions::add_replica(&freed, new, node).map_err(from_transition)?;

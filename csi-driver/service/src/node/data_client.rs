@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use holdfast_proto::storage::data_client::DataClient as Client;
-use holdfast_proto::storage::{AttachRequest, CountAllocatedRequest, DetachRequest, GetStatusRequest};
+use holdfast_proto::storage::{
+    AttachRequest, CountAllocatedRequest, DetachRequest, GetStatusReply, GetStatusRequest,
+};
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
@@ -59,10 +61,16 @@ impl DataClient {
 
     /// The block device of an attached volume; `None` where it is not attached.
     pub(super) async fn device(&self, volume: VolumeId) -> Result<Option<PathBuf>, Status> {
+        let status = self.status(volume).await?;
+        Ok(status.filter(|reply| !reply.device.is_empty()).map(|reply| PathBuf::from(reply.device)))
+    }
+
+    /// What is known of an attached volume; `None` where it is not attached.
+    pub(super) async fn status(&self, volume: VolumeId) -> Result<Option<GetStatusReply>, Status> {
         let mut client = self.client.clone();
         let request = GetStatusRequest { volume_id: volume.to_string() };
         match self.within(ASK_TIMEOUT, "be asked about", volume, client.get_status(request)).await {
-            Ok(reply) => Ok((!reply.device.is_empty()).then(|| PathBuf::from(reply.device))),
+            Ok(reply) => Ok(Some(reply)),
             Err(status) if status.code() == Code::NotFound => Ok(None),
             Err(status) => Err(status),
         }

@@ -29,7 +29,7 @@ use crate::status::{from_store, from_transition};
 
 /// How often a swap is decided anew because another writer moved the record, or its answer was lost.
 const SWAP_ATTEMPTS_MAX: u32 = 16;
-/// Bytes of mkfs's own words that a sentence quotes.
+/// Bytes of a tool's own words that a sentence quotes.
 const QUOTED_BYTES_MAX: usize = 512;
 
 /// How long mkfs waits for the lock that an earlier mkfs, or a prober of devices, holds; then the caller is told to
@@ -195,9 +195,13 @@ async fn mkfs(fs_type: &str, device: &Path, state: Device) -> Result<(), Status>
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said: String = said.trim().chars().take(QUOTED_BYTES_MAX).collect();
+    let said = quoted(&output.stderr);
     Err(Status::internal(format!("{program} on {} failed ({}): {said}", device.display(), output.status)))
+}
+
+/// What a tool said, for a sentence.
+pub(super) fn quoted(said: &[u8]) -> String {
+    String::from_utf8_lossy(said).trim().chars().take(QUOTED_BYTES_MAX).collect()
 }
 
 /// No discard: on a new volume it would only write zeroes, and the map of absent blocks is worth keeping.

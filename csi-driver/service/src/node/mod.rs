@@ -5,6 +5,8 @@
 
 mod data_client;
 mod format;
+mod grow;
+mod health;
 mod mount_table;
 mod mounter;
 mod paths;
@@ -12,6 +14,7 @@ mod publish;
 mod stage;
 mod stats;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -23,6 +26,7 @@ use holdfast_storage_core::record_store::RecordStore;
 use tonic::{Request, Response, Status};
 
 use crate::in_flight::{InFlight, detached};
+use crate::volume_request::TOPOLOGY_NODE_KEY;
 use data_client::DataClient;
 
 /// Settings of the node service.
@@ -111,8 +115,14 @@ impl Node for NodeService {
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
-        let types =
-            [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
+        let types = [
+            rpc::Type::StageUnstageVolume,
+            rpc::Type::GetVolumeStats,
+            rpc::Type::ExpandVolume,
+            rpc::Type::GetVolumeHealth,
+            rpc::Type::GetStorageHealth,
+            rpc::Type::SingleNodeMultiWriter,
+        ];
         let one =
             |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: types.map(one).to_vec() }))
@@ -126,35 +136,34 @@ impl Node for NodeService {
             node_id: self.inner.node.0.clone(),
             // The caller decides: a node has no fixed limit of attached volumes.
             max_volumes_per_node: 0,
-            // Every node reaches every volume.
-            accessible_topology: None,
+            // Every node reaches every volume; this only says where the first pod of one is going to run.
+            accessible_topology: Some(Topology {
+                segments: HashMap::from([(TOPOLOGY_NODE_KEY.to_owned(), self.inner.node.0.clone())]),
+            }),
         }))
     }
 
     async fn node_get_volume_health(
         &self,
-        _: Request<NodeGetVolumeHealthRequest>,
+        request: Request<NodeGetVolumeHealthRequest>,
     ) -> Result<Response<NodeGetVolumeHealthResponse>, Status> {
-        Err(unsupported("NodeGetVolumeHealth"))
+        self.inner.volume_health(request.into_inner()).await.map(Response::new)
     }
 
     async fn node_get_storage_health(
         &self,
         _: Request<NodeGetStorageHealthRequest>,
     ) -> Result<Response<NodeGetStorageHealthResponse>, Status> {
-        Err(unsupported("NodeGetStorageHealth"))
+        Ok(Response::new(self.inner.storage_health().await))
     }
 
     async fn node_expand_volume(
         &self,
-        _: Request<NodeExpandVolumeRequest>,
+        request: Request<NodeExpandVolumeRequest>,
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
-        Err(unsupported("NodeExpandVolume"))
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.expand(request.into_inner()).await }).await.map(Response::new)
     }
-}
-
-fn unsupported(call: &str) -> Status {
-    Status::unimplemented(format!("{call} is not supported by this driver; its capabilities do not name it"))
 }
 
 /// Runs a call that may wait for a disk away from the async threads.

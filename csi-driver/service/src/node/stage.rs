@@ -46,7 +46,11 @@ impl Inner {
         self.ensure_formatted(volume, attachment, &device).await?;
         let (fs_type, read_only) = (record.params.fs_type, record.read_only);
         let (at, node) = (staging.clone(), device.clone());
-        blocking(move || mounter::mount_device(&node, &at, &fs_type, &flags, read_only)).await?;
+        let (kind, options) = (fs_type.clone(), flags.clone());
+        blocking(move || mounter::mount_device(&node, &at, &kind, &options, read_only)).await?;
+        if !read_only {
+            self.grow_staged(&device, &staging, &fs_type, &flags).await?;
+        }
         tracing::info!(%volume, %attachment, device = %device.display(), at = %staging.display(), "volume staged");
         Ok(NodeStageVolumeResponse {})
     }

@@ -48,7 +48,7 @@ fn measure(path: &Path, absent: &str) -> Result<NodeGetVolumeStatsResponse, Stat
     let found = std::fs::metadata(path).map_err(|e| failed(e.to_string()))?;
     let usage = if found.file_type().is_block_device() {
         vec![VolumeUsage {
-            total: device_bytes(path).map_err(failed)?,
+            total: Device::of_node(path).map_err(|e| e.to_string()).and_then(device_bytes).map_err(failed)?,
             unit: Unit::Bytes.into(),
             ..VolumeUsage::default()
         }]
@@ -73,8 +73,8 @@ fn measure(path: &Path, absent: &str) -> Result<NodeGetVolumeStatsResponse, Stat
     Ok(NodeGetVolumeStatsResponse { usage })
 }
 
-fn device_bytes(path: &Path) -> Result<i64, String> {
-    let device = Device::of_node(path).map_err(|e| e.to_string())?;
+/// The size of a block device.
+pub(super) fn device_bytes(device: Device) -> Result<i64, String> {
     let size = format!("/sys/dev/block/{}:{}/size", device.major, device.minor);
     let text = std::fs::read_to_string(&size).map_err(|e| format!("{size}: {e}"))?;
     let sectors: i64 = text.trim().parse().map_err(|_| format!("{size} holds no number"))?;

@@ -1,19 +1,22 @@
 //! Pools and stores that obey the real rules and can be cut off at any step.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use holdfast_proto::storage::pool_server::{Pool, PoolServer};
+use holdfast_proto::storage::volume_jobs_server::VolumeJobsServer;
 use holdfast_proto::storage::{
     CreateReplicaReply, CreateReplicaRequest, DeleteReplicaReply, DeleteReplicaRequest, GetPoolReply,
     GetPoolRequest,
 };
 use holdfast_service::NodeBook;
-use holdfast_storage_core::ids::{NodeName, RecordVersion, VolumeId};
+use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
+use holdfast_storage_core::ids::{GroupId, NodeName, RecordVersion, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record::VolumeRecord;
-use holdfast_storage_core::record_store::{RecordStore, StoreError, StoreFuture, Versioned};
+use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError, StoreFuture, Versioned};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
@@ -28,7 +31,7 @@ pub struct Cut {
 }
 
 /// What becomes of one change.
-enum Fate {
+pub enum Fate {
     Normal,
     AnswerLost,
     Nothing,
@@ -47,7 +50,22 @@ impl Cut {
         self.left.load(Ordering::SeqCst) < 0
     }
 
-    fn next(&self) -> Fate {
+    fn change<'a, T: Send + 'a>(&self, work: impl FnOnce() -> StoreFuture<'a, T>) -> StoreFuture<'a, T> {
+        let lost = || Err(StoreError::Unknown("cut".to_owned()));
+        match self.next() {
+            Fate::Normal => work(),
+            Fate::AnswerLost => {
+                let work = work();
+                Box::pin(async move {
+                    drop(work.await);
+                    lost()
+                })
+            }
+            Fate::Nothing => Box::pin(std::future::ready(lost())),
+        }
+    }
+
+    pub fn next(&self) -> Fate {
         match self.left.fetch_sub(1, Ordering::SeqCst) {
             1.. => Fate::Normal,
             0 if self.happens => Fate::AnswerLost,
@@ -62,20 +80,28 @@ pub struct CutStore {
     pub cut: Cut,
 }
 
-impl CutStore {
-    fn change<'a, T: Send + 'a>(&'a self, work: impl FnOnce() -> StoreFuture<'a, T>) -> StoreFuture<'a, T> {
-        let lost = || Err(StoreError::Unknown("cut".to_owned()));
-        match self.cut.next() {
-            Fate::Normal => work(),
-            Fate::AnswerLost => {
-                let work = work();
-                Box::pin(async move {
-                    drop(work.await);
-                    lost()
-                })
-            }
-            Fate::Nothing => Box::pin(std::future::ready(lost())),
-        }
+/// A real store of groups behind a cut.
+pub struct CutGroups {
+    pub groups: Arc<dyn GroupStore>,
+    pub cut: Cut,
+}
+
+impl GroupStore for CutGroups {
+    fn read_group(&self, group: GroupId) -> StoreFuture<'_, Option<VersionedGroup>> {
+        self.groups.read_group(group)
+    }
+
+    fn list_groups(&self) -> StoreFuture<'_, Vec<VersionedGroup>> {
+        self.groups.list_groups()
+    }
+
+    fn swap_group(
+        &self,
+        group: GroupId,
+        expected: Option<RecordVersion>,
+        record: Option<GroupRecord>,
+    ) -> StoreFuture<'_, RecordVersion> {
+        self.cut.change(|| self.groups.swap_group(group, expected, record))
     }
 }
 
@@ -89,32 +115,41 @@ impl RecordStore for CutStore {
     }
 
     fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        self.change(|| self.store.create(record))
+        self.cut.change(|| self.store.create(record))
     }
 
     fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        self.change(|| self.store.swap(expected, record))
+        self.cut.change(|| self.store.swap(expected, record))
     }
 
     fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
-        self.change(|| self.store.remove(expected, volume))
+        self.cut.change(|| self.store.remove(expected, volume))
     }
 }
 
 /// What one pool holds: replica id to volume id and size.
 pub type Replicas = BTreeMap<String, (String, u64)>;
 
+/// What happens in the middle of something.
+pub type Meanwhile = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+
 /// One node's pool.
 #[derive(Clone)]
 pub struct FakePool {
     pub node: &'static str,
-    state: Arc<Mutex<State>>,
+    /// The records that its volume jobs work on.
+    pub store: Option<Arc<dyn RecordStore>>,
+    pub state: Arc<Mutex<State>>,
 }
 
-struct State {
+pub struct State {
     capacity_bytes: u64,
     replicas: Replicas,
-    cut: Cut,
+    pub cut: Cut,
+    /// Volumes whose writes are held, by snapshot.
+    pub holds: BTreeMap<String, String>,
+    /// Runs in the middle of each snapshot.
+    pub during_cut: Option<Meanwhile>,
     /// Creating fails with this sentence, after it was done or instead of it.
     create_fails: Option<(bool, &'static str)>,
     /// Calls wait for this long first.
@@ -123,18 +158,27 @@ struct State {
 
 impl FakePool {
     /// Listens on loopback and announces the node.
-    pub async fn start(node: &'static str, capacity_bytes: u64, book: &NodeBook) -> Self {
+    pub async fn start(
+        node: &'static str,
+        capacity_bytes: u64,
+        book: &NodeBook,
+        store: Option<&Arc<dyn RecordStore>>,
+    ) -> Self {
         let state = State {
             capacity_bytes,
             replicas: Replicas::new(),
             cut: Cut::never(),
+            holds: BTreeMap::new(),
+            during_cut: None,
             create_fails: None,
             delay: std::time::Duration::ZERO,
         };
-        let pool = Self { node, state: Arc::new(Mutex::new(state)) };
+        let pool = Self { node, store: store.cloned(), state: Arc::new(Mutex::new(state)) };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let control_address = listener.local_addr().unwrap().to_string();
-        let router = Server::builder().add_service(PoolServer::new(pool.clone()));
+        let router = Server::builder()
+            .add_service(PoolServer::new(pool.clone()))
+            .add_service(VolumeJobsServer::new(pool.clone()));
         tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
         announce(book, node, &control_address, capacity_bytes).await;
         pool
@@ -197,6 +241,9 @@ impl Pool for FakePool {
     ) -> Result<Response<CreateReplicaReply>, Status> {
         self.pause().await;
         let request = request.into_inner();
+        if !request.source_replica_id.is_empty() {
+            self.check_source(&request).await?;
+        }
         let mut state = self.state.lock().unwrap();
         let fate = state.cut.next();
         if let (Fate::Nothing, _) | (_, Some((false, _))) = (&fate, state.create_fails) {

@@ -2,8 +2,10 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+pub mod fake_jobs;
 pub mod fakes;
 pub mod requests;
+pub mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -140,6 +142,9 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         in_sync,
         replicas,
         snapshots: Vec::new(),
+        requested: Vec::new(),
+        retired: false,
+        source: None,
         restored: false,
         promoted: None,
         formatted: Formatted::Never,

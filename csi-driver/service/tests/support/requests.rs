@@ -3,14 +3,17 @@
 use std::collections::HashMap;
 
 use holdfast_proto::csi::controller_client::ControllerClient;
+use holdfast_proto::csi::group_controller_client::GroupControllerClient;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use holdfast_proto::csi::volume_content_source::{SnapshotSource, Type as SourceType, VolumeSource};
 use holdfast_proto::csi::*;
+use holdfast_service::ControllerService;
 use tonic::Status;
 use tonic::transport::Channel;
 
 #[derive(Clone)]
-pub struct Controller(pub ControllerClient<Channel>, pub Channel);
+pub struct Controller(pub ControllerClient<Channel>, pub Channel, pub ControllerService);
 
 impl Controller {
     pub async fn create(&self, request: &CreateVolumeRequest) -> Result<Volume, Status> {
@@ -43,10 +46,57 @@ impl Controller {
         self.0.clone().controller_unpublish_volume(request).await.map(drop)
     }
 
+    pub async fn snapshot(&self, volume_id: &str, name: &str) -> Result<Snapshot, Status> {
+        let request = CreateSnapshotRequest {
+            source_volume_id: volume_id.to_owned(),
+            name: name.to_owned(),
+            ..CreateSnapshotRequest::default()
+        };
+        Ok(self.0.clone().create_snapshot(request).await?.into_inner().snapshot.unwrap())
+    }
+
+    pub async fn delete_snapshot(&self, snapshot_id: &str) -> Result<(), Status> {
+        let snapshot_id = snapshot_id.to_owned();
+        let request = DeleteSnapshotRequest { snapshot_id, ..DeleteSnapshotRequest::default() };
+        self.0.clone().delete_snapshot(request).await.map(drop)
+    }
+
+    /// The ids of all snapshots that fit.
+    pub async fn snapshots(&self, request: ListSnapshotsRequest) -> Result<Vec<String>, Status> {
+        let answer = self.0.clone().list_snapshots(request).await?.into_inner();
+        Ok(answer.entries.into_iter().map(|entry| entry.snapshot.unwrap().snapshot_id).collect())
+    }
+
+    pub async fn expand(&self, volume_id: &str, required: i64, limit: i64) -> Result<i64, Status> {
+        let request = ControllerExpandVolumeRequest {
+            volume_id: volume_id.to_owned(),
+            capacity_range: Some(CapacityRange { required_bytes: required, limit_bytes: limit }),
+            ..ControllerExpandVolumeRequest::default()
+        };
+        let answer = self.0.clone().controller_expand_volume(request).await?.into_inner();
+        Ok(answer.capacity_bytes)
+    }
+
+    pub fn groups(&self) -> GroupControllerClient<Channel> {
+        GroupControllerClient::new(self.1.clone())
+    }
+
     pub async fn list(&self, max_entries: i32, token: &str) -> Result<ListVolumesResponse, Status> {
         let request = ListVolumesRequest { max_entries, starting_token: token.to_owned() };
         self.0.clone().list_volumes(request).await.map(tonic::Response::into_inner)
     }
+}
+
+pub fn mk_from_snapshot(name: &str, snapshot_id: &str) -> CreateVolumeRequest {
+    let from = SnapshotSource { snapshot_id: snapshot_id.to_owned() };
+    let source = VolumeContentSource { r#type: Some(SourceType::Snapshot(from)) };
+    CreateVolumeRequest { volume_content_source: Some(source), ..mk_create(name) }
+}
+
+pub fn mk_from_volume(name: &str, volume_id: &str) -> CreateVolumeRequest {
+    let from = VolumeSource { volume_id: volume_id.to_owned() };
+    let source = VolumeContentSource { r#type: Some(SourceType::Volume(from)) };
+    CreateVolumeRequest { volume_content_source: Some(source), ..mk_create(name) }
 }
 
 pub fn mk_create(name: &str) -> CreateVolumeRequest {

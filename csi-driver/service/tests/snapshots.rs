@@ -1,0 +1,543 @@
+//! Snapshots, clones, growth and groups through the controller, killed between any two changes and repeated, with data
+//! processes that obey the record's rules. What is in the snapshots is tested with real data processes.
+
+// Tests and what they share may panic.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::sync::Arc;
+
+use holdfast_proto::csi::*;
+use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::record::{Formatted, VolumeRecord};
+use holdfast_storage_core::transitions;
+use support::fakes::Cut;
+use support::requests::{
+    Controller, mk_block, mk_create, mk_from_snapshot, mk_from_volume, mk_sized, mk_with,
+};
+use support::world::{GIB, World};
+use tonic::{Code, Status};
+
+/// More changes than any call here makes.
+const CHANGES_MAX: i64 = 40;
+
+fn all() -> ListSnapshotsRequest {
+    ListSnapshotsRequest::default()
+}
+
+/// Kills the controller after each change of `call` in turn, with that change done or not, repeats the call by a new one,
+/// and has the outcome judged.
+async fn killed_anywhere<T>(
+    nodes: &[&'static str],
+    prepare: impl AsyncFn(&World) -> String,
+    call: impl AsyncFn(&Controller, &str) -> Result<T, Status>,
+    judge: impl AsyncFn(&World, &Controller, &str, T),
+) {
+    for happens in [false, true] {
+        for changes in 0.. {
+            assert!(changes < CHANGES_MAX, "the call never ends");
+            let world = World::start(nodes).await;
+            let id = prepare(&world).await;
+            let cut = Cut::after(changes, happens);
+            let first = call(&world.cut_controller(&cut).await, &id).await;
+            let was_reached = cut.was_reached();
+            world.heal();
+            let controller = world.controller().await;
+            let done = call(&controller, &id).await.unwrap_or_else(|status| {
+                panic!("after {changes} changes ({happens}): {status}");
+            });
+            controller.2.sweep_once().await.unwrap();
+            judge(&world, &controller, &id, done).await;
+            world.assert_nothing_unlisted().await;
+            if !was_reached {
+                assert!(first.is_ok());
+                break;
+            }
+        }
+    }
+}
+
+async fn mk_volume(world: &World) -> String {
+    world.controller().await.create(&mk_create("data")).await.unwrap().volume_id
+}
+
+async fn mk_snapshot(world: &World) -> String {
+    let volume = mk_volume(world).await;
+    world.controller().await.snapshot(&volume, "nightly").await.unwrap().snapshot_id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_one_whatever_is_killed_and_however_often_it_is_asked_for() {
+    killed_anywhere(
+        &["a", "b", "c"],
+        mk_volume,
+        async |controller, id| controller.snapshot(id, "nightly").await,
+        async |world, controller, id, snapshot| {
+            assert!(snapshot.ready_to_use && snapshot.creation_time.is_some());
+            assert_eq!((snapshot.size_bytes, snapshot.source_volume_id.as_str()), (1 << 30, id));
+            assert_eq!(controller.snapshots(all()).await.unwrap(), [snapshot.snapshot_id.clone()]);
+            assert_eq!(controller.snapshot(id, "nightly").await.unwrap(), snapshot, "asked for again");
+            let record = world.record(id).await;
+            assert_eq!((record.snapshots.len(), record.requested.len()), (1, 1));
+        },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_snapshot_is_gone_with_its_name_whatever_is_killed() {
+    killed_anywhere(
+        &["a", "b", "c"],
+        mk_snapshot,
+        async |controller, id| controller.delete_snapshot(id).await,
+        async |world, controller, id, ()| {
+            assert_eq!(controller.snapshots(all()).await.unwrap(), Vec::<String>::new());
+            let volume = id.split('@').next().unwrap();
+            let record = world.record(volume).await;
+            assert!(record.snapshots.is_empty() && record.requested.is_empty());
+            let next = controller.snapshot(volume, "nightly").await.unwrap();
+            assert_ne!(next.snapshot_id, id, "an id is never used again (R34)");
+        },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r30_a_volume_from_a_snapshot_is_whole_and_needs_it_no_longer_whatever_is_killed() {
+    killed_anywhere(
+        &["a", "b", "c", "d"],
+        mk_snapshot,
+        async |controller, id| controller.create(&mk_from_snapshot("copy", id)).await,
+        async |world, controller, id, copy| {
+            assert_clone(world, &copy).await;
+            let source = world.record(id.split('@').next().unwrap()).await;
+            assert!(source.snapshots[0].clones.is_empty(), "the snapshot is free again");
+            controller.delete_snapshot(id).await.unwrap();
+            controller.delete(&copy.volume_id).await.unwrap();
+            controller.delete(&source.volume_id.to_string()).await.unwrap();
+            world.assert_empty().await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r30_a_volume_from_a_volume_leaves_no_snapshot_behind_whatever_is_killed() {
+    killed_anywhere(
+        &["a", "b", "c", "d"],
+        mk_volume,
+        async |controller, id| controller.create(&mk_from_volume("copy", id)).await,
+        async |world, controller, id, copy| {
+            assert_clone(world, &copy).await;
+            let source = world.record(id).await;
+            assert!(source.snapshots.is_empty() && source.requested.is_empty(), "{source:?}");
+            assert_eq!(controller.snapshots(all()).await.unwrap(), Vec::<String>::new());
+            controller.delete(id).await.unwrap();
+            controller.delete(&copy.volume_id).await.unwrap();
+            world.assert_empty().await;
+        },
+    )
+    .await;
+}
+
+/// Every replica in sync was made from a holder, on its node.
+async fn assert_clone(world: &World, copy: &Volume) {
+    assert!(copy.content_source.is_some());
+    let record = world.record(&copy.volume_id).await;
+    assert!(record.source.as_ref().is_some_and(|source| source.linked));
+    let kept = record
+        .replicas
+        .iter()
+        .filter(|(_, r)| r.state != holdfast_storage_core::record::ReplicaState::Faulted);
+    assert_eq!(kept.count(), 3);
+    for (id, replica) in record.replicas.iter().filter(|(id, _)| record.in_sync.contains(id)) {
+        assert!(["a", "b", "c"].contains(&replica.node.0.as_str()), "{} never held it", replica.node);
+        assert!(world.pool(static_name(&replica.node)).replicas().contains_key(&id.to_string()));
+    }
+}
+
+fn static_name(node: &NodeName) -> &'static str {
+    ["a", "b", "c", "d"].into_iter().find(|name| *name == node.0).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_wants_its_source_s_size_and_file_system_and_is_the_same_when_asked_for_again() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let source = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let id = controller.snapshot(&source, "nightly").await.unwrap().snapshot_id;
+    let sized = |required, limit| CreateVolumeRequest {
+        capacity_range: Some(CapacityRange { required_bytes: required, limit_bytes: limit }),
+        ..mk_from_snapshot("copy", &id)
+    };
+    for (request, code) in [
+        (sized(16 << 20, 0), Code::OutOfRange),
+        (sized(0, 16 << 20), Code::OutOfRange),
+        (mk_with(mk_from_snapshot("copy", &id), "fsType", "xfs"), Code::InvalidArgument),
+        (mk_from_snapshot("copy", "nonsense"), Code::NotFound),
+        (mk_from_snapshot("copy", &format!("{source}@{source}")), Code::NotFound),
+        (mk_from_snapshot("copy", ""), Code::InvalidArgument),
+        (mk_from_volume("copy", "nonsense"), Code::NotFound),
+        (mk_from_volume("copy", &"0".repeat(32)), Code::NotFound),
+    ] {
+        let status = controller.create(&request).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+    }
+    let copy = controller.create(&sized(2 << 30, 0)).await.unwrap();
+    assert_eq!(copy.capacity_bytes, 2 << 30);
+    assert_eq!(controller.create(&sized(2 << 30, 0)).await.unwrap(), copy);
+    for other in [mk_from_volume("copy", &source), mk_sized("copy", 2 << 30, 0)] {
+        let status = controller.create(&other).await.unwrap_err();
+        assert_eq!(status.code(), Code::AlreadyExists, "{status}");
+    }
+    let plain = CreateVolumeRequest { capacity_range: None, ..mk_from_snapshot("plain", &id) };
+    assert_eq!(controller.create(&plain).await.unwrap().capacity_bytes, 1 << 30, "the source's size");
+    let raw = CreateVolumeRequest { volume_capabilities: vec![mk_block()], ..mk_from_snapshot("raw", &id) };
+    let raw = controller.create(&raw).await.unwrap();
+    assert_eq!(world.record(&raw.volume_id).await.formatted, Formatted::Yes, "never formatted (R36)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r36_a_clone_is_formatted_only_if_its_snapshot_never_was() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let source = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let before = controller.snapshot(&source, "before").await.unwrap().snapshot_id;
+    world.change(&source, |record| transitions::set_formatted(record, Formatted::Formatting).unwrap()).await;
+    world.change(&source, |record| transitions::set_formatted(record, Formatted::Yes).unwrap()).await;
+    let after = controller.snapshot(&source, "after").await.unwrap().snapshot_id;
+    for (name, snapshot, state) in [("one", before, Formatted::Never), ("two", after, Formatted::Yes)] {
+        let copy = controller.create(&mk_from_snapshot(name, &snapshot)).await.unwrap();
+        assert_eq!(world.record(&copy.volume_id).await.formatted, state);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_few_nodes_hold_the_snapshot_the_rest_of_the_clone_is_to_be_rebuilt() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let one = mk_with(mk_create("data"), "replicas", "1");
+    let source = controller.create(&one).await.unwrap().volume_id;
+    let id = controller.snapshot(&source, "nightly").await.unwrap().snapshot_id;
+    let copy = controller.create(&mk_from_snapshot("copy", &id)).await.unwrap();
+    let record = world.record(&copy.volume_id).await;
+    assert_eq!((record.in_sync.len(), record.replicas.len()), (1, 3));
+    assert_eq!(world.count(&copy.volume_id), 3);
+    let request = ControllerGetVolumeHealthRequest {
+        volume_id: copy.volume_id,
+        ..ControllerGetVolumeHealthRequest::default()
+    };
+    let health = controller.0.clone().controller_get_volume_health(request).await.unwrap().into_inner();
+    let health = health.volume_health.unwrap();
+    assert_eq!(health.health_statuses[0].status(), VolumeHealthErrorType::Degraded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_outlives_its_volume_and_takes_the_rest_of_it_along() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let id = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
+    controller.delete(&volume).await.unwrap();
+    controller.delete(&volume).await.expect("deleted twice is deleted");
+    assert!(controller.list(0, "").await.unwrap().entries.is_empty());
+    for code in [
+        controller.publish(&volume, "a").await.map(drop).unwrap_err().code(),
+        controller.snapshot(&volume, "later").await.map(drop).unwrap_err().code(),
+        controller.expand(&volume, 2 << 30, 0).await.map(drop).unwrap_err().code(),
+        controller.create(&mk_from_volume("copy", &volume)).await.map(drop).unwrap_err().code(),
+    ] {
+        assert_eq!(code, Code::NotFound);
+    }
+    let other = controller.create(&mk_create("data")).await.expect("the name is free");
+    assert_ne!(other.volume_id, volume);
+    assert_eq!(controller.snapshots(all()).await.unwrap(), [id.clone()]);
+    let restored = controller.create(&mk_from_snapshot("restored", &id)).await.unwrap();
+    controller.delete_snapshot(&id).await.unwrap();
+    assert_eq!(world.count(&volume), 0, "nothing keeps the volume any more");
+    controller.delete(&restored.volume_id).await.unwrap();
+    controller.delete(&other.volume_id).await.unwrap();
+    world.assert_empty().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_of_snapshots_are_filtered_and_paged() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let mut ids = Vec::new();
+    let mut volumes = Vec::new();
+    for n in 0..2 {
+        let volume = controller.create(&mk_create(&format!("data-{n}"))).await.unwrap().volume_id;
+        for m in 0..2 {
+            ids.push(controller.snapshot(&volume, &format!("s{n}{m}")).await.unwrap().snapshot_id);
+        }
+        volumes.push(volume);
+    }
+    let of = |source: &str, snapshot: &str| ListSnapshotsRequest {
+        source_volume_id: source.to_owned(),
+        snapshot_id: snapshot.to_owned(),
+        ..all()
+    };
+    assert_eq!(controller.snapshots(of(&volumes[0], "")).await.unwrap().len(), 2);
+    assert_eq!(controller.snapshots(of("", &ids[3])).await.unwrap(), [ids[3].clone()]);
+    assert_eq!(controller.snapshots(of(&volumes[0], &ids[3])).await.unwrap(), Vec::<String>::new());
+    assert_eq!(controller.snapshots(of("nonsense", "")).await.unwrap(), Vec::<String>::new());
+    assert_eq!(controller.snapshots(of("", "nonsense")).await.unwrap(), Vec::<String>::new());
+    let mut seen = Vec::new();
+    let mut token = String::new();
+    loop {
+        let request = ListSnapshotsRequest { max_entries: 3, starting_token: token, ..all() };
+        let page = controller.0.clone().list_snapshots(request).await.unwrap().into_inner();
+        seen.extend(page.entries.into_iter().map(|e| e.snapshot.unwrap().snapshot_id));
+        token = page.next_token;
+        if token.is_empty() {
+            break;
+        }
+        controller.delete_snapshot(&token).await.unwrap();
+    }
+    ids.sort();
+    assert_eq!(seen, ids, "a token outlives the snapshot it names");
+    let bogus = ListSnapshotsRequest { starting_token: "bogus".to_owned(), ..all() };
+    assert_eq!(controller.snapshots(bogus).await.unwrap_err().code(), Code::Aborted);
+    let get = |id: &str| GetSnapshotRequest { snapshot_id: id.to_owned(), ..GetSnapshotRequest::default() };
+    let got = controller.0.clone().get_snapshot(get(&ids[3])).await.unwrap().into_inner().snapshot.unwrap();
+    assert_eq!(got.snapshot_id, ids[3]);
+    for (id, code) in [("", Code::InvalidArgument), ("nonsense", Code::NotFound)] {
+        assert_eq!(controller.0.clone().get_snapshot(get(id)).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_snapshot_requests_are_refused_by_field_and_change_nothing() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let other = controller.create(&mk_create("other")).await.unwrap().volume_id;
+    controller.snapshot(&volume, "taken").await.unwrap();
+    let mk = |source: &str, name: &str| CreateSnapshotRequest {
+        source_volume_id: source.to_owned(),
+        name: name.to_owned(),
+        ..CreateSnapshotRequest::default()
+    };
+    let mut odd = mk(&volume, "odd");
+    odd.parameters.insert("color".to_owned(), "red".to_owned());
+    for (request, code, named) in [
+        (mk("", "x"), Code::InvalidArgument, "source_volume_id"),
+        (mk(&volume, ""), Code::InvalidArgument, "name"),
+        (mk(&volume, &"n".repeat(129)), Code::InvalidArgument, "name"),
+        (mk("../../etc", "x"), Code::NotFound, "etc"),
+        (mk(&"0".repeat(32), "x"), Code::NotFound, "0000"),
+        (mk(&other, "taken"), Code::AlreadyExists, "taken"),
+        (odd, Code::InvalidArgument, "color"),
+    ] {
+        let status = controller.0.clone().create_snapshot(request).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(named), "{status}");
+    }
+    assert_eq!(controller.delete_snapshot("").await.unwrap_err().code(), Code::InvalidArgument);
+    controller.delete_snapshot("nonsense").await.expect("what cannot exist is deleted");
+    assert_eq!(controller.snapshots(all()).await.unwrap().len(), 1);
+    assert!(world.record(&other).await.requested.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r31_a_volume_grows_by_whole_regions_within_its_bounds_and_never_shrinks() {
+    let world = World::start_with(&[("a", 8 * GIB), ("b", 8 * GIB), ("c", 8 * GIB)]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    assert_eq!(controller.expand(&volume, (2 << 30) + 1, 0).await.unwrap(), (2 << 30) + (1 << 20));
+    assert_eq!(controller.expand(&volume, 1 << 30, 0).await.unwrap(), (2 << 30) + (1 << 20), "large enough");
+    controller.publish(&volume, "b").await.unwrap();
+    assert_eq!(controller.expand(&volume, 3 << 30, 3 << 30).await.unwrap(), 3 << 30, "while it is attached");
+    for (id, required, limit, code) in [
+        (volume.as_str(), 0, 1 << 30, Code::OutOfRange),
+        (&volume, -1, 0, Code::InvalidArgument),
+        (&volume, 0, 0, Code::InvalidArgument),
+        (&volume, 4 << 30, 2 << 30, Code::OutOfRange),
+        (&volume, i64::MAX, 0, Code::OutOfRange),
+        (&volume, 20 << 30, 0, Code::ResourceExhausted),
+        ("", 4 << 30, 0, Code::InvalidArgument),
+        ("nonsense", 4 << 30, 0, Code::NotFound),
+    ] {
+        let status = controller.expand(id, required, limit).await.unwrap_err();
+        assert_eq!(status.code(), code, "{required} {limit}: {status}");
+    }
+    assert_eq!(world.record(&volume).await.size_bytes, 3 << 30);
+}
+
+fn mk_group(name: &str, volumes: &[&str]) -> CreateVolumeGroupSnapshotRequest {
+    CreateVolumeGroupSnapshotRequest {
+        name: name.to_owned(),
+        source_volume_ids: volumes.iter().map(|id| (*id).to_owned()).collect(),
+        ..CreateVolumeGroupSnapshotRequest::default()
+    }
+}
+
+async fn create_group(
+    controller: &Controller,
+    request: CreateVolumeGroupSnapshotRequest,
+) -> Result<VolumeGroupSnapshot, Status> {
+    let answer = controller.groups().create_volume_group_snapshot(request).await?;
+    Ok(answer.into_inner().group_snapshot.unwrap())
+}
+
+async fn delete_group(controller: &Controller, id: &str) -> Result<(), Status> {
+    let request = DeleteVolumeGroupSnapshotRequest {
+        group_snapshot_id: id.to_owned(),
+        ..DeleteVolumeGroupSnapshotRequest::default()
+    };
+    controller.groups().delete_volume_group_snapshot(request).await.map(drop)
+}
+
+/// Two volumes, the first attached to a node, the second to nobody.
+async fn mk_pair(world: &World) -> String {
+    let controller = world.controller().await;
+    let one = controller.create(&mk_create("one")).await.unwrap().volume_id;
+    let two = controller.create(&mk_create("two")).await.unwrap().volume_id;
+    controller.publish(&one, "b").await.unwrap();
+    format!("{one} {two}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r29_a_group_is_whole_or_nothing_whatever_is_killed() {
+    killed_anywhere(
+        &["a", "b", "c"],
+        mk_pair,
+        async |controller, ids| {
+            create_group(controller, mk_group("all", &ids.split(' ').collect::<Vec<_>>())).await
+        },
+        async |world, controller, ids, group| {
+            assert!(group.ready_to_use);
+            assert_eq!(group.snapshots.len(), 2);
+            for snapshot in &group.snapshots {
+                assert_eq!(snapshot.group_snapshot_id, group.group_snapshot_id);
+                assert_eq!(snapshot.creation_time, group.creation_time, "one instant");
+                let alone = controller.delete_snapshot(&snapshot.snapshot_id).await.unwrap_err();
+                assert_eq!(alone.code(), Code::InvalidArgument, "{alone}");
+            }
+            assert_eq!(controller.snapshots(all()).await.unwrap().len(), 2);
+            for id in ids.split(' ') {
+                assert_eq!(world.record(id).await.snapshots.len(), 1, "of the try that counts");
+            }
+            delete_group(controller, &group.group_snapshot_id).await.unwrap();
+            delete_group(controller, &group.group_snapshot_id).await.expect("deleted twice is deleted");
+            assert!(world.groups.list_groups().await.unwrap().is_empty());
+            for id in ids.split(' ') {
+                assert!(world.record(id).await.snapshots.is_empty());
+            }
+        },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r29_a_client_that_comes_to_a_detached_member_during_the_cut_costs_the_group() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let ids = mk_pair(&world).await;
+    let (one, two) = ids.split_once(' ').unwrap();
+    let store = Arc::clone(&world.store);
+    let volume = two.parse().unwrap();
+    let publish = Arc::new(move || {
+        let store = Arc::clone(&store);
+        let work = async move {
+            loop {
+                let found = store.read(volume).await.unwrap();
+                let Ok(record) = transitions::publish(&found.record, &NodeName("c".to_owned()), false) else {
+                    return;
+                };
+                if record == found.record || store.swap(found.version, record).await.is_ok() {
+                    return;
+                }
+            }
+        };
+        Box::pin(work) as std::pin::Pin<Box<dyn Future<Output = ()> + Send>>
+    });
+    for pool in &world.pools {
+        pool.state.lock().unwrap().during_cut = Some(publish.clone());
+    }
+    let controller = world.controller().await;
+    let status = create_group(&controller, mk_group("all", &[one, two])).await.unwrap_err();
+    assert_eq!(status.code(), Code::Aborted, "{status}");
+    for id in [one, two] {
+        assert!(world.record(id).await.snapshots.is_empty(), "nothing is left of it");
+    }
+    let both = create_group(&controller, mk_group("all", &[one, two])).await.unwrap();
+    assert_eq!(both.snapshots.len(), 2, "both are attached now");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_group_requests_are_refused_by_field() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let ids = mk_pair(&world).await;
+    let (one, two) = ids.split_once(' ').unwrap();
+    let controller = world.controller().await;
+    let group = create_group(&controller, mk_group("all", &[one, two])).await.unwrap();
+    assert_eq!(create_group(&controller, mk_group("all", &[two, one])).await.unwrap(), group);
+    let many: Vec<&str> = vec![one; 33];
+    for (request, code, named) in [
+        (mk_group("", &[one]), Code::InvalidArgument, "name"),
+        (mk_group("x", &[]), Code::InvalidArgument, "source_volume_ids"),
+        (mk_group("x", &many), Code::InvalidArgument, "source_volume_ids"),
+        (mk_group("x", &[one, one]), Code::InvalidArgument, "twice"),
+        (mk_group("x", &[one, "nonsense"]), Code::NotFound, "nonsense"),
+        (mk_group("all", &[one]), Code::AlreadyExists, "all"),
+    ] {
+        let status = create_group(&controller, request).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(named), "{status}");
+    }
+    let mut client = controller.groups();
+    let mk = |id: &str, members: &[&str]| GetVolumeGroupSnapshotRequest {
+        group_snapshot_id: id.to_owned(),
+        snapshot_ids: members.iter().map(|id| (*id).to_owned()).collect(),
+        ..GetVolumeGroupSnapshotRequest::default()
+    };
+    let id = group.group_snapshot_id.as_str();
+    let got = client.get_volume_group_snapshot(mk(id, &[])).await.unwrap().into_inner();
+    assert_eq!(got.group_snapshot.unwrap(), group);
+    for (request, code) in [
+        (mk("", &[]), Code::InvalidArgument),
+        (mk("nonsense", &[]), Code::NotFound),
+        (mk(id, &["nonsense"]), Code::InvalidArgument),
+    ] {
+        assert_eq!(client.get_volume_group_snapshot(request).await.unwrap_err().code(), code);
+    }
+    delete_group(&controller, "nonsense").await.expect("what cannot exist is deleted");
+    assert_eq!(delete_group(&controller, "").await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_ill_volumes_are_listed_as_ill() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let sound = controller.create(&mk_create("sound")).await.unwrap().volume_id;
+    let ill = controller.create(&mk_create("ill")).await.unwrap().volume_id;
+    world.change(&ill, |record| VolumeRecord { restored: true, ..record.clone() }).await;
+    let list = ControllerListVolumeHealthRequest::default();
+    let found = controller.0.clone().controller_list_volume_health(list).await.unwrap().into_inner();
+    let ids: Vec<&str> = found.entries.iter().map(|entry| entry.volume_id.as_str()).collect();
+    assert_eq!(ids, [ill.as_str()]);
+    let entry = &found.entries[0].health_statuses[0];
+    assert_eq!(
+        (entry.status(), entry.reason.as_str()),
+        (VolumeHealthErrorType::Inaccessible, "RecordRestored")
+    );
+    for (id, code) in [("", Code::InvalidArgument), ("nonsense", Code::NotFound)] {
+        let request = ControllerGetVolumeRequest { volume_id: id.to_owned() };
+        assert_eq!(controller.0.clone().controller_get_volume(request).await.unwrap_err().code(), code);
+        let request = ControllerGetVolumeHealthRequest {
+            volume_id: id.to_owned(),
+            ..ControllerGetVolumeHealthRequest::default()
+        };
+        assert_eq!(
+            controller.0.clone().controller_get_volume_health(request).await.unwrap_err().code(),
+            code
+        );
+    }
+    controller.publish(&sound, "b").await.unwrap();
+    let request = ControllerGetVolumeRequest { volume_id: sound.clone() };
+    let got = controller.0.clone().controller_get_volume(request).await.unwrap().into_inner();
+    assert_eq!(got.volume.unwrap().volume_id, sound);
+    assert_eq!(got.status.unwrap().published_node_ids, ["b"]);
+}
