@@ -13,6 +13,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use holdfast_tests::go_tools;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -90,6 +91,10 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
         if in_tier.is_empty() {
             println!("tier {tier} is empty: nothing of it exists yet");
         }
+        if let Err(error) = build_tools(tier) {
+            println!("{error:#}");
+            summary.fail(&format!("the tools of tier {tier} do not build"));
+        }
         for target in in_tier {
             let mut command = Command::new(&target.executable);
             command.current_dir(target.manifest.parent().unwrap_or(Path::new(".")));
@@ -113,6 +118,21 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
             command.args(["test", "--release", "--workspace", "--doc", "--quiet"]);
             run_program("examples in the documentation", command, PROGRAM_TIMEOUT, summary)?;
         }
+    }
+    Ok(())
+}
+
+/// Builds what a tier's tests run beside our own programs: a first build takes longer than a test program may.
+///
+/// Where a tool cannot be had, each test that needs it says so.
+fn build_tools(tier: &str) -> Result<()> {
+    let skips = match tier {
+        "conformance" => [go_tools::csi_sanity()?.err(), None],
+        "kubernetes" => [go_tools::etcd()?.err(), go_tools::kube_apiserver()?.err()],
+        _ => [None, None],
+    };
+    for skip in skips.into_iter().flatten() {
+        println!("not built: {}", skip.0);
     }
     Ok(())
 }

@@ -17,6 +17,7 @@
 //!
 //! What it does not do: limit a node's memory or processor, or give a node devices of its own (`/dev` is shared).
 
+pub mod api_server;
 pub mod blocks;
 mod certs;
 pub mod cleanup;
@@ -28,6 +29,7 @@ pub mod effort;
 pub mod files;
 pub mod forgetful;
 pub mod garbage;
+pub mod go_tools;
 pub mod helper;
 mod ledger;
 mod namespaces;

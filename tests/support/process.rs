@@ -244,7 +244,8 @@ fn find_child(wrapper: &mut Child) -> Result<i32> {
     found.filter(|pid| *pid > 0).context("it ended")
 }
 
-fn tail(path: &Path) -> String {
+/// The last lines of a log.
+pub(crate) fn tail(path: &Path) -> String {
     let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
