@@ -52,8 +52,10 @@ impl Role {
     pub fn capabilities(&self) -> &'static [Capability] {
         match self {
             Self::Controller(_) => &[],
-            // Mounts; kubelet's folders may belong to others.
-            Self::Node(_) => &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE],
+            // Mounts; kubelet's folders may belong to others; ext4 grows while it is mounted only with the last one.
+            Self::Node(_) => {
+                &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE, Capability::CAP_SYS_RESOURCE]
+            }
             // FUSE and loop devices; locked memory; I/O flusher; pools may belong to others.
             Self::Data(_) => &[
                 Capability::CAP_SYS_ADMIN,

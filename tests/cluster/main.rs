@@ -11,6 +11,7 @@ mod file_systems;
 mod fio_verify;
 mod machine;
 mod power_cut;
+mod snapshots;
 mod stale;
 mod steps;
 mod wrong_input;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     trials.extend(fio_verify::trials());
     trials.extend(power_cut::trials());
     trials.extend(file_systems::trials());
+    trials.extend(snapshots::trials());
     trials.extend(demo::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -9,11 +9,51 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
+use libtest_mimic::Trial;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-#[test]
+/// Trials of this file.
+pub fn trials() -> Vec<Trial> {
+    let one = |name: &str, check: fn()| {
+        Trial::test(name, move || {
+            check();
+            Ok(())
+        })
+    };
+    vec![
+        one("every_document_parses_as_the_kind_it_names", every_document_parses_as_the_kind_it_names),
+        one("kustomization_lists_every_file", kustomization_lists_every_file),
+        one("the_driver_is_named_as_the_plugin_names_itself", the_driver_is_named_as_the_plugin_names_itself),
+        one(
+            "workloads_are_four_and_all_use_the_host_network",
+            workloads_are_four_and_all_use_the_host_network,
+        ),
+        one(
+            "data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed",
+            data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed,
+        ),
+        one(
+            "node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod",
+            node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod,
+        ),
+        one(
+            "the_controller_has_its_sidecars_and_one_store_writer",
+            the_controller_has_its_sidecars_and_one_store_writer,
+        ),
+        one(
+            "workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets",
+            workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets,
+        ),
+        one(
+            "persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it",
+            persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it,
+        ),
+        one("the_conflist_is_valid_and_names_our_plugin", the_conflist_is_valid_and_names_our_plugin),
+    ]
+}
+
 fn every_document_parses_as_the_kind_it_names() {
     for document in documents() {
         let kind = document["kind"].as_str().expect("a kind");
@@ -35,7 +75,6 @@ fn every_document_parses_as_the_kind_it_names() {
     }
 }
 
-#[test]
 fn kustomization_lists_every_file() {
     let text = std::fs::read_to_string(base().join("kustomization.yaml")).expect("kustomization.yaml");
     let listed: Value = serde_norway::from_str(&text).expect("kustomization is YAML");
@@ -47,7 +86,6 @@ fn kustomization_lists_every_file() {
     assert_eq!(listed, present);
 }
 
-#[test]
 fn the_driver_is_named_as_the_plugin_names_itself() {
     let driver: CSIDriver = only("CSIDriver", "csi.holdfast.dev");
     assert_eq!(driver.spec.attach_required, Some(true));
@@ -55,7 +93,6 @@ fn the_driver_is_named_as_the_plugin_names_itself() {
     assert_eq!(class.provisioner, "csi.holdfast.dev");
 }
 
-#[test]
 fn workloads_are_four_and_all_use_the_host_network() {
     let mut names = BTreeSet::new();
     for (name, pod) in pods() {
@@ -71,7 +108,6 @@ fn workloads_are_four_and_all_use_the_host_network() {
     assert_eq!(names, wanted.iter().map(|name| (*name).to_owned()).collect());
 }
 
-#[test]
 fn data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed() {
     let data: DaemonSet = only("DaemonSet", "holdfast-data");
     let spec = data.spec.expect("spec");
@@ -87,7 +123,6 @@ fn data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed() {
     assert!(memory(&resources.limits).is_some());
 }
 
-#[test]
 fn node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod() {
     let node: DaemonSet = only("DaemonSet", "holdfast-node");
     let pod = node.spec.expect("spec").template.spec.expect("pod spec");
@@ -99,7 +134,6 @@ fn node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod() {
     mount(container, "/dev");
 }
 
-#[test]
 fn the_controller_has_its_sidecars_and_one_store_writer() {
     let controller: Deployment = only("Deployment", "holdfast-controller");
     let spec = controller.spec.expect("spec");
@@ -115,7 +149,6 @@ fn the_controller_has_its_sidecars_and_one_store_writer() {
     }
 }
 
-#[test]
 fn workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets() {
     for (name, pod) in pods() {
         if name != "holdfast-controller" {
@@ -130,7 +163,6 @@ fn workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets()
     }
 }
 
-#[test]
 fn persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it() {
     for (workload, path) in [
         ("holdfast-data", "/var/lib/holdfast/pool"),
@@ -150,7 +182,6 @@ fn persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it() {
     }
 }
 
-#[test]
 fn the_conflist_is_valid_and_names_our_plugin() {
     let config: ConfigMap = only("ConfigMap", "holdfast-cni");
     let text = &config.data.expect("data")["10-holdfast.conflist"];

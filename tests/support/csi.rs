@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use holdfast_proto::csi;
 use holdfast_proto::csi::controller_client::ControllerClient;
+use holdfast_proto::csi::group_controller_client::GroupControllerClient;
 use holdfast_proto::csi::identity_client::IdentityClient;
 use holdfast_proto::csi::node_client::NodeClient;
 use holdfast_proto::storage::data_client::DataClient;
@@ -61,6 +62,17 @@ impl Socket {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         self.call(|channel| call(ControllerClient::new(channel)))
+    }
+
+    /// Calls the GroupController service.
+    ///
+    /// # Errors
+    /// The server's status, or `UNAVAILABLE`.
+    pub fn groups<T, F>(&self, call: impl FnOnce(GroupControllerClient<Channel>) -> F) -> Result<T, Status>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call(|channel| call(GroupControllerClient::new(channel)))
     }
 
     /// Calls the Node service.

@@ -34,7 +34,7 @@ impl Inner {
         check_access(&record, &access)?;
 
         let device = self.data.attach(volume, attachment).await?;
-        let flags = match &capability.access_type {
+        let mut flags = match &capability.access_type {
             Some(AccessType::Mount(mount)) => mount.mount_flags.clone(),
             // The device itself is published; there is nothing to mount here.
             Some(AccessType::Block(_)) | None => return Ok(NodeStageVolumeResponse {}),
@@ -45,6 +45,10 @@ impl Inner {
         }
         self.ensure_formatted(volume, attachment, &device).await?;
         let (fs_type, read_only) = (record.params.fs_type, record.read_only);
+        // A clone has its source's UUID, and the kernel mounts no two xfs of one UUID unless it is told to.
+        if fs_type == "xfs" && record.source.is_some() {
+            flags.push("nouuid".to_owned());
+        }
         let (at, node) = (staging.clone(), device.clone());
         let (kind, options) = (fs_type.clone(), flags.clone());
         blocking(move || mounter::mount_device(&node, &at, &kind, &options, read_only)).await?;

@@ -1,0 +1,377 @@
+//! What is in snapshots, clones, grown volumes and groups, through CSI and real data processes: what a pod wrote before
+//! the cut, on every node, and nothing that came later.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use holdfast_proto::csi;
+use holdfast_proto::csi::volume_content_source::{SnapshotSource, Type as Source, VolumeSource};
+use holdfast_tests::cleanup::Logs;
+use holdfast_tests::cluster::KUBELET_DIR;
+use holdfast_tests::csi::{block_capability, create_request, named};
+use holdfast_tests::{Cluster, ClusterOptions};
+use libtest_mimic::Trial;
+
+use crate::trial;
+
+const MIB: u64 = 1 << 20;
+
+/// Trials of this file.
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("a_snapshot_and_its_clones_have_what_was_written_before_it", || on_a_cluster(snapshots)),
+        trial("a_volume_grows_under_its_users", || on_a_cluster(growth)),
+        trial("a_group_of_volumes_has_no_effect_without_its_cause", || on_a_cluster(group)),
+    ]
+}
+
+fn on_a_cluster(body: fn(&Cluster) -> Result<()>) -> Result<()> {
+    let options = ClusterOptions { kind: "snapshots".to_owned(), ..ClusterOptions::default() };
+    let cluster = Cluster::start(&options)?;
+    let outcome = body(&cluster);
+    let ended = cluster.end(if outcome.is_ok() { Logs::Remove } else { Logs::Keep });
+    outcome.and(ended)
+}
+
+/// A volume and how it is used.
+struct Volume {
+    id: String,
+    capability: csi::VolumeCapability,
+}
+
+impl Volume {
+    fn create(cluster: &Cluster, request: csi::CreateVolumeRequest) -> Result<Self> {
+        let capability = request.volume_capabilities.first().cloned().context("no capability")?;
+        let reply = cluster.controller.csi.controller(|mut c| async move { c.create_volume(request).await });
+        let id = named("CreateVolume", reply)?.volume.context("no volume")?.volume_id;
+        cluster.work().change_state(|state| state.volume_ids.push(id.clone()))?;
+        Ok(Self { id, capability })
+    }
+
+    fn staging(&self) -> String {
+        format!("{KUBELET_DIR}/staging/{}", self.id)
+    }
+
+    /// Publishes and stages the volume on a node; answers where the harness sees its files.
+    fn stage(&self, cluster: &Cluster, node: &str) -> Result<PathBuf> {
+        let request = csi::ControllerPublishVolumeRequest {
+            volume_id: self.id.clone(),
+            node_id: node.to_owned(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        };
+        let published = cluster
+            .controller
+            .csi
+            .controller(|mut client| async move { client.controller_publish_volume(request).await });
+        let publish_context = named("ControllerPublishVolume", published)?.publish_context;
+        let request = csi::NodeStageVolumeRequest {
+            volume_id: self.id.clone(),
+            publish_context,
+            staging_target_path: self.staging(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        };
+        let node = cluster.node(node);
+        named(
+            "NodeStageVolume",
+            node.csi_socket.node(|mut c| async move { c.node_stage_volume(request).await }),
+        )?;
+        Ok(node.spaces.host_path(self.staging()))
+    }
+
+    fn unstage(&self, cluster: &Cluster, node: &str) -> Result<()> {
+        let request =
+            csi::NodeUnstageVolumeRequest { volume_id: self.id.clone(), staging_target_path: self.staging() };
+        let unstaged =
+            cluster.node(node).csi_socket.node(|mut c| async move { c.node_unstage_volume(request).await });
+        named("NodeUnstageVolume", unstaged)?;
+        let request = csi::ControllerUnpublishVolumeRequest {
+            volume_id: self.id.clone(),
+            node_id: node.to_owned(),
+            ..Default::default()
+        };
+        let unpublished = cluster
+            .controller
+            .csi
+            .controller(|mut client| async move { client.controller_unpublish_volume(request).await });
+        named("ControllerUnpublishVolume", unpublished).map(drop)
+    }
+
+    fn snapshot(&self, cluster: &Cluster, name: &str) -> Result<String> {
+        let request = csi::CreateSnapshotRequest {
+            source_volume_id: self.id.clone(),
+            name: name.to_owned(),
+            ..Default::default()
+        };
+        let reply =
+            cluster.controller.csi.controller(|mut c| async move { c.create_snapshot(request).await });
+        Ok(named("CreateSnapshot", reply)?.snapshot.context("no snapshot")?.snapshot_id)
+    }
+
+    fn expand(&self, cluster: &Cluster, bytes: u64) -> Result<()> {
+        let range = csi::CapacityRange { required_bytes: i64::try_from(bytes)?, limit_bytes: 0 };
+        let request = csi::ControllerExpandVolumeRequest {
+            volume_id: self.id.clone(),
+            capacity_range: Some(range),
+            ..Default::default()
+        };
+        let reply = cluster
+            .controller
+            .csi
+            .controller(|mut client| async move { client.controller_expand_volume(request).await });
+        named("ControllerExpandVolume", reply).map(drop)
+    }
+
+    fn expand_on(&self, cluster: &Cluster, node: &str) -> Result<()> {
+        let request = csi::NodeExpandVolumeRequest {
+            volume_id: self.id.clone(),
+            volume_path: self.staging(),
+            ..Default::default()
+        };
+        let reply =
+            cluster.node(node).csi_socket.node(|mut c| async move { c.node_expand_volume(request).await });
+        named("NodeExpandVolume", reply).map(drop)
+    }
+
+    fn delete(&self, cluster: &Cluster) -> Result<()> {
+        let request = csi::DeleteVolumeRequest { volume_id: self.id.clone(), ..Default::default() };
+        let reply = cluster.controller.csi.controller(|mut c| async move { c.delete_volume(request).await });
+        named("DeleteVolume", reply).map(drop)
+    }
+}
+
+fn from_snapshot(name: &str, bytes: u64, fs_type: &str, snapshot_id: &str) -> csi::CreateVolumeRequest {
+    let source = Source::Snapshot(SnapshotSource { snapshot_id: snapshot_id.to_owned() });
+    with_source(create_request(name, bytes as i64, 3, fs_type), source)
+}
+
+fn with_source(mut request: csi::CreateVolumeRequest, source: Source) -> csi::CreateVolumeRequest {
+    request.volume_content_source = Some(csi::VolumeContentSource { r#type: Some(source) });
+    request
+}
+
+/// Writes a file and makes it safe.
+fn put(root: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let mut file = File::create(root.join(name))?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    Ok(())
+}
+
+fn get(root: &Path, name: &str) -> Result<Vec<u8>> {
+    std::fs::read(root.join(name)).with_context(|| format!("{name} in {}", root.display()))
+}
+
+fn fs_bytes(root: &Path) -> Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(root)?;
+    Ok(stat.blocks() * stat.fragment_size())
+}
+
+fn delete_snapshot(cluster: &Cluster, snapshot_id: &str) -> Result<()> {
+    let request = csi::DeleteSnapshotRequest { snapshot_id: snapshot_id.to_owned(), ..Default::default() };
+    let reply = cluster.controller.csi.controller(|mut c| async move { c.delete_snapshot(request).await });
+    named("DeleteSnapshot", reply).map(drop)
+}
+
+/// Replicas that the pools still have.
+fn replicas_left(cluster: &Cluster) -> Result<usize> {
+    let mut left = 0;
+    for node in &cluster.nodes {
+        let folder = node.pool_dir().join("replicas");
+        left += std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?.count();
+    }
+    Ok(left)
+}
+
+fn snapshots(cluster: &Cluster) -> Result<()> {
+    for (fs_type, bytes) in [("ext4", 64 * MIB), ("xfs", 320 * MIB)] {
+        snapshots_of(cluster, fs_type, bytes).with_context(|| fs_type)?;
+    }
+    let left = replicas_left(cluster)?;
+    ensure!(left == 0, "{left} replicas are left on the pools");
+    Ok(())
+}
+
+fn snapshots_of(cluster: &Cluster, fs_type: &str, bytes: u64) -> Result<()> {
+    let (old, new) = (vec![b'o'; 3 << 20], vec![b'n'; 3 << 20]);
+    let create = create_request(&format!("{fs_type}-data"), bytes as i64, 3, fs_type);
+    let volume = Volume::create(cluster, create)?;
+    let root = volume.stage(cluster, "node-a")?;
+    put(&root, "file", &old)?;
+    let snapshot = volume.snapshot(cluster, &format!("{fs_type}-nightly"))?;
+    put(&root, "file", &new)?;
+    put(&root, "later", &new)?;
+
+    let larger = bytes + 64 * MIB;
+    let restored =
+        Volume::create(cluster, from_snapshot(&format!("{fs_type}-restored"), larger, fs_type, &snapshot))?;
+    // While the source is in use elsewhere.
+    let at = restored.stage(cluster, "node-b")?;
+    ensure!(get(&at, "file")? == old, "the restored file has not what was written before the snapshot");
+    ensure!(!at.join("later").exists(), "a file of after the snapshot is in it");
+    let grown = fs_bytes(&at)?;
+    ensure!(grown > bytes, "the restored file system has {grown} bytes, {larger} were asked for");
+    put(&at, "own", b"its own")?;
+
+    let from_volume = Source::Volume(VolumeSource { volume_id: volume.id.clone() });
+    let request =
+        with_source(create_request(&format!("{fs_type}-clone"), bytes as i64, 3, fs_type), from_volume);
+    let clone = Volume::create(cluster, request)?;
+    let cloned = clone.stage(cluster, "node-c")?;
+    ensure!(get(&cloned, "file")? == new && get(&cloned, "later")? == new, "the clone is not as its source");
+    ensure!(!cloned.join("own").exists(), "what another clone wrote is in this one");
+    ensure!(!root.join("own").exists(), "what a clone wrote is in the source");
+
+    // Whoever goes first, the others stay whole.
+    volume.unstage(cluster, "node-a")?;
+    volume.delete(cluster)?;
+    delete_snapshot(cluster, &snapshot)?;
+    restored.unstage(cluster, "node-b")?;
+    let at = restored.stage(cluster, "node-a")?;
+    ensure!(get(&at, "file")? == old && get(&at, "own")? == b"its own", "the restored volume lost something");
+    ensure!(get(&cloned, "file")? == new, "the clone lost something");
+    restored.unstage(cluster, "node-a")?;
+    clone.unstage(cluster, "node-c")?;
+    restored.delete(cluster)?;
+    clone.delete(cluster)
+}
+
+fn growth(cluster: &Cluster) -> Result<()> {
+    // Mounted all the time.
+    let volume = Volume::create(cluster, create_request("xfs-grows", 320 << 20, 3, "xfs"))?;
+    let root = volume.stage(cluster, "node-a")?;
+    put(&root, "file", &[b'x'; 1 << 20])?;
+    let before = fs_bytes(&root)?;
+    volume.expand(cluster, 512 * MIB)?;
+    volume.expand_on(cluster, "node-a")?;
+    let after = fs_bytes(&root)?;
+    ensure!(after > before + 100 * MIB, "xfs had {before} bytes and has {after}");
+    put(&root, "more", &vec![b'y'; 200 << 20])?;
+    ensure!(get(&root, "file")? == [b'x'; 1 << 20], "a file was lost by growing");
+    volume.unstage(cluster, "node-a")?;
+    volume.delete(cluster)?;
+
+    // Grown while nobody used it: the next stage finds it smaller than its device.
+    let volume = Volume::create(cluster, create_request("ext4-grows", 64 << 20, 3, "ext4"))?;
+    let root = volume.stage(cluster, "node-a")?;
+    put(&root, "file", &[b'z'; 1 << 20])?;
+    let before = fs_bytes(&root)?;
+    volume.unstage(cluster, "node-a")?;
+    volume.expand(cluster, 256 * MIB)?;
+    let root = volume.stage(cluster, "node-b")?;
+    let after = fs_bytes(&root)?;
+    ensure!(after > before + 150 * MIB, "ext4 had {before} bytes and has {after}");
+    ensure!(get(&root, "file")? == [b'z'; 1 << 20], "a file was lost by growing");
+    volume.unstage(cluster, "node-b")?;
+    volume.delete(cluster)
+}
+
+/// A client writes n to the cause, makes it safe, then n to the effect, and so on; in no group may the effect be ahead.
+fn group(cluster: &Cluster) -> Result<()> {
+    let raw = |name: &str| {
+        let mut request = create_request(name, 32 << 20, 3, "ext4");
+        request.volume_capabilities = vec![block_capability()];
+        Volume::create(cluster, request)
+    };
+    let (cause, effect) = (raw("cause")?, raw("effect")?);
+    cause.stage(cluster, "node-a")?;
+    effect.stage(cluster, "node-b")?;
+    let mut members = vec![cause.id.clone(), effect.id.clone()];
+    let idle = raw("idle")?;
+    members.push(idle.id.clone());
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (first, second) = (device(cluster, &cause, "node-a")?, device(cluster, &effect, "node-b")?);
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || count_up(&first, &second, &stop))
+    };
+    let taken =
+        (0..5).map(|n| take_group(cluster, &format!("group-{n}"), &members)).collect::<Result<Vec<_>>>();
+    stop.store(true, Ordering::Relaxed);
+    let written = writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+    ensure!(written > 10, "only {written} numbers were written");
+    cause.unstage(cluster, "node-a")?;
+    effect.unstage(cluster, "node-b")?;
+    for (n, group) in taken?.into_iter().enumerate() {
+        let (first, second) = (
+            read_member(cluster, &group, &cause, &format!("cause-{n}"))?,
+            read_member(cluster, &group, &effect, &format!("effect-{n}"))?,
+        );
+        println!("group {n}: the cause has {first}, the effect {second} of {written}");
+        ensure!(first == second || first == second + 1, "the effect has {second}, its cause {first}");
+        let request = csi::DeleteVolumeGroupSnapshotRequest {
+            group_snapshot_id: group.group_snapshot_id,
+            ..Default::default()
+        };
+        let reply = cluster
+            .controller
+            .csi
+            .groups(|mut c| async move { c.delete_volume_group_snapshot(request).await });
+        named("DeleteVolumeGroupSnapshot", reply)?;
+    }
+    for volume in [&cause, &effect, &idle] {
+        volume.delete(cluster)?;
+    }
+    let left = replicas_left(cluster)?;
+    ensure!(left == 0, "{left} replicas are left on the pools");
+    Ok(())
+}
+
+fn device(cluster: &Cluster, volume: &Volume, node: &str) -> Result<PathBuf> {
+    let status = cluster.node(node).data_socket.volume_status(&volume.id);
+    Ok(PathBuf::from(named("GetStatus", status)?.device))
+}
+
+fn count_up(cause: &Path, effect: &Path, stop: &AtomicBool) -> Result<u64> {
+    let open =
+        |path: &Path| File::options().write(true).open(path).with_context(|| path.display().to_string());
+    let (cause, effect) = (open(cause)?, open(effect)?);
+    let mut n = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        n += 1;
+        let mut block = [0; 4096];
+        block[..8].copy_from_slice(&n.to_le_bytes());
+        for file in [&cause, &effect] {
+            file.write_all_at(&block, 0)?;
+            file.sync_data()?;
+        }
+    }
+    Ok(n)
+}
+
+fn take_group(cluster: &Cluster, name: &str, members: &[String]) -> Result<csi::VolumeGroupSnapshot> {
+    let request = csi::CreateVolumeGroupSnapshotRequest {
+        name: name.to_owned(),
+        source_volume_ids: members.to_vec(),
+        ..Default::default()
+    };
+    let reply =
+        cluster.controller.csi.groups(|mut c| async move { c.create_volume_group_snapshot(request).await });
+    named("CreateVolumeGroupSnapshot", reply)?.group_snapshot.context("no group")
+}
+
+/// The number that a member's snapshot has, read from a volume that is made from it.
+fn read_member(
+    cluster: &Cluster,
+    group: &csi::VolumeGroupSnapshot,
+    member: &Volume,
+    name: &str,
+) -> Result<u64> {
+    let snapshot =
+        group.snapshots.iter().find(|s| s.source_volume_id == member.id).context("no such member")?;
+    let mut request = from_snapshot(name, 32 * MIB, "ext4", &snapshot.snapshot_id);
+    request.volume_capabilities = vec![block_capability()];
+    let copy = Volume::create(cluster, request)?;
+    copy.stage(cluster, "node-c")?;
+    let mut number = [0; 8];
+    File::open(device(cluster, &copy, "node-c")?)?.read_exact_at(&mut number, 0)?;
+    copy.unstage(cluster, "node-c")?;
+    copy.delete(cluster)?;
+    Ok(u64::from_le_bytes(number))
+}
