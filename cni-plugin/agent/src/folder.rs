@@ -17,7 +17,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::objects::{Document, Object, ObjectKey, PackedKey, parse_json, parse_yaml};
+use crate::objects::{Document, Object, ObjectKey, Oversized, PackedKey, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -141,6 +141,8 @@ struct Scanner {
     /// Problems of the folder itself.
     problems: Vec<String>,
     changes: Vec<ObjectChange>,
+    /// Changes were passed on that no complete batch has followed yet.
+    owes_end: bool,
     noticed: Instant,
     /// The last complete batch said something else about problems.
     told: Vec<String>,
@@ -153,6 +155,8 @@ struct Scanner {
 struct File {
     stamp: Stamp,
     keys: BTreeSet<PackedKey>,
+    /// Those of `keys` that are too large and never were good: something narrower is enforced.
+    closed: BTreeSet<PackedKey>,
     /// Objects of it that count as another file's.
     doubled: BTreeSet<PackedKey>,
     problems: Vec<String>,
@@ -177,6 +181,7 @@ impl Scanner {
             owners: BTreeMap::new(),
             problems: Vec::new(),
             changes: Vec::new(),
+            owes_end: false,
             noticed: Instant::now(),
             told: Vec::new(),
             complete: false,
@@ -272,6 +277,7 @@ impl Scanner {
             file.problems.push(format!("{problem}; its last good state stays"));
             file.keys.append(&mut before);
         }
+        file.closed.retain(|key| file.keys.contains(key));
         info!(file = %path.display(), objects = file.keys.len(), "read");
         before
     }
@@ -284,26 +290,34 @@ impl Scanner {
         document: Document,
     ) {
         match document {
-            Document::Object(key, object) => self.take_object(path, file, before, key, object),
-            Document::Oversized(key, closed, problem) => {
-                let kept = before.take(&key.packed());
-                let what = if kept.is_some() {
-                    "its last good state stays"
-                } else {
-                    "it isolates what it selects and admits nothing"
-                };
+            Document::Object(key, object) => {
+                file.closed.remove(&key.packed());
+                self.take_object(path, file, before, key, object);
+            }
+            Document::Oversized(key, Oversized { closed, problem, effect }) => {
+                let packed = key.packed();
+                let was_good = !file.closed.contains(&packed) && before.contains(&packed);
+                let what = if was_good { "its last good state stays" } else { effect };
                 file.problems.push(format!("{key} is too large ({problem}); {what}"));
                 file.refused.insert(key.clone(), format!("too large ({problem}); {what}"));
-                match kept {
-                    Some(key) => drop(file.keys.insert(key)),
-                    None => self.take_object(path, file, before, key, closed),
+                if was_good {
+                    before.remove(&packed);
+                    file.keys.insert(packed);
+                } else {
+                    // Anew each time: what it selects may have changed.
+                    file.closed.insert(packed);
+                    self.take_object(path, file, before, key, closed);
                 }
             }
             Document::Other => {}
             Document::Invalid(None, problem) => file.problems.push(problem),
             Document::Invalid(Some(key), problem) => {
                 let kept = before.take(&key.packed());
-                let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
+                let what = match &kept {
+                    Some(kept) if file.closed.contains(kept) => "what was too large of it stays closed",
+                    Some(_) => "its last good state stays",
+                    None => "it is ignored",
+                };
                 file.problems.push(format!("{key} is invalid ({problem}); {what}"));
                 file.refused.insert(key, format!("invalid ({problem}); {what}"));
                 file.keys.extend(kept);
@@ -348,6 +362,7 @@ impl Scanner {
             let changes = std::mem::take(&mut self.changes);
             let (problems, refused) = (Vec::new(), BTreeMap::new());
             self.send(Batch { changes, complete: false, problems, refused, noticed: self.noticed });
+            self.owes_end = true;
         }
     }
 
@@ -358,7 +373,7 @@ impl Scanner {
             problems.extend(file.problems.iter().map(|problem| format!("{}: {problem}", path.display())));
         }
         let first = readable && !self.complete;
-        if first || !self.changes.is_empty() || problems != self.told {
+        if first || !self.changes.is_empty() || std::mem::take(&mut self.owes_end) || problems != self.told {
             self.complete |= readable;
             self.told.clone_from(&problems);
             let changes = std::mem::take(&mut self.changes);
@@ -389,6 +404,8 @@ fn list(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_net_core::policy;
+
     use super::*;
 
     const POD: &str =
@@ -498,6 +515,12 @@ mod tests {
         assert_eq!((name.to_string().as_str(), closed.spec.ingress.len()), ("default/p", 0));
         assert!(batch.problems[0].contains("NetworkPolicy default/p is too large"), "{:?}", batch.problems);
         assert!(batch.problems[0].contains("admits nothing"));
+        bench.write("policy.yaml", &format!("# again\n{large}"));
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["Policy default/p"], "what it selects may have changed");
+        assert!(problems[0].contains("admits nothing"), "it never was good: {problems:?}");
+        bench.write("policy.yaml", &POLICY.replace("{port: 80}", "{port: http, endPort: 90}"));
+        assert!(bench.scan().1[0].contains("stays closed"));
 
         bench.write("policy.yaml", POLICY);
         assert_eq!(bench.scan(), (vec!["Policy default/p".to_owned()], vec![]));
@@ -507,6 +530,36 @@ mod tests {
         assert!(problems[0].contains("its last good state stays"), "{problems:?}");
         std::fs::remove_file(bench.folder.path().join("policy.yaml")).unwrap();
         assert_eq!(bench.scan().0, ["-Policy default/p"]);
+    }
+
+    #[test]
+    fn a_cluster_policy_with_a_peer_that_is_too_large_is_passed_on_closed() {
+        let values: Vec<String> = (0..=policy::PARTS_MAX).map(|number| format!("v{number}")).collect();
+        let text = format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  \
+             tier: Admin\n  priority: 1\n  subject: {{namespaces: {{}}}}\n  ingress:\n  - action: Deny\n    from:\n    \
+             - namespaces: {{matchExpressions: [{{key: a, operator: In, values: [{}]}}]}}\n",
+            values.join(", ")
+        );
+        let mut bench = Bench::new();
+        bench.write("policy.yaml", &text);
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["ClusterPolicy p"]);
+        assert!(problems[0].contains("too large (spec.ingress[0].from[0]"), "{problems:?}");
+        assert!(problems[0].contains("Deny and Pass deny everything"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_reading_of_as_many_changes_as_parts_hold_has_an_end() {
+        let mut bench = Bench::new();
+        bench.scan();
+        let pods = (0..CHANGES_MAX).map(|number| POD.replace("name: web", &format!("name: web{number}")));
+        bench.write("pods.yaml", &pods.collect::<Vec<_>>().join("---\n"));
+        let readable = bench.scanner.scan(&BTreeSet::new());
+        assert!(bench.scanner.pass_on_all(readable).is_ok());
+        let parts: Vec<bool> =
+            std::iter::from_fn(|| bench.receiver.try_recv().ok()).map(|batch| batch.complete).collect();
+        assert_eq!(parts, [false, true]);
     }
 
     #[test]
