@@ -13,6 +13,7 @@ mod engine;
 mod flows;
 mod folder;
 mod hygiene;
+mod keys;
 mod leases;
 mod matrix;
 mod metrics;

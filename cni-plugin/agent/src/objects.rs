@@ -1,7 +1,6 @@
 //! Kubernetes YAML in, objects out.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use holdfast_net_core::objects::{
     ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectChange, ObjectName, Pod,
@@ -226,21 +225,16 @@ impl Object {
     }
 }
 
-/// An [`ObjectKey`] in one allocation, as there may be a hundred thousand: kind, length of the namespace, namespace, name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct PackedKey(Arc<str>);
-
 impl ObjectKey {
-    pub(crate) fn packed(&self) -> PackedKey {
+    /// The key as one text: kind, length of the namespace, namespace, name.
+    pub(crate) fn packed(&self) -> String {
         let ObjectName { namespace, name } = &self.name;
-        PackedKey(format!("{} {} {namespace}{name}", self.kind, namespace.len()).into())
+        format!("{} {} {namespace}{name}", self.kind, namespace.len())
     }
-}
 
-impl PackedKey {
-    /// The change that takes the object away.
-    pub(crate) fn removal(&self) -> ObjectChange {
-        let mut parts = self.0.splitn(3, ' ');
+    /// The change that takes away the object of a packed key.
+    pub(crate) fn removal(packed: &str) -> ObjectChange {
+        let mut parts = packed.splitn(3, ' ');
         let kind = parts.next().unwrap_or_default();
         let length = parts.next().and_then(|length| length.parse().ok()).unwrap_or(0);
         let (namespace, name) =
