@@ -17,7 +17,7 @@ use crate::world::PodName;
 
 /// Port of the server.
 const PORT: u16 = 80;
-/// The agents look at once, but at most twice per second; the rest is for a busy machine.
+/// The agents look at once, but at most every two seconds; the rest is for a busy machine.
 const LIMIT: Duration = Duration::from_secs(5);
 /// How long a connection may take to be made or to echo.
 const IO_TIMEOUT: Duration = Duration::from_secs(4);

@@ -130,6 +130,10 @@ pub(crate) struct Engine {
     seen: watch::Sender<Seen>,
     endpoints: BTreeMap<AttachmentKey, Lease>,
     nodes: BTreeMap<String, Node>,
+    /// A Node changed, and the node's network was not planned since.
+    nodes_changed: bool,
+    /// A part of a reading is taken in, and its end is not.
+    mid_reading: bool,
     problems: Vec<String>,
     /// Objects that are wrong, each with what is wrong; those that were good once count as they were.
     refused: BTreeMap<ObjectKey, String>,
@@ -191,6 +195,8 @@ impl Engine {
             seen,
             endpoints,
             nodes: BTreeMap::new(),
+            nodes_changed: false,
+            mid_reading: false,
             problems: Vec::new(),
             refused: BTreeMap::new(),
             compiler,
@@ -247,6 +253,7 @@ impl Engine {
                 () = tokio::time::sleep_until(due) => {
                     last_full = Instant::now();
                     if self.seen.borrow().ready {
+                        self.finish_reading().await;
                         self.apply_node().await;
                         self.commit(None).await;
                     }
@@ -257,11 +264,29 @@ impl Engine {
 
     /// Takes in changes of objects; what they change is in the kernel when this returns, unless more are on their way.
     async fn take_in(&mut self, batch: Batch) {
-        let mut nodes_changed = false;
+        if let Some(noticed) = self.absorb(batch).await {
+            self.commit(Some(noticed)).await;
+            self.seen.send_modify(|seen| seen.batches += 1);
+        }
+    }
+
+    /// Takes in what is left of a reading that has begun. Nothing may be compiled between its parts: an object that moves
+    /// from one file to another is gone there. A reading ends soon: nothing that it waits for is the engine's.
+    async fn finish_reading(&mut self) {
+        while self.mid_reading {
+            let Some(batch) = self.batches.recv().await else { return };
+            if self.absorb(batch).await.is_some() {
+                self.seen.send_modify(|seen| seen.batches += 1);
+            }
+        }
+    }
+
+    /// Takes in changes of objects, not compiled yet. At the end of a reading it tells when its first change was noticed.
+    async fn absorb(&mut self, batch: Batch) -> Option<Instant> {
         for change in &batch.changes {
             match change {
                 ObjectChange::Node(name, node) => {
-                    nodes_changed = true;
+                    self.nodes_changed = true;
                     match node {
                         Some(node) => self.nodes.insert(name.clone(), (**node).clone()),
                         None => self.nodes.remove(name),
@@ -275,21 +300,21 @@ impl Engine {
             self.compiler.apply(change);
         }
         drop(batch.changes);
+        self.mid_reading = !batch.complete;
         if !batch.complete {
-            return;
+            return None;
         }
         self.problems = batch.problems;
         self.refused = batch.refused;
         self.metrics.note_objects(self.problems.len(), &self.refused);
         let first = !self.seen.borrow().ready;
         self.owes_trim |= first;
-        if nodes_changed || first {
+        if self.nodes_changed || first {
             self.apply_node().await;
         }
         // From here on the absence of an object means something.
         self.seen.send_modify(|seen| seen.ready = true);
-        self.commit(Some(batch.noticed)).await;
-        self.seen.send_modify(|seen| seen.batches += 1);
+        Some(batch.noticed)
     }
 
     /// One commit for a batch of commands: first all changes, then the commit, then all answers.
@@ -340,6 +365,7 @@ impl Engine {
             // Rules that an earlier run left in force stay; attach() denies new pods on its own.
             return;
         }
+        self.finish_reading().await;
         self.passes += 1;
         let started = Instant::now();
         let delta = self.compiler.commit();
@@ -441,6 +467,7 @@ impl Engine {
     }
 
     async fn apply_node(&mut self) {
+        self.nodes_changed = false;
         let result = self.plan_and_apply().await;
         if let Err(error) = &result
             && self.node_error.as_ref() != Some(error)

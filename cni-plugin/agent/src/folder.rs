@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,8 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::objects::{Document, Object, ObjectKey, PackedKey, parse_json, parse_yaml};
+use crate::keys::{Keys, ListId};
+use crate::objects::{Document, Object, ObjectKey, Oversized, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -136,11 +136,13 @@ struct Gone;
 struct Scanner {
     folder: PathBuf,
     files: BTreeMap<PathBuf, File>,
-    /// Which file an object is from.
-    owners: BTreeMap<PackedKey, Arc<Path>>,
+    /// Which file an object is from, by the file's list.
+    keys: Keys,
     /// Problems of the folder itself.
     problems: Vec<String>,
     changes: Vec<ObjectChange>,
+    /// Changes were passed on that no complete batch has followed yet.
+    owes_end: bool,
     noticed: Instant,
     /// The last complete batch said something else about problems.
     told: Vec<String>,
@@ -152,9 +154,12 @@ struct Scanner {
 #[derive(Default)]
 struct File {
     stamp: Stamp,
-    keys: BTreeSet<PackedKey>,
+    /// Its objects; none before it was read.
+    list: ListId,
+    /// Those of its objects that are too large and never were good: something narrower is enforced.
+    closed: BTreeSet<String>,
     /// Objects of it that count as another file's.
-    doubled: BTreeSet<PackedKey>,
+    doubled: BTreeSet<String>,
     problems: Vec<String>,
     /// Objects that are invalid, with what is wrong.
     refused: BTreeMap<ObjectKey, String>,
@@ -174,9 +179,10 @@ impl Scanner {
         Self {
             folder: folder.to_owned(),
             files: BTreeMap::new(),
-            owners: BTreeMap::new(),
+            keys: Keys::default(),
             problems: Vec::new(),
             changes: Vec::new(),
+            owes_end: false,
             noticed: Instant::now(),
             told: Vec::new(),
             complete: false,
@@ -204,8 +210,8 @@ impl Scanner {
         let gone: Vec<PathBuf> = self.files.keys().filter(|path| !paths.contains(*path)).cloned().collect();
         let mut again: BTreeSet<PathBuf> = BTreeSet::new();
         for path in gone {
-            let keys = self.files.remove(&path).map(|file| file.keys).unwrap_or_default();
-            again.extend(self.take_away(keys));
+            let list = self.files.remove(&path).map(|file| file.list).unwrap_or_default();
+            again.extend(self.take_away(list));
         }
         for path in &paths {
             again.extend(self.scan_file(path, touched.contains(path)));
@@ -236,107 +242,112 @@ impl Scanner {
         file.stamp = stamp;
         file.problems.clear();
         file.refused.clear();
-        let left = self.read(path, stamp.bytes, &mut file);
+        let before = file.list;
+        let is_read = self.read(path, stamp.bytes, &mut file);
         for problem in &file.problems {
             warn!(file = %path.display(), "{problem}");
         }
         self.files.insert(path.to_owned(), file);
-        self.take_away(left)
+        if is_read { self.take_away(before) } else { Vec::new() }
     }
 
-    /// Reads a file and passes its objects on. Returns those that it does not have any more.
-    fn read(&mut self, path: &Path, bytes: u64, file: &mut File) -> BTreeSet<PackedKey> {
+    /// Reads a file and passes its objects on. If it could be read it has a new list, and what is left in the old one is gone.
+    fn read(&mut self, path: &Path, bytes: u64, file: &mut File) -> bool {
         if bytes > FILE_BYTES_MAX {
             file.problems.push(format!("larger than {FILE_BYTES_MAX} bytes; its last good state stays"));
-            return BTreeSet::new();
+            return false;
         }
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) => {
                 file.problems.push(format!("cannot be read ({error}); its last good state stays"));
-                return BTreeSet::new();
+                return false;
             }
         };
         // Most writers truncate first: an empty file is one that is being written.
         if text.is_empty() {
             file.problems.push("empty; its last good state stays".to_owned());
-            return BTreeSet::new();
+            return false;
         }
-        let mut before = std::mem::take(&mut file.keys);
+        let before = std::mem::replace(&mut file.list, self.keys.open());
         file.doubled.clear();
-        let own: Arc<Path> = path.into();
-        let take = |document| self.take_document(&own, file, &mut before, document);
+        let take = |document| self.take_document(file, before, document);
         let is_json = path.extension().is_some_and(|extension| extension == "json");
         let parsed = if is_json { parse_json(&text, take) } else { parse_yaml(&text, take) };
         if let Err(problem) = parsed {
             file.problems.push(format!("{problem}; its last good state stays"));
-            file.keys.append(&mut before);
+            for key in self.keys.of_list(before) {
+                self.keys.put(file.list, &key);
+            }
         }
-        info!(file = %path.display(), objects = file.keys.len(), "read");
-        before
+        file.closed.retain(|key| self.keys.list_of(key) == Some(file.list));
+        info!(file = %path.display(), objects = self.keys.fit(file.list), "read");
+        true
     }
 
-    fn take_document(
-        &mut self,
-        path: &Arc<Path>,
-        file: &mut File,
-        before: &mut BTreeSet<PackedKey>,
-        document: Document,
-    ) {
+    /// `before`: the list of the file's last reading, in which is what was not found again yet.
+    fn take_document(&mut self, file: &mut File, before: ListId, document: Document) {
         match document {
-            Document::Object(key, object) => self.take_object(path, file, before, key, object),
-            Document::Oversized(key, closed, problem) => {
-                let kept = before.take(&key.packed());
-                let what = if kept.is_some() {
-                    "its last good state stays"
-                } else {
-                    "it isolates what it selects and admits nothing"
-                };
+            Document::Object(key, object) => {
+                file.closed.remove(&key.packed());
+                self.take_object(file, before, key, object);
+            }
+            Document::Oversized(key, Oversized { closed, problem, effect }) => {
+                let packed = key.packed();
+                let was_good = !file.closed.contains(&packed) && self.keys.list_of(&packed) == Some(before);
+                let what = if was_good { "its last good state stays" } else { effect };
                 file.problems.push(format!("{key} is too large ({problem}); {what}"));
                 file.refused.insert(key.clone(), format!("too large ({problem}); {what}"));
-                match kept {
-                    Some(key) => drop(file.keys.insert(key)),
-                    None => self.take_object(path, file, before, key, closed),
+                if was_good {
+                    self.keys.put(file.list, &packed);
+                } else {
+                    // Anew each time: what it selects may have changed.
+                    file.closed.insert(packed);
+                    self.take_object(file, before, key, closed);
                 }
             }
             Document::Other => {}
             Document::Invalid(None, problem) => file.problems.push(problem),
             Document::Invalid(Some(key), problem) => {
-                let kept = before.take(&key.packed());
-                let what = if kept.is_some() { "its last good state stays" } else { "it is ignored" };
+                let packed = key.packed();
+                let is_kept = self.keys.list_of(&packed) == Some(before);
+                let what = if !is_kept {
+                    "it is ignored"
+                } else if file.closed.contains(&packed) {
+                    "what was too large of it stays closed"
+                } else {
+                    "its last good state stays"
+                };
                 file.problems.push(format!("{key} is invalid ({problem}); {what}"));
                 file.refused.insert(key, format!("invalid ({problem}); {what}"));
-                file.keys.extend(kept);
+                if is_kept {
+                    self.keys.put(file.list, &packed);
+                }
             }
         }
     }
 
-    fn take_object(
-        &mut self,
-        path: &Arc<Path>,
-        file: &mut File,
-        before: &mut BTreeSet<PackedKey>,
-        key: ObjectKey,
-        object: Object,
-    ) {
+    fn take_object(&mut self, file: &mut File, before: ListId, key: ObjectKey, object: Object) {
         let packed = key.packed();
-        if let Some(other) = self.owners.get(&packed).filter(|other| *other != path) {
-            file.problems.push(format!("{key} is also in {}, which counts", other.display()));
+        let found = self.keys.list_of(&packed).filter(|list| *list != before && *list != file.list);
+        if let Some(other) = found {
+            let path = self.files.iter().find(|(_, file)| file.list == other).map(|(path, _)| path.display());
+            let path = path.map_or_else(String::new, |path| path.to_string());
+            file.problems.push(format!("{key} is also in {path}, which counts"));
             file.doubled.insert(packed);
             return;
         }
-        let packed = before.take(&packed).unwrap_or(packed);
-        self.owners.entry(packed.clone()).or_insert_with(|| Arc::clone(path));
-        file.keys.insert(packed);
+        self.keys.put(file.list, &packed);
         let change = object.into_change(&key);
         self.pass_on(change);
     }
 
-    /// Passes on that objects are gone. Returns the files that have them too.
-    fn take_away(&mut self, keys: BTreeSet<PackedKey>) -> Vec<PathBuf> {
+    /// Passes on that the objects of a list are gone. Returns the files that have them too.
+    fn take_away(&mut self, list: ListId) -> Vec<PathBuf> {
+        let keys = self.keys.of_list(list);
+        self.keys.close(list);
         for key in &keys {
-            self.owners.remove(key);
-            self.pass_on(key.removal());
+            self.pass_on(ObjectKey::removal(key));
         }
         let has = |file: &File| keys.iter().any(|key| file.doubled.contains(key));
         self.files.iter().filter(|(_, file)| has(file)).map(|(path, _)| path.clone()).collect()
@@ -348,6 +359,7 @@ impl Scanner {
             let changes = std::mem::take(&mut self.changes);
             let (problems, refused) = (Vec::new(), BTreeMap::new());
             self.send(Batch { changes, complete: false, problems, refused, noticed: self.noticed });
+            self.owes_end = true;
         }
     }
 
@@ -358,7 +370,8 @@ impl Scanner {
             problems.extend(file.problems.iter().map(|problem| format!("{}: {problem}", path.display())));
         }
         let first = readable && !self.complete;
-        if first || !self.changes.is_empty() || problems != self.told {
+        let owes_end = std::mem::take(&mut self.owes_end) || !self.changes.is_empty();
+        if first || owes_end || problems != self.told {
             self.complete |= readable;
             self.told.clone_from(&problems);
             let changes = std::mem::take(&mut self.changes);
@@ -389,6 +402,8 @@ fn list(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_net_core::policy;
+
     use super::*;
 
     const POD: &str =
@@ -498,6 +513,12 @@ mod tests {
         assert_eq!((name.to_string().as_str(), closed.spec.ingress.len()), ("default/p", 0));
         assert!(batch.problems[0].contains("NetworkPolicy default/p is too large"), "{:?}", batch.problems);
         assert!(batch.problems[0].contains("admits nothing"));
+        bench.write("policy.yaml", &format!("# again\n{large}"));
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["Policy default/p"], "what it selects may have changed");
+        assert!(problems[0].contains("admits nothing"), "it never was good: {problems:?}");
+        bench.write("policy.yaml", &POLICY.replace("{port: 80}", "{port: http, endPort: 90}"));
+        assert!(bench.scan().1[0].contains("stays closed"));
 
         bench.write("policy.yaml", POLICY);
         assert_eq!(bench.scan(), (vec!["Policy default/p".to_owned()], vec![]));
@@ -507,6 +528,36 @@ mod tests {
         assert!(problems[0].contains("its last good state stays"), "{problems:?}");
         std::fs::remove_file(bench.folder.path().join("policy.yaml")).unwrap();
         assert_eq!(bench.scan().0, ["-Policy default/p"]);
+    }
+
+    #[test]
+    fn a_cluster_policy_with_a_peer_that_is_too_large_is_passed_on_closed() {
+        let values: Vec<String> = (0..=policy::PARTS_MAX).map(|number| format!("v{number}")).collect();
+        let text = format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  \
+             tier: Admin\n  priority: 1\n  subject: {{namespaces: {{}}}}\n  ingress:\n  - action: Deny\n    from:\n    \
+             - namespaces: {{matchExpressions: [{{key: a, operator: In, values: [{}]}}]}}\n",
+            values.join(", ")
+        );
+        let mut bench = Bench::new();
+        bench.write("policy.yaml", &text);
+        let (changes, problems) = bench.scan();
+        assert_eq!(changes, ["ClusterPolicy p"]);
+        assert!(problems[0].contains("too large (spec.ingress[0].from[0]"), "{problems:?}");
+        assert!(problems[0].contains("Deny and Pass deny everything"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_reading_of_as_many_changes_as_parts_hold_has_an_end() {
+        let mut bench = Bench::new();
+        bench.scan();
+        let pods = (0..CHANGES_MAX).map(|number| POD.replace("name: web", &format!("name: web{number}")));
+        bench.write("pods.yaml", &pods.collect::<Vec<_>>().join("---\n"));
+        let readable = bench.scanner.scan(&BTreeSet::new());
+        assert!(bench.scanner.pass_on_all(readable).is_ok());
+        let parts: Vec<bool> =
+            std::iter::from_fn(|| bench.receiver.try_recv().ok()).map(|batch| batch.complete).collect();
+        assert_eq!(parts, [false, true]);
     }
 
     #[test]

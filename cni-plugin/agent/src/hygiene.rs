@@ -9,8 +9,10 @@ use tracing::{info, warn};
 
 use crate::engine::sentence;
 
-/// Pause between two passes; revocations that come meanwhile share the next one.
-const PAUSE: Duration = Duration::from_millis(500);
+/// Pause between two passes; revocations that come meanwhile share the next one. A pass keeps a processor for some ten
+/// milliseconds, in which the kernel does not give way, even where the table is empty: a change whose thread is there waits, so
+/// passes must be rarer than one change in a hundred.
+const PAUSE: Duration = Duration::from_secs(2);
 /// The pause is at least so many times as long as the pass took: each reads the whole table, which takes the kernel some
 /// 2 µs for each entry.
 const PAUSE_FACTOR: u32 = 9;

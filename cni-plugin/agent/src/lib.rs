@@ -13,6 +13,7 @@ mod engine;
 mod flows;
 mod folder;
 mod hygiene;
+mod keys;
 mod leases;
 mod matrix;
 mod metrics;
@@ -67,9 +68,10 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     }
     private_folder(&settings.state_dir)?;
     let leases = Arc::new(Leases::open(&settings.state_dir)?);
+    // Read beside the kernel's tables; the queue holds what comes before the engine is there.
+    let batches = folder::watch(&settings.objects);
     let dataplane = Dataplane::new(Config::default()).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
-    let batches = folder::watch(&settings.objects);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
     let node: Arc<str> = settings.node.as_str().into();
     let metrics_listener = match settings.metrics {

@@ -1,12 +1,13 @@
 //! Kubernetes YAML in, objects out.
 
-use std::sync::Arc;
+use std::borrow::Cow;
 
 use holdfast_net_core::objects::{
     ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectChange, ObjectName, Pod,
 };
 use holdfast_net_core::policy;
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_norway::Value;
 
 /// An object of a kind that networking reads.
@@ -43,12 +44,22 @@ pub(crate) const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
 pub(crate) enum Document {
     /// A valid object.
     Object(ObjectKey, Object),
-    /// A valid object that is too large: what can be enforced of it, which is less than it admits, and why.
-    Oversized(ObjectKey, Object, String),
+    /// A valid object that is too large.
+    Oversized(ObjectKey, Oversized),
     /// A kind that is not read here, or an empty document.
     Other,
     /// An object that is wrong; its key where that could be read.
     Invalid(Option<ObjectKey>, String),
+}
+
+/// What there is of an object that is too large.
+pub(crate) struct Oversized {
+    /// What can be enforced of it: it admits less than the object, and denies no less.
+    pub closed: Object,
+    /// What is too large.
+    pub problem: String,
+    /// What `closed` does, as a sentence whose subject is the object.
+    pub effect: &'static str,
 }
 
 /// Reads all documents of a YAML file; `v1` Lists are unpacked.
@@ -76,18 +87,12 @@ pub(crate) fn parse_yaml(text: &str, mut found: impl FnMut(Document)) -> Result<
 /// The text is not JSON.
 pub(crate) fn parse_json(text: &str, mut found: impl FnMut(Document)) -> Result<(), String> {
     let not_json = |error: serde_json::Error| format!("not valid JSON: {error}");
-    let head: Head = serde_json::from_str(text).map_err(not_json)?;
-    if head.kind != "List" {
-        found(parse_item(text, head));
+    let top: Top<'_> = serde_json::from_str(text).map_err(not_json)?;
+    if top.kind != "List" {
+        found(parse_item(text));
         return Ok(());
     }
-    let list: List<'_> = serde_json::from_str(text).map_err(not_json)?;
-    for item in list.items {
-        match serde_json::from_str(item.get()) {
-            Ok(head) => found(parse_item(item.get(), head)),
-            Err(error) => found(Document::Invalid(None, error.to_string())),
-        }
-    }
+    top.items.into_iter().flatten().map(|item| parse_item(item.get())).for_each(found);
     Ok(())
 }
 
@@ -107,13 +112,21 @@ struct HeadMeta {
     namespace: String,
 }
 
+/// A whole file.
 #[derive(Deserialize)]
-struct List<'a> {
+struct Top<'a> {
     #[serde(borrow, default)]
-    items: Vec<&'a serde_json::value::RawValue>,
+    kind: Cow<'a, str>,
+    /// Of a List.
+    #[serde(borrow)]
+    items: Option<Vec<&'a RawValue>>,
 }
 
-fn parse_item(text: &str, head: Head) -> Document {
+fn parse_item(text: &str) -> Document {
+    let head: Head = match serde_json::from_str(text) {
+        Ok(head) => head,
+        Err(error) => return Document::Invalid(None, error.to_string()),
+    };
     document(&head, |kind| {
         let mut deserializer = serde_json::Deserializer::from_str(text);
         parse_object(kind, &mut deserializer).map_err(|error| error.to_string())
@@ -153,16 +166,30 @@ fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, Stri
     };
     let key = ObjectKey { kind, name: ObjectName { namespace, name } };
     match parse(kind) {
-        Ok(Object::NetworkPolicy(policy)) => match policy::check_size(&policy) {
-            Ok(()) => Document::Object(key, Object::NetworkPolicy(policy)),
-            Err(problem) => {
-                let closed = Object::NetworkPolicy(Box::new(policy::closed(&policy)));
-                Document::Oversized(key, closed, problem.to_string())
-            }
+        Ok(object) => match oversized(&object) {
+            Some(oversized) => Document::Oversized(key, oversized),
+            None => Document::Object(key, object),
         },
-        Ok(object) => Document::Object(key, object),
         Err(problem) => Document::Invalid(Some(key), problem),
     }
+}
+
+fn oversized(object: &Object) -> Option<Oversized> {
+    let (problem, closed, effect) = match object {
+        Object::NetworkPolicy(policy) => {
+            let problem = policy::check_size(policy).err()?;
+            let closed = Object::NetworkPolicy(Box::new(policy::closed(policy)));
+            (problem, closed, "it isolates what it selects and admits nothing")
+        }
+        Object::ClusterNetworkPolicy(policy) => {
+            let problem = policy::check_cluster_size(policy).err()?;
+            let closed = Object::ClusterNetworkPolicy(Box::new(policy::closed_cluster(policy)));
+            let effect = "its rules with such a peer fail closed: Accept matches nothing, Deny and Pass deny everything";
+            (problem, closed, effect)
+        }
+        Object::Node(_) | Object::Namespace(_) | Object::Pod(_) => return None,
+    };
+    Some(Oversized { closed, problem: problem.to_string(), effect })
 }
 
 fn parse_object<'de, D: serde::Deserializer<'de>>(kind: &str, from: D) -> Result<Object, D::Error> {
@@ -198,21 +225,16 @@ impl Object {
     }
 }
 
-/// An [`ObjectKey`] in one allocation, as there may be a hundred thousand: kind, length of the namespace, namespace, name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct PackedKey(Arc<str>);
-
 impl ObjectKey {
-    pub(crate) fn packed(&self) -> PackedKey {
+    /// The key as one text: kind, length of the namespace, namespace, name.
+    pub(crate) fn packed(&self) -> String {
         let ObjectName { namespace, name } = &self.name;
-        PackedKey(format!("{} {} {namespace}{name}", self.kind, namespace.len()).into())
+        format!("{} {} {namespace}{name}", self.kind, namespace.len())
     }
-}
 
-impl PackedKey {
-    /// The change that takes the object away.
-    pub(crate) fn removal(&self) -> ObjectChange {
-        let mut parts = self.0.splitn(3, ' ');
+    /// The change that takes away the object of a packed key.
+    pub(crate) fn removal(packed: &str) -> ObjectChange {
+        let mut parts = packed.splitn(3, ' ');
         let kind = parts.next().unwrap_or_default();
         let length = parts.next().and_then(|length| length.parse().ok()).unwrap_or(0);
         let (namespace, name) =

@@ -2,7 +2,6 @@
 //! Kubernetes defaults has its default here. Field shapes: `core/v1`,
 //! `networking.k8s.io/v1` and `policy.networking.k8s.io/v1alpha2`.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -11,15 +10,14 @@ use serde::{Deserialize, Serialize};
 use crate::ports::Proto;
 
 mod cluster_policy;
+mod labels;
 
 pub use cluster_policy::{
     ClusterAction, ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterNetworkPolicySpec,
     ClusterPeer, ClusterPort, ClusterPortRange, ClusterPorts, ClusterProtocol, ClusterSubject, ClusterTier,
     NamespacedPods,
 };
-
-/// Labels of an object.
-pub type Labels = BTreeMap<String, String>;
+pub use labels::Labels;
 
 /// `metadata` of any object.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -462,7 +460,7 @@ impl LabelSelector {
     /// Whether the labels meet every requirement.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
-        self.matches_by(|key| labels.get(key).map(String::as_str))
+        self.matches_by(|key| labels.get(key))
     }
 
     /// The same for labels that `value_of` looks up.

@@ -9,11 +9,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use holdfast_net_core::objects::{
-    IngressRule, IpBlock, LabelSelector, Labels, Meta, NetworkPolicy, NetworkPolicySpec, ObjectChange,
-    ObjectName, Operator, Peer, Pod, PodStatus, PolicyPort, PolicyType, PortNumberOrName, Requirement,
+    ClusterAction, ClusterIngressRule, ClusterNetworkPolicy, ClusterNetworkPolicySpec, ClusterPeer,
+    ClusterSubject, ClusterTier, IngressRule, IpBlock, LabelSelector, Labels, Meta, NetworkPolicy,
+    NetworkPolicySpec, ObjectChange, ObjectName, Operator, Peer, Pod, PodStatus, PolicyPort, PolicyType,
+    PortNumberOrName, Requirement,
 };
 use holdfast_net_core::policy::{
-    Compiler, Direction, PARTS_MAX, PORTS_MAX, Subject, allows, check_size, closed,
+    Compiler, Direction, PARTS_MAX, PORTS_MAX, Subject, allows, check_cluster_size, check_size, closed,
+    closed_cluster,
 };
 use holdfast_net_core::ports::Proto;
 use holdfast_net_core::ruleset::Ruleset;
@@ -235,6 +238,42 @@ fn a_policy_beyond_a_limit_isolates_and_admits_nothing_and_the_limit_is_named() 
     let mut both = mk_policy("p", "server", vec![]);
     both.spec.policy_types = vec![PolicyType::Egress];
     assert_eq!(closed(&both).spec.policy_types, [PolicyType::Egress], "it isolates no other direction");
+}
+
+#[test]
+fn a_rule_of_a_cluster_policy_with_a_peer_beyond_the_limit_fails_closed() {
+    let values = (0..PARTS_MAX).map(|number| format!("v{number}")).chain([NAMESPACE.to_owned()]);
+    let key = "kubernetes.io/metadata.name".to_owned();
+    let requirement = Requirement { key, operator: Operator::In, values: values.collect() };
+    let huge = LabelSelector { match_expressions: vec![requirement], ..LabelSelector::default() };
+    let with = |action| {
+        let from = vec![ClusterPeer { namespaces: Some(huge.clone()), ..ClusterPeer::default() }];
+        let rule = ClusterIngressRule { name: String::new(), action, from, protocols: None };
+        let subject = ClusterSubject { namespaces: Some(huge.clone()), pods: None };
+        let (ingress, egress) = (vec![rule], Vec::new());
+        let spec =
+            ClusterNetworkPolicySpec { tier: ClusterTier::Admin, priority: 1, subject, ingress, egress };
+        let metadata = Meta { name: "p".to_owned(), ..Meta::default() };
+        ClusterNetworkPolicy { metadata, spec }
+    };
+    // Who is no peer of the rule, and who would be.
+    let (stranger, peer) = ([192, 0, 2, 1], [10, 0, 0, 2]);
+    for action in [ClusterAction::Accept, ClusterAction::Deny, ClusterAction::Pass] {
+        let policy = with(action);
+        let problem = check_cluster_size(&policy).unwrap_err().to_string();
+        assert!(problem.starts_with("spec.ingress[0].from[0]: at most 20000"), "{problem}");
+        let closed = closed_cluster(&policy);
+        assert_eq!(check_cluster_size(&closed), Ok(()), "the subject has no limit");
+        let mut node = Node::new();
+        node.put(&mk_policy("isolate", "client", vec![]));
+        node.apply(&ObjectChange::ClusterPolicy("p".to_owned(), Some(Box::new(closed))));
+        node.commit();
+        let open = action == ClusterAction::Accept;
+        assert_eq!((node.admits(stranger, 80), node.admits(peer, 80)), (open, open), "{action:?}");
+        let client = IpAddr::from(peer);
+        let admitted = allows(&node.kernel, Direction::Ingress, client, [10, 0, 0, 1].into(), Proto::Tcp, 80);
+        assert!(!admitted, "{action:?} admits nobody whom another policy does not");
+    }
 }
 
 /// What a state allows does not depend on the order in which it was told, nor on what was told twice.

@@ -41,6 +41,14 @@ const END_TO_END_LIMIT_MS: f64 = 20.0;
 const STARTUP_LIMIT_S: f64 = 2.0;
 const RSS_LIMIT_MIB: f64 = 64.0;
 const FLOW_LOG_RATIO: f64 = 0.98;
+/// Figures of [`change_times`] and of [`starts`].
+const CHANGE_NAMES: [&str; 4] = [
+    "policy.change_p99_ms",
+    "policy.end_to_end_p99_ms",
+    "policy.change_ranges_p99_ms",
+    "policy.end_to_end_ranges_p99_ms",
+];
+const START_NAMES: [&str; 2] = ["policy.startup_s", "policy.rss_mib"];
 
 /// How much is measured.
 #[derive(Debug, Args)]
@@ -48,6 +56,9 @@ pub struct Options {
     /// One JSON object per line instead of the table.
     #[arg(long)]
     json: bool,
+    /// Only the figures whose names begin with this; may be given several times.
+    #[arg(long)]
+    only: Vec<String>,
     /// Policies on the large node.
     #[arg(long, default_value_t = 10_000)]
     policies: usize,
@@ -73,6 +84,11 @@ impl Options {
         let (policies, peers) = if self.quick { (400, 4000) } else { (self.policies, self.peers) };
         let slots = if self.quick { 10 } else { SLOTS };
         World { policies, peers, slots, on_server: POLICIES_ON_SERVER.min(policies) }
+    }
+
+    fn wants(&self, names: &[&str]) -> bool {
+        let wanted = |prefix: &String| names.iter().any(|name| name.starts_with(prefix));
+        self.only.is_empty() || self.only.iter().any(wanted)
     }
 
     fn rounds(&self) -> usize {
@@ -111,29 +127,44 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     let start = Instant::now();
     let tell = |text: &str| eprintln!("{:>6.1} s  {text}", start.elapsed().as_secs_f64());
     let world = options.world();
-    tell("a node with one policy");
-    let mut one = PolicyNode::start(work, "one", &World { slots: 1, ..world.first(1) })?;
+    let mut figures = Vec::new();
     tell(&format!("a node with {} policies and {} peers", world.policies, world.peers));
     let mut many = PolicyNode::start(work, "many", &world)?;
-    let mut figures = flat(options, &mut one, &mut many, &tell)?;
+    let (flat_names, log_name) =
+        (["policy.conn_rate_10k_vs_1", "policy.cpu_per_conn_10k_vs_1"], "policy.flowlog_conn_rate");
+    if options.wants(&flat_names) || options.wants(&[log_name]) {
+        tell("a node with one policy");
+        let mut one = PolicyNode::start(work, "one", &World { slots: 1, ..world.first(1) })?;
+        if options.wants(&flat_names) {
+            figures.extend(flat(options, flat_names, (&mut one, &mut many), &tell)?);
+        }
+        if options.wants(&[log_name]) {
+            figures.push(flow_log(work, options, log_name, &mut one, &tell)?);
+        }
+    }
     for (name, shape) in [
         ("policy.denied_rate_vs_chain_per_pod", Shape::ChainPerPod),
         ("policy.denied_rate_vs_chain_per_policy", Shape::ChainPerPolicy),
     ] {
-        figures.push(denied(work, options, (name, shape), &mut many, &tell)?);
+        if options.wants(&[name]) {
+            figures.push(denied(work, options, (name, shape), &mut many, &tell)?);
+        }
     }
-    figures.push(flow_log(work, options, &mut one, &tell)?);
-    drop(one);
-    figures.extend(change_times(options, &world, &many, &tell)?);
-    figures.extend(starts(options, &mut many, &tell)?);
+    if options.wants(&CHANGE_NAMES) {
+        figures.extend(change_times(options, &world, &many, &tell)?);
+    }
+    if options.wants(&START_NAMES) {
+        figures.extend(starts(options, &mut many, &tell)?);
+    }
+    anyhow::ensure!(!figures.is_empty(), "no figure's name begins with {:?}", options.only);
     Ok(figures)
 }
 
 /// Connections with one policy and with many.
 fn flat(
     options: &Options,
-    one: &mut PolicyNode,
-    many: &mut PolicyNode,
+    [rate, cost]: [&str; 2],
+    (one, many): (&mut PolicyNode, &mut PolicyNode),
     tell: &dyn Fn(&str),
 ) -> Result<Vec<Figure>> {
     let (mut rates, mut costs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
@@ -145,7 +176,6 @@ fn flat(
             costs[side].push(connections.cpu_us_each);
         }
     }
-    let (rate, cost) = ("policy.conn_rate_10k_vs_1", "policy.cpu_per_conn_10k_vs_1");
     Ok(vec![
         Figure::of_rounds(rate, "/s", "ours with 1 policy", &rates[0], &rates[1])
             .with_ratio(RatioLimit::AtLeast(1.0 - FLAT)),
@@ -200,7 +230,13 @@ fn denied(
 
 /// Connections with the flow log being read, and without any log. More and shorter rounds than elsewhere: two percent are
 /// to be seen.
-fn flow_log(work: &Work, options: &Options, node: &mut PolicyNode, tell: &dyn Fn(&str)) -> Result<Figure> {
+fn flow_log(
+    work: &Work,
+    options: &Options,
+    name: &str,
+    node: &mut PolicyNode,
+    tell: &dyn Fn(&str),
+) -> Result<Figure> {
     let rounds = options.rounds() * 3;
     tell(&format!("connections with a reader of the flow log and without the log, {rounds} rounds"));
     let reader = node.read_flows(work)?;
@@ -215,7 +251,7 @@ fn flow_log(work: &Work, options: &Options, node: &mut PolicyNode, tell: &dyn Fn
     let told = reader.log()?.lines().filter(|line| line.contains("\"allowed\":true")).count();
     anyhow::ensure!(told > 0, "the reader of the flow log was told nothing:\n{}", reader.log_tail());
     tell(&format!("the reader was told {told} connections"));
-    Ok(Figure::of_rounds("policy.flowlog_conn_rate", "/s", "ours without the log", &on, &off)
+    Ok(Figure::of_rounds(name, "/s", "ours without the log", &on, &off)
         .with_ratio(RatioLimit::AtLeast(FLOW_LOG_RATIO)))
 }
 
@@ -242,11 +278,12 @@ fn change_times(
     let ms = |done: &[&Done]| -> Vec<f64> { done.iter().map(|done| done.ms).collect() };
     let (plain, deleted): (Vec<&Done>, Vec<&Done>) =
         done.iter().chain(&done_ranges).partition(|done| !done.deleted_ranges);
+    let [change, end_to_end, change_ranges, end_to_end_ranges] = CHANGE_NAMES;
     Ok(vec![
-        Figure::within("policy.change_p99_ms", "ms", percentile(&inside, 99), CHANGE_LIMIT_MS),
-        Figure::within("policy.end_to_end_p99_ms", "ms", percentile(&ms(&plain), 99), END_TO_END_LIMIT_MS),
-        Figure::told("policy.change_ranges_p99_ms", "ms", percentile(&inside_ranges, 99)),
-        Figure::told("policy.end_to_end_ranges_p99_ms", "ms", percentile(&ms(&deleted), 99)),
+        Figure::within(change, "ms", percentile(&inside, 99), CHANGE_LIMIT_MS),
+        Figure::within(end_to_end, "ms", percentile(&ms(&plain), 99), END_TO_END_LIMIT_MS),
+        Figure::told(change_ranges, "ms", percentile(&inside_ranges, 99)),
+        Figure::told(end_to_end_ranges, "ms", percentile(&ms(&deleted), 99)),
     ])
 }
 
@@ -274,8 +311,9 @@ fn starts(options: &Options, node: &mut PolicyNode, tell: &dyn Fn(&str)) -> Resu
     }
     let (full, empty) = (median(&full), median(&empty));
     tell(&format!("starts: {full:.2} s with the kernel as it was, {empty:.2} s with the kernel empty"));
+    let [startup, rss] = START_NAMES;
     Ok(vec![
-        Figure::within("policy.startup_s", "s", full.max(empty), STARTUP_LIMIT_S),
-        Figure::within("policy.rss_mib", "MiB", now, RSS_LIMIT_MIB),
+        Figure::within(startup, "s", full.max(empty), STARTUP_LIMIT_S),
+        Figure::within(rss, "MiB", now, RSS_LIMIT_MIB),
     ])
 }

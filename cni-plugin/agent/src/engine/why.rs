@@ -433,6 +433,34 @@ mod tests {
     }
 
     #[test]
+    fn a_commit_between_two_parts_of_a_reading_waits_for_the_last_and_nodes_count_of_every_part() {
+        with_engine(async |engine| {
+            let part = |changes, complete| Batch {
+                changes,
+                complete,
+                problems: Vec::new(),
+                refused: BTreeMap::new(),
+                noticed: Instant::now(),
+            };
+            let (sender, batches) = mpsc::channel(1);
+            engine.batches = batches;
+            assert!(engine.node_error.take().is_some(), "there is no uplink here: planning the node fails");
+            // The policy moves from one file to another.
+            let gone = ObjectChange::Policy(ObjectName::new("shop", "to-db"), None);
+            engine.take_in(part(vec![gone, ObjectChange::Node("node-c".into(), None)], false)).await;
+            sender.send(part(vec![mk_policy("to-db", "10.77.0.0/16")], true)).await.unwrap();
+            engine.commit(None).await;
+            let kernel = engine.dataplane.load_ruleset().await.unwrap();
+            assert!(
+                kernel.cls_in.contains_key(&"10.10.1.2".parse().unwrap()),
+                "the policy was gone for a moment"
+            );
+            assert_eq!(engine.rules_error, None);
+            assert!(engine.node_error.is_some(), "the node is planned anew for a Node of an earlier part");
+        });
+    }
+
+    #[test]
     fn a_refused_object_is_told_where_it_may_matter_and_among_the_policies() {
         with_engine(async |engine| {
             let key = |kind, namespace: &str, name: &str| ObjectKey {

@@ -92,7 +92,7 @@ impl Compiler {
     /// The pod that has an address: an endpoint's of this node, else the one whose status names it.
     #[must_use]
     pub fn pod_at(&self, address: IpAddr) -> Option<ObjectName> {
-        self.owner(address).map(|id| self.cluster.pods[id].object_name())
+        self.owner(address).map(|id| self.cluster.object_name(id))
     }
 
     /// Addresses of a pod: leased ones of this node, else those of its status. Empty for one that is not known.
@@ -178,7 +178,7 @@ impl Compiler {
             }),
             PeerRef::Selector(number) => self.peers.selectors.get(number).is_some_and(|entry| match owner {
                 Some(pod) => {
-                    let group = &self.cluster.groups[self.cluster.pods[pod].group];
+                    let group = self.cluster.group_of(pod);
                     group.is_matched(&entry.content, &self.cluster.namespace_labels(&group.namespace))
                 }
                 None => self.cluster.nodes.values().any(|node| {

@@ -7,8 +7,8 @@ use super::lookup::Direction;
 use super::rules::isolates;
 use super::validate::{InvalidPolicy, invalid};
 use crate::objects::{
-    IpBlock, LabelSelector, NetworkPolicy, NetworkPolicySpec, Peer, PolicyPort, PolicyType, PortNumberOrName,
-    Protocol,
+    ClusterNetworkPolicy, ClusterPeer, IpBlock, LabelSelector, NetworkPolicy, NetworkPolicySpec, Peer,
+    PolicyPort, PolicyType, PortNumberOrName, Protocol,
 };
 
 /// Rules, peers, ports, exceptions, and requirements and values of selectors of one policy, together.
@@ -53,6 +53,43 @@ pub fn check_size(policy: &NetworkPolicy) -> Result<(), InvalidPolicy> {
     Ok(())
 }
 
+/// Checks the size of a ClusterNetworkPolicy's peers; its API limits all the rest. The subject has no limit: it is asked
+/// about pods of this node only.
+///
+/// # Errors
+/// A peer is beyond the limit; [`closed_cluster`] is what can be enforced of the policy.
+pub fn check_cluster_size(policy: &ClusterNetworkPolicy) -> Result<(), InvalidPolicy> {
+    let spec = &policy.spec;
+    let ingress = spec.ingress.iter().map(|rule| ("spec.ingress", "from", &rule.from));
+    let egress = spec.egress.iter().map(|rule| ("spec.egress", "to", &rule.to));
+    for ((field, peers_field, peers), rule) in ingress.zip(0..).chain(egress.zip(0..)) {
+        if let Some(peer) = peers.iter().position(is_oversized) {
+            let field = format!("{field}[{rule}].{peers_field}[{peer}]");
+            return invalid(&field, &format!("at most {PARTS_MAX} requirements and values are enforced"));
+        }
+    }
+    Ok(())
+}
+
+/// The same policy with peers beyond the limit replaced by one that nobody knows, so that their rules fail closed: Accept
+/// matches nothing, Deny and Pass deny everything.
+#[must_use]
+pub fn closed_cluster(policy: &ClusterNetworkPolicy) -> ClusterNetworkPolicy {
+    let mut closed = policy.clone();
+    let ingress = closed.spec.ingress.iter_mut().flat_map(|rule| &mut rule.from);
+    let egress = closed.spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
+    for peer in ingress.chain(egress).filter(|peer| is_oversized(peer)) {
+        *peer = ClusterPeer::default();
+    }
+    closed
+}
+
+fn is_oversized(peer: &ClusterPeer) -> bool {
+    let pods = peer.pods.iter().flat_map(|pods| [&pods.namespace_selector, &pods.pod_selector]);
+    let mut selectors = peer.namespaces.iter().chain(&peer.nodes).chain(pods);
+    selectors.any(|selector| parts_of_selector(selector) > PARTS_MAX)
+}
+
 /// The same policy without its rules: what it selects is isolated in the same directions.
 #[must_use]
 pub fn closed(policy: &NetworkPolicy) -> NetworkPolicy {
@@ -69,7 +106,7 @@ pub fn closed(policy: &NetworkPolicy) -> NetworkPolicy {
 }
 
 /// Requirements and values of a selector.
-pub(super) fn parts_of_selector(selector: &LabelSelector) -> usize {
+fn parts_of_selector(selector: &LabelSelector) -> usize {
     let of_expressions = selector.match_expressions.iter().map(|requirement| 1 + requirement.values.len());
     selector.match_labels.len() + of_expressions.sum::<usize>()
 }

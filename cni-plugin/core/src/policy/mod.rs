@@ -24,7 +24,7 @@ mod validate_cluster;
 pub use compare::{Difference, differences};
 pub use compiler::{Compiler, Counts, PolicyStanding, Subject};
 pub use explain::{Decision, DirectionAnswer, Explanation, Party};
-pub use limits::{PARTS_MAX, PIECES_MAX, PORTS_MAX, check_size, closed};
+pub use limits::{PARTS_MAX, PIECES_MAX, PORTS_MAX, check_cluster_size, check_size, closed, closed_cluster};
 pub use lookup::{Direction, Elements, Lookup, PairStep, PortLookup, Trace, allows};
 pub use reference::{PolicyRef, Tier};
 pub use validate::{InvalidPolicy, validate};

@@ -28,7 +28,7 @@ pub(super) enum NamespaceScope {
 }
 
 /// A port name with the protocol it is looked up for; `None`: of any protocol.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct NamedPort {
     pub name: String,
     pub protocol: Option<Protocol>,

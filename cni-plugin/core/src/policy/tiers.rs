@@ -88,7 +88,7 @@ pub(super) enum Decider<'a> {
 impl<'a> Tiers<'a> {
     /// The policies that `rules` gives for the names of a class, whose order is that of the tiers.
     pub(super) fn of(class: &'a ClassKey, rules: impl Fn(&PolicyRef) -> Option<&'a PolicyRules>) -> Self {
-        let policies = class.policies.iter().filter_map(|name| Some((name, rules(name)?))).collect();
+        let policies = class.policies.iter().filter_map(|name| Some((&**name, rules(name)?))).collect();
         Self { policies, admitting: OnceCell::new() }
     }
 

@@ -1,10 +1,7 @@
 //! Checks of a ClusterNetworkPolicy that the API server would have done.
 
-use super::limits::{PARTS_MAX, parts_of_selector};
-use super::validate::{self, InvalidPolicy, invalid};
-use crate::objects::{
-    ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterProtocol, LabelSelector, NamespacedPods,
-};
+use super::validate::{InvalidPolicy, invalid, selector};
+use crate::objects::{ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterProtocol, NamespacedPods};
 
 /// Rules of a direction, peers and protocols of a rule, networks of a peer.
 const LIST_MAX: usize = 25;
@@ -131,13 +128,6 @@ fn check_port(field: &str, port: &ClusterPort) -> Result<(), InvalidPolicy> {
     }
 }
 
-fn selector(field: &str, selector: &LabelSelector) -> Result<(), InvalidPolicy> {
-    if parts_of_selector(selector) > PARTS_MAX {
-        return invalid(field, &format!("more than {PARTS_MAX} requirements and values are not enforced"));
-    }
-    validate::selector(field, selector)
-}
-
 fn both(field: &str, pods: &NamespacedPods) -> Result<(), InvalidPolicy> {
     selector(&format!("{field}.namespaceSelector"), &pods.namespace_selector)?;
     selector(&format!("{field}.podSelector"), &pods.pod_selector)
@@ -185,17 +175,6 @@ mod tests {
             let found = problem(&GOOD.replacen(from, to, 1));
             assert!(found.contains(expected), "{from} -> {to}: {found:?}");
         }
-    }
-
-    #[test]
-    fn a_selector_that_is_too_large_is_refused() {
-        let values: Vec<String> = (0..PARTS_MAX).map(|number| format!("\"v{number}\"")).collect();
-        let large = format!(
-            "\"namespaces\": {{\"matchExpressions\": [{{\"key\": \"a\", \"operator\": \"In\", \"values\": [{}]}}]}}",
-            values.join(",")
-        );
-        let found = problem(&GOOD.replace("\"namespaces\": {}", &large));
-        assert!(found.contains("spec.subject.namespaces: more than 20000"), "{found}");
     }
 
     #[test]

@@ -239,14 +239,14 @@ fn port_matches(question: &Question<'_>, entry: &PolicyPort) -> bool {
 }
 
 fn selects(selector: &LabelSelector, labels: &Labels) -> bool {
-    for (key, value) in &selector.match_labels {
+    for (key, value) in selector.match_labels.iter() {
         if labels.get(key) != Some(value) {
             return false;
         }
     }
     for requirement in &selector.match_expressions {
         let value = labels.get(&requirement.key);
-        let listed = value.is_some_and(|value| requirement.values.contains(value));
+        let listed = value.is_some_and(|value| requirement.values.iter().any(|own| own == value));
         let ok = match requirement.operator {
             Operator::In => listed,
             Operator::NotIn => !listed,

@@ -322,7 +322,7 @@ fn mk_containers(rng: &mut StdRng) -> Vec<Container> {
 }
 
 fn mk_labels(rng: &mut StdRng) -> Labels {
-    let mut labels = BTreeMap::new();
+    let mut labels = Labels::new();
     for key in ["app", "tier"] {
         if rng.random_bool(0.7) {
             labels.insert(key.to_owned(), ["a", "b", "c"][rng.random_range(0..3)].to_owned());

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::cluster::hash;
 use super::commit::{Round, View};
 use super::{Compiler, Identity, IdentityKey, Range};
 use crate::objects::IpBlock;
@@ -36,11 +37,18 @@ impl Compiler {
         for new in &self.ranges {
             delta.set(Key::Cidr(new.range), Some(self.identities[new.identity].number.0));
         }
-        for stretch in stretches(&before, &self.ranges) {
+        let stretches = stretches(&before, &self.ranges);
+        for stretch in &stretches {
             let (from, to) = (View::of_range(stretch.before), View::of_range(stretch.now));
             round.shifted.insert((from, to));
-            let inside = self.addresses.range(stretch.first..=stretch.last);
-            self.dirty.addresses.extend(inside.map(|(address, _)| *address));
+        }
+        let is_inside = |address: &IpAddr| {
+            let after = stretches.partition_point(|stretch| stretch.first <= *address);
+            after.checked_sub(1).is_some_and(|index| *address <= stretches[index].last)
+        };
+        if !stretches.is_empty() {
+            let known = self.addresses.iter().map(|(address, _)| address);
+            self.dirty.addresses.extend(known.filter(is_inside));
         }
         round.ranges_before = Some(before);
     }
@@ -52,10 +60,10 @@ impl Compiler {
         for address in std::mem::take(&mut self.dirty.addresses) {
             let key = self.identity_key_at(address, &nodes);
             let now = (!key.is_of_range()).then(|| self.identity(key, round));
-            let known = self.addresses.entry(address).or_default();
+            let known = self.addresses.entry(address);
             let before = std::mem::replace(&mut known.identity, now);
             if now.is_none() && known.claims.is_empty() {
-                self.addresses.remove(&address);
+                self.addresses.remove(address);
             }
             if before == now {
                 continue;
@@ -123,7 +131,7 @@ impl Compiler {
         let (selectors, ports) = match owner {
             Some(id) => {
                 let pod = &self.cluster.pods[id];
-                (self.cluster.groups[pod.group].selectors.clone(), pod.resolve(self.names.keys()))
+                (self.cluster.group_of(id).selectors.clone(), pod.resolve(self.names.keys()))
             }
             None => (nodes.get(&address).cloned().unwrap_or_default(), Vec::new()),
         };
@@ -150,7 +158,7 @@ impl Compiler {
     }
 
     fn live_claims(&self, address: IpAddr) -> impl Iterator<Item = u32> + '_ {
-        let claims = self.addresses.get(&address).into_iter().flat_map(|known| known.claims.iter().copied());
+        let claims = self.addresses.get(address).into_iter().flat_map(|known| known.claims.iter().copied());
         claims.filter(|id| self.cluster.pods[*id].concerned)
     }
 
@@ -162,9 +170,13 @@ impl Compiler {
         claims
     }
 
+    pub(super) fn find_identity(&self, key: &IdentityKey) -> Option<u32> {
+        self.identity_keys.find(hash(key), |slot| self.identities[*slot].key == *key).copied()
+    }
+
     fn identity(&mut self, key: IdentityKey, round: &mut Round) -> u32 {
-        if let Some(slot) = self.identity_keys.get(&key) {
-            return *slot;
+        if let Some(slot) = self.find_identity(&key) {
+            return slot;
         }
         let number = IdentityId(self.identity_numbers.take(FIRST_IDENTITY));
         let identity = Identity { key: key.clone(), number, uses: 0, classes: BTreeSet::new() };
@@ -179,7 +191,8 @@ impl Compiler {
                 entry.identities.insert(slot);
             }
         }
-        self.identity_keys.insert(key, slot);
+        let identities = &self.identities;
+        self.identity_keys.insert_unique(hash(&key), slot, |slot| hash(&identities[*slot].key));
         round.new_identities.insert(slot);
         slot
     }

@@ -46,9 +46,9 @@ impl Compiler {
 
     fn adopt_identities(&mut self, kernel: &Ruleset) {
         let mut held: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for (address, known) in &self.addresses {
+        for (address, known) in self.addresses.iter() {
             if let Some(slot) = known.identity {
-                held.entry(slot).or_default().extend(kernel.get(&Key::Ident(*address)));
+                held.entry(slot).or_default().extend(kernel.get(&Key::Ident(address)));
             }
         }
         for range in &self.ranges {

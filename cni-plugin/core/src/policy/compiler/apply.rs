@@ -1,6 +1,7 @@
 //! Taking changes in: objects and endpoints are stored at once, and what they reach is marked.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::{Class, Compiler, Local, Membership, Origin, Policy, PolicySubject, Subject};
 use crate::objects::{ClusterNetworkPolicy, Labels, NetworkPolicy, ObjectChange, ObjectName, Pod};
@@ -82,7 +83,7 @@ impl Compiler {
         }
         if let Some((id, before)) = change.before {
             for address in before.addresses() {
-                if let Some(known) = self.addresses.get_mut(&address) {
+                if let Some(known) = self.addresses.get_mut(address) {
                     known.claims.retain(|claim| *claim != id);
                 }
                 self.dirty.addresses.insert(address);
@@ -90,7 +91,7 @@ impl Compiler {
         }
         if let Some(id) = change.now {
             for address in self.cluster.pods[id].addresses() {
-                self.addresses.entry(address).or_default().claims.push(id);
+                self.addresses.entry(address).claims.push(id);
                 self.dirty.addresses.insert(address);
             }
         }
@@ -98,7 +99,7 @@ impl Compiler {
     }
 
     fn apply_policy(&mut self, name: &ObjectName, policy: Option<&NetworkPolicy>) {
-        let reference = PolicyRef::namespaced(name.clone());
+        let reference = Arc::new(PolicyRef::namespaced(name.clone()));
         let now = policy.map(|policy| {
             let mut rules = |direction| {
                 rules::isolates(policy, direction)
@@ -113,7 +114,7 @@ impl Compiler {
     }
 
     fn apply_cluster_policy(&mut self, name: &str, policy: Option<&ClusterNetworkPolicy>) {
-        let reference = policy.map(rules::reference);
+        let reference = policy.map(|policy| Arc::new(rules::reference(policy)));
         let before = self.cluster_refs.remove(name);
         if let Some(before) = before.filter(|before| reference.as_ref() != Some(before)) {
             self.set_policy(before, None);
@@ -125,13 +126,13 @@ impl Compiler {
                 .then(|| rules::of_cluster_policy(policy, direction, &mut self.peers))
         };
         let (ingress, egress) = (rules(Direction::Ingress), rules(Direction::Egress));
-        let subject = PolicySubject::Cluster(policy.spec.subject.clone());
+        let subject = PolicySubject::Cluster(Box::new(policy.spec.subject.clone()));
         let (classes, origin) = (BTreeSet::new(), Origin::of(&policy.metadata));
         let now = Policy { subject, ingress, egress, classes, origin, since_ms: None };
         self.set_policy(reference, Some(now));
     }
 
-    fn set_policy(&mut self, reference: PolicyRef, now: Option<Policy>) {
+    fn set_policy(&mut self, reference: Arc<PolicyRef>, now: Option<Policy>) {
         let before = self.policies.remove(&reference);
         let same_subject = match (&before, &now) {
             (Some(before), Some(now)) => {

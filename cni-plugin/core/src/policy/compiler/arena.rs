@@ -1,53 +1,74 @@
 //! Things by small numbers that stay with them; a number is used again only after it was given back.
 
-/// Things by number.
+/// Things of one allocation.
+const CHUNK: usize = 1024;
+
+/// Things by number. They are kept in chunks: a hundred thousand in one list that grows by doubling take twice the room.
 #[derive(Debug)]
 pub(in crate::policy) struct Arena<T> {
-    slots: Vec<Option<T>>,
+    /// All but the last are full.
+    chunks: Vec<Vec<Option<T>>>,
     free: Vec<u32>,
 }
 
 impl<T> Default for Arena<T> {
     fn default() -> Self {
-        Self { slots: Vec::new(), free: Vec::new() }
+        Self { chunks: Vec::new(), free: Vec::new() }
     }
+}
+
+/// Where a slot is: its chunk, and its place there.
+const fn place(slot: u32) -> (usize, usize) {
+    (slot as usize / CHUNK, slot as usize % CHUNK)
 }
 
 impl<T> Arena<T> {
     pub(in crate::policy) fn insert(&mut self, item: T) -> u32 {
         if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(item);
+            let (chunk, index) = place(slot);
+            self.chunks[chunk][index] = Some(item);
             return slot;
         }
-        let slot = u32::try_from(self.slots.len()).expect("four billion objects do not fit in memory");
-        self.slots.push(Some(item));
+        let slot = u32::try_from(self.slots()).expect("four billion objects do not fit in memory");
+        match self.chunks.last_mut() {
+            Some(chunk) if chunk.len() < CHUNK => chunk.push(Some(item)),
+            _ => self.chunks.push(vec![Some(item)]),
+        }
         slot
     }
 
     pub(in crate::policy) fn remove(&mut self, slot: u32) -> Option<T> {
-        let item = self.slots.get_mut(slot as usize)?.take()?;
+        let (chunk, index) = place(slot);
+        let item = self.chunks.get_mut(chunk)?.get_mut(index)?.take()?;
         self.free.push(slot);
         Some(item)
     }
 
     pub(in crate::policy) fn get(&self, slot: u32) -> Option<&T> {
-        self.slots.get(slot as usize)?.as_ref()
+        let (chunk, index) = place(slot);
+        self.chunks.get(chunk)?.get(index)?.as_ref()
     }
 
     pub(in crate::policy) fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
-        self.slots.get_mut(slot as usize)?.as_mut()
+        let (chunk, index) = place(slot);
+        self.chunks.get_mut(chunk)?.get_mut(index)?.as_mut()
     }
 
     pub(in crate::policy) fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
-        (0..).zip(&self.slots).filter_map(|(slot, item)| Some((slot, item.as_ref()?)))
+        (0..).zip(self.chunks.iter().flatten()).filter_map(|(slot, item)| Some((slot, item.as_ref()?)))
     }
 
     pub(in crate::policy) fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
-        (0..).zip(&mut self.slots).filter_map(|(slot, item)| Some((slot, item.as_mut()?)))
+        (0..).zip(self.chunks.iter_mut().flatten()).filter_map(|(slot, item)| Some((slot, item.as_mut()?)))
     }
 
     pub(in crate::policy) fn len(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots() - self.free.len()
+    }
+
+    /// Slots, in use or free.
+    fn slots(&self) -> usize {
+        self.chunks.last().map_or(0, |last| (self.chunks.len() - 1) * CHUNK + last.len())
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
@@ -16,15 +16,16 @@ use crate::objects::{
 };
 use crate::policy::rules::{NamedPort, NamespaceScope, PeerSelector, ResolvedPorts};
 
-/// A pod.
+/// A pod; its namespace is its group's.
 #[derive(Debug)]
 pub(in crate::policy) struct PodFacts {
-    pub namespace: Arc<str>,
     pub name: Box<str>,
     /// `None` for an object without a uid.
     uid: Option<NonZeroU64>,
     pub group: u32,
-    pub addresses: [Option<IpAddr>; 2],
+    /// A pod has at most one of each family.
+    v4: Option<Ipv4Addr>,
+    v6: Option<Ipv6Addr>,
     pub ports: Arc<[PodPort]>,
     /// Policies concern it: neither completed nor on the host network.
     pub concerned: bool,
@@ -39,13 +40,11 @@ pub(in crate::policy) type PodPort = (Box<str>, Protocol, u16);
 pub(in crate::policy) struct Group {
     pub namespace: Arc<str>,
     /// Sorted by key.
-    pub labels: Arc<[(Arc<str>, Box<str>)]>,
+    pub labels: Box<[(Arc<str>, Box<str>)]>,
     /// Selectors in force that match it, sorted.
     pub selectors: Vec<u32>,
     pub members: Vec<u32>,
 }
-
-type GroupKey = (Arc<str>, Arc<[(Arc<str>, Box<str>)]>);
 
 #[derive(Debug)]
 struct NamespaceFacts {
@@ -67,9 +66,10 @@ pub(in crate::policy) struct Cluster {
     pub pods: Arena<PodFacts>,
     by_name: HashTable<u32>,
     pub groups: Arena<Group>,
-    by_key: BTreeMap<GroupKey, u32>,
+    /// Groups by namespace and labels.
+    by_key: HashTable<u32>,
     /// Groups by the hash of each of their labels.
-    by_label: BTreeMap<u64, BTreeSet<u32>>,
+    by_label: BTreeSet<(u64, u32)>,
     /// Label keys and lists of ports, each once.
     words: BTreeSet<Arc<str>>,
     port_lists: BTreeSet<Arc<[PodPort]>>,
@@ -109,12 +109,8 @@ impl PodFacts {
         uid.is_empty() || self.uid.is_none_or(|own| Some(own) == hash_uid(uid))
     }
 
-    pub(in crate::policy) fn object_name(&self) -> ObjectName {
-        ObjectName { namespace: self.namespace.to_string(), name: self.name.to_string() }
-    }
-
-    pub(in crate::policy) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.addresses.into_iter().flatten()
+    pub(in crate::policy) fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
     }
 
     /// What port names stand for at this pod; those it does not have are left out.
@@ -129,7 +125,18 @@ impl PodFacts {
     }
 }
 
+fn group_hash<'a>(namespace: &str, labels: impl Iterator<Item = (&'a str, &'a str)>) -> u64 {
+    let mut hasher = std::collections::hash_map::DefaultHasher::new();
+    namespace.hash(&mut hasher);
+    labels.for_each(|label| label.hash(&mut hasher));
+    hasher.finish()
+}
+
 impl Group {
+    fn hash(&self) -> u64 {
+        group_hash(&self.namespace, self.labels.iter().map(|(key, value)| (&**key, &**value)))
+    }
+
     pub(in crate::policy) fn label(&self, key: &str) -> Option<&str> {
         let index = self.labels.binary_search_by(|(own, _)| (**own).cmp(key)).ok()?;
         Some(&self.labels[index].1)
@@ -163,9 +170,18 @@ impl Cluster {
         self.by_name
             .find(hash(&(name.namespace.as_str(), name.name.as_str())), |id| {
                 let pod = &self.pods[*id];
-                *pod.namespace == *name.namespace && *pod.name == *name.name
+                *pod.name == *name.name && *self.groups[pod.group].namespace == *name.namespace
             })
             .copied()
+    }
+
+    pub(in crate::policy) fn group_of(&self, pod: u32) -> &Group {
+        &self.groups[self.pods[pod].group]
+    }
+
+    pub(in crate::policy) fn object_name(&self, pod: u32) -> ObjectName {
+        let name = self.pods[pod].name.to_string();
+        ObjectName { namespace: self.group_of(pod).namespace.to_string(), name }
     }
 
     /// Labels of a namespace. One without an object has only its name label.
@@ -229,7 +245,7 @@ impl Cluster {
 
     fn take_pod(&mut self, id: u32) -> Option<PodFacts> {
         let pod = self.pods.remove(id)?;
-        let hashed = hash(&(&*pod.namespace, &*pod.name));
+        let hashed = hash(&(&*self.groups[pod.group].namespace, &*pod.name));
         if let Ok(entry) = self.by_name.find_entry(hashed, |other| *other == id) {
             entry.remove();
         }
@@ -238,21 +254,27 @@ impl Cluster {
     }
 
     fn put_pod(&mut self, name: &ObjectName, pod: &Pod, group: u32) -> u32 {
-        let mut addresses = pod.addresses().into_iter();
+        let addresses = pod.addresses();
         let facts = PodFacts {
-            namespace: Arc::clone(&self.groups[group].namespace),
             name: name.name.as_str().into(),
             uid: hash_uid(&pod.metadata.uid),
             group,
-            addresses: [addresses.next(), addresses.next()],
+            v4: addresses.iter().find_map(|address| match address {
+                IpAddr::V4(v4) => Some(*v4),
+                IpAddr::V6(_) => None,
+            }),
+            v6: addresses.iter().find_map(|address| match address {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(v6) => Some(*v6),
+            }),
             ports: self.port_list(pod),
             concerned: pod.is_policy_pod(),
             deleting: pod.metadata.deletion_timestamp.is_some(),
         };
         let id = self.pods.insert(facts);
         self.groups[group].members.push(id);
-        let pods = &self.pods;
-        let hasher = |id: &u32| hash(&(&*pods[*id].namespace, &*pods[*id].name));
+        let (pods, groups) = (&self.pods, &self.groups);
+        let hasher = |id: &u32| hash(&(&*groups[pods[*id].group].namespace, &*pods[*id].name));
         self.by_name.insert_unique(hash(&(name.namespace.as_str(), name.name.as_str())), id, hasher);
         id
     }
@@ -278,19 +300,23 @@ impl Cluster {
 
     fn group(&mut self, name: &ObjectName, labels: &Labels) -> (u32, bool) {
         let namespace = self.word(&name.namespace);
-        let labels: Arc<[(Arc<str>, Box<str>)]> =
-            labels.iter().map(|(key, value)| (self.word(key), value.as_str().into())).collect();
-        let key = (Arc::clone(&namespace), Arc::clone(&labels));
-        if let Some(group) = self.by_key.get(&key) {
+        let hashed = group_hash(&namespace, labels.iter());
+        let is_it = |slot: &u32| {
+            let group = &self.groups[*slot];
+            let own = group.labels.iter().map(|(key, value)| (&**key, &**value));
+            *group.namespace == *namespace && own.eq(labels.iter())
+        };
+        if let Some(group) = self.by_key.find(hashed, is_it) {
             return (*group, false);
         }
+        let labels: Box<[(Arc<str>, Box<str>)]> =
+            labels.iter().map(|(key, value)| (self.word(key), value.into())).collect();
         let hashes: Vec<u64> = labels.iter().map(|(key, value)| label_hash(key, value)).collect();
         let group =
             self.groups.insert(Group { namespace, labels, selectors: Vec::new(), members: Vec::new() });
-        self.by_key.insert(key, group);
-        for hashed in hashes {
-            self.by_label.entry(hashed).or_default().insert(group);
-        }
+        let groups = &self.groups;
+        self.by_key.insert_unique(hashed, group, |slot| groups[*slot].hash());
+        self.by_label.extend(hashes.into_iter().map(|hashed| (hashed, group)));
         self.namespace(&name.namespace).groups.insert(group);
         (group, true)
     }
@@ -301,17 +327,13 @@ impl Cluster {
             return None;
         }
         let group = self.groups.remove(slot)?;
-        for (key, value) in group.labels.iter() {
-            let hashed = label_hash(key, value);
-            if let Some(groups) = self.by_label.get_mut(&hashed) {
-                groups.remove(&slot);
-                if groups.is_empty() {
-                    self.by_label.remove(&hashed);
-                }
-            }
+        for (key, value) in &group.labels {
+            self.by_label.remove(&(label_hash(key, value), slot));
         }
         self.namespace(&group.namespace).groups.remove(&slot);
-        self.by_key.remove(&(group.namespace, group.labels));
+        if let Ok(entry) = self.by_key.find_entry(group.hash(), |other| *other == slot) {
+            entry.remove();
+        }
         Some(group.selectors)
     }
 
@@ -326,8 +348,9 @@ impl Cluster {
             }
         };
         if let Some(needed) = needed_labels(pods) {
-            let with_one = needed.iter().filter_map(|hashed| self.by_label.get(hashed)).flatten();
-            return with_one.copied().filter(matches).collect();
+            let with_one =
+                needed.iter().flat_map(|hashed| self.by_label.range((*hashed, 0)..=(*hashed, u32::MAX)));
+            return with_one.map(|(_, group)| *group).filter(matches).collect();
         }
         if let NamespaceScope::Named(name) = namespaces {
             let of_namespace = self.namespaces.get(name.as_str()).map(|namespace| &namespace.groups);

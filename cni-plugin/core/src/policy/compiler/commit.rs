@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use super::cluster::hash;
 use super::{Compiler, Membership, Range};
 use crate::policy::lookup::Direction;
 use crate::policy::reference::PolicyRef;
@@ -21,7 +23,7 @@ pub(super) struct Round {
     pub changed_classes: BTreeSet<u32>,
     /// Classes that an endpoint left.
     pub left: BTreeSet<u32>,
-    pub changed_policies: BTreeMap<PolicyRef, Option<BTreeSet<PeerRef>>>,
+    pub changed_policies: BTreeMap<Arc<PolicyRef>, Option<BTreeSet<PeerRef>>>,
     pub new_identities: BTreeSet<u32>,
     /// Pairs that changed, by identity and class, as they were.
     pub pairs_before: BTreeMap<(Option<u32>, u32), Option<u32>>,
@@ -117,7 +119,9 @@ impl Compiler {
                 }
                 self.peers.blocks.forget_if_unused(*number);
             }
-            self.identity_keys.remove(&identity.key);
+            if let Ok(entry) = self.identity_keys.find_entry(hash(&identity.key), |other| *other == slot) {
+                entry.remove();
+            }
             self.identity_numbers.give_back(identity.number.0);
         }
     }

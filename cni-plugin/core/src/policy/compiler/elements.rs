@@ -32,7 +32,7 @@ impl Elements for &Compiler {
     }
 
     fn exact(&mut self, peer: IpAddr) -> Result<Option<IdentityId>, Infallible> {
-        let identity = self.addresses.get(&peer).and_then(|known| known.identity);
+        let identity = self.addresses.get(peer).and_then(|known| known.identity);
         Ok(identity.map(|slot| self.identities[slot].number))
     }
 

@@ -13,6 +13,7 @@
 //! Numbers rise, so that one that a change frees is not given another meaning in that change: the lookups of one packet
 //! may straddle the commit. A restarted agent adopts the numbers that the kernel has ([`Compiler::adopt`]).
 
+mod address_table;
 mod addresses;
 mod adopt;
 mod apply;
@@ -32,8 +33,9 @@ mod succession;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use smallvec::SmallVec;
+use hashbrown::HashTable;
 
 use super::lookup::Direction;
 use super::reference::PolicyRef;
@@ -42,6 +44,7 @@ use crate::objects::{ClusterSubject, LabelSelector, ObjectName};
 use crate::ports::PortSet;
 use crate::ruleset::{AddrRange, ClassId, Delta, IdentityId, ProfileId};
 
+use address_table::AddressTable;
 use arena::Arena;
 use cluster::Cluster;
 use numbers::Numbers;
@@ -66,21 +69,22 @@ pub struct Subject {
 pub struct Compiler {
     pub(super) cluster: Cluster,
     pub(super) peers: Peers,
-    pub(super) policies: BTreeMap<PolicyRef, Policy>,
+    pub(super) policies: BTreeMap<Arc<PolicyRef>, Policy>,
     subjects: Subjects,
     /// ClusterNetworkPolicies by name: their tier and priority may change.
-    cluster_refs: BTreeMap<String, PolicyRef>,
+    cluster_refs: BTreeMap<String, Arc<PolicyRef>>,
     /// Endpoints by the name that the caller gave them.
     pub(super) locals: BTreeMap<String, Local>,
     /// Which endpoint an address is leased to.
     leased: BTreeMap<IpAddr, String>,
-    addresses: BTreeMap<IpAddr, Address>,
+    addresses: AddressTable,
     /// Addresses that several live pods claim. They match no pod selector until the claim is settled.
     contested: BTreeSet<IpAddr>,
     pub(super) classes: Arena<Class>,
     class_keys: BTreeMap<ClassKey, u32>,
     identities: Arena<Identity>,
-    identity_keys: BTreeMap<IdentityKey, u32>,
+    /// Identities by content.
+    identity_keys: HashTable<u32>,
     profiles: Arena<Profile>,
     profile_keys: BTreeMap<PortSet, u32>,
     /// Profiles that no pair uses.
@@ -93,7 +97,7 @@ pub struct Compiler {
     profile_numbers: Numbers,
     dirty: Dirty,
     /// Policies whose content, or first pod here, no kernel was said to have.
-    unconfirmed: BTreeSet<PolicyRef>,
+    unconfirmed: BTreeSet<Arc<PolicyRef>>,
 }
 
 /// A policy of either kind.
@@ -131,7 +135,7 @@ impl Policy {
 enum PolicySubject {
     /// Of the policy's namespace.
     Namespaced(LabelSelector),
-    Cluster(ClusterSubject),
+    Cluster(Box<ClusterSubject>),
 }
 
 /// A local endpoint and what it is compiled to.
@@ -193,7 +197,7 @@ pub(super) struct Class {
 pub(super) struct ClassKey {
     pub direction: Direction,
     /// In the order in which they are asked.
-    pub policies: Vec<PolicyRef>,
+    pub policies: Vec<Arc<PolicyRef>>,
     /// What the port names that the policies use mean for these pods. Ingress only.
     pub ports: ResolvedPorts,
 }
@@ -210,7 +214,7 @@ struct Identity {
 }
 
 /// Content of an identity; selectors and blocks by their numbers.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub(super) struct IdentityKey {
     pub selectors: Vec<u32>,
     pub blocks: Vec<u32>,
@@ -246,14 +250,6 @@ struct Range {
     identity: u32,
 }
 
-/// What is known of one address.
-#[derive(Debug, Default)]
-struct Address {
-    /// Pods whose status names it.
-    claims: SmallVec<[u32; 2]>,
-    identity: Option<u32>,
-}
-
 /// What changes reach, until the next commit.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Dirty {
@@ -262,7 +258,7 @@ struct Dirty {
     /// Groups whose selectors changed.
     groups: BTreeSet<u32>,
     /// Policies whose rules changed: the peers that the old or new rules name; `None`: rules for everybody changed.
-    policies: BTreeMap<PolicyRef, Option<BTreeSet<PeerRef>>>,
+    policies: BTreeMap<Arc<PolicyRef>, Option<BTreeSet<PeerRef>>>,
     /// Classes that an endpoint that is gone was in.
     left: BTreeSet<u32>,
     /// Blocks came into force, or are no more.

@@ -16,7 +16,7 @@ pub(in crate::policy) struct Peers {
     pub selectors: Table<PeerSelector>,
     pub blocks: Table<IpBlock>,
     /// Selectors in force by the hashes of labels of which they need one.
-    by_label: BTreeMap<u64, BTreeSet<u32>>,
+    by_label: BTreeSet<(u64, u32)>,
     /// Selectors of pods in force that need no certain label.
     unlabelled: BTreeSet<u32>,
     /// Selectors of nodes in force.
@@ -144,7 +144,7 @@ impl Peers {
             return Force::Same;
         }
         if let Some((number, selector)) = selector {
-            self.index(&selector, |numbers| numbers.insert(number));
+            self.index(&selector, number, true);
         }
         Force::Changed
     }
@@ -166,35 +166,32 @@ impl Peers {
             return Force::Same;
         }
         if let Some((number, selector)) = selector {
-            self.index(&selector, |numbers| numbers.remove(&number));
+            self.index(&selector, number, false);
         }
         Force::Changed
     }
 
-    /// Changes the sets of numbers by which a selector is found.
-    fn index(&mut self, selector: &PeerSelector, change: impl Fn(&mut BTreeSet<u32>) -> bool) {
-        let PeerSelector::Pods { pods, .. } = selector else {
-            change(&mut self.of_nodes);
-            return;
+    /// Puts a selector into the sets by which it is found, or takes it out.
+    fn index(&mut self, selector: &PeerSelector, number: u32, is_in: bool) {
+        let needed = match selector {
+            PeerSelector::Pods { pods, .. } => needed_labels(pods),
+            PeerSelector::Nodes(_) => return put(&mut self.of_nodes, number, is_in),
         };
-        let Some(needed) = needed_labels(pods) else {
-            change(&mut self.unlabelled);
-            return;
-        };
-        for hashed in needed {
-            let numbers = self.by_label.entry(hashed).or_default();
-            change(numbers);
-            if numbers.is_empty() {
-                self.by_label.remove(&hashed);
+        match needed {
+            Some(hashes) => {
+                hashes.into_iter().for_each(|hashed| put(&mut self.by_label, (hashed, number), is_in));
             }
+            None => put(&mut self.unlabelled, number, is_in),
         }
     }
 
     /// The selectors in force that match a group of pods, in order.
     pub(in crate::policy) fn matching_group(&self, group: &Group, namespace_labels: &Labels) -> Vec<u32> {
-        let hashes =
-            group.labels.iter().filter_map(|(key, value)| self.by_label.get(&label_hash(key, value)));
-        let candidates = hashes.flatten().chain(&self.unlabelled);
+        let with_one = |(key, value): &(Arc<str>, Box<str>)| {
+            let hashed = label_hash(key, value);
+            self.by_label.range((hashed, 0)..=(hashed, u32::MAX)).map(|(_, number)| number)
+        };
+        let candidates = group.labels.iter().flat_map(with_one).chain(&self.unlabelled);
         let mut matching: Vec<u32> = candidates
             .filter(|number| {
                 self.selectors.get(**number).is_some_and(|e| group.is_matched(&e.content, namespace_labels))
@@ -217,6 +214,14 @@ impl Peers {
     /// Whether any selector of nodes is in force.
     pub(in crate::policy) fn selects_nodes(&self) -> bool {
         !self.of_nodes.is_empty()
+    }
+}
+
+fn put<T: Ord>(set: &mut BTreeSet<T>, item: T, is_in: bool) {
+    if is_in {
+        set.insert(item);
+    } else {
+        set.remove(&item);
     }
 }
 

@@ -74,7 +74,7 @@ impl Compiler {
         if identity.key.is_of_range() {
             return View::of_range(of);
         }
-        View { exact: of, range: self.identity_keys.get(&identity.key.of_range()).copied() }
+        View { exact: of, range: self.find_identity(&identity.key.of_range()) }
     }
 
     fn before(&self, class: u32, view: View, round: &Round) -> Allowed<'_> {

@@ -1,5 +1,7 @@
 //! How policies stand on this node: whom they select here, and since when the kernel has them as they are.
 
+use std::sync::Arc;
+
 use super::{Compiler, Origin, Policy};
 use crate::objects::{Meta, ObjectName};
 use crate::policy::lookup::Direction;
@@ -43,9 +45,9 @@ impl Compiler {
     #[must_use]
     pub fn standing_of(&self, name: &ObjectName) -> Option<PolicyStanding<'_>> {
         let reference = if name.namespace.is_empty() {
-            self.cluster_refs.get(&name.name)?.clone()
+            Arc::clone(self.cluster_refs.get(&name.name)?)
         } else {
-            PolicyRef::namespaced(name.clone())
+            Arc::new(PolicyRef::namespaced(name.clone()))
         };
         self.policies.get_key_value(&reference).map(|(name, policy)| self.standing(name, policy))
     }
@@ -66,10 +68,10 @@ impl Compiler {
     }
 
     /// Has a policy confirmed anew: its content changed, or it selects its first pod here.
-    pub(super) fn unconfirm(&mut self, name: &PolicyRef) {
+    pub(super) fn unconfirm(&mut self, name: &Arc<PolicyRef>) {
         if let Some(policy) = self.policies.get_mut(name) {
             policy.since_ms = None;
-            self.unconfirmed.insert(name.clone());
+            self.unconfirmed.insert(Arc::clone(name));
         }
     }
 }
@@ -99,11 +101,11 @@ impl PolicyStanding<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::super::Subject;
     use super::*;
-    use crate::objects::{LabelSelector, NetworkPolicy, NetworkPolicySpec, ObjectChange, Pod, PolicyType};
+    use crate::objects::{
+        LabelSelector, Labels, NetworkPolicy, NetworkPolicySpec, ObjectChange, Pod, PolicyType,
+    };
 
     fn name() -> ObjectName {
         ObjectName::new("shop", "to-db")
@@ -111,7 +113,7 @@ mod tests {
 
     /// Selects `app`, for `types`; read from an object of that generation.
     fn mk_policy(app: &str, types: &[PolicyType], metadata_generation: i64) -> ObjectChange {
-        let labels = BTreeMap::from([("app".to_owned(), app.to_owned())]);
+        let labels = Labels::from([("app".to_owned(), app.to_owned())]);
         let metadata =
             Meta { name: "to-db".into(), namespace: "shop".into(), metadata_generation, ..Meta::default() };
         let spec = NetworkPolicySpec {
@@ -123,7 +125,7 @@ mod tests {
     }
 
     fn mk_pod(app: &str) -> ObjectChange {
-        let labels = BTreeMap::from([("app".to_owned(), app.to_owned())]);
+        let labels = Labels::from([("app".to_owned(), app.to_owned())]);
         let metadata = Meta { name: app.into(), namespace: "shop".into(), labels, ..Meta::default() };
         let pod = Pod { metadata, ..Pod::default() };
         ObjectChange::Pod(ObjectName::new("shop", app), Some(Box::new(pod)))

@@ -3,12 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::cluster::PodFacts;
-use super::commit::class_key;
 use super::{Compiler, Membership};
 use crate::objects::ObjectName;
 use crate::policy::lookup::Direction;
-use crate::ruleset::{ClassId, Delta, Key, Ruleset};
+use crate::ruleset::{ClassId, IdentityId, ProfileId, Ruleset};
 
 /// How much there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,40 +36,42 @@ impl Compiler {
     /// was changed since the last commit is not in it.
     #[must_use]
     pub fn ruleset(&self) -> Ruleset {
-        let mut delta = Delta::default();
+        let mut ruleset = Ruleset::default();
         for local in self.locals.values().filter(|local| !local.fresh) {
             for direction in Direction::BOTH {
                 let class = match local.membership(direction) {
                     Membership::Open => continue,
-                    Membership::DenyAll => ClassId::DENY_ALL.0,
-                    Membership::In(class) => self.classes[class].number.0,
+                    Membership::DenyAll => ClassId::DENY_ALL,
+                    Membership::In(class) => self.classes[class].number,
                 };
-                for address in &local.subject.addresses {
-                    delta.set(class_key(direction, *address), Some(class));
-                }
+                let classes = match direction {
+                    Direction::Ingress => &mut ruleset.cls_in,
+                    Direction::Egress => &mut ruleset.cls_eg,
+                };
+                classes.extend(local.subject.addresses.iter().map(|address| (*address, class)));
             }
         }
-        for (address, known) in &self.addresses {
-            if let Some(slot) = known.identity {
-                delta.set(Key::Ident(*address), Some(self.identities[slot].number.0));
-            }
-        }
-        for range in &self.ranges {
-            delta.set(Key::Cidr(range.range), Some(self.identities[range.identity].number.0));
-        }
-        for (slot, class) in self.classes.iter() {
-            for (of, profile) in &class.pairs {
-                delta.set(self.pair_key(slot, *of), Some(self.profiles[*profile].number.0));
-            }
-        }
-        for (_, profile) in self.profiles.iter() {
-            for rule in profile.allowed.rules() {
-                delta.set(Key::Profile(profile.number, rule), Some(0));
-            }
-        }
-        let mut ruleset = Ruleset::default();
-        ruleset.apply(&ruleset.changes(&delta));
+        // Collected, not inserted one by one: then the nodes of the trees are full.
+        let identity = |slot: u32| self.identities[slot].number;
+        let known = self.addresses.iter();
+        ruleset.ident =
+            known.filter_map(|(address, known)| Some((address, identity(known.identity?)))).collect();
+        ruleset.cidr = self.ranges.iter().map(|range| (range.range, identity(range.identity))).collect();
+        ruleset.pair_in = self.pairs_of(Direction::Ingress).collect();
+        ruleset.pair_eg = self.pairs_of(Direction::Egress).collect();
+        let profiles = self.profiles.iter().map(|(_, profile)| (profile.number, profile.allowed.rules()));
+        ruleset.profiles = profiles.filter(|(_, rules)| !rules.is_empty()).collect();
         ruleset
+    }
+
+    fn pairs_of(&self, direction: Direction) -> impl Iterator<Item = ((ClassId, IdentityId), ProfileId)> {
+        let classes = self.classes.iter().filter(move |(_, class)| class.key.direction == direction);
+        classes.flat_map(|(_, class)| {
+            class.pairs.iter().map(|(of, profile)| {
+                let identity = of.map_or(IdentityId::ANY, |slot| self.identities[slot].number);
+                ((class.number, identity), self.profiles[*profile].number)
+            })
+        })
     }
 
     /// How much there is.
@@ -93,10 +93,11 @@ impl Compiler {
     /// Pods that have an address and that policies concern, and those of endpoints; at most `max`.
     #[must_use]
     pub fn concerned_pods(&self, max: usize) -> Vec<ObjectName> {
-        let known = self.cluster.pods.iter().map(|(_, pod)| pod);
-        let known = known.filter(|pod| pod.concerned && pod.addresses().next().is_some());
+        let known = self.cluster.pods.iter();
+        let known = known.filter(|(_, pod)| pod.concerned && pod.addresses().next().is_some());
+        let known = known.map(|(id, _)| self.cluster.object_name(id));
         let local = self.locals.values().filter_map(|local| local.subject.pod.clone());
-        let names: BTreeSet<ObjectName> = local.chain(known.map(PodFacts::object_name).take(max)).collect();
+        let names: BTreeSet<ObjectName> = local.chain(known.take(max)).collect();
         names.into_iter().take(max).collect()
     }
 
