@@ -35,6 +35,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
+pub use holdfast_dataplane::share_one_heap;
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases};
 pub use settings::{Mode, Settings};
 

@@ -40,7 +40,7 @@ use tokio::sync::Notify;
 
 pub use error::{Error, Result};
 pub use hygiene::Hygiene;
-pub use memory::trim_memory;
+pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
 
 /// Settings of the data path.

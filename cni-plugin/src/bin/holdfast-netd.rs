@@ -89,6 +89,7 @@ impl From<Args> for Settings {
 }
 
 fn main() -> anyhow::Result<()> {
+    holdfast_agent::share_one_heap();
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
