@@ -19,6 +19,8 @@ const VOLUME_BYTES: u64 = 64 << 20;
 const EXPANDED_BYTES: u64 = 96 << 20;
 /// The suite takes less than two minutes on an idle machine.
 const SUITE_TIMEOUT: Duration = Duration::from_secs(600);
+/// For so long a controller that was just started says of a node that it does not know that it may not have heard of it yet.
+const NODES_FILL: Duration = Duration::from_secs(7);
 /// Checks of its version 5.6 that run against a driver with every capability; fewer means that some were not run.
 const SPECS_MIN: usize = 90;
 
@@ -59,6 +61,7 @@ fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
         .args(["--ginkgo.no-color", "--ginkgo.seed=1"])
         .stdout(File::create(&log)?)
         .stderr(File::options().append(true).open(&log)?);
+    std::thread::sleep(NODES_FILL);
     let passed = run_for(&mut command, SUITE_TIMEOUT)?;
     drop(relay);
     let text = std::fs::read_to_string(&log)?;
