@@ -60,6 +60,8 @@ pub fn promote(
     }
     let held = record.held_by(replica);
     next.snapshots.retain(|snapshot| held.contains(&snapshot.id));
+    // A name that went with its snapshot would give that snapshot's id to another instant.
+    next.requested.retain(|request| record.snapshot(request.id).is_none() || held.contains(&request.id));
     for snapshot in &mut next.snapshots {
         snapshot.holders = BTreeSet::from([replica]);
     }
@@ -79,6 +81,7 @@ pub fn promote(
 mod tests {
     use super::*;
     use crate::ids::{NodeName, SnapshotId, VolumeId};
+    use crate::record::RequestedSnapshot;
     use crate::transitions::tests::{mk_owned, mk_record};
     use crate::transitions::{add_holder, begin_cut, commit_cut, publish, swap_out, unpublish};
 
@@ -135,8 +138,19 @@ mod tests {
         let record = cut(&record, 70, &[1]);
         let record = add_holder(&record, OWNER, SnapshotId(70), ReplicaId(2)).unwrap();
         let record = swap_out(&cut(&record, 71, &[1]), OWNER, &[ReplicaId(2)], 1).unwrap();
-        let record = begin_cut(&record, OWNER, SnapshotId(72)).unwrap();
+        let mut record = begin_cut(&record, OWNER, SnapshotId(72)).unwrap();
+        for id in 70..=73 {
+            let request = RequestedSnapshot {
+                id: SnapshotId(id),
+                name: id.to_string(),
+                asked_unix_ms: 1,
+                for_clone: None,
+            };
+            record.requested.push(request);
+        }
         let promoted = promote(&unpublish(&record, None).unwrap(), ReplicaId(2), Lineage(10), 2).unwrap();
+        let names: Vec<&str> = promoted.requested.iter().map(|request| request.name.as_str()).collect();
+        assert_eq!(names, ["70", "73"], "no name brings an id back that belonged to another instant (R34)");
         let left: Vec<_> = promoted.snapshots.iter().map(|s| (s.id, s.holders.clone())).collect();
         assert_eq!(left, [(SnapshotId(70), BTreeSet::from([ReplicaId(2)]))]);
     }

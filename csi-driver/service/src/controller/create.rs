@@ -46,7 +46,11 @@ impl Inner {
                 found
             }
             (None, None) => self.create_record(&wanted).await?,
-            (None, Some(source)) => self.create_clone_record(&wanted, source).await?,
+            (None, Some(source)) => {
+                let made = self.create_clone_record(&wanted, source).await;
+                // A snapshot that was cut for a try that failed is of no use to the next one.
+                made.inspect_err(|_| self.sweep_soon.notify_one())?
+            }
         };
         let volume_id = found.record.volume_id;
         let _by_id = self.in_flight.begin(format!("volume {volume_id}"))?;

@@ -36,10 +36,9 @@ impl Inner {
             )));
         }
         if size_bytes > record.size_bytes {
-            let placing = self.placing.lock().await;
             self.check_room(&record, size_bytes - record.size_bytes).await?;
+            // Nobody else's volume waits for a node that does not answer: what is promised meanwhile the pools refuse.
             self.job(volume, Job::Grow { size_bytes }).await?;
-            drop(placing);
             tracing::info!(%volume, bytes = size_bytes, "volume has grown");
         }
         Ok(ControllerExpandVolumeResponse {

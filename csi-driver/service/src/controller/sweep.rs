@@ -40,8 +40,8 @@ impl Making {
         BeingMade(self, clone)
     }
 
-    fn has(&self, clone: VolumeId) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&clone)
+    fn all(&self) -> BTreeSet<VolumeId> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -73,12 +73,14 @@ impl Inner {
                 outcome = result;
             }
         };
-        // Sources first: a clone is recorded before its source names it, so that one without a record is gone.
+        // In this order: a clone is being made from before its snapshot is asked for until after it is recorded, so that one
+        // that a source names, that is not being made, and that has no record afterwards is gone.
         let sources: Vec<VolumeRecord> = self.all_records().await?;
+        let making = self.making.all();
         let clones: HashMap<VolumeId, VolumeRecord> =
             self.all_records().await?.into_iter().map(|record| (record.volume_id, record)).collect();
         let over = |clone: &VolumeId| {
-            !self.making.has(*clone)
+            !making.contains(clone)
                 && clones.get(clone).is_none_or(|record| record.source.as_ref().is_some_and(|s| s.linked))
         };
         for record in sources.iter().filter(|record| !record.deleting) {
