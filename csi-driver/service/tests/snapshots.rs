@@ -76,7 +76,10 @@ async fn a_snapshot_is_one_whatever_is_killed_and_however_often_it_is_asked_for(
         async |world, controller, id, snapshot| {
             assert!(snapshot.ready_to_use && snapshot.creation_time.is_some());
             assert_eq!((snapshot.size_bytes, snapshot.source_volume_id.as_str()), (1 << 30, id));
-            assert_eq!(controller.snapshots(all()).await.unwrap(), [snapshot.snapshot_id.clone()]);
+            assert_eq!(
+                controller.snapshots(all()).await.unwrap(),
+                std::slice::from_ref(&snapshot.snapshot_id)
+            );
             assert_eq!(controller.snapshot(id, "nightly").await.unwrap(), snapshot, "asked for again");
             let record = world.record(id).await;
             assert_eq!((record.snapshots.len(), record.requested.len()), (1, 1));
@@ -252,7 +255,7 @@ async fn a_snapshot_outlives_its_volume_and_takes_the_rest_of_it_along() {
     }
     let other = controller.create(&mk_create("data")).await.expect("the name is free");
     assert_ne!(other.volume_id, volume);
-    assert_eq!(controller.snapshots(all()).await.unwrap(), [id.clone()]);
+    assert_eq!(controller.snapshots(all()).await.unwrap(), std::slice::from_ref(&id));
     let restored = controller.create(&mk_from_snapshot("restored", &id)).await.unwrap();
     controller.delete_snapshot(&id).await.unwrap();
     assert_eq!(world.count(&volume), 0, "nothing keeps the volume any more");
