@@ -125,6 +125,14 @@ pub enum TransitionError {
         /// How many.
         clones: usize,
     },
+    /// A volume's snapshots outlive it.
+    #[error("volume {volume} has {snapshots} snapshots: they are deleted first")]
+    HasSnapshots {
+        /// The volume.
+        volume: VolumeId,
+        /// How many.
+        snapshots: usize,
+    },
     /// No further snapshot fits.
     #[error("volume {0} has {SNAPSHOTS_MAX} snapshots, the most it can have: delete one first")]
     SnapshotsFull(VolumeId),
@@ -412,9 +420,14 @@ pub fn set_formatted(record: &VolumeRecord, to: Formatted) -> Result<VolumeRecor
     Ok(next)
 }
 
-/// Sets the tombstone (R34). A published volume is not deleted; a second call is a success.
+/// Sets the tombstone (R34). A published volume is not deleted, nor one that has snapshots: whoever was told of one may rely
+/// on it ([`retire`]). A second call is a success.
 pub fn begin_delete(record: &VolumeRecord) -> Result<VolumeRecord, TransitionError> {
     check_format(record)?;
+    let snapshots = record.committed().count();
+    if snapshots > 0 && !record.deleting {
+        return Err(TransitionError::HasSnapshots { volume: record.volume_id, snapshots });
+    }
     if let Some(node) = &record.attached_to {
         return Err(TransitionError::PublishedElsewhere { volume: record.volume_id, node: node.clone() });
     }

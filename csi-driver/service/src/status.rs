@@ -33,6 +33,7 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::Format36 { .. }
         | TransitionError::SnapshotState { .. }
         | TransitionError::SnapshotInUse { .. }
+        | TransitionError::HasSnapshots { .. }
         | TransitionError::SnapshotMissing { .. }
         | TransitionError::LineageUsed(_)
         | TransitionError::Published { .. } => Status::failed_precondition(sentence),

@@ -6,13 +6,13 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use holdfast_proto::csi::*;
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::transitions;
-use support::fakes::Cut;
+use support::fakes::{Cut, Meanwhile, MeddledStore};
 use support::requests::{
     Controller, mk_block, mk_create, mk_from_snapshot, mk_from_volume, mk_sized, mk_with,
 };
@@ -262,6 +262,24 @@ async fn a_snapshot_outlives_its_volume_and_takes_the_rest_of_it_along() {
     controller.delete(&restored.volume_id).await.unwrap();
     controller.delete(&other.volume_id).await.unwrap();
     world.assert_empty().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_is_answered_while_its_volume_is_being_deleted_is_kept() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let (client, source) = (controller.clone(), volume.clone());
+    let snapshot: Meanwhile = Arc::new(move || {
+        let (client, source) = (client.clone(), source.clone());
+        Box::pin(async move { drop(client.snapshot(&source, "nightly").await.unwrap()) })
+    });
+    let store = MeddledStore { store: Arc::clone(&world.store), after_read: Mutex::new(Some(snapshot)) };
+    let deleting = world.serve(Arc::new(store), Arc::clone(&world.groups)).await;
+    deleting.delete(&volume).await.unwrap();
+    let [id] = controller.snapshots(all()).await.unwrap().try_into().unwrap();
+    assert!(world.record(&volume).await.retired);
+    controller.create(&mk_from_snapshot("restored", &id)).await.expect("it is all there");
 }
 
 #[tokio::test(flavor = "multi_thread")]

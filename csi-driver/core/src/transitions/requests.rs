@@ -73,7 +73,7 @@ mod tests {
     use crate::ids::{NodeName, TargetId};
     use crate::record::Formatted;
     use crate::transitions::tests::{mk_owned, mk_record};
-    use crate::transitions::{begin_cut, commit_cut, publish, unpublish};
+    use crate::transitions::{begin_cut, begin_delete, commit_cut, publish, unpublish};
 
     const OWNER: TargetId = TargetId(7);
 
@@ -123,6 +123,16 @@ mod tests {
         assert_eq!(retire(&retired).as_ref(), Ok(&retired));
         assert_eq!(publish(&retired, &node, false), Err(TransitionError::Retired(retired.volume_id)));
         assert!(request_snapshot(&retired, mk_request(1, 1)).is_err());
+    }
+
+    #[test]
+    fn no_tombstone_takes_a_snapshot_along() {
+        let cut = unpublish(&mk_committed(&mk_owned(1), 1), None).unwrap();
+        let refused = begin_delete(&cut).unwrap_err();
+        assert_eq!(refused, TransitionError::HasSnapshots { volume: cut.volume_id, snapshots: 1 });
+        assert!(begin_delete(&retire(&cut).unwrap()).is_err());
+        let bare = VolumeRecord { snapshots: Vec::new(), ..cut };
+        assert!(begin_delete(&bare).unwrap().deleting);
     }
 
     #[test]

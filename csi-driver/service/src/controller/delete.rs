@@ -15,7 +15,7 @@ use holdfast_proto::storage::DeleteReplicaRequest;
 use holdfast_storage_core::ids::VolumeId;
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{StoreError, Versioned};
-use holdfast_storage_core::transitions;
+use holdfast_storage_core::transitions::{self, TransitionError};
 use tonic::Status;
 
 use super::{Inner, SWAP_ATTEMPTS_MAX};
@@ -32,22 +32,19 @@ impl Inner {
             return Ok(DeleteVolumeResponse {});
         };
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
-        if self.keeps_snapshots(volume).await? {
-            self.change(volume, transitions::retire).await?;
+        match self.store.read(volume).await {
+            Ok(_) => {}
+            Err(StoreError::NotFound(_)) => return Ok(DeleteVolumeResponse {}),
+            Err(error) => return Err(from_store(error)),
+        }
+        // Decided by the record that is replaced: a snapshot that is committed meanwhile is kept, too.
+        let record = self.change(volume, retire_or_bury).await?;
+        if !record.deleting {
             tracing::info!(%volume, "volume deleted; its snapshots are kept");
             return Ok(DeleteVolumeResponse {});
         }
         self.erase(volume).await?;
         Ok(DeleteVolumeResponse {})
-    }
-
-    /// Whether a volume has snapshots that outlive it: for their users they are objects of their own.
-    async fn keeps_snapshots(&self, volume: VolumeId) -> Result<bool, Status> {
-        match self.store.read(volume).await {
-            Ok(found) => Ok(!found.record.deleting && found.record.committed().next().is_some()),
-            Err(StoreError::NotFound(_)) => Ok(false),
-            Err(error) => Err(from_store(error)),
-        }
     }
 
     /// Deletes a retired volume that has no snapshot any more; leaves any other one alone.
@@ -64,7 +61,7 @@ impl Inner {
         self.erase(volume).await
     }
 
-    /// Deletes a volume with everything of it. Repeatable; no such volume is a success.
+    /// Deletes a volume that has no snapshots with everything of it. Repeatable; no such volume is a success.
     pub(super) async fn erase(&self, volume: VolumeId) -> Result<(), Status> {
         let Some(found) = self.bury(volume).await? else { return Ok(()) };
         self.delete_replicas(&found.record).await?;
@@ -122,5 +119,13 @@ impl Inner {
             record.volume_id,
             failures.join("; ")
         )))
+    }
+}
+
+/// A volume with snapshots is gone for its users alone.
+fn retire_or_bury(record: &VolumeRecord) -> Result<VolumeRecord, TransitionError> {
+    match transitions::begin_delete(record) {
+        Err(TransitionError::HasSnapshots { .. }) => transitions::retire(record),
+        decided => decided,
     }
 }

@@ -229,7 +229,8 @@ fn committed(record: &VolumeRecord, id: SnapshotId) -> bool {
 
 /// A snapshot as CSI answers it; `None` where it does not count.
 pub(super) fn to_csi(record: &VolumeRecord, id: SnapshotId, group: Option<&GroupRecord>) -> Option<Snapshot> {
-    let snapshot = record.snapshot(id).filter(|snapshot| snapshot.state == SnapshotState::Committed)?;
+    // Nothing of a volume with a tombstone may be relied on.
+    let snapshot = record.snapshot(id).filter(|_| !record.deleting && committed(record, id))?;
     let by_name = record.request(id).filter(|request| request.for_clone.is_none());
     let asked_unix_ms = group.map(|group| group.asked_unix_ms).or(by_name.map(|r| r.asked_unix_ms))?;
     let group_id: Option<GroupId> = group.map(|group| group.group_id);

@@ -80,6 +80,41 @@ pub struct CutStore {
     pub cut: Cut,
 }
 
+/// A real store in which something happens right after the first read.
+pub struct MeddledStore {
+    pub store: Arc<dyn RecordStore>,
+    pub after_read: Mutex<Option<Meanwhile>>,
+}
+
+impl RecordStore for MeddledStore {
+    fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
+        Box::pin(async move {
+            let found = self.store.read(volume).await;
+            let meanwhile = self.after_read.lock().unwrap().take();
+            if let Some(meanwhile) = meanwhile {
+                meanwhile().await;
+            }
+            found
+        })
+    }
+
+    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+        self.store.list()
+    }
+
+    fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.store.create(record)
+    }
+
+    fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.store.swap(expected, record)
+    }
+
+    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
+        self.store.remove(expected, volume)
+    }
+}
+
 /// A real store of groups behind a cut.
 pub struct CutGroups {
     pub groups: Arc<dyn GroupStore>,
