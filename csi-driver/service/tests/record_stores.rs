@@ -66,6 +66,14 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
         matches!(a.swap(version, record.clone()).await, Err(StoreError::Refused(_))),
         "publishing is not a's"
     );
+    record.attached_to = None;
+    record.size_bytes += 1 << 20;
+    let version = a.swap(version, record.clone()).await.expect("its target grows the volume (R31)");
+    let smaller = VolumeRecord { size_bytes: 1 << 20, ..record.clone() };
+    let retired = VolumeRecord { retired: true, ..record.clone() };
+    for change in [smaller, retired] {
+        assert!(matches!(a.swap(version, change).await, Err(StoreError::Refused(_))));
+    }
     assert_eq!(registry.store.read(record.volume_id).await.unwrap().version, version);
 
     let stranger = support::pki(&["node-a"]).identity("node-a");
