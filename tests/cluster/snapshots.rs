@@ -29,6 +29,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("a_snapshot_and_its_clones_have_what_was_written_before_it", || on_a_cluster(snapshots)),
         trial("a_volume_grows_under_its_users", || on_a_cluster(growth)),
+        trial("changed_blocks_are_the_real_difference", || on_a_cluster(changed_blocks)),
         trial("a_group_of_volumes_has_no_effect_without_its_cause", || on_a_cluster(group)),
     ]
 }
@@ -285,6 +286,92 @@ fn growth(cluster: &Cluster) -> Result<()> {
     ensure!(get(&root, "file")? == [b'z'; 1 << 20], "a file was lost by growing");
     volume.unstage(cluster, "node-b")?;
     volume.delete(cluster)
+}
+
+/// Blocks are written, written again with equal content, zeroed, and written beyond the old end; what is told is compared with
+/// the two snapshots as they are read.
+fn changed_blocks(cluster: &Cluster) -> Result<()> {
+    const BLOCK: u64 = 4096;
+    let mut request = create_request("changes", 64 << 20, 3, "ext4");
+    request.volume_capabilities = vec![block_capability()];
+    let volume = Volume::create(cluster, request)?;
+    volume.stage(cluster, "node-a")?;
+    let write = |block: u64, value: u8, count: u64| -> Result<()> {
+        let file = File::options().write(true).open(device(cluster, &volume, "node-a")?)?;
+        file.write_all_at(&vec![value; (count * BLOCK) as usize], block * BLOCK)?;
+        Ok(file.sync_all()?)
+    };
+    write(0, 1, 8)?;
+    write(100, 2, 300)?;
+    write(5_000, 3, 4)?;
+    let base = volume.snapshot(cluster, "base")?;
+    // The same again, one of them other, zeroes over data, zeroes over nothing, and new data; then the volume grows.
+    write(0, 1, 8)?;
+    write(3, 9, 1)?;
+    write(100, 0, 10)?;
+    write(9_000, 0, 10)?;
+    write(12_000, 4, 2)?;
+    volume.expand(cluster, 96 * MIB)?;
+    write(17_000, 5, 3)?;
+    let target = volume.snapshot(cluster, "target")?;
+    write(0, 7, 8)?;
+
+    let (old, new) = (contents(cluster, &base, 64 * MIB)?, contents(cluster, &target, 96 * MIB)?);
+    let zero = [0; BLOCK as usize];
+    let blocks = new.chunks(BLOCK as usize).zip(0_u64..);
+    let real: Vec<u64> = blocks
+        .filter(|(now, index)| {
+            let before = old.get((index * BLOCK) as usize..((index + 1) * BLOCK) as usize);
+            *now != before.unwrap_or(&zero)
+        })
+        .map(|(_, index)| index)
+        .collect();
+    let expected: Vec<u64> =
+        [3].into_iter().chain(100..110).chain(12_000..12_002).chain(17_000..17_003).collect();
+    ensure!(real == expected, "the snapshots differ in {real:?}");
+    let request = csi::GetMetadataDeltaRequest {
+        base_snapshot_id: base.clone(),
+        target_snapshot_id: target.clone(),
+        max_results: 2,
+        ..Default::default()
+    };
+    let told = cluster.controller.csi.metadata(|mut c| async move { c.get_metadata_delta(request).await });
+    let told = named("GetMetadataDelta", told)?;
+    let told = told.iter().flat_map(|message| &message.block_metadata);
+    let told: Vec<u64> = told.flat_map(covered).collect();
+    ensure!(told == real, "told are {told:?}, the snapshots differ in {real:?}");
+
+    let request = csi::GetMetadataAllocatedRequest { snapshot_id: base.clone(), ..Default::default() };
+    let told =
+        cluster.controller.csi.metadata(|mut c| async move { c.get_metadata_allocated(request).await });
+    let told = named("GetMetadataAllocated", told)?;
+    let told: Vec<u64> = told.iter().flat_map(|message| &message.block_metadata).flat_map(covered).collect();
+    let expected: Vec<u64> = (0..8).chain(100..400).chain(5_000..5_004).collect();
+    ensure!(told == expected, "of the base {} blocks are told, {} hold data", told.len(), expected.len());
+    volume.unstage(cluster, "node-a")?;
+    for snapshot in [base, target] {
+        delete_snapshot(cluster, &snapshot)?;
+    }
+    volume.delete(cluster)
+}
+
+/// The blocks of a tuple.
+fn covered(tuple: &csi::BlockMetadata) -> impl Iterator<Item = u64> + use<> {
+    let (start, count) = (tuple.byte_offset as u64 / 4096, tuple.size_bytes as u64 / 4096);
+    start..start + count
+}
+
+/// All of a snapshot, read from a volume that is made from it.
+fn contents(cluster: &Cluster, snapshot_id: &str, bytes: u64) -> Result<Vec<u8>> {
+    let mut request = from_snapshot(&format!("read-{bytes}"), bytes, "ext4", snapshot_id);
+    request.volume_capabilities = vec![block_capability()];
+    let copy = Volume::create(cluster, request)?;
+    copy.stage(cluster, "node-b")?;
+    let mut content = vec![0; usize::try_from(bytes)?];
+    File::open(device(cluster, &copy, "node-b")?)?.read_exact_at(&mut content, 0)?;
+    copy.unstage(cluster, "node-b")?;
+    copy.delete(cluster)?;
+    Ok(content)
 }
 
 /// A client writes n to the cause, makes it safe, then n to the effect, and so on; in no group may the effect be ahead.

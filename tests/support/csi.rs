@@ -11,13 +11,14 @@ use holdfast_proto::csi::controller_client::ControllerClient;
 use holdfast_proto::csi::group_controller_client::GroupControllerClient;
 use holdfast_proto::csi::identity_client::IdentityClient;
 use holdfast_proto::csi::node_client::NodeClient;
+use holdfast_proto::csi::snapshot_metadata_client::SnapshotMetadataClient;
 use holdfast_proto::storage::data_client::DataClient;
 use holdfast_proto::storage::{GetStatusReply, GetStatusRequest};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Response, Status};
+use tonic::{Response, Status, Streaming};
 
 /// Longest call: a stage may wait for leases and format a volume.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
@@ -73,6 +74,28 @@ impl Socket {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         self.call(|channel| call(GroupControllerClient::new(channel)))
+    }
+
+    /// Reads a stream of the SnapshotMetadata service to its end.
+    ///
+    /// # Errors
+    /// The server's status, or `UNAVAILABLE`.
+    pub fn metadata<T, F>(
+        &self,
+        call: impl FnOnce(SnapshotMetadataClient<Channel>) -> F,
+    ) -> Result<Vec<T>, Status>
+    where
+        F: Future<Output = Result<Response<Streaming<T>>, Status>>,
+    {
+        self.runtime.block_on(async {
+            let client = SnapshotMetadataClient::new(connect(self.path.clone())?);
+            let mut stream = call(client).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(message) = stream.message().await? {
+                all.push(message);
+            }
+            Ok(all)
+        })
     }
 
     /// Calls the Node service.

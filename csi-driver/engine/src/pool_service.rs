@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_server::Pool;
+use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{NodeName, REGION_BYTES};
 use holdfast_storage_core::replica::ReplicaMeta;
-use holdfast_store::PoolError;
+use holdfast_store::{PoolError, StoreError};
 use tonic::{Request, Response, Status};
 
 use crate::replica::host::{HostError, ReplicaHost};
+use crate::replica::snapshot_blocks;
 use crate::tls::Caller;
 use crate::wire;
 
@@ -92,6 +94,39 @@ impl Pool for PoolService {
         let replica = wire::id(&request.replica_id)?;
         self.blocking(move |host| host.delete(volume, replica)).await?;
         Ok(Response::new(pb::DeleteReplicaReply {}))
+    }
+
+    async fn read_snapshot_blocks(
+        &self,
+        request: Request<pb::ReadSnapshotBlocksRequest>,
+    ) -> Result<Response<pb::ReadSnapshotBlocksReply>, Status> {
+        Caller::of(&request, self.tls)?.must_be_controller()?;
+        let request = request.into_inner();
+        let (volume, replica) = (wire::id(&request.volume_id)?, wire::id(&request.replica_id)?);
+        let (base, snapshot) = (wire::maybe_id(&request.base_snapshot_id)?, wire::id(&request.snapshot_id)?);
+        let range = snapshot_blocks::range(request.start_block, request.blocks)
+            .ok_or_else(|| Status::invalid_argument("blocks must be 1 to 16384"))?;
+        let absent = || Status::not_found(format!("replica {replica} of volume {volume} is not open here"));
+        let actor = self.host.get(replica).ok_or_else(absent)?;
+        if actor.env.disk.volume_id() != volume {
+            return Err(absent());
+        }
+        let disk = &actor.env.disk;
+        let runs = match base {
+            None => snapshot_blocks::with_data(disk, snapshot, range).await,
+            Some(base) => snapshot_blocks::differing(disk, base, snapshot, range).await,
+        };
+        let run = |run: BlockRange| pb::BlockRun { start_block: run.start.0, blocks: run.count };
+        let runs = runs.map_err(|error| blocks_status(&error))?.into_iter().map(run).collect();
+        Ok(Response::new(pb::ReadSnapshotBlocksReply { runs }))
+    }
+}
+
+fn blocks_status(error: &StoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        StoreError::NoSnapshot { .. } => Status::not_found(text),
+        _ => Status::data_loss(text),
     }
 }
 

@@ -54,6 +54,7 @@ impl Identity for IdentityService {
             service::Type::ControllerService,
             service::Type::GroupControllerService,
             service::Type::VolumeAccessibilityConstraints,
+            service::Type::SnapshotMetadataService,
         ];
         let mut types: Vec<Type> =
             services.map(|kind| Type::Service(Service { r#type: kind.into() })).to_vec();

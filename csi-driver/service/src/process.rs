@@ -12,6 +12,7 @@ use holdfast_proto::csi::controller_server::ControllerServer;
 use holdfast_proto::csi::group_controller_server::GroupControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::node_server::NodeServer;
+use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_proto::storage::operator_server::OperatorServer;
 use holdfast_storage_core::node_directory::NodeDirectory;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore};
@@ -100,6 +101,7 @@ impl Process {
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
             .add_service(OperatorServer::new(controller.clone()))
             .add_service(GroupControllerServer::new(controller.clone()))
+            .add_service(SnapshotMetadataServer::new(controller.clone()))
             .add_service(ControllerServer::new(controller));
         let registry = RegistryServer::new(store, directory, config.tls.is_some());
         let registry = server().add_service(registry.into_service());

@@ -562,3 +562,101 @@ async fn only_ill_volumes_are_listed_as_ill() {
     assert_eq!(got.volume.unwrap().volume_id, sound);
     assert_eq!(got.status.unwrap().published_node_ids, ["b"]);
 }
+
+async fn allocated(
+    controller: &Controller,
+    snapshot_id: &str,
+    starting_offset: i64,
+    max_results: i32,
+) -> Result<Vec<GetMetadataAllocatedResponse>, Status> {
+    let request = GetMetadataAllocatedRequest {
+        snapshot_id: snapshot_id.to_owned(),
+        starting_offset,
+        max_results,
+        ..GetMetadataAllocatedRequest::default()
+    };
+    let mut stream = controller.metadata().get_metadata_allocated(request).await?.into_inner();
+    let mut messages = Vec::new();
+    while let Some(message) = stream.message().await? {
+        messages.push(message);
+    }
+    Ok(messages)
+}
+
+fn tuples(messages: &[GetMetadataAllocatedResponse]) -> Vec<(i64, i64)> {
+    let all = messages.iter().flat_map(|message| &message.block_metadata);
+    all.map(|tuple| (tuple.byte_offset / 4096, tuple.size_bytes / 4096)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_of_a_snapshot_are_told_in_order_in_pages_from_any_offset_and_by_any_holder() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let snapshot = mk_snapshot(&world).await;
+    // Runs that touch, also across two ranges that a node is asked for.
+    let blocks = vec![0, 1, 5, 16_383, 16_384, 40_000];
+    for pool in &world.pools {
+        pool.state.lock().unwrap().blocks = blocks.clone();
+    }
+    let all = [(0, 2), (5, 1), (16_383, 2), (40_000, 1)];
+    let whole = allocated(&controller, &snapshot, 0, 0).await.unwrap();
+    assert_eq!(tuples(&whole), all);
+    assert_eq!(whole[0].volume_capacity_bytes, 1 << 30);
+    assert_eq!(whole[0].block_metadata_type(), BlockMetadataType::VariableLength);
+    let paged = allocated(&controller, &snapshot, 0, 1).await.unwrap();
+    assert!(paged.iter().all(|message| message.block_metadata.len() == 1));
+    assert_eq!(tuples(&paged), all);
+    for (block, left) in [(2, &all[1..]), (6, &all[2..]), (40_001, &[])] {
+        assert_eq!(tuples(&allocated(&controller, &snapshot, block * 4096, 0).await.unwrap()), left);
+    }
+    for pool in &world.pools[..2] {
+        pool.state.lock().unwrap().blocks_fail = true;
+    }
+    assert_eq!(tuples(&allocated(&controller, &snapshot, 0, 0).await.unwrap()), all, "one holder is left");
+    world.pools[2].state.lock().unwrap().blocks_fail = true;
+    assert_eq!(allocated(&controller, &snapshot, 0, 0).await.unwrap_err().code(), Code::Unavailable);
+    for (id, offset, max, code) in [
+        ("", 0, 0, Code::InvalidArgument),
+        ("nonsense", 0, 0, Code::NotFound),
+        (snapshot.as_str(), -1, 0, Code::OutOfRange),
+        (&snapshot, (1 << 30) + 1, 0, Code::OutOfRange),
+        (&snapshot, 0, -1, Code::InvalidArgument),
+    ] {
+        assert_eq!(allocated(&controller, id, offset, max).await.unwrap_err().code(), code, "{id} {offset}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_is_between_two_snapshots_of_one_volume_the_older_one_first() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let one = controller.create(&mk_create("one")).await.unwrap().volume_id;
+    let two = controller.create(&mk_create("two")).await.unwrap().volume_id;
+    let first = controller.snapshot(&one, "first").await.unwrap().snapshot_id;
+    let second = controller.snapshot(&one, "second").await.unwrap().snapshot_id;
+    let other = controller.snapshot(&two, "other").await.unwrap().snapshot_id;
+    let ask = async |base: &str, target: &str| {
+        let request = GetMetadataDeltaRequest {
+            base_snapshot_id: base.to_owned(),
+            target_snapshot_id: target.to_owned(),
+            ..GetMetadataDeltaRequest::default()
+        };
+        let mut stream = controller.metadata().get_metadata_delta(request).await?.into_inner();
+        stream.message().await
+    };
+    for (base, target, code) in [
+        ("", second.as_str(), Code::InvalidArgument),
+        (&first, "", Code::InvalidArgument),
+        ("nonsense", &second, Code::NotFound),
+        (&first, "nonsense", Code::NotFound),
+        (&second, &first, Code::InvalidArgument),
+        (&first, &first, Code::InvalidArgument),
+        (&other, &second, Code::InvalidArgument),
+    ] {
+        let status = ask(base, target).await.unwrap_err();
+        assert_eq!(status.code(), code, "{base} {target}: {status}");
+    }
+    let empty = ask(&first, &second).await.unwrap().unwrap();
+    assert!(empty.block_metadata.is_empty(), "equal snapshots have one message without tuples");
+    assert_eq!(empty.volume_capacity_bytes, 1 << 30);
+}

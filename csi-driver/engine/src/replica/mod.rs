@@ -5,4 +5,5 @@ pub mod grpc;
 pub mod host;
 pub mod machine;
 pub mod provider;
+pub mod snapshot_blocks;
 mod verify;

@@ -12,6 +12,7 @@ mod groups;
 mod health;
 mod jobs;
 mod list;
+mod metadata;
 mod pools;
 mod promote;
 mod publish;

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use holdfast_proto::storage::pool_client::PoolClient;
-use holdfast_proto::storage::{CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest};
+use holdfast_proto::storage::{
+    BlockRun, CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest, ReadSnapshotBlocksRequest,
+};
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::node_directory::NodeInfo;
 use tonic::transport::{Channel, Endpoint};
@@ -81,6 +83,15 @@ impl Pools {
     ) -> Result<(), Status> {
         let mut client = self.client(&self.known(node)?)?;
         within(CHANGE_TIMEOUT, node, client.delete_replica(request)).await.map(|_| ())
+    }
+
+    pub(super) async fn snapshot_blocks(
+        &self,
+        node: &NodeName,
+        request: ReadSnapshotBlocksRequest,
+    ) -> Result<Vec<BlockRun>, Status> {
+        let mut client = self.client(&self.known(node)?)?;
+        within(CHANGE_TIMEOUT, node, client.read_snapshot_blocks(request)).await.map(|reply| reply.runs)
     }
 
     pub(super) fn known(&self, node: &NodeName) -> Result<NodeInfo, Status> {

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use holdfast_proto::storage::pool_server::{Pool, PoolServer};
 use holdfast_proto::storage::volume_jobs_server::VolumeJobsServer;
 use holdfast_proto::storage::{
-    CreateReplicaReply, CreateReplicaRequest, DeleteReplicaReply, DeleteReplicaRequest, GetPoolReply,
-    GetPoolRequest,
+    BlockRun, CreateReplicaReply, CreateReplicaRequest, DeleteReplicaReply, DeleteReplicaRequest,
+    GetPoolReply, GetPoolRequest, ReadSnapshotBlocksReply, ReadSnapshotBlocksRequest,
 };
 use holdfast_service::NodeBook;
 use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
@@ -183,6 +183,10 @@ pub struct State {
     pub cut: Cut,
     /// Volumes whose writes are held, by snapshot.
     pub holds: BTreeMap<String, String>,
+    /// Blocks that each snapshot of each replica has, and in which any two differ.
+    pub blocks: Vec<u64>,
+    /// Asking for them fails.
+    pub blocks_fail: bool,
     /// Runs in the middle of each snapshot.
     pub during_cut: Option<Meanwhile>,
     /// Creating fails with this sentence, after it was done or instead of it.
@@ -204,6 +208,8 @@ impl FakePool {
             replicas: Replicas::new(),
             cut: Cut::never(),
             holds: BTreeMap::new(),
+            blocks: Vec::new(),
+            blocks_fail: false,
             during_cut: None,
             create_fails: None,
             delay: std::time::Duration::ZERO,
@@ -294,6 +300,21 @@ impl Pool for FakePool {
             (_, Some((_, sentence))) => Err(Status::internal(sentence)),
             _ => Ok(Response::new(CreateReplicaReply {})),
         }
+    }
+
+    async fn read_snapshot_blocks(
+        &self,
+        request: Request<ReadSnapshotBlocksRequest>,
+    ) -> Result<Response<ReadSnapshotBlocksReply>, Status> {
+        let request = request.into_inner();
+        if self.state.lock().unwrap().blocks_fail {
+            return Err(Status::data_loss("a block does not verify"));
+        }
+        let end = request.start_block + request.blocks;
+        let blocks = self.state.lock().unwrap().blocks.clone();
+        let inside = blocks.into_iter().filter(|block| (request.start_block..end).contains(block));
+        let runs = inside.map(|start_block| BlockRun { start_block, blocks: 1 }).collect();
+        Ok(Response::new(ReadSnapshotBlocksReply { runs }))
     }
 
     async fn delete_replica(

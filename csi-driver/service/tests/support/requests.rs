@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use holdfast_proto::csi::controller_client::ControllerClient;
 use holdfast_proto::csi::group_controller_client::GroupControllerClient;
+use holdfast_proto::csi::snapshot_metadata_client::SnapshotMetadataClient;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use holdfast_proto::csi::volume_content_source::{SnapshotSource, Type as SourceType, VolumeSource};
@@ -75,6 +76,10 @@ impl Controller {
         };
         let answer = self.0.clone().controller_expand_volume(request).await?.into_inner();
         Ok(answer.capacity_bytes)
+    }
+
+    pub fn metadata(&self) -> SnapshotMetadataClient<Channel> {
+        SnapshotMetadataClient::new(self.1.clone())
     }
 
     pub fn groups(&self) -> GroupControllerClient<Channel> {

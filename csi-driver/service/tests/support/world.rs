@@ -6,6 +6,7 @@ use holdfast_proto::csi::controller_client::ControllerClient;
 use holdfast_proto::csi::controller_server::ControllerServer;
 use holdfast_proto::csi::group_controller_server::GroupControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
+use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
 use holdfast_service::{ControllerService, IdentityService, NodeBook, SledStore};
 use holdfast_storage_core::record::VolumeRecord;
@@ -73,6 +74,7 @@ impl World {
         let router = server()
             .add_service(IdentityServer::new(IdentityService::controller(store)))
             .add_service(GroupControllerServer::new(service.clone()))
+            .add_service(SnapshotMetadataServer::new(service.clone()))
             .add_service(ControllerServer::new(service.clone()));
         tokio::spawn(serve_unix(router, listener, std::future::pending()));
         let channel =
