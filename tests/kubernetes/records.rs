@@ -1,5 +1,6 @@
 //! The store's own rules on a real server: the suite, races, creators that die.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,9 +8,10 @@ use anyhow::{Context, Result, ensure};
 use holdfast_service::registry_server::RegistryServer;
 use holdfast_service::serve::{serve_tcp, server};
 use holdfast_service::{KubernetesStore, NodeBook, RegistryClient};
-use holdfast_storage_core::ids::{RecordVersion, TargetId, VolumeId};
+use holdfast_storage_core::group::{GROUP_FORMAT, GroupRecord, GroupState};
+use holdfast_storage_core::ids::{GroupId, RecordVersion, SnapshotId, TargetId, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
-use holdfast_storage_core::record_store::{RecordStore, StoreError};
+use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
 use holdfast_tests::api_server::ADMIN;
 use libtest_mimic::Trial;
 use rand::Rng;
@@ -25,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
         trial("records::the_registry_over_kubernetes_obeys_them_too", the_registry_obeys_the_rules),
         trial("records::of_twenty_writers_none_loses_a_swap", of_twenty_writers_none_loses_a_swap),
         trial("records::creators_that_die_leave_a_name_to_one_volume", creators_that_die_leave_a_name_to_one),
+        trial("records::groups_are_swapped_by_versions_that_are_used_once", groups_are_swapped),
         trial("records::a_user_without_rights_is_refused", a_user_without_rights_is_refused),
         trial("records::a_label_that_somebody_sets_disturbs_no_swap", a_label_disturbs_no_swap),
     ]
@@ -138,6 +141,51 @@ fn creators_that_die_leave_a_name_to_one(bed: &Bed) -> Result<()> {
             ensure!(after.len() == 1, "{name} has {after:?}");
         }
         println!("{left_over} of {ROUNDS} rounds left no volume behind");
+        Ok(())
+    })
+}
+
+fn groups_are_swapped(bed: &Bed) -> Result<()> {
+    let store = bed.store()?;
+    bed.run(async {
+        let id = GroupId(7);
+        ensure!(store.read_group(id).await?.is_none());
+        let record = GroupRecord {
+            format: GROUP_FORMAT,
+            group_id: id,
+            name: "nightly".to_owned(),
+            asked_unix_ms: 1_800_000_000_000,
+            snapshots: BTreeMap::from([(VolumeId(1), SnapshotId(2)), (VolumeId(3), SnapshotId(4))]),
+            state: GroupState::Holding,
+        };
+        let conflict = Err(StoreError::GroupConflict(id));
+        let first = store.swap_group(id, None, Some(record.clone())).await?;
+        ensure!(store.swap_group(id, None, Some(record.clone())).await == conflict, "it was there already");
+        let cutting = GroupRecord { state: GroupState::Cutting, ..record.clone() };
+        let racers = (0..8).map(|_| {
+            let (store, cutting) = (store.clone(), cutting.clone());
+            tokio::spawn(async move { store.swap_group(id, Some(first), Some(cutting)).await })
+        });
+        let mut won = Vec::new();
+        for racer in racers.collect::<Vec<_>>() {
+            match racer.await? {
+                Ok(version) => won.push(version),
+                lost => ensure!(lost == conflict, "{lost:?}"),
+            }
+        }
+        let found = store.read_group(id).await?.context("the group")?;
+        ensure!(won == [found.version] && found.record == cutting, "{won:?}, {found:?}");
+        ensure!(store.list_groups().await? == [found.clone()]);
+        ensure!(store.swap_group(id, Some(first), None).await == conflict, "the old version removes nothing");
+        store.swap_group(id, Some(found.version), None).await?;
+        ensure!(store.read_group(id).await?.is_none());
+        ensure!(
+            store.swap_group(id, Some(found.version), Some(record.clone())).await == conflict,
+            "it is gone"
+        );
+        let again = store.swap_group(id, None, Some(record)).await?;
+        ensure!(again != first && again != found.version, "{again} was used before");
+        store.swap_group(id, Some(again), None).await?;
         Ok(())
     })
 }

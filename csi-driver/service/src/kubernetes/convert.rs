@@ -271,7 +271,7 @@ pub(super) fn counter(field: &str, value: i64) -> Result<u64, StoreError> {
     u64::try_from(value).map_err(|_| unreadable(&format!("{field} is negative")))
 }
 
-fn small(field: &str, value: i64) -> Result<u32, StoreError> {
+pub(super) fn small(field: &str, value: i64) -> Result<u32, StoreError> {
     u32::try_from(value).map_err(|_| unreadable(&format!("{field} is {value}, out of range")))
 }
 

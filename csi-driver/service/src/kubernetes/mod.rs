@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   controller, data process ──> KubernetesStore      kinds VolumeRecord and VolumeName   (compare-and-swap)
+//!                          │                         kind SnapshotGroup                  (compare-and-swap)
 //!                          └───> KubernetesDirectory  kind StorageNode                    (where nodes are reached)
 //! ```
 //!
@@ -10,6 +11,7 @@
 
 mod client;
 mod convert;
+mod groups;
 mod names;
 mod nodes;
 mod objects;

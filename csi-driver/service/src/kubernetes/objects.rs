@@ -18,7 +18,7 @@ pub(crate) const SWAP_IDS: usize = 8;
 /// The definitions of all kinds, to be installed before a process uses them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![VolumeRecord::crd(), VolumeName::crd(), StorageNode::crd()]
+    vec![VolumeRecord::crd(), VolumeName::crd(), SnapshotGroup::crd(), StorageNode::crd()]
 }
 
 /// What a [`VolumeRecord`] holds: the volume's record, and what a swap of it needs.
@@ -245,6 +245,49 @@ pub(crate) struct VolumeNameSpec {
     /// Drawn at random by each reservation, so that none leaves the object as it was.
     #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
     pub claim: String,
+}
+
+/// A group of snapshots of one instant, or on its way there.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[kube(
+    group = "storage.holdfast.dev",
+    version = "v1alpha1",
+    kind = "SnapshotGroup",
+    plural = "snapshotgroups",
+    derive = "PartialEq",
+    doc = "A group of snapshots of several volumes, all of one instant. Only Holdfast changes it.",
+    printcolumn(name = "Group", type_ = "string", json_path = ".spec.name"),
+    printcolumn(name = "State", type_ = "string", json_path = ".spec.state"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.groupId == oldSelf.groupId").message("a group keeps its id"))]
+pub(crate) struct SnapshotGroupSpec {
+    /// Drawn at random by each change: by it a writer knows its own change again.
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub swap_id: String,
+    /// Version of the record's own shape.
+    #[schemars(range(min = 0))]
+    pub format: i64,
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub group_id: String,
+    /// The name CreateVolumeGroupSnapshot was called with.
+    #[schemars(length(max = 128))]
+    pub name: String,
+    #[schemars(range(min = 0))]
+    pub asked_unix_ms: i64,
+    /// The snapshot of each volume.
+    #[schemars(extend("maxProperties" = 1024))]
+    pub snapshots: BTreeMap<String, String>,
+    pub state: GroupStateSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GroupStateSpec {
+    Holding,
+    Cutting,
+    Committed,
+    Abandoned,
 }
 
 /// Where a node's data process is reached.
