@@ -45,7 +45,6 @@ pub(super) fn to_spec(
         deleting,
         params,
     } = record;
-    let VolumeParams { replicas: wanted, fs_type, min_in_sync } = params;
     let replica_specs = replicas
         .iter()
         .map(|(id, replica)| Ok((id.to_string(), replica_to_spec(replica)?)))
@@ -75,12 +74,7 @@ pub(super) fn to_spec(
         snapshots: snapshots.iter().map(snapshot_to_spec).collect::<Result<_, _>>()?,
         requested: requested.iter().map(requested_to_spec).collect::<Result<_, _>>()?,
         retired: *retired,
-        source: source.as_ref().map(|CloneSource { volume, snapshot, of_volume, linked }| SourceSpec {
-            volume: volume.to_string(),
-            snapshot: snapshot.to_string(),
-            of_volume: *of_volume,
-            linked: *linked,
-        }),
+        source: source.as_ref().map(source_to_spec),
         restored: *restored,
         promoted: promoted.map(|Promotion { replica, from }| PromotionSpec {
             replica: replica.to_string(),
@@ -88,11 +82,7 @@ pub(super) fn to_spec(
         }),
         formatted: formatted_to_spec(*formatted),
         deleting: *deleting,
-        params: ParamsSpec {
-            replicas: i64::from(*wanted),
-            fs_type: fs_type.clone(),
-            min_in_sync: i64::from(*min_in_sync),
-        },
+        params: params_to_spec(params),
     })
 }
 
@@ -219,6 +209,25 @@ fn requested_from_spec(spec: &RequestedSpec) -> Result<RequestedSnapshot, StoreE
         asked_unix_ms: counter("requested.askedUnixMs", spec.asked_unix_ms)?,
         for_clone: spec.for_clone.as_deref().map(|text| id("requested.forClone", text)).transpose()?,
     })
+}
+
+fn source_to_spec(source: &CloneSource) -> SourceSpec {
+    let CloneSource { volume, snapshot, of_volume, linked } = source;
+    SourceSpec {
+        volume: volume.to_string(),
+        snapshot: snapshot.to_string(),
+        of_volume: *of_volume,
+        linked: *linked,
+    }
+}
+
+fn params_to_spec(params: &VolumeParams) -> ParamsSpec {
+    let VolumeParams { replicas, fs_type, min_in_sync } = params;
+    ParamsSpec {
+        replicas: i64::from(*replicas),
+        fs_type: fs_type.clone(),
+        min_in_sync: i64::from(*min_in_sync),
+    }
 }
 
 fn source_from_spec(spec: &SourceSpec) -> Result<CloneSource, StoreError> {

@@ -4,6 +4,9 @@
 //! Kubernetes' JSON has no integers beyond 63 bits: the API server would round a nonce that is a number, so nonces and ids
 //! are hexadecimal text. Every list and map has a bound, without which the API server cannot bound the cost of the rules.
 
+// Each column of a kind's table has a type and a path of its own.
+#![allow(clippy::duplicated_attributes)]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
