@@ -87,7 +87,10 @@ pub struct ControllerOptions {
     /// Unix socket of the CSI services.
     #[arg(long, default_value = "/run/holdfast/csi-controller.sock")]
     pub csi_socket: PathBuf,
-    /// Folder of the record store.
+    /// Where volume records are kept.
+    #[arg(long, value_enum, default_value = "sled")]
+    pub record_store: ControllerStore,
+    /// Folder of the record store sled.
     #[arg(long, default_value = "/var/lib/holdfast/controller")]
     pub store_dir: PathBuf,
     /// Where the registry listens.
@@ -97,12 +100,33 @@ pub struct ControllerOptions {
     pub tls: TlsOptions,
 }
 
-/// How a node reaches the registry.
+/// Where a controller keeps volume records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ControllerStore {
+    /// In a folder of its own.
+    Sled,
+    /// At the API server that KUBECONFIG or the pod's service account leads to.
+    Kubernetes,
+}
+
+/// Where a node finds volume records and the other nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NodeStore {
+    /// At the controller's registry.
+    Registry,
+    /// At the API server that KUBECONFIG or the pod's service account leads to.
+    Kubernetes,
+}
+
+/// How a node reaches volume records.
 #[derive(Debug, Args)]
 pub struct RegistryOptions {
-    /// Registry of the controller, HOST:PORT.
+    /// Where volume records are; the same for all processes of a cluster.
+    #[arg(long, value_enum, default_value = "registry")]
+    pub record_store: NodeStore,
+    /// Registry of the controller, HOST:PORT; needed with --record-store registry.
     #[arg(long)]
-    pub registry: String,
+    pub registry: Option<String>,
     /// DNS name that the registry's certificate must carry.
     #[arg(long, default_value = holdfast_service::tls::CONTROLLER_NAME)]
     pub registry_name: String,

@@ -7,12 +7,18 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial, config, host};
 use holdfast_service::node::NodeConfig;
-use holdfast_service::{ControllerConfig, Process, RegistryClient, TlsIdentity};
+use holdfast_service::{
+    ControllerConfig, KubernetesClient, KubernetesDirectory, KubernetesStore, Process, RegistryClient,
+    TlsIdentity,
+};
 use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::node_directory::NodeDirectory;
+use holdfast_storage_core::record_store::RecordStore;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::options::{
-    ControllerOptions, DataOptions, FrontEnd, NodeOptions, RegistryOptions, Role, TlsOptions,
+    ControllerOptions, ControllerStore, DataOptions, FrontEnd, NodeOptions, NodeStore, RegistryOptions, Role,
+    TlsOptions,
 };
 
 /// Runs the role until a signal or a failure.
@@ -27,7 +33,12 @@ pub async fn run(role: Role) -> anyhow::Result<()> {
 
 async fn controller(options: ControllerOptions, signals: Signals) -> anyhow::Result<()> {
     let tls = options.tls.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
+    let kubernetes = match options.record_store {
+        ControllerStore::Sled => None,
+        ControllerStore::Kubernetes => Some(KubernetesClient::infer().await?),
+    };
     let process = Process::start_controller(ControllerConfig {
+        kubernetes,
         csi_socket: options.csi_socket,
         store_dir: options.store_dir,
         registry_listen: options.registry_listen,
@@ -38,18 +49,18 @@ async fn controller(options: ControllerOptions, signals: Signals) -> anyhow::Res
 }
 
 async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
-    let registry = registry(&options.registry, &options.tls)?;
+    let (store, _) = stores(&options.registry, &options.tls).await?;
     let config = NodeConfig {
         node: node_name(&options.node)?,
         data_socket: options.data_socket,
         kubelet_dir: options.kubelet_dir,
     };
-    let process = Process::start_node(options.csi_socket, config, Arc::new(registry)).await?;
+    let process = Process::start_node(options.csi_socket, config, store).await?;
     serve(process, signals).await
 }
 
 async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
-    let registry = Arc::new(registry(&options.registry, &options.tls)?);
+    let (store, directory) = stores(&options.registry, &options.tls).await?;
     let advertise = |listen: SocketAddr, flag: &str| match options.advertise_ip {
         Some(ip) => Ok(Some(SocketAddr::new(ip, listen.port()).to_string())),
         None if listen.ip().is_unspecified() => {
@@ -79,7 +90,7 @@ async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
     };
     // Threads that are started from here on inherit it.
     host::protect_from_memory_pressure();
-    let process = DataProcess::start(config, Arc::clone(&registry) as _, registry).await?;
+    let process = DataProcess::start(config, store, directory).await?;
     signals.wait().await;
     process.shutdown().await;
     Ok(())
@@ -95,10 +106,25 @@ async fn serve(mut process: Process, signals: Signals) -> anyhow::Result<()> {
     }
 }
 
-fn registry(options: &RegistryOptions, tls: &TlsOptions) -> anyhow::Result<RegistryClient> {
+/// The records and the nodes, as a node sees them.
+async fn stores(
+    options: &RegistryOptions,
+    tls: &TlsOptions,
+) -> anyhow::Result<(Arc<dyn RecordStore>, Arc<dyn NodeDirectory>)> {
+    if options.record_store == NodeStore::Kubernetes {
+        let client = KubernetesClient::infer().await?;
+        return Ok((
+            Arc::new(KubernetesStore::new(client.clone())),
+            Arc::new(KubernetesDirectory::new(client)),
+        ));
+    }
+    let Some(address) = &options.registry else {
+        bail!("--registry is missing: the address HOST:PORT of the controller's registry");
+    };
     let identity = tls.tls_dir.as_deref().map(|dir: &Path| TlsIdentity::load(dir)).transpose()?;
     let tls = identity.as_ref().map(|identity| (identity, options.registry_name.as_str()));
-    Ok(RegistryClient::new(&options.registry, tls)?)
+    let client = Arc::new(RegistryClient::new(address, tls)?);
+    Ok((Arc::clone(&client) as _, client))
 }
 
 /// A node's name reaches records, certificates and answers, so it must look like one.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   sidecars ── CSI ──> Controller ──> RecordStore (SledStore) <── Registry (gRPC) <── RegistryClient ── nodes
+//!                            │         RecordStore (KubernetesStore) ──> API server <── KubernetesStore ── nodes
 //!                            └── Pool (gRPC) ──> each node's data process
 //!   kubelet  ── CSI ──> Node ──> Data (Unix socket) ──> this node's data process; mkfs, mount
 //! ```
@@ -12,6 +13,7 @@
 pub mod controller;
 pub mod identity;
 mod in_flight;
+pub mod kubernetes;
 pub mod node;
 pub mod node_book;
 pub mod process;
@@ -26,6 +28,7 @@ pub mod volume_request;
 
 pub use controller::ControllerService;
 pub use identity::IdentityService;
+pub use kubernetes::{KubernetesClient, KubernetesDirectory, KubernetesStore};
 pub use node::{NodeConfig, NodeService};
 pub use node_book::NodeBook;
 pub use process::{ControllerConfig, Process};

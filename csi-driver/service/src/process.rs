@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 
 use crate::controller::ControllerService;
 use crate::identity::IdentityService;
+use crate::kubernetes::{KubernetesClient, KubernetesDirectory, KubernetesStore};
 use crate::node::{NodeConfig, NodeService};
 use crate::node_book::NodeBook;
 use crate::registry_server::RegistryServer;
@@ -55,11 +56,13 @@ pub enum StartError {
 }
 
 /// Settings of the controller process.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ControllerConfig {
     /// Unix socket of the CSI services.
     pub csi_socket: PathBuf,
-    /// Folder of the record store.
+    /// The API server that keeps records and nodes; none: they are in `store_dir` and with the registry.
+    pub kubernetes: Option<KubernetesClient>,
+    /// Folder of the record store sled.
     pub store_dir: PathBuf,
     /// Where the registry listens.
     pub registry_listen: SocketAddr,
@@ -81,20 +84,14 @@ impl Process {
     /// # Errors
     /// The store, the socket or the address cannot be used; nothing keeps running then.
     pub async fn start_controller(config: ControllerConfig) -> Result<Self, StartError> {
-        let store_dir = config.store_dir;
-        let opened = tokio::task::spawn_blocking(move || SledStore::open(&store_dir)).await;
-        let opened = match opened {
-            Ok(opened) => opened?,
-            Err(failure) => std::panic::resume_unwind(failure.into_panic()),
-        };
-        let group_store: Arc<dyn GroupStore> = Arc::new(opened.clone());
-        let store: Arc<dyn RecordStore> = Arc::new(opened);
+        let (store, group_store) = open_stores(config.kubernetes.clone(), config.store_dir).await?;
         let listen = |source| StartError::Listen { address: config.registry_listen, source };
         let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
         let registry_address = registry_listener.local_addr().map_err(listen)?;
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
+        let feeding = feed(config.kubernetes, Arc::clone(&book));
         let controller = ControllerService::new(Arc::clone(&store), group_store, book, config.tls.clone());
         let sweeper = controller.clone();
         let csi = server()
@@ -113,6 +110,7 @@ impl Process {
             tokio::spawn(async move {
                 tokio::select! {
                     () = sweeper.keep_sweeping() => {}
+                    () = feeding => {}
                     () = told(stopped) => {}
                 }
                 Ok(())
@@ -169,6 +167,32 @@ impl Process {
                 task.abort();
             }
         }
+    }
+}
+
+/// The records of volumes and of groups, where they are kept.
+async fn open_stores(
+    kubernetes: Option<KubernetesClient>,
+    store_dir: PathBuf,
+) -> Result<(Arc<dyn RecordStore>, Arc<dyn GroupStore>), StartError> {
+    if let Some(client) = kubernetes {
+        let store = KubernetesStore::new(client);
+        return Ok((Arc::new(store.clone()), Arc::new(store)));
+    }
+    match tokio::task::spawn_blocking(move || SledStore::open(&store_dir)).await {
+        Ok(opened) => {
+            let store = opened?;
+            Ok((Arc::new(store.clone()), Arc::new(store)))
+        }
+        Err(failure) => std::panic::resume_unwind(failure.into_panic()),
+    }
+}
+
+/// Enters in the book the nodes that announce themselves at the API server; it does not end.
+async fn feed(kubernetes: Option<KubernetesClient>, book: Arc<NodeBook>) {
+    match kubernetes {
+        Some(client) => KubernetesDirectory::new(client).feed(book).await,
+        None => std::future::pending().await,
     }
 }
 

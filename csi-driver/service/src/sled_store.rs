@@ -318,7 +318,7 @@ impl Inner {
 }
 
 /// What a swap may never change, whoever asks.
-fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), StoreError> {
+pub(crate) fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), StoreError> {
     let refuse = |what: &str| Err(StoreError::Refused(format!("volume {}: {what}", old.volume_id)));
     if old.name != new.name {
         return refuse("a swap may not rename it");

@@ -4,10 +4,11 @@
 
 pub mod fake_jobs;
 pub mod fakes;
+pub mod records;
 pub mod requests;
+pub mod store_suite;
 pub mod world;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,16 +17,15 @@ use holdfast_service::registry_server::RegistryServer;
 use holdfast_service::serve::{serve_tcp, server};
 use holdfast_service::tls::CONTROLLER_NAME;
 use holdfast_service::{NodeBook, RegistryClient, SledStore, TlsIdentity};
-use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
-use holdfast_storage_core::record::{
-    Formatted, RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeParams, VolumeRecord,
-};
 use holdfast_storage_core::record_store::RecordStore;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+#[allow(unused_imports)]
+pub use records::mk_record;
 
 /// A registry over a sled store, in this process.
 pub struct Registry {
@@ -110,44 +110,5 @@ impl Pki {
 
     pub fn identity(&self, name: &str) -> TlsIdentity {
         TlsIdentity::load(&self.dir(name)).unwrap()
-    }
-}
-
-/// A record of an unpublished volume with one replica on each node.
-pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
-    let mut replicas = BTreeMap::new();
-    for (number, node) in (1_u128..).zip(nodes) {
-        let replica = ReplicaRecord { node: NodeName((*node).to_owned()), state: ReplicaState::InSync };
-        replicas.insert(ReplicaId(id << 64 | number), replica);
-    }
-    let in_sync: BTreeSet<ReplicaId> = replicas.keys().copied().collect();
-    VolumeRecord {
-        format: RECORD_FORMAT,
-        volume_id: VolumeId(id),
-        name: name.to_owned(),
-        lineage: Lineage(id + 1),
-        size_bytes: 64 << 20,
-        attachment: Attachment(0),
-        attached_to: None,
-        read_only: false,
-        generation: Generation(0),
-        generation_attachment: Attachment(0),
-        target_id: None,
-        epoch: Epoch { number: 1, nonce: 42 },
-        params: VolumeParams {
-            replicas: u32::try_from(nodes.len()).unwrap(),
-            fs_type: "ext4".to_owned(),
-            min_in_sync: 1,
-        },
-        in_sync,
-        replicas,
-        snapshots: Vec::new(),
-        requested: Vec::new(),
-        retired: false,
-        source: None,
-        restored: false,
-        promoted: None,
-        formatted: Formatted::Never,
-        deleting: false,
     }
 }

@@ -1,0 +1,25 @@
+//! Kubernetes as the record store: custom resources at the API server, read and swapped directly, never through a cache.
+//!
+//! ```text
+//!   controller, data process ──> KubernetesStore      kinds VolumeRecord and VolumeName   (compare-and-swap)
+//!                          │                         kind SnapshotGroup                  (compare-and-swap)
+//!                          └───> KubernetesDirectory  kind StorageNode                    (where nodes are reached)
+//! ```
+//!
+//! What is promised and why is in `store.rs` (versions, outcomes) and `names.rs` (names). While the API server is away
+//! every call ends as unknown within [`CALL_TIMEOUT`]; volumes that need no swap go on.
+
+mod client;
+mod convert;
+mod groups;
+mod names;
+mod nodes;
+mod objects;
+mod store;
+#[cfg(test)]
+mod tests;
+
+pub use client::{CALL_TIMEOUT, ConnectError, KubernetesClient};
+pub use nodes::KubernetesDirectory;
+pub use objects::crds;
+pub use store::KubernetesStore;

@@ -1,0 +1,46 @@
+//! Tier `kubernetes`: against a real API server. Where it cannot be built, every test is a counted skip.
+
+mod bed;
+mod definitions;
+mod nodes;
+mod outages;
+mod records;
+
+// The suite of all record stores stands with the other stores' tests.
+#[path = "../../csi-driver/service/tests/support"]
+mod suite {
+    pub mod records;
+    pub mod store_suite;
+}
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+use crate::bed::Bed;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One server for all, which some of the tests stop; and it ends with the thread that starts it.
+    arguments.test_threads = Some(1);
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(definitions::trials());
+    trials.extend(records::trials());
+    trials.extend(nodes::trials());
+    trials.extend(outages::trials());
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A trial on the shared server. Without one it is skipped, and says why.
+fn trial(name: &str, body: impl FnOnce(&Bed) -> anyhow::Result<()> + Send + 'static) -> Trial {
+    let skip = bed::skip_reason();
+    let ignored = skip.is_some();
+    if let Some(skip) = skip {
+        println!("{skip}");
+    }
+    Trial::test(name, move || {
+        let outcome = bed::shared().and_then(|bed| body(&bed));
+        outcome.map_err(|error| format!("{error:#}").into())
+    })
+    .with_ignored_flag(ignored)
+}
