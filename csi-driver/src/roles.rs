@@ -31,20 +31,24 @@ pub async fn run(role: Role) -> anyhow::Result<()> {
     }
 }
 
-async fn controller(options: ControllerOptions, signals: Signals) -> anyhow::Result<()> {
+async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow::Result<()> {
     let tls = options.tls.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
     let kubernetes = match options.record_store {
         ControllerStore::Sled => None,
         ControllerStore::Kubernetes => Some(KubernetesClient::infer().await?),
     };
-    let process = Process::start_controller(ControllerConfig {
+    let config = ControllerConfig {
         kubernetes,
         csi_socket: options.csi_socket,
         store_dir: options.store_dir,
         registry_listen: options.registry_listen,
         tls,
-    })
-    .await?;
+    };
+    // While another controller serves, this one waits.
+    let process = tokio::select! {
+        started = Process::start_controller(config) => started?,
+        () = signals.wait() => return Ok(()),
+    };
     serve(process, signals).await
 }
 
@@ -59,7 +63,7 @@ async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
     serve(process, signals).await
 }
 
-async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
+async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> {
     let (store, directory) = stores(&options.registry, &options.tls).await?;
     let advertise = |listen: SocketAddr, flag: &str| match options.advertise_ip {
         Some(ip) => Ok(Some(SocketAddr::new(ip, listen.port()).to_string())),
@@ -96,7 +100,7 @@ async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(mut process: Process, signals: Signals) -> anyhow::Result<()> {
+async fn serve(mut process: Process, mut signals: Signals) -> anyhow::Result<()> {
     tokio::select! {
         () = signals.wait() => {
             process.shutdown().await;
@@ -153,7 +157,7 @@ impl Signals {
         })
     }
 
-    async fn wait(mut self) {
+    async fn wait(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => tracing::info!("SIGTERM: ending"),
             _ = self.interrupt.recv() => tracing::info!("SIGINT: ending"),

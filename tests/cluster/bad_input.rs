@@ -32,7 +32,7 @@ fn bad_input() -> Result<()> {
         nodes: vec!["node-a".to_owned()],
         pool_bytes: 256 << 20,
         pod_prefix: 29,
-        disks: None,
+        ..ClusterOptions::default()
     };
     let cluster = Cluster::start(&options)?;
     let outcome = check_all(&cluster);

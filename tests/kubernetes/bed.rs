@@ -1,6 +1,7 @@
 //! The API server that the tests share, and clients of it.
 
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -9,13 +10,19 @@ use holdfast_service::kubernetes::crds;
 use holdfast_service::{KubernetesClient, KubernetesStore};
 use holdfast_tests::api_server::{ADMIN, ApiServer, User};
 use holdfast_tests::go_tools::{self, Skip};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
+use serde::Deserialize;
+use serde_json::json;
 use tokio::runtime::Runtime;
 
 /// A user without any right of ours.
 pub const STRANGER: &str = "stranger";
+/// Where the manifests put our workloads.
+pub const NAMESPACE: &str = "holdfast-system";
 /// From a definition's installation to its first use.
 const ESTABLISH_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -76,6 +83,26 @@ impl Bed {
         self.run(async move { Ok(KubernetesClient::from_kubeconfig(&kubeconfig).await?) })
     }
 
+    /// A client of ours as it is in a pod: see [`Self::pod_kubeconfig`].
+    pub fn pod_client(&self, account: &str, node: &str) -> Result<KubernetesClient> {
+        let kubeconfig = self.pod_kubeconfig(account, node, None)?;
+        self.run(async move { Ok(KubernetesClient::from_kubeconfig(&kubeconfig).await?) })
+    }
+
+    /// A kubeconfig with the token that a pod of `account` has on `node`, as kubelet asks for it. Installs the definitions, the
+    /// workloads' accounts and rights, and what a node may change.
+    pub fn pod_kubeconfig(&self, account: &str, node: &str, url: Option<&str>) -> Result<PathBuf> {
+        self.install()?;
+        let kube = self.kube()?;
+        let token = self.run(async move {
+            for file in ["namespace.yaml", "rbac.yaml", "admission.yaml"] {
+                apply_manifest(&kube, file).await.with_context(|| file.to_owned())?;
+            }
+            pod_token(&kube, account, node).await
+        })?;
+        self.server().kubeconfig_of(&token, url, NAMESPACE)
+    }
+
     /// A client as anybody else uses it.
     pub fn kube(&self) -> Result<kube::Client> {
         let kubeconfig = self.server().kubeconfig(ADMIN, None)?;
@@ -91,8 +118,9 @@ impl Bed {
         self.install()?;
         let records = self.objects("VolumeRecord")?;
         let names = self.objects("VolumeName")?;
+        let volumes = self.objects("Volume")?;
         self.run(async move {
-            for api in [records, names] {
+            for api in [records, names, volumes] {
                 api.delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
             }
             Ok(())
@@ -121,6 +149,61 @@ impl Bed {
             Ok(())
         })
     }
+}
+
+/// Applies each document of a file of `manifests/base`, as an administrator does.
+async fn apply_manifest(kube: &kube::Client, file: &str) -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base").join(file);
+    for document in serde_norway::Deserializer::from_str(&std::fs::read_to_string(path)?) {
+        let object = DynamicObject::deserialize(document)?;
+        let types = object.types.clone().context("its kind")?;
+        let kind = GroupVersionKind::try_from(types)?;
+        let resource = ApiResource::from_gvk_with_plural(&kind, &plural(&kind.kind));
+        let api: Api<DynamicObject> = match &object.metadata.namespace {
+            Some(namespace) => Api::namespaced_with(kube.clone(), namespace, &resource),
+            None => Api::all_with(kube.clone(), &resource),
+        };
+        let name = object.metadata.name.clone().context("its name")?;
+        api.patch(&name, &PatchParams::apply("test").force(), &Patch::Apply(&object)).await?;
+    }
+    Ok(())
+}
+
+fn plural(kind: &str) -> String {
+    let lower = kind.to_lowercase();
+    lower.strip_suffix('y').map_or_else(|| format!("{lower}s"), |stem| format!("{stem}ies"))
+}
+
+/// A token that is bound to a pod, which names the node that it runs on.
+async fn pod_token(kube: &kube::Client, account: &str, node: &str) -> Result<String> {
+    let nodes: Api<Node> = Api::all(kube.clone());
+    let params = PatchParams::apply("test").force();
+    let apply = |object: serde_json::Value| Patch::Apply(object);
+    let meta = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}});
+    nodes.patch(node, &params, &apply(meta)).await?;
+    let name = format!("{account}-{node}");
+    let pods: Api<Pod> = Api::namespaced(kube.clone(), NAMESPACE);
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+        "spec": {"serviceAccountName": account, "nodeName": node, "containers": [{"name": "c", "image": "none"}]},
+    });
+    pods.patch(&name, &params, &apply(pod)).await?;
+    let request = TokenRequest {
+        spec: TokenRequestSpec {
+            bound_object_ref: Some(BoundObjectReference {
+                kind: Some("Pod".to_owned()),
+                api_version: Some("v1".to_owned()),
+                name: Some(name),
+                uid: None,
+            }),
+            expiration_seconds: Some(3600),
+            ..TokenRequestSpec::default()
+        },
+        ..TokenRequest::default()
+    };
+    let accounts: Api<ServiceAccount> = Api::namespaced(kube.clone(), NAMESPACE);
+    let answer = accounts.create_token_request(account, &Default::default(), &request).await?;
+    Ok(answer.status.context("a token")?.token)
 }
 
 async fn established(definitions: &Api<CustomResourceDefinition>, name: &str) -> Result<()> {

@@ -1,10 +1,14 @@
 //! Tier `kubernetes`: against a real API server. Where it cannot be built, every test is a counted skip.
 
+mod admission;
 mod bed;
 mod definitions;
+mod lease;
 mod nodes;
 mod outages;
 mod records;
+mod volumes;
+mod whole;
 
 // The suite of all record stores stands with the other stores' tests.
 #[path = "../../csi-driver/service/tests/support"]
@@ -15,11 +19,19 @@ mod suite {
 
 use std::process::ExitCode;
 
+use holdfast_tests::{cleanup, helper};
 use libtest_mimic::{Arguments, Trial};
 
 use crate::bed::Bed;
 
 fn main() -> ExitCode {
+    if let Some(code) = helper::run_if_asked() {
+        return code;
+    }
+    if let Err(error) = cleanup::end_when_interrupted() {
+        eprintln!("{error:#}");
+        return ExitCode::FAILURE;
+    }
     let mut arguments = Arguments::from_args();
     // One server for all, which some of the tests stop; and it ends with the thread that starts it.
     arguments.test_threads = Some(1);
@@ -27,6 +39,10 @@ fn main() -> ExitCode {
     trials.extend(definitions::trials());
     trials.extend(records::trials());
     trials.extend(nodes::trials());
+    trials.extend(volumes::trials());
+    trials.extend(lease::trials());
+    trials.extend(admission::trials());
+    trials.extend(whole::trials());
     trials.extend(outages::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -86,6 +86,12 @@ impl ApiServer {
         format!("https://{}:{API_PORT}", self.address)
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> SocketAddr {
+        SocketAddr::from((self.address, API_PORT))
+    }
+
     /// The authority that signed its certificate, as PEM.
     #[must_use]
     pub fn ca_file(&self) -> PathBuf {
@@ -105,16 +111,25 @@ impl ApiServer {
     /// No such user, or the file cannot be written.
     pub fn kubeconfig(&self, user: &str, url: Option<&str>) -> Result<PathBuf> {
         let token = self.token(user).with_context(|| format!("there is no user {user}"))?;
+        self.kubeconfig_of(&token, url, "default")
+    }
+
+    /// A kubeconfig file for whoever a token is of, with a namespace for what is in one.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn kubeconfig_of(&self, token: &str, url: Option<&str>, namespace: &str) -> Result<PathBuf> {
         let url = url.map_or_else(|| self.url(), str::to_owned);
-        let path = self
-            .dir
-            .path()
-            .join(format!("kubeconfig-{:08x}", crc32c::crc32c(format!("{user} {url}").as_bytes())));
+        let path = self.dir.path().join(format!(
+            "kubeconfig-{:08x}",
+            crc32c::crc32c(format!("{token} {url} {namespace}").as_bytes())
+        ));
         let text = format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: test\ncontexts:\n- name: test\n  context: {{cluster: test, user: test}}\n\
-             clusters:\n- name: test\n  cluster:\n    server: {url}\n    certificate-authority: {}\n\
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\ncontexts:\n- name: test\n  context: {{cluster: test, user: test, namespace: {namespace}}}\n\
+             clusters:\n- name: test\n  cluster:\n    server: {url}\n    certificate-authority: {}\n    tls-server-name: {}\n\
              users:\n- name: test\n  user: {{token: {token}}}\n",
-            self.ca_file().display()
+            self.ca_file().display(),
+            self.address
         );
         fs::write(&path, text)?;
         Ok(path)
@@ -137,6 +152,14 @@ impl ApiServer {
         self.wait_until_ready()
     }
 
+    /// Starts it again if a test that failed left it dead.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_again_if_dead(&mut self) -> Result<()> {
+        if self.server.is_alive() { Ok(()) } else { self.start_again() }
+    }
+
     /// Stops it without ending it: connections stay open and nothing is answered.
     ///
     /// # Errors
@@ -154,7 +177,7 @@ impl ApiServer {
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
-        let socket = SocketAddr::from((self.address, API_PORT));
+        let socket = self.socket();
         let kubeconfig = self.kubeconfig(ADMIN, None)?;
         let server = &mut self.server;
         let ready = wait_until(READY_TIMEOUT, || {

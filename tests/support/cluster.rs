@@ -13,6 +13,7 @@ use crate::certs::Authority;
 use crate::cleanup::{self, Guard, Logs};
 use crate::csi::{self, Socket};
 use crate::forgetful::{Cut, Disks, DisksOptions, Tear};
+use crate::kubernetes_records::KubernetesRecords;
 use crate::namespaces::Namespaces;
 use crate::node::{Node, NodeBuilder};
 use crate::objects::Objects;
@@ -48,12 +49,21 @@ pub struct ClusterOptions {
     pub pod_prefix: u8,
     /// Disks of the tests' own under the pools, whose power can be cut; none: the pools lie on the host's disk.
     pub disks: Option<DisksOptions>,
+    /// Where records are kept; none: in the controller's own store.
+    pub kubernetes: Option<KubernetesRecords>,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let nodes = ["node-a", "node-b", "node-c"].map(str::to_owned).to_vec();
-        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30, pod_prefix: 24, disks: None }
+        Self {
+            kind: "cluster".to_owned(),
+            nodes,
+            pool_bytes: 4 << 30,
+            pod_prefix: 24,
+            disks: None,
+            kubernetes: None,
+        }
     }
 }
 
@@ -295,7 +305,10 @@ impl Cluster {
         for arguments in bridge {
             run(underlay.network_command("ip").args(arguments))?;
         }
-        let controller = start_controller(&work, &underlay, &authority, &runtime)?;
+        if let Some(kubernetes) = &options.kubernetes {
+            kubernetes.forward(&underlay, &runtime)?;
+        }
+        let controller = start_controller(&work, &underlay, &authority, &runtime, options)?;
         let disks = options
             .disks
             .as_ref()
@@ -365,6 +378,7 @@ fn start_controller(
     underlay: &Namespaces,
     authority: &Authority,
     runtime: &tokio::runtime::Runtime,
+    options: &ClusterOptions,
 ) -> Result<Controller> {
     let spaces = Namespaces::create("controller", work)?;
     plug_in(underlay, &spaces, controller_address())?;
@@ -372,7 +386,8 @@ fn start_controller(
     authority.issue(CONTROLLER_NAME, &tls)?;
     let store = work.folder("controller")?.join("records");
     let arguments = controller_arguments(CSI_SOCKET, REGISTRY_PORT, &store, &tls);
-    let program = start_program(work, &spaces, "controller", "holdfast-csi", arguments)?;
+    let records = options.kubernetes.as_ref();
+    let program = start_program(work, &spaces, "controller", "holdfast-csi", arguments, records)?;
     let csi = Socket::new(runtime.handle().clone(), spaces.host_path(CSI_SOCKET));
     Ok(Controller { spaces, program, csi, store, tls })
 }
@@ -392,10 +407,18 @@ pub(crate) fn start_program(
     spaces: &Namespaces,
     name: &str,
     binary: &str,
-    arguments: Vec<String>,
+    mut arguments: Vec<String>,
+    records: Option<&KubernetesRecords>,
 ) -> Result<Program> {
     let log = work.folder("logs")?.join(format!("{name}.log"));
-    let command = maker(&spaces.command(binaries_dir()?.join(binary)), arguments);
+    let binary = binaries_dir()?.join(binary);
+    let mut command = spaces.command(&binary);
+    if let Some(records) = records {
+        command = spaces.command("env");
+        command.arg(format!("KUBECONFIG={}", records.kubeconfig(name)?.display())).arg(&binary);
+        arguments.push("--record-store=kubernetes".to_owned());
+    }
+    let command = maker(&command, arguments);
     Program::start(ProgramSpec { name: name.to_owned(), log, command })
 }
 

@@ -31,6 +31,7 @@ pub mod forgetful;
 pub mod garbage;
 pub mod go_tools;
 pub mod helper;
+mod kubernetes_records;
 mod ledger;
 mod namespaces;
 pub mod netbed;
@@ -47,6 +48,7 @@ pub mod work;
 
 pub use certs::Authority;
 pub use cluster::{Cluster, ClusterOptions};
+pub use kubernetes_records::{API_URL, KubernetesRecords};
 pub use ledger::{Comparison, Ledger};
 pub use namespaces::Namespaces;
 pub use node::Node;

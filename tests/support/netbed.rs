@@ -195,7 +195,8 @@ impl NetBed {
         spaces.run("ip", &["addr", "add", &v6, "dev", "eth0", "nodad"])?;
         let dir = self.work.folder(name)?;
         let arguments = netd_arguments(name, &dir, &self.objects);
-        let netd = start_program(&self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments)?;
+        let netd =
+            start_program(&self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments, None)?;
         let pending_dir = dir.join("netd/pending").display().to_string();
         Ok(AgentNode { name: name.to_owned(), addresses, spaces, netd, pending_dir })
     }

@@ -125,21 +125,12 @@ impl NodeBuilder<'_> {
         if let Some(disks) = self.disks {
             disks.mount(&spaces, &dir.join(DISK_FOLDER))?;
         }
-        let data = self.start_role(
-            &spaces,
-            name,
-            "data",
-            "holdfast-csi",
-            data_arguments(name, address, &dir, &tls, self.options),
-        )?;
-        let csi = self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls))?;
-        let netd = self.start_role(
-            &spaces,
-            name,
-            "netd",
-            "holdfast-netd",
-            netd_arguments(name, &dir, self.objects),
-        )?;
+        let data =
+            self.start_role(&spaces, name, "data", data_arguments(name, address, &dir, &tls, self.options))?;
+        let csi = self.start_role(&spaces, name, "csi", node_arguments(name, &tls))?;
+        let arguments = netd_arguments(name, &dir, self.objects);
+        let netd =
+            start_program(self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments, None)?;
         let socket = |path: &str| Socket::new(runtime.handle().clone(), spaces.host_path(path));
         let (data_socket, csi_socket) = (socket(DATA_SOCKET), socket(CSI_SOCKET));
         Ok(Node {
@@ -161,10 +152,10 @@ impl NodeBuilder<'_> {
         spaces: &Namespaces,
         node: &str,
         role: &str,
-        binary: &str,
         arguments: Vec<String>,
     ) -> Result<Program> {
-        start_program(self.work, spaces, &format!("{node}-{role}"), binary, arguments)
+        let (process, records) = (format!("{node}-{role}"), self.options.kubernetes.as_ref());
+        start_program(self.work, spaces, &process, "holdfast-csi", arguments, records)
     }
 }
 

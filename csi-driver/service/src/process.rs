@@ -22,7 +22,9 @@ use tokio::task::JoinHandle;
 
 use crate::controller::ControllerService;
 use crate::identity::IdentityService;
-use crate::kubernetes::{KubernetesClient, KubernetesDirectory, KubernetesStore};
+use crate::kubernetes::{
+    ControllerLease, KubernetesClient, KubernetesDirectory, KubernetesStore, VolumeBoard,
+};
 use crate::node::{NodeConfig, NodeService};
 use crate::node_book::NodeBook;
 use crate::registry_server::RegistryServer;
@@ -73,17 +75,53 @@ pub struct ControllerConfig {
 /// A running controller or node process. Dropping it is a crash: calls under way are cut off.
 pub struct Process {
     stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
+    /// What ends early ends the process, with its reason.
+    tasks: Vec<JoinHandle<Result<(), String>>>,
+    held: Option<HeldLease>,
     /// Where the registry listens; none on nodes.
     registry_address: Option<SocketAddr>,
 }
 
+/// The controller's lease, renewed until it is released.
+struct HeldLease {
+    release: watch::Sender<bool>,
+    task: JoinHandle<Result<(), String>>,
+}
+
+impl HeldLease {
+    async fn acquire(client: KubernetesClient) -> Self {
+        let mut lease = ControllerLease::acquire(client, identity()).await;
+        let (release, released) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let lost = tokio::select! {
+                reason = lease.hold() => Some(reason),
+                () = told(released) => None,
+            };
+            match lost {
+                Some(reason) => Err(reason),
+                None => {
+                    lease.release().await;
+                    Ok(())
+                }
+            }
+        });
+        Self { release, task }
+    }
+}
+
 impl Process {
-    /// Opens the store and serves CSI Identity and Controller, and the registry. Returns once calls are taken.
+    /// Opens the store and serves CSI Identity and Controller, and the registry. Returns once calls are taken. With records at
+    /// an API server it first waits until no other controller serves (see `kubernetes/lease.rs`), for as long as that takes.
+    ///
+    /// Cancellation safe: nothing keeps running.
     ///
     /// # Errors
     /// The store, the socket or the address cannot be used; nothing keeps running then.
     pub async fn start_controller(config: ControllerConfig) -> Result<Self, StartError> {
+        let held = match config.kubernetes.clone() {
+            Some(client) => Some(HeldLease::acquire(client).await),
+            None => None,
+        };
         let (store, group_store) = open_stores(config.kubernetes.clone(), config.store_dir).await?;
         let listen = |source| StartError::Listen { address: config.registry_listen, source };
         let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
@@ -91,9 +129,9 @@ impl Process {
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
-        let feeding = feed(config.kubernetes, Arc::clone(&book));
-        let controller = ControllerService::new(Arc::clone(&store), group_store, book, config.tls.clone());
-        let sweeper = controller.clone();
+        let controller =
+            ControllerService::new(Arc::clone(&store), group_store, Arc::clone(&book), config.tls.clone());
+        let beside = beside_calls(controller.clone(), config.kubernetes, book);
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
             .add_service(OperatorServer::new(controller.clone()))
@@ -105,19 +143,18 @@ impl Process {
         let (stop, stopped) = watch::channel(false);
         let tls = config.tls.as_ref().map(TlsIdentity::server);
         let tasks = vec![
-            tokio::spawn(serve_unix(csi, csi_listener, told(stopped.clone()))),
-            tokio::spawn(serve_tcp(registry, registry_listener, tls, told(stopped.clone()))),
+            tokio::spawn(serving(serve_unix(csi, csi_listener, told(stopped.clone())))),
+            tokio::spawn(serving(serve_tcp(registry, registry_listener, tls, told(stopped.clone())))),
             tokio::spawn(async move {
                 tokio::select! {
-                    () = sweeper.keep_sweeping() => {}
-                    () = feeding => {}
-                    () = told(stopped) => {}
+                    () = beside => {}
+                    () = told(stopped.clone()) => {}
                 }
                 Ok(())
             }),
         ];
         tracing::info!(socket = %config.csi_socket.display(), registry = %registry_address, "controller started");
-        Ok(Self { stop, tasks, registry_address: Some(registry_address) })
+        Ok(Self { stop, tasks, held, registry_address: Some(registry_address) })
     }
 
     /// Serves CSI Identity and Node. Returns once calls are taken; registry and data process need not run yet.
@@ -136,9 +173,9 @@ impl Process {
             .add_service(IdentityServer::new(IdentityService::node()))
             .add_service(NodeServer::new(node));
         let (stop, stopped) = watch::channel(false);
-        let tasks = vec![tokio::spawn(serve_unix(csi, listener, told(stopped)))];
+        let tasks = vec![tokio::spawn(serving(serve_unix(csi, listener, told(stopped))))];
         tracing::info!(socket = %csi_socket.display(), node = %name, "node service started");
-        Ok(Self { stop, tasks, registry_address: None })
+        Ok(Self { stop, tasks, held: None, registry_address: None })
     }
 
     /// Where the registry listens, for processes that were started with port 0.
@@ -149,10 +186,11 @@ impl Process {
 
     /// Waits until a listener fails and answers why; it does not return while all is well. Cancellation safe.
     pub async fn failed(&mut self) -> String {
-        let (ended, ..) = select_all(self.tasks.iter_mut()).await;
+        let lease = self.held.iter_mut().map(|held| &mut held.task);
+        let (ended, ..) = select_all(self.tasks.iter_mut().chain(lease)).await;
         match ended {
             Ok(Ok(())) => "a server ended without being told to".to_owned(),
-            Ok(Err(error)) => format!("a server failed: {error}"),
+            Ok(Err(reason)) => reason,
             Err(failure) => format!("a server's task failed: {failure}"),
         }
     }
@@ -166,6 +204,11 @@ impl Process {
                 tracing::warn!("calls are still under way after {SHUTDOWN_GRACE:?}; they are cut off");
                 task.abort();
             }
+        }
+        // Not before the last call has ended: the next controller may begin at once.
+        if let Some(held) = self.held {
+            held.release.send_replace(true);
+            drop(tokio::time::timeout(SHUTDOWN_GRACE, held.task).await);
         }
     }
 }
@@ -188,12 +231,25 @@ async fn open_stores(
     }
 }
 
-/// Enters in the book the nodes that announce themselves at the API server; it does not end.
-async fn feed(kubernetes: Option<KubernetesClient>, book: Arc<NodeBook>) {
-    match kubernetes {
-        Some(client) => KubernetesDirectory::new(client).feed(book).await,
-        None => std::future::pending().await,
-    }
+/// What a controller does beside answering calls; it does not end.
+async fn beside_calls(
+    controller: ControllerService,
+    kubernetes: Option<KubernetesClient>,
+    book: Arc<NodeBook>,
+) {
+    let Some(client) = kubernetes else { return controller.keep_sweeping().await };
+    let (directory, board) = (KubernetesDirectory::new(client.clone()), VolumeBoard::new(client));
+    tokio::join!(controller.keep_sweeping(), directory.feed(book), board.keep_publishing(controller.clone()));
+}
+
+async fn serving(server: impl Future<Output = Result<(), tonic::transport::Error>>) -> Result<(), String> {
+    server.await.map_err(|error| format!("a server failed: {error}"))
+}
+
+/// Who holds a lease: the machine, and something that no other process of it has.
+fn identity() -> String {
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    format!("{}_{:016x}", host.to_string_lossy(), rand::random::<u64>())
 }
 
 fn told(mut stopped: watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -36,6 +36,15 @@ impl Story {
         Ok(named("ListVolumes", reply)?.entries.len())
     }
 
+    /// The number of the target's start on a node, and of its members.
+    ///
+    /// # Errors
+    /// The volume is not attached there.
+    pub fn generation_and_members(&self, node: &str) -> Result<(u64, usize)> {
+        let status = self.status(node)?;
+        Ok((status.generation, in_sync(&status)))
+    }
+
     /// Publishes, stages and mounts the volume on node a although it is: every call must find its work done.
     ///
     /// # Errors

@@ -84,12 +84,19 @@ impl Story {
     /// # Errors
     /// Something does not start.
     pub fn begin(kind: &str) -> Result<Self> {
+        Self::begin_on(&ClusterOptions { kind: kind.to_owned(), ..ClusterOptions::default() })
+    }
+
+    /// Step 1 with a cluster of another kind; of three nodes, too.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn begin_on(options: &ClusterOptions) -> Result<Self> {
         let mut report = Report::new();
         report.step(
             "1. Three nodes on one underlay, each with data, csi and network processes; one controller",
         );
-        let options = ClusterOptions { kind: kind.to_owned(), ..ClusterOptions::default() };
-        let cluster = Cluster::start(&options)?;
+        let cluster = Cluster::start(options)?;
         report.note("controller, node-a, node-b, node-c answer; every node has announced its pool");
         for node in &cluster.nodes {
             report.block(&format!("{}  {}  pods {}", node.name, node.address, node.pod_cidr));

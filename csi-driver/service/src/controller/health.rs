@@ -68,7 +68,7 @@ impl Inner {
     }
 
     /// The nodes that announced themselves lately; `None` right after the start, when silence says nothing yet.
-    fn alive_nodes(&self) -> Option<BTreeSet<NodeName>> {
+    pub(super) fn alive_nodes(&self) -> Option<BTreeSet<NodeName>> {
         if self.book.is_filling() {
             return None;
         }
@@ -77,7 +77,7 @@ impl Inner {
 }
 
 /// What is wrong with a volume; each (status, reason) at most once.
-fn judge(record: &VolumeRecord, alive: Option<&BTreeSet<NodeName>>) -> Vec<VolumeHealthEntry> {
+pub(super) fn judge(record: &VolumeRecord, alive: Option<&BTreeSet<NodeName>>) -> Vec<VolumeHealthEntry> {
     let mut found = Vec::new();
     let mut say = |status: VolumeHealthErrorType, reason: &str, message: String| {
         found.push(VolumeHealthEntry { status: status.into(), reason: reason.to_owned(), message });

@@ -5,6 +5,7 @@
 //! last one is gone, so that no replica is ever forgotten.
 
 mod clone;
+mod conditions;
 mod create;
 mod delete;
 mod expand;
@@ -40,6 +41,7 @@ use crate::in_flight::{InFlight, detached};
 use crate::node_book::NodeBook;
 use crate::status::{from_store, from_transition};
 use crate::tls::TlsIdentity;
+pub use conditions::{VolumeCondition, VolumeReport, VolumeState};
 use pools::Pools;
 use sweep::Making;
 

@@ -4,6 +4,7 @@
 //! - A source's record names a clone that is finished or gone: the name goes.
 //! - A snapshot was cut only for a clone that is finished, gone or was never recorded: it is deleted.
 //! - A retired volume has no snapshot any more: it is deleted.
+//! - A tombstone is left of a volume that nobody asks to be deleted again: it is deleted, once its nodes all answer.
 //! - A group's record is neither committed nor being worked on: its coordinator died; what is left of it is deleted.
 //!
 //! Every step is one that a call does, too, and is safe beside it; whatever fails is tried again next time.
@@ -83,7 +84,11 @@ impl Inner {
             !making.contains(clone)
                 && clones.get(clone).is_none_or(|record| record.source.as_ref().is_some_and(|s| s.linked))
         };
-        for record in sources.iter().filter(|record| !record.deleting) {
+        for record in &sources {
+            if record.deleting {
+                note(self.end_deletion(record).await);
+                continue;
+            }
             let volume = record.volume_id;
             for snapshot in record.committed() {
                 for clone in snapshot.clones.iter().filter(|clone| over(clone)) {
@@ -109,7 +114,22 @@ impl Inner {
         outcome
     }
 
-    async fn all_records(&self) -> Result<Vec<VolumeRecord>, Status> {
+    /// Ends a deletion that a call began. Not before all its nodes answer: until then each try would wait for them.
+    async fn end_deletion(&self, record: &VolumeRecord) -> Result<(), Status> {
+        let all_answer = self
+            .alive_nodes()
+            .is_some_and(|alive| record.replicas.values().all(|replica| alive.contains(&replica.node)));
+        if !all_answer {
+            return Ok(());
+        }
+        match self.in_flight.begin(format!("volume {}", record.volume_id)) {
+            Ok(_by_id) => self.erase(record.volume_id).await,
+            // A call is at it.
+            Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) async fn all_records(&self) -> Result<Vec<VolumeRecord>, Status> {
         let all = self.store.list().await.map_err(from_store)?;
         Ok(all.into_iter().map(|found| found.record).collect())
     }

@@ -13,6 +13,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::ConfigExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::{ClusterResourceScope, NamespaceResourceScope};
 use kube::{Client, Config, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -65,20 +66,27 @@ pub enum ConnectError {
 #[derive(Clone)]
 pub struct KubernetesClient {
     client: Client,
+    /// Of objects that are in one.
+    namespace: String,
 }
 
 /// What an answer says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum CallError {
     /// There is no such object.
+    #[error("there is no such object")]
     Missing,
     /// An object of that name exists.
+    #[error("an object of that name exists")]
     Taken,
     /// The object is not at the demanded version; nothing was changed.
+    #[error("the object was changed meanwhile")]
     Moved,
     /// The server decided against it; nothing was changed.
+    #[error("{0}")]
     Refused(String),
     /// Nothing is known of what happened.
+    #[error("{0}")]
     Unknown(String),
 }
 
@@ -123,18 +131,20 @@ impl KubernetesClient {
             .option_layer(config.auth_layer()?)
             .map_err(BoxError::from)
             .service(http);
-        Ok(Self { client: Client::new(service, "default") })
+        let namespace = config.default_namespace.clone();
+        Ok(Self { client: Client::new(service, namespace.clone()), namespace })
     }
 
     /// Over a client that somebody else made. It must never repeat requests.
     #[must_use]
     pub fn over(client: Client) -> Self {
-        Self { client }
+        let namespace = client.default_namespace().to_owned();
+        Self { client, namespace }
     }
 
     /// The newest object: without a resourceVersion the server asks its database, not its cache.
     pub(super) async fn get<K: Kind>(&self, deadline: Deadline, name: &str) -> Result<K, CallError> {
-        self.call::<K, K>(deadline, name, &|| Request::get(url::<K>(name, "")).body(Vec::new())).await
+        self.call::<K, K>(deadline, name, &|| Request::get(self.url::<K>(name, "")).body(Vec::new())).await
     }
 
     /// Makes an object. Fields that the server's definition lacks are an error, never dropped.
@@ -146,7 +156,7 @@ impl KubernetesClient {
     ) -> Result<K, CallError> {
         let query = format!("?fieldManager={FIELD_MANAGER}&fieldValidation=Strict");
         let body = to_json(object)?;
-        self.call::<K, K>(deadline, name, &|| json(Request::post(url::<K>("", &query)), &body)).await
+        self.call::<K, K>(deadline, name, &|| json(Request::post(self.url::<K>("", &query)), &body)).await
     }
 
     /// Replaces an object that is still at its resourceVersion.
@@ -158,20 +168,40 @@ impl KubernetesClient {
     ) -> Result<K, CallError> {
         let query = format!("?fieldManager={FIELD_MANAGER}&fieldValidation=Strict");
         let body = to_json(object)?;
-        self.call::<K, K>(deadline, name, &|| json(Request::put(url::<K>(name, &query)), &body)).await
+        self.call::<K, K>(deadline, name, &|| json(Request::put(self.url::<K>(name, &query)), &body)).await
     }
 
-    /// Makes an object what `object` says, whether it exists or not.
+    /// Makes an object what `object` says, whether it exists or not; its status stays as it is.
     pub(super) async fn apply<K: Kind>(
         &self,
         deadline: Deadline,
         name: &str,
         object: &K,
     ) -> Result<K, CallError> {
-        let query = format!("?fieldManager={FIELD_MANAGER}&fieldValidation=Strict&force=true");
+        self.apply_at(deadline, name, "", object).await
+    }
+
+    /// Makes an object's status what `object` says.
+    pub(super) async fn apply_status<K: Kind>(
+        &self,
+        deadline: Deadline,
+        name: &str,
+        object: &K,
+    ) -> Result<K, CallError> {
+        self.apply_at(deadline, name, "/status", object).await
+    }
+
+    async fn apply_at<K: Kind>(
+        &self,
+        deadline: Deadline,
+        name: &str,
+        part: &str,
+        object: &K,
+    ) -> Result<K, CallError> {
+        let query = format!("{part}?fieldManager={FIELD_MANAGER}&fieldValidation=Strict&force=true");
         let body = to_json(object)?;
         let request = || {
-            let builder = Request::patch(url::<K>(name, &query));
+            let builder = Request::patch(self.url::<K>(name, &query));
             builder.header(CONTENT_TYPE, "application/apply-patch+yaml").body(body.clone())
         };
         self.call::<K, K>(deadline, name, &request).await
@@ -186,8 +216,9 @@ impl KubernetesClient {
             "preconditions": {"uid": meta.uid, "resourceVersion": meta.resource_version},
         });
         let body = to_json(&options)?;
-        let answer: serde_json::Value =
-            self.call::<K, _>(deadline, &name, &|| json(Request::delete(url::<K>(&name, "")), &body)).await?;
+        let answer: serde_json::Value = self
+            .call::<K, _>(deadline, &name, &|| json(Request::delete(self.url::<K>(&name, "")), &body))
+            .await?;
         let waits_for = &answer["metadata"]["finalizers"];
         if waits_for.as_array().is_some_and(|names| !names.is_empty()) {
             return Err(CallError::Unknown(format!(
@@ -203,7 +234,7 @@ impl KubernetesClient {
         let mut query = format!("?limit={PAGE_OBJECTS}");
         for _ in 0..PAGES_MAX {
             let page: Page<K> = self
-                .call::<K, _>(deadline, "", &|| Request::get(url::<K>("", &query)).body(Vec::new()))
+                .call::<K, _>(deadline, "", &|| Request::get(self.url::<K>("", &query)).body(Vec::new()))
                 .await?;
             objects.extend(page.items);
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
@@ -212,6 +243,12 @@ impl KubernetesClient {
             }
         }
         Err(CallError::Refused(format!("there are more than {PAGES_MAX} pages of objects")))
+    }
+
+    fn url<K: Kind>(&self, name: &str, query: &str) -> String {
+        let slash = if name.is_empty() { "" } else { "/" };
+        let namespace = K::Scope::NAMESPACED.then_some(self.namespace.as_str());
+        format!("{}{slash}{name}{query}", K::url_path(&(), namespace))
     }
 
     async fn call<K: Kind, T: DeserializeOwned>(
@@ -257,13 +294,26 @@ impl Deadline {
     }
 }
 
-/// A kind of ours: cluster-scoped, known to the compiler.
+/// A kind that is known to the compiler.
 pub(super) trait Kind:
-    Resource<DynamicType = ()> + Serialize + DeserializeOwned + Send + Sync
+    Resource<DynamicType = (), Scope: Scope> + Serialize + DeserializeOwned + Send + Sync
 {
 }
 
-impl<K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Send + Sync> Kind for K {}
+impl<K: Resource<DynamicType = (), Scope: Scope> + Serialize + DeserializeOwned + Send + Sync> Kind for K {}
+
+/// Whether objects of a kind are in a namespace.
+pub(super) trait Scope {
+    const NAMESPACED: bool;
+}
+
+impl Scope for ClusterResourceScope {
+    const NAMESPACED: bool = false;
+}
+
+impl Scope for NamespaceResourceScope {
+    const NAMESPACED: bool = true;
+}
 
 #[derive(serde::Deserialize)]
 struct Page<K> {
@@ -276,11 +326,6 @@ struct Page<K> {
 struct PageMeta {
     #[serde(rename = "continue")]
     continue_: Option<String>,
-}
-
-fn url<K: Kind>(name: &str, query: &str) -> String {
-    let slash = if name.is_empty() { "" } else { "/" };
-    format!("/apis/{}/{}/{}{slash}{name}{query}", K::group(&()), K::version(&()), K::plural(&()))
 }
 
 fn json(builder: http::request::Builder, body: &[u8]) -> http::Result<Request<Vec<u8>>> {

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub(crate) const SWAP_IDS: usize = 8;
 /// The definitions of all kinds, to be installed before a process uses them.
 #[must_use]
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![VolumeRecord::crd(), VolumeName::crd(), SnapshotGroup::crd(), StorageNode::crd()]
+    vec![Volume::crd(), VolumeRecord::crd(), VolumeName::crd(), SnapshotGroup::crd(), StorageNode::crd()]
 }
 
 /// What a [`VolumeRecord`] holds: the volume's record, and what a swap of it needs.
@@ -319,4 +319,67 @@ pub(crate) struct StorageNodeSpec {
     pub available_bytes: i64,
     /// The node's own clock; others look at its changes, never at its value.
     pub announced_at: Time,
+}
+
+/// A volume for people: written from its record by the controller, read by nobody of us but to be compared.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[kube(
+    group = "storage.holdfast.dev",
+    version = "v1alpha1",
+    kind = "Volume",
+    plural = "volumes",
+    status = "VolumeStatus",
+    derive = "PartialEq",
+    doc = "A volume as it was asked for and as it stands. Holdfast writes it; changes here change nothing.",
+    printcolumn(name = "Volume", type_ = "string", json_path = ".spec.name"),
+    printcolumn(name = "Size", type_ = "string", json_path = ".spec.size"),
+    printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "In Sync", type_ = "string", json_path = ".status.inSync"),
+    printcolumn(name = "Attached", type_ = "string", json_path = ".status.attachedTo"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "Waits For",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.status=="False")].message"#,
+        priority = 1
+    )
+)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct VolumeSpec {
+    /// The name CreateVolume was called with.
+    #[schemars(length(max = 128))]
+    pub name: String,
+    /// As a Kubernetes quantity.
+    #[schemars(length(max = 32))]
+    pub size: String,
+    #[schemars(range(min = 0))]
+    pub replicas: i64,
+    /// Empty for raw block.
+    #[schemars(length(max = 32))]
+    pub fs_type: String,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct VolumeStatus {
+    /// Healthy, Degraded, Inaccessible, Retired or Deleting.
+    pub state: String,
+    /// Members of the in-sync set of wanted replicas, as in 2/3.
+    pub in_sync: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attached_to: Option<String>,
+    /// Snapshots that count.
+    pub snapshots: i64,
+    #[schemars(length(max = 64))]
+    pub replicas: Vec<ReplicaStatus>,
+    /// Accessible, Redundant, Converged.
+    #[schemars(length(max = 8))]
+    pub conditions: Vec<Condition>,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ReplicaStatus {
+    pub id: String,
+    pub node: String,
+    pub state: ReplicaStateSpec,
 }

@@ -1,0 +1,240 @@
+//! Each text field of each controller call, with what it must never be: missing, too long, a path, another object's id. The
+//! answer is the specification's code and names the field, and nothing is changed.
+
+// Tests and what they share may panic.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::future::Future;
+use std::pin::Pin;
+
+use holdfast_proto::csi::volume_content_source::{SnapshotSource, Type as SourceType, VolumeSource};
+use holdfast_proto::csi::*;
+use support::fakes::FakePool;
+use support::requests::{Controller, mk_create, mk_mount, mk_publish};
+use support::world::World;
+use tonic::{Code, Status};
+
+type Answer = Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
+type Call = fn(Controller, Known, String) -> Answer;
+
+/// What exists, for the fields beside the one that is tried.
+#[derive(Clone)]
+struct Known {
+    volume: String,
+    snapshot: String,
+}
+
+/// What a field names.
+#[derive(Clone, Copy, PartialEq)]
+enum Field {
+    /// Something that must exist.
+    Existing,
+    /// Something that is gone afterwards; what cannot exist is gone.
+    Gone,
+    /// A name that the caller gives.
+    Name,
+    /// A filter: what cannot exist matches nothing; empty matches all.
+    Filter,
+    /// A place in a list, from an earlier answer; empty is the start.
+    Token,
+}
+
+/// A unary call with one of its fields filled with the text.
+macro_rules! call {
+    ($client:expr, $method:ident, $request:expr) => {
+        Box::pin(async move { $client.$method($request).await.map(drop) })
+    };
+}
+
+fn source(kind: SourceType) -> CreateVolumeRequest {
+    let volume_content_source = Some(VolumeContentSource { r#type: Some(kind) });
+    CreateVolumeRequest { volume_content_source, ..mk_create("copy") }
+}
+
+fn controller_fields() -> Vec<(&'static str, &'static str, Field, Call)> {
+    use Field::{Existing, Filter, Gone, Name, Token};
+    vec![
+        ("CreateVolume", "name", Name, |c, _, text| {
+            call!(c.0.clone(), create_volume, CreateVolumeRequest { name: text, ..mk_create("") })
+        }),
+        ("CreateVolume", "volume_id", Existing, |c, _, volume_id| {
+            call!(c.0.clone(), create_volume, source(SourceType::Volume(VolumeSource { volume_id })))
+        }),
+        ("CreateVolume", "snapshot_id", Existing, |c, _, snapshot_id| {
+            call!(c.0.clone(), create_volume, source(SourceType::Snapshot(SnapshotSource { snapshot_id })))
+        }),
+        ("DeleteVolume", "volume_id", Gone, |c, _, volume_id| {
+            call!(c.0.clone(), delete_volume, DeleteVolumeRequest { volume_id, ..Default::default() })
+        }),
+        ("ControllerPublishVolume", "volume_id", Existing, |c, _, text| {
+            call!(c.0.clone(), controller_publish_volume, mk_publish(&text, "a"))
+        }),
+        ("ControllerPublishVolume", "node_id", Existing, |c, known, text| {
+            call!(c.0.clone(), controller_publish_volume, mk_publish(&known.volume, &text))
+        }),
+        ("ControllerUnpublishVolume", "volume_id", Gone, |c, _, volume_id| {
+            let request =
+                ControllerUnpublishVolumeRequest { volume_id, node_id: "a".to_owned(), ..Default::default() };
+            call!(c.0.clone(), controller_unpublish_volume, request)
+        }),
+        ("ValidateVolumeCapabilities", "volume_id", Existing, |c, _, volume_id| {
+            let request = ValidateVolumeCapabilitiesRequest {
+                volume_id,
+                volume_capabilities: vec![mk_mount("")],
+                ..Default::default()
+            };
+            call!(c.0.clone(), validate_volume_capabilities, request)
+        }),
+        ("ListVolumes", "starting_token", Token, |c, _, starting_token| {
+            call!(c.0.clone(), list_volumes, ListVolumesRequest { max_entries: 0, starting_token })
+        }),
+        ("CreateSnapshot", "source_volume_id", Existing, |c, _, source_volume_id| {
+            let request =
+                CreateSnapshotRequest { source_volume_id, name: "new".to_owned(), ..Default::default() };
+            call!(c.0.clone(), create_snapshot, request)
+        }),
+        ("CreateSnapshot", "name", Name, |c, known, name| {
+            let request =
+                CreateSnapshotRequest { source_volume_id: known.volume, name, ..Default::default() };
+            call!(c.0.clone(), create_snapshot, request)
+        }),
+        ("DeleteSnapshot", "snapshot_id", Gone, |c, _, snapshot_id| {
+            call!(c.0.clone(), delete_snapshot, DeleteSnapshotRequest { snapshot_id, ..Default::default() })
+        }),
+        ("GetSnapshot", "snapshot_id", Existing, |c, _, snapshot_id| {
+            call!(c.0.clone(), get_snapshot, GetSnapshotRequest { snapshot_id, ..Default::default() })
+        }),
+        ("ListSnapshots", "snapshot_id", Filter, |c, _, snapshot_id| {
+            call!(c.0.clone(), list_snapshots, ListSnapshotsRequest { snapshot_id, ..Default::default() })
+        }),
+        ("ListSnapshots", "source_volume_id", Filter, |c, _, source_volume_id| {
+            let request = ListSnapshotsRequest { source_volume_id, ..Default::default() };
+            call!(c.0.clone(), list_snapshots, request)
+        }),
+        ("ListSnapshots", "starting_token", Token, |c, _, starting_token| {
+            call!(c.0.clone(), list_snapshots, ListSnapshotsRequest { starting_token, ..Default::default() })
+        }),
+        ("ControllerExpandVolume", "volume_id", Existing, |c, _, volume_id| {
+            let capacity_range = Some(CapacityRange { required_bytes: 2 << 30, limit_bytes: 0 });
+            let request = ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
+            call!(c.0.clone(), controller_expand_volume, request)
+        }),
+        ("ControllerGetVolume", "volume_id", Existing, |c, _, volume_id| {
+            call!(c.0.clone(), controller_get_volume, ControllerGetVolumeRequest { volume_id })
+        }),
+        ("ControllerGetVolumeHealth", "volume_id", Existing, |c, _, volume_id| {
+            let request = ControllerGetVolumeHealthRequest { volume_id, ..Default::default() };
+            call!(c.0.clone(), controller_get_volume_health, request)
+        }),
+        ("ControllerListVolumeHealth", "starting_token", Token, |c, _, starting_token| {
+            let request = ControllerListVolumeHealthRequest { starting_token, ..Default::default() };
+            call!(c.0.clone(), controller_list_volume_health, request)
+        }),
+    ]
+}
+
+fn group_and_metadata_fields() -> Vec<(&'static str, &'static str, Field, Call)> {
+    use Field::{Existing, Gone, Name};
+    vec![
+        ("CreateVolumeGroupSnapshot", "name", Name, |c, known, name| {
+            let source_volume_ids = vec![known.volume];
+            let request = CreateVolumeGroupSnapshotRequest { name, source_volume_ids, ..Default::default() };
+            call!(c.groups(), create_volume_group_snapshot, request)
+        }),
+        ("CreateVolumeGroupSnapshot", "source_volume_ids", Existing, |c, _, text| {
+            let (name, source_volume_ids) = ("new".to_owned(), vec![text]);
+            let request = CreateVolumeGroupSnapshotRequest { name, source_volume_ids, ..Default::default() };
+            call!(c.groups(), create_volume_group_snapshot, request)
+        }),
+        ("DeleteVolumeGroupSnapshot", "group_snapshot_id", Gone, |c, _, group_snapshot_id| {
+            let request = DeleteVolumeGroupSnapshotRequest { group_snapshot_id, ..Default::default() };
+            call!(c.groups(), delete_volume_group_snapshot, request)
+        }),
+        ("GetVolumeGroupSnapshot", "group_snapshot_id", Existing, |c, _, group_snapshot_id| {
+            let request = GetVolumeGroupSnapshotRequest { group_snapshot_id, ..Default::default() };
+            call!(c.groups(), get_volume_group_snapshot, request)
+        }),
+        ("GetMetadataAllocated", "snapshot_id", Existing, |c, _, snapshot_id| {
+            let request = GetMetadataAllocatedRequest { snapshot_id, ..Default::default() };
+            Box::pin(async move { first(c.metadata().get_metadata_allocated(request).await?).await })
+        }),
+        ("GetMetadataDelta", "base_snapshot_id", Existing, |c, known, base_snapshot_id| {
+            let target_snapshot_id = known.snapshot;
+            let request =
+                GetMetadataDeltaRequest { base_snapshot_id, target_snapshot_id, ..Default::default() };
+            Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
+        }),
+        ("GetMetadataDelta", "target_snapshot_id", Existing, |c, known, target_snapshot_id| {
+            let base_snapshot_id = known.snapshot;
+            let request =
+                GetMetadataDeltaRequest { base_snapshot_id, target_snapshot_id, ..Default::default() };
+            Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
+        }),
+    ]
+}
+
+/// A stream may answer its error as its first message.
+async fn first<T>(answer: tonic::Response<tonic::Streaming<T>>) -> Result<(), Status> {
+    answer.into_inner().message().await.map(drop)
+}
+
+async fn everything(world: &World) -> String {
+    let replicas: Vec<_> = world.pools.iter().map(FakePool::replicas).collect();
+    let groups = world.groups.list_groups().await.unwrap();
+    format!("{:?} {groups:?} {replicas:?}", world.store.list().await.unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_text_field_takes_what_it_must_not_be_and_nothing_is_changed() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let snapshot = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
+    let known = Known { volume: volume.clone(), snapshot };
+    let before = everything(&world).await;
+    let texts = [
+        String::new(),
+        "x".repeat(4096),
+        "../../../etc/passwd".to_owned(),
+        "/".to_owned(),
+        "line\nbreak".to_owned(),
+        "\u{202e}\u{1f4a9}".to_owned(),
+        "0".repeat(32),
+        format!("{}@{}", "0".repeat(32), "1".repeat(32)),
+        // One that exists, spelt as none is; and one beside an end that is none.
+        volume.to_uppercase().replace(char::is_numeric, "F"),
+        format!("{volume}@"),
+        format!("{volume}/.."),
+    ];
+    let mut tried = 0;
+    for (rpc, field, kind, call) in controller_fields().into_iter().chain(group_and_metadata_fields()) {
+        for text in &texts {
+            let text = if kind == Field::Name && !text.is_empty() { "x".repeat(129) } else { text.clone() };
+            let answer = call(controller.clone(), known.clone(), text.clone()).await;
+            let shown: String = text.chars().take(40).collect();
+            let what = format!("{rpc} {field} \"{shown}\": {answer:?}");
+            tried += 1;
+            match (kind, text.is_empty(), answer) {
+                (Field::Gone, false, Ok(())) | (Field::Filter, _, Ok(())) | (Field::Token, true, Ok(())) => {}
+                (Field::Token, false, Err(status)) => {
+                    assert_eq!(status.code(), Code::Aborted, "{what}");
+                    assert!(status.message().contains(field), "{what}");
+                }
+                (Field::Existing, false, Err(status)) => {
+                    let code = status.code();
+                    assert!(code == Code::NotFound || code == Code::InvalidArgument, "{what}");
+                    assert!(status.message().len() < 1000, "{what}");
+                }
+                (_, empty, Err(status)) if empty || kind == Field::Name => {
+                    assert_eq!(status.code(), Code::InvalidArgument, "{what}");
+                    assert!(status.message().contains(field), "{what}");
+                }
+                _ => panic!("{what}"),
+            }
+        }
+    }
+    assert!(tried > 250, "{tried}");
+    assert_eq!(everything(&world).await, before, "something was changed");
+}
