@@ -414,3 +414,22 @@ async fn the_plugin_names_itself_and_what_it_can_and_refuses_the_rest() {
     let status = modify.map(drop).unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented, "{status}");
 }
+
+/// Whoever asked for the deletion died, and nobody asks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_was_begun_is_ended_by_the_sweep_once_all_nodes_answer() {
+    // As long as a controller that has just started does not judge the silence of nodes, and they are not silent.
+    const NODES_ARE_KNOWN: Duration = Duration::from_millis(6500);
+    let world = World::start(&["a", "b", "c"]).await;
+    let id = world.controller().await.create(&mk_create("data")).await.unwrap().volume_id;
+    world.pool("b").set_cut(Cut::after(0, false));
+    world.controller().await.delete(&id).await.unwrap_err();
+    assert!(world.record(&id).await.deleting);
+    world.heal();
+    let controller = world.controller().await;
+    controller.2.sweep_once().await.unwrap();
+    assert!(world.record(&id).await.deleting, "nothing is known of the nodes yet");
+    tokio::time::sleep(NODES_ARE_KNOWN).await;
+    controller.2.sweep_once().await.unwrap();
+    world.assert_empty().await;
+}

@@ -4,6 +4,7 @@
 
 pub mod fake_jobs;
 pub mod fakes;
+pub mod killed;
 pub mod records;
 pub mod requests;
 pub mod store_suite;
