@@ -65,6 +65,18 @@ async fn r36_allocated_blocks_forbid_the_first_format() {
     assert_eq!(world.content(), before, "not a byte was written");
 }
 
+/// A half-dead target: it serves, and does not say what is allocated.
+#[tokio::test(flavor = "multi_thread")]
+async fn r36_without_an_answer_on_what_is_allocated_nothing_is_formatted() {
+    let Some(world) = World::start(Formatted::Never).await else { return };
+    world.data.lock().unwrap().count_fails = true;
+    let before = world.content();
+    let status = world.node().await.stage(&world).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert_eq!(world.formatted().await, Formatted::Never);
+    assert_eq!(world.content(), before, "not a byte was written");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn r36_an_interrupted_format_is_repeated() {
     let Some(world) = World::start(Formatted::Formatting).await else { return };
@@ -331,6 +343,7 @@ struct World {
 struct FakeData {
     device: String,
     allocated_blocks: u64,
+    count_fails: bool,
     /// Volumes attached now.
     attached: Vec<String>,
 }
@@ -522,7 +535,11 @@ impl Data for DataEnd {
         &self,
         _: Request<CountAllocatedRequest>,
     ) -> Result<Response<CountAllocatedReply>, Status> {
-        Ok(Response::new(CountAllocatedReply { blocks: self.0.lock().unwrap().allocated_blocks }))
+        let data = self.0.lock().unwrap();
+        if data.count_fails {
+            return Err(Status::unavailable("a member does not answer"));
+        }
+        Ok(Response::new(CountAllocatedReply { blocks: data.allocated_blocks }))
     }
 }
 
