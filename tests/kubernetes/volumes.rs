@@ -64,7 +64,7 @@ async fn make_degraded(store: &KubernetesStore) -> Result<VolumeRecord> {
 /// From the controller's start on, while it does not know yet who is alive.
 fn reasons_are_said_in_time(bed: &Bed) -> Result<()> {
     let (store, volumes) = (bed.store()?, bed.objects("Volume")?);
-    let client = bed.client(ADMIN)?;
+    let (client, kube) = (bed.client(ADMIN)?, bed.kube()?);
     bed.run(async {
         let record = make_degraded(&store).await?;
         let book = Arc::new(NodeBook::new());
@@ -89,7 +89,7 @@ fn reasons_are_said_in_time(bed: &Bed) -> Result<()> {
         ensure!(converged["status"] == "False" && converged["reason"] == "ReplicaOffline", "{converged}");
         let message = converged["message"].as_str().unwrap_or_default();
         ensure!(message.contains("node node-b, which does not answer"), "{message}");
-        columns_tell_the_state(bed.kube()?).await
+        columns_tell_the_state(kube).await
     })
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use holdfast_service::kubernetes::LEASE_NAME;
 use holdfast_tests::cleanup::Logs;
+use holdfast_tests::process::wait_until;
 use holdfast_tests::story::Story;
 use holdfast_tests::{API_URL, ClusterOptions, KubernetesRecords, effort};
 use k8s_openapi::api::coordination::v1::Lease;
@@ -18,6 +19,8 @@ use crate::trial;
 
 /// A controller that lost its lease says so in this time.
 const LEASE_LOST_WITHIN: Duration = Duration::from_secs(20);
+/// From a controller's start until all nodes have announced themselves anew.
+const NODES_KNOWN_WITHIN: Duration = Duration::from_secs(30);
 /// How people see it: from a change to the object of kind `Volume`.
 const SEEN_WITHIN: Duration = Duration::from_secs(60);
 
@@ -112,6 +115,8 @@ fn survive_an_outage(bed: &Bed, story: &mut Story) -> Result<()> {
     controller.start_again()?;
     story.cluster.controller.wait()?;
     ensure!(story.volumes()? == 1, "the volume is not known any more");
+    wait_until(NODES_KNOWN_WITHIN, || Ok(story.cluster.largest_volume_bytes(3)? > 0))
+        .context("the nodes are not known any more")?;
     story.attach_again()?;
     ensure!(story.generation_and_members("node-a")? == before, "something of the volume moved afterwards");
     story.compare("after the outage").map(drop)

@@ -276,9 +276,20 @@ pub fn parse_volume_id(text: &str) -> Result<Option<VolumeId>, Status> {
 /// # Errors
 /// NOT_FOUND for everything that cannot be the id of a volume of ours; INVALID_ARGUMENT for an empty one.
 pub fn existing_volume_id(text: &str) -> Result<VolumeId, Status> {
-    parse_volume_id(text)?.ok_or_else(|| {
+    existing_volume_id_in("volume_id", text)
+}
+
+/// [`existing_volume_id`] of another field than `volume_id`.
+///
+/// # Errors
+/// As it says, with the field's name.
+pub fn existing_volume_id_in(field: &str, text: &str) -> Result<VolumeId, Status> {
+    if text.is_empty() {
+        return Err(Status::invalid_argument(format!("{field} is missing")));
+    }
+    text.parse().map_err(|_| {
         let shown: String = text.chars().take(64).collect();
-        Status::not_found(format!("volume_id: there is no volume \"{shown}\"; ids are 32 hexadecimal digits"))
+        Status::not_found(format!("{field}: there is no volume \"{shown}\"; ids are 32 hexadecimal digits"))
     })
 }
 

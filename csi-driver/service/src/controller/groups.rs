@@ -28,7 +28,7 @@ use super::snapshots::{check_parameters, now_unix_ms, timestamp, to_csi};
 use super::{ControllerService, Inner};
 use crate::in_flight::detached;
 use crate::status::from_store;
-use crate::volume_request::{check_name, existing_volume_id};
+use crate::volume_request::{check_name, existing_volume_id_in};
 
 /// For how long the members' writes wait at most; no write fails by it.
 const GROUP_HOLD_MS: u64 = 5_000;
@@ -84,7 +84,7 @@ impl Inner {
         }
         let mut members = BTreeMap::new();
         for text in &request.source_volume_ids {
-            let volume = existing_volume_id(text)?;
+            let volume = existing_volume_id_in("source_volume_ids", text)?;
             if members.insert(volume, SnapshotId(rand::random())).is_some() {
                 let sentence = format!("source_volume_ids: volume {volume} is named twice");
                 return Err(Status::invalid_argument(sentence));

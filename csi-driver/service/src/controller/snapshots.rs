@@ -30,7 +30,7 @@ use super::Inner;
 use super::list::{page_of, page_size};
 use crate::status::from_store;
 use crate::volume_request::{
-    SnapshotHandle, check_name, existing_snapshot, existing_volume_id, parse_snapshot, parse_volume_id,
+    SnapshotHandle, check_name, existing_snapshot, existing_volume_id_in, parse_snapshot, parse_volume_id,
 };
 
 /// Keys that external-snapshotter adds by itself and that change nothing about the snapshot.
@@ -55,11 +55,8 @@ impl Inner {
         request: CreateSnapshotRequest,
     ) -> Result<CreateSnapshotResponse, Status> {
         check_name(&request.name)?;
-        if request.source_volume_id.is_empty() {
-            return Err(Status::invalid_argument("source_volume_id is missing"));
-        }
         check_parameters(request.parameters.keys())?;
-        let volume = existing_volume_id(&request.source_volume_id)?;
+        let volume = existing_volume_id_in("source_volume_id", &request.source_volume_id)?;
         let _by_name = self.in_flight.begin(format!("the snapshot named \"{}\"", request.name))?;
         let id = match self.find_request(&request.name).await? {
             Some((of, _)) if of != volume => {
