@@ -6,7 +6,7 @@
 //! - `calls`: control calls to the replicas and their answers;
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R17), `answers`: what the replicas say to a write (R14, R16),
 //!   `flushes` (R15);
-//! - `jobs`: snapshots (`cut`, `delete`: R27 to R29) and growth (`grow`: R31), one at a time;
+//! - `jobs`: snapshots (`cut`, `delete`: R27 to R29), growth (`grow`: R31) and fewer replicas (`remove`), one at a time;
 //! - `intent_log`: which regions are logged, and clearing them (R18);
 //! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` with `extents` (R23, R24) say which, `copy_plan` in what
 //!   order, `throttle` how fast; `layered` rebuilds missed snapshots before (R28);
@@ -36,6 +36,7 @@ mod layered;
 mod peers;
 mod range_lock;
 mod reconcile;
+mod remove;
 mod requests;
 mod scrub;
 mod tasks;
@@ -52,6 +53,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::guards::Guards;
 use crate::ids::{Epoch, Generation, Region, ReplicaId, TargetId};
+use crate::io_limits::IoLimits;
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::Versioned;
 use crate::timers;
@@ -307,6 +309,12 @@ impl Target {
     #[must_use]
     pub fn size_bytes(&self) -> Option<u64> {
         self.record.as_ref().map(|r| r.record.size_bytes)
+    }
+
+    /// What its clients may do per second, as the record says; nothing is limited before it was read.
+    #[must_use]
+    pub fn limits(&self) -> IoLimits {
+        self.record.as_ref().map_or_else(IoLimits::default, |r| r.record.params.limits)
     }
 
     /// The generation, once taken.
