@@ -583,9 +583,10 @@ impl Target {
         // which tells the next target so, must not be cleared.
         let lost = |r: &ReplicaId| self.peers.get(r).is_some_and(|p| p.cache_lost);
         let lost = self.guards.keepgood && self.guards.sameatt && members.iter().any(lost);
-        let acknowledge = serving && !out && told && enough && !lost;
+        let acknowledge = serving && !out && told && !lost;
         let begin = acknowledge && all_open && !self.cut_holds_writes();
-        self.gates = Gates { begin, acknowledge, read: serving };
+        // Not a matter of the others: a member can only come back where copies, flushes and the clearing of the log go on.
+        self.gates = Gates { begin, acknowledge, enough, read: serving };
         self.ack_set = ack_set;
         self.recompute_leases();
     }

@@ -118,6 +118,9 @@ pub struct Target {
     gated: VecDeque<u64>,
     /// Tasks that were just given the lock.
     ready: VecDeque<u64>,
+    /// Ends of clients' writes that every member has and nobody is told of before there are enough members. Their ranges are
+    /// free: a replica that comes back needs them. Bounded by what clients have in flight.
+    untold: Vec<(RequestId, Result<(), RequestError>)>,
     /// Reads that arrived and wait for leases (R4).
     lease_wait: VecDeque<u64>,
     logged: BTreeMap<Region, LogEntry>,
@@ -146,6 +149,8 @@ struct Gates {
     begin: bool,
     /// Writes and flushes may be answered.
     acknowledge: bool,
+    /// As many members as `min_in_sync`: clients may be told.
+    enough: bool,
     /// Reads may be sent.
     read: bool,
 }
@@ -206,6 +211,7 @@ impl Target {
             flushes: BTreeMap::new(),
             gated: VecDeque::new(),
             ready: VecDeque::new(),
+            untold: Vec::new(),
             lease_wait: VecDeque::new(),
             logged: BTreeMap::new(),
             clear_round: None,
@@ -457,6 +463,7 @@ impl Target {
         self.flushes.clear();
         self.gated.clear();
         self.ready.clear();
+        self.untold.clear();
         self.lease_wait.clear();
         self.locks.clear();
         self.ios.clear();
