@@ -10,6 +10,7 @@ mod faults;
 mod file_systems;
 mod fio_verify;
 mod machine;
+mod modify;
 mod power_cut;
 mod snapshots;
 mod stale;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     trials.extend(power_cut::trials());
     trials.extend(file_systems::trials());
     trials.extend(snapshots::trials());
+    trials.extend(modify::trials());
     trials.extend(demo::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

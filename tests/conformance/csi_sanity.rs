@@ -22,7 +22,9 @@ const SUITE_TIMEOUT: Duration = Duration::from_secs(600);
 /// For so long a controller that was just started says of a node that it does not know that it may not have heard of it yet.
 const NODES_FILL: Duration = Duration::from_secs(7);
 /// Checks of its version 5.6 that run against a driver with every capability; fewer means that some were not run.
-const SPECS_MIN: usize = 90;
+const SPECS_MIN: usize = 98;
+/// What its ModifyVolume checks ask for.
+const MUTABLE_PARAMETERS: &str = "replicas: \"2\"\niopsLimit: 2k\nbandwidthLimit: 512Mi\n";
 
 /// Trials of this file.
 pub fn trials() -> Vec<Trial> {
@@ -49,6 +51,8 @@ fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
     let controller = dir.join("controller.sock");
     let relay = Relay::start(controller.clone(), cluster.controller.spaces.host_path(CSI_SOCKET))?;
     let log = dir.join("suite.log");
+    let mutable = dir.join("mutable.yaml");
+    std::fs::write(&mutable, MUTABLE_PARAMETERS)?;
     cluster.node("node-a").spaces.run("mkdir", &["-p", &format!("{KUBELET_DIR}/sanity")])?;
     let mut command = cluster.node("node-a").spaces.command(program);
     command
@@ -58,6 +62,7 @@ fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
         .arg(format!("--csi.stagingdir={KUBELET_DIR}/sanity/staging"))
         .arg(format!("--csi.testvolumesize={VOLUME_BYTES}"))
         .arg(format!("--csi.testvolumeexpandsize={EXPANDED_BYTES}"))
+        .arg(format!("--csi.testvolumemutableparameters={}", mutable.display()))
         .args(["--ginkgo.no-color", "--ginkgo.seed=1"])
         .stdout(File::create(&log)?)
         .stderr(File::options().append(true).open(&log)?);

@@ -99,6 +99,8 @@ scenarios! {
     Adopted: "a block that verified nowhere was taken as it was",
     MarkedBad: "a block that nobody could read was marked bad on a returning replica",
     ErrorNotStale: "a read of a block that verified nowhere was an error",
+    // Fewer replicas.
+    MemberTakenOut: "a member was taken out for good",
     // An operator.
     StoreRestored: "the store was restored from a backup",
     RestoreNoticed: "a record was found to be of another history",

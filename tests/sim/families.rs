@@ -48,10 +48,12 @@ pub enum Family {
     Promotions = 15,
     /// Clients ask every few seconds: the target asks its replicas seldom.
     Naps = 16,
+    /// The number of replicas is lowered and raised again and again.
+    Removals = 17,
 }
 
 impl Family {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -69,6 +71,7 @@ impl Family {
         Self::Restores,
         Self::Promotions,
         Self::Naps,
+        Self::Removals,
     ];
 
     pub fn of(seed: u64) -> Self {
@@ -95,7 +98,8 @@ impl Family {
             | Self::LastCopies
             | Self::Restores
             | Self::Promotions
-            | Self::Naps => mixed / 8,
+            | Self::Naps
+            | Self::Removals => mixed / 8,
         }
     }
 
@@ -364,6 +368,21 @@ impl Chaos {
                 (self.gap_us, self.lasts_us, self.client_gap_us) = (12_000_000, 4_000_000, 3_000_000);
                 (self.log_cold_ms, self.store_flaky) = (20, 0.0);
                 self.until_us = 240_000_000;
+            }
+            Family::Removals => {
+                self.weights = vec![
+                    (Trouble::KillReplica, 3),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::KillTarget, 2),
+                    (Trouble::Isolate, 2),
+                    (Trouble::Cut, 1),
+                    (Trouble::StoreDown, 1),
+                    (Trouble::UnrelatedWriter, 2),
+                    (Trouble::Move, 1),
+                ];
+                self.gap_us = self.gap_us.max(400_000);
+                self.prefers_diskless = rng.random_bool(0.6);
+                self.until_us = rng.random_range(20_000_000..40_000_000);
             }
             Family::Minutes => {
                 self.weights = vec![

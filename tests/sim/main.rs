@@ -19,6 +19,7 @@ mod groups;
 mod history;
 mod layers;
 mod operator;
+mod removals;
 mod replica_host;
 mod rot;
 mod run;

@@ -4,7 +4,7 @@
 //! *Checked:* by the history. A target that serves under a restored record, or from a member that was given up, shows
 //! somebody an older value than was acknowledged, or answers beside the one that took over (P4).
 
-use holdfast_storage_core::ids::{Epoch, Lineage};
+use holdfast_storage_core::ids::{Epoch, Lineage, ReplicaId};
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::Versioned;
 use holdfast_storage_core::replica::ReplicaMeta;
@@ -218,8 +218,7 @@ impl World {
     fn replace(&mut self, node: usize) {
         let (old, record) = (self.replica_at(node), self.store.record.clone());
         self.kill_process(node, true);
-        self.operator.ids += IDS_APART;
-        let new = holdfast_storage_core::ids::ReplicaId(replica_id(node).0 + self.operator.ids);
+        let new = self.new_replica_id(node);
         let listed = transitions::forget_replica(&record, old)
             .and_then(|record| transitions::add_replica(&record, new, &node_name(node)));
         let Ok(listed) = listed else {
@@ -233,6 +232,12 @@ impl World {
         self.nodes[node].disk = Disk::new(meta);
         let _ = self.swap_record(self.store.version, listed);
         self.schedule(1_000, Event::StartProcess { node });
+    }
+
+    /// An id that no replica had (R34).
+    pub fn new_replica_id(&mut self, node: usize) -> ReplicaId {
+        self.operator.ids += IDS_APART;
+        ReplicaId(replica_id(node).0 + self.operator.ids)
     }
 
     /// R26: what the members that are lost held, nobody promises any more.

@@ -141,6 +141,7 @@ impl World {
     pub fn kill_process(&mut self, node: usize, tell: bool) {
         let Some(process) = self.nodes[node].process.take() else { return };
         self.log(|| format!("n{node}: replica process dies"));
+        self.nodes[node].died_at = self.now;
         let mut in_order = true;
         let writes = process.disk.iter().filter(|p| data_op(&p.op).is_some_and(|op| op.is_write())).count();
         if writes > 0 && tell {

@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use holdfast_storage_core::ids::{REGION_BYTES, SnapshotId, VolumeId};
-use holdfast_storage_core::record::{SnapshotState, VolumeRecord};
+use holdfast_storage_core::ids::{REGION_BYTES, ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::record::{ReplicaState, SnapshotState, VolumeRecord};
 use holdfast_storage_core::target::{Control, Job, JobError, JobId, TargetAction, TargetEvent};
 use holdfast_storage_core::transitions;
 use rand::rngs::StdRng;
@@ -85,11 +85,16 @@ impl Snapshots {
             Family::Cuts => Some([60_000, 200_000, 600_000][rng.random_range(0..3)]),
             Family::Mixed => [None, None, Some(400_000), Some(2_000_000)][rng.random_range(0..4)],
             Family::Groups => [None, None, Some(1_000_000)][rng.random_range(0..3)],
+            Family::Removals => [None, None, Some(1_000_000)][rng.random_range(0..3)],
             Family::Stragglers => Some([60_000, 200_000][rng.random_range(0..2)]),
             // Each of the others makes one chain likely, which a job would interrupt.
             _ => None,
         };
-        let strike = if focused { [0.02, 0.1, 0.3][rng.random_range(0..3)] } else { 0.01 };
+        let strike = if focused || family == Family::Removals {
+            [0.02, 0.1, 0.3][rng.random_range(0..3)]
+        } else {
+            0.01
+        };
         Self {
             rng,
             gap_us,
@@ -163,13 +168,13 @@ impl World {
     }
 
     /// A change of the record by somebody who is no target.
-    fn swap_by_another(&mut self, change: impl Fn(&VolumeRecord) -> Option<VolumeRecord>) {
+    pub fn swap_by_another(&mut self, change: impl Fn(&VolumeRecord) -> Option<VolumeRecord>) {
         if let Some(next) = change(&self.store.record) {
             let _ = self.swap_record(self.store.version, next);
         }
     }
 
-    fn start_job(&mut self, what: Job) {
+    pub fn start_job(&mut self, what: Job) {
         let Some(target) = self.current else { return };
         let here = self.snapshots.jobs.values().filter(|(number, _)| *number == target).count();
         let paused = self.targets.get(&target).is_none_or(|host| host.paused_until > self.now);
@@ -199,7 +204,14 @@ impl World {
             (Job::DeleteSnapshot { .. }, Ok(())) => counts.deleted += 1,
             (Job::Grow { .. }, Ok(())) => counts.grown += 1,
             (_, Err(_)) => counts.refused += 1,
-            (Job::Hold { .. } | Job::Cut { .. } | Job::Release { .. }, Ok(())) => {}
+            (
+                Job::Hold { .. }
+                | Job::Cut { .. }
+                | Job::Release { .. }
+                | Job::RemoveReplica { .. }
+                | Job::Reload,
+                Ok(()),
+            ) => {}
         }
     }
 
@@ -212,8 +224,9 @@ impl World {
         !self.snapshots.jobs.is_empty()
     }
 
-    /// Death strikes most where a cut or a growth has just taken a step.
+    /// Death strikes most where a cut, a growth or a removal has just taken a step.
     pub fn job_step(&mut self, target: TargetNumber, action: &TargetAction) {
+        self.judge_removal(target, action);
         let node = match action {
             TargetAction::Control {
                 replica,
@@ -222,7 +235,11 @@ impl World {
             } => Some(node_of(*replica)),
             TargetAction::Swap { record, .. } => {
                 let known = &self.store.record;
-                if known.snapshots == record.snapshots && known.size_bytes == record.size_bytes {
+                let takes_out = |id: &ReplicaId| {
+                    record.replicas.get(id).is_some_and(|entry| entry.state == ReplicaState::Faulted)
+                };
+                let same = known.snapshots == record.snapshots && known.size_bytes == record.size_bytes;
+                if same && !known.in_sync.iter().any(takes_out) {
                     return;
                 }
                 None

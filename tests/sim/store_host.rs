@@ -149,6 +149,7 @@ impl World {
         self.store.version = self.store.version.next();
         let before = std::mem::replace(&mut self.store.record, record);
         self.check_record(&before);
+        self.check_removals(&before);
         let before = Versioned { version: before_version, record: before };
         self.keep_record(&before);
         self.store.before = Some(before);

@@ -18,6 +18,7 @@ use crate::families::Chaos;
 use crate::groups::Outbox;
 use crate::history::History;
 use crate::operator::{Operator, Task};
+use crate::removals::Removals;
 use crate::replica_host::{Process, ToReplica};
 use crate::rot::Losses;
 use crate::snapshots::Snapshots;
@@ -110,6 +111,8 @@ pub enum Event {
     Chaos,
     /// Somebody wants a snapshot, a clone or a larger volume.
     Snapshots,
+    /// Somebody wants fewer replicas, or more.
+    Resize,
     /// Death at a step of a job.
     StrikeJob {
         target: TargetNumber,
@@ -140,6 +143,8 @@ pub struct Node {
     /// Most reads fail.
     pub reads_fail_until: u64,
     pub off_since: u64,
+    /// When its replica process died last.
+    pub died_at: u64,
     /// The epoch when its power went, if it was in sync then.
     pub off_in_epoch: Option<u64>,
 }
@@ -163,6 +168,7 @@ pub struct World {
     pub cuts: BTreeMap<(usize, usize), u64>,
     pub history: History,
     pub snapshots: Snapshots,
+    pub removals: Removals,
     pub chaos: Chaos,
     pub traps: Traps,
     pub straggler: Option<Straggler>,
@@ -210,7 +216,12 @@ fn mk_record(rng: &mut StdRng) -> VolumeRecord {
         size_bytes: VOLUME_BYTES,
         epoch_nonce: rng.random(),
         replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
-        params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
+        params: VolumeParams {
+            replicas: 3,
+            fs_type: String::new(),
+            min_in_sync: 1,
+            limits: holdfast_storage_core::io_limits::IoLimits::default(),
+        },
         source: None,
     })
 }
@@ -252,6 +263,7 @@ impl World {
             cuts: BTreeMap::new(),
             history: History::default(),
             snapshots: Snapshots::of_seed(seed),
+            removals: Removals::of_seed(seed),
             chaos,
             traps: Traps::default(),
             straggler: None,
@@ -279,6 +291,9 @@ impl World {
         world.schedule(0, Event::Controller);
         world.note_set();
         world.schedule(400_000, Event::Snapshots);
+        if world.removals.are_made() {
+            world.schedule(500_000, Event::Resize);
+        }
         world
     }
 
@@ -366,6 +381,7 @@ impl World {
             Event::Operate(task) => self.operate(task),
             Event::Chaos => self.chaos_strikes(),
             Event::Snapshots => self.snapshot_client(),
+            Event::Resize => self.resize(),
             Event::StrikeJob { target, node } => self.strike_job(target, node),
             Event::Follow => self.follow(),
         }
@@ -524,6 +540,7 @@ fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) 
         layers_full_until: 0,
         reads_fail_until: 0,
         off_since: 0,
+        died_at: 0,
         off_in_epoch: None,
     }
 }

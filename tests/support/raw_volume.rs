@@ -112,6 +112,24 @@ impl RawVolume {
         })
     }
 
+    /// Changes parameters of the volume.
+    ///
+    /// # Errors
+    /// The status of the call.
+    pub fn modify(&self, cluster: &Cluster, parameters: &[(&str, &str)]) -> Result<()> {
+        let pairs = parameters.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let request = csi_proto::ControllerModifyVolumeRequest {
+            volume_id: self.id.clone(),
+            mutable_parameters: pairs.collect(),
+            ..Default::default()
+        };
+        let modified = cluster
+            .controller
+            .csi
+            .controller(|mut client| async move { client.controller_modify_volume(request).await });
+        named("ControllerModifyVolume", modified).map(drop)
+    }
+
     /// Detaches and deletes the volume.
     ///
     /// # Errors

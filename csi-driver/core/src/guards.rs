@@ -52,6 +52,8 @@ pub struct Guards {
     pub lostsrc: bool,
     /// R9: a replica is swapped out only in favour of one that kept its cache.
     pub keepgood: bool,
+    /// R9: a member is taken out for good only while all members are open and kept their caches.
+    pub removegood: bool,
     /// R8: the joining replica is in the ack set before the swap.
     pub joint: bool,
     /// R24: the joining replica flushes before the swap.
@@ -141,6 +143,7 @@ impl Default for Guards {
             loststicky: true,
             lostsrc: true,
             keepgood: true,
+            removegood: true,
             joint: true,
             joinflush: true,
             mapflush: true,

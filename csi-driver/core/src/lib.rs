@@ -25,6 +25,7 @@ pub mod group;
 #[doc(hidden)]
 pub mod guards;
 pub mod ids;
+pub mod io_limits;
 pub mod node_directory;
 pub mod placement;
 pub mod record;
@@ -32,4 +33,5 @@ pub mod record_store;
 pub mod replica;
 pub mod target;
 pub mod timers;
+pub mod token_bucket;
 pub mod transitions;

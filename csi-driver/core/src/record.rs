@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
+use crate::io_limits::IoLimits;
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
-/// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`; records
-/// of earlier versions have none and are read as they are.
-pub const RECORD_FORMAT: u32 = 4;
+/// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
+/// 5 the limits of I/O; records of earlier versions have none and are read as they are.
+pub const RECORD_FORMAT: u32 = 5;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
 pub const SNAPSHOTS_MAX: usize = 100;
 /// Most snapshots that are asked for, cut or not.
@@ -220,7 +221,7 @@ pub enum Formatted {
     Yes,
 }
 
-/// What CreateVolume was asked for.
+/// What CreateVolume was asked for, and ControllerModifyVolume since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeParams {
     /// Wanted number of replicas.
@@ -229,4 +230,7 @@ pub struct VolumeParams {
     pub fs_type: String,
     /// Below this many members I/O waits.
     pub min_in_sync: u32,
+    /// What its clients may do per second.
+    #[serde(default, skip_serializing_if = "IoLimits::is_none")]
+    pub limits: IoLimits,
 }

@@ -11,10 +11,12 @@ use crate::record::{
 };
 
 mod history;
+mod replicas;
 mod requests;
 mod snapshots;
 
 pub use history::*;
+pub use replicas::*;
 pub use requests::*;
 pub use snapshots::*;
 
@@ -84,6 +86,20 @@ pub enum TransitionError {
     EnoughReplicas {
         /// The volume.
         volume: VolumeId,
+        /// Replicas wanted.
+        wanted: u32,
+    },
+    /// Taking a member out would leave fewer than the volume is to have.
+    #[error(
+        "without replica {replica} volume {volume} would have {stay} replicas in sync, it is to have {wanted}"
+    )]
+    TooFewStay {
+        /// The volume.
+        volume: VolumeId,
+        /// The replica.
+        replica: ReplicaId,
+        /// Members that would stay.
+        stay: usize,
         /// Replicas wanted.
         wanted: u32,
     },
@@ -473,7 +489,12 @@ pub(crate) mod tests {
             size_bytes: 1 << 20,
             epoch_nonce: 5,
             replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
-            params: VolumeParams { replicas: 3, fs_type: "ext4".to_owned(), min_in_sync: 1 },
+            params: VolumeParams {
+                replicas: 3,
+                fs_type: "ext4".to_owned(),
+                min_in_sync: 1,
+                limits: crate::io_limits::IoLimits::default(),
+            },
             source: None,
         })
     }

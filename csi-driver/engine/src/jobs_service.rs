@@ -1,4 +1,4 @@
-//! The VolumeJobs service: snapshots and growth, for the controller.
+//! The VolumeJobs service: snapshots, growth and changed parameters, for the controller.
 
 use std::sync::Arc;
 
@@ -68,6 +68,26 @@ impl VolumeJobs for JobsService {
         let request = request.into_inner();
         self.run(&request.volume_id, Job::Grow { size_bytes: request.size_bytes }).await?;
         Ok(Response::new(pb::GrowVolumeReply {}))
+    }
+
+    async fn remove_replica(
+        &self,
+        request: Request<pb::RemoveReplicaRequest>,
+    ) -> Result<Response<pb::RemoveReplicaReply>, Status> {
+        self.check(&request)?;
+        let request = request.into_inner();
+        let replica = wire::id(&request.replica_id)?;
+        self.run(&request.volume_id, Job::RemoveReplica { replica }).await?;
+        Ok(Response::new(pb::RemoveReplicaReply {}))
+    }
+
+    async fn apply_params(
+        &self,
+        request: Request<pb::ApplyParamsRequest>,
+    ) -> Result<Response<pb::ApplyParamsReply>, Status> {
+        self.check(&request)?;
+        self.run(&request.into_inner().volume_id, Job::Reload).await?;
+        Ok(Response::new(pb::ApplyParamsReply {}))
     }
 
     async fn hold_writes(

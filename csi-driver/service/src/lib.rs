@@ -14,6 +14,7 @@ pub mod controller;
 pub mod identity;
 mod in_flight;
 pub mod kubernetes;
+pub mod mutable_params;
 pub mod node;
 pub mod node_book;
 pub mod process;

@@ -29,6 +29,7 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::LastMember(_)
         | TransitionError::ReplicaState { .. }
         | TransitionError::EnoughReplicas { .. }
+        | TransitionError::TooFewStay { .. }
         | TransitionError::NodeTaken { .. }
         | TransitionError::Format36 { .. }
         | TransitionError::SnapshotState { .. }

@@ -11,8 +11,11 @@ use holdfast_proto::csi::{
     CapacityRange, CreateVolumeRequest, TopologyRequirement, VolumeCapability, VolumeContentSource,
 };
 use holdfast_storage_core::ids::{InvalidId, NodeName, REGION_BYTES, SnapshotId, VolumeId};
+use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use tonic::Status;
+
+use crate::mutable_params::Changes;
 
 /// Size of a volume for which none was asked.
 pub const DEFAULT_SIZE_BYTES: u64 = 1 << 30;
@@ -114,11 +117,11 @@ impl VolumeRequest {
     pub fn parse(request: &CreateVolumeRequest) -> Result<Self, Status> {
         check_name(&request.name)?;
         let source = request.volume_content_source.as_ref().map(parse_source).transpose()?;
-        if let Some(key) = request.mutable_parameters.keys().next() {
-            return Err(Status::invalid_argument(format!("mutable_parameters: key \"{key}\" is unknown")));
-        }
+        let mutable = Changes::parse(&request.mutable_parameters)?;
         let capabilities = check_capabilities(&request.volume_capabilities)?;
-        let params = parse_params(&request.parameters, &capabilities)?;
+        // Those win over the StorageClass's.
+        let params =
+            mutable.apply("mutable_parameters", &parse_params(&request.parameters, &capabilities)?)?;
         let range = parse_range(request.capacity_range.as_ref())?;
         let size_bytes = choose_size(range, request.capacity_range.is_some(), &params.fs_type)?;
         let prefer = preferred_node(request.accessibility_requirements.as_ref());
@@ -298,16 +301,16 @@ pub fn existing_volume_id_in(field: &str, text: &str) -> Result<VolumeId, Status
 /// # Errors
 /// INVALID_ARGUMENT naming the key.
 pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Result<VolumeParams, Status> {
-    let mut replicas = DEFAULT_REPLICAS;
-    let mut min_in_sync = 1;
+    let mut mutable = Changes::default();
     let mut fs_type = None;
     // In order, so that of several mistakes always the same one is reported.
     let mut sorted: Vec<_> = parameters.iter().collect();
     sorted.sort();
     for (key, value) in sorted {
+        if mutable.take("parameters", key, value)? {
+            continue;
+        }
         match key.as_str() {
-            "replicas" => replicas = parse_count(key, value)?,
-            "minInSync" => min_in_sync = parse_count(key, value)?,
             "fsType" | PROVISIONER_FS_TYPE_KEY => {
                 check_fs_type(&format!("parameters[{key}]"), value)?;
                 if fs_type.is_some_and(|other| other != value) {
@@ -320,15 +323,10 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
             _ if METADATA_KEYS.contains(&key.as_str()) => {}
             _ => {
                 return Err(Status::invalid_argument(format!(
-                    "parameters: key \"{key}\" is unknown; known are replicas, minInSync and fsType"
+                    "parameters: key \"{key}\" is unknown; known are replicas, minInSync, iopsLimit, bandwidthLimit and fsType"
                 )));
             }
         }
-    }
-    if min_in_sync > replicas {
-        return Err(Status::invalid_argument(format!(
-            "parameters[minInSync] is {min_in_sync}, more than the {replicas} replicas: such a volume could never be written"
-        )));
     }
     let fs_type = match (access.block, &access.fs_type, fs_type) {
         (true, ..) => String::new(),
@@ -341,7 +339,9 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
         (false, None, Some(param)) => param.clone(),
         (false, None, None) => DEFAULT_FS_TYPE.to_owned(),
     };
-    Ok(VolumeParams { replicas, fs_type, min_in_sync })
+    let defaults =
+        VolumeParams { replicas: DEFAULT_REPLICAS, fs_type, min_in_sync: 1, limits: IoLimits::default() };
+    mutable.apply("parameters", &defaults)
 }
 
 /// Whether a volume can be used in the way a capability says.
@@ -356,15 +356,6 @@ pub(crate) fn check_access(record: &VolumeRecord, access: &Access) -> Result<(),
         (_, false, "") => made_for("as a raw block volume, without a file system"),
         (Some(wanted), false, fs_type) if wanted == fs_type => Ok(()),
         (_, false, fs_type) => made_for(&format!("with the file system {fs_type}, not with another")),
-    }
-}
-
-fn parse_count(key: &str, value: &str) -> Result<u32, Status> {
-    match value.parse() {
-        Ok(count) if (1..=REPLICAS_MAX).contains(&count) => Ok(count),
-        _ => Err(Status::invalid_argument(format!(
-            "parameters[{key}] is \"{value}\"; it must be a number from 1 to {REPLICAS_MAX}"
-        ))),
     }
 }
 
@@ -494,7 +485,9 @@ mod tests {
             ("replicas", "0", "replicas"),
             ("replicas", "9", "replicas"),
             ("replicas", "three", "replicas"),
-            ("minInSync", "4", "minInSync"),
+            ("minInSync", "4", "parameters[minInSync]"),
+            ("iopsLimit", "1", "parameters[iopsLimit]"),
+            ("bandwidthLimit", "all", "parameters[bandwidthLimit]"),
             ("fsType", "btrfs", "btrfs"),
             ("csi.storage.k8s.io/fstype", "../ext4", "fstype"),
         ] {
@@ -503,6 +496,25 @@ mod tests {
             let status = VolumeRequest::parse(&request).unwrap_err();
             assert_eq!(status.code(), Code::InvalidArgument);
             assert!(status.message().contains(named), "{status}");
+        }
+    }
+
+    #[test]
+    fn mutable_parameters_win_over_the_storage_class_s_and_are_checked_with_them() {
+        let mut request = mk_request(None);
+        for (key, value) in [("replicas", "3"), ("minInSync", "2"), ("iopsLimit", "100")] {
+            request.parameters.insert(key.to_owned(), value.to_owned());
+        }
+        request.mutable_parameters.insert("iopsLimit".to_owned(), "1k".to_owned());
+        let params = VolumeRequest::parse(&request).unwrap().params;
+        assert_eq!((params.replicas, params.min_in_sync), (3, 2));
+        assert_eq!(params.limits, IoLimits { iops: 1_000, bytes_per_s: 0 });
+        for (key, value) in [("replicas", "1"), ("fsType", "ext4"), ("nonsense", "")] {
+            let mut request = request.clone();
+            request.mutable_parameters.insert(key.to_owned(), value.to_owned());
+            let status = VolumeRequest::parse(&request).unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert!(status.message().contains("mutable_parameters"), "{status}");
         }
     }
 

@@ -72,7 +72,11 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
     let version = a.swap(version, record.clone()).await.expect("its target grows the volume (R31)");
     let smaller = VolumeRecord { size_bytes: 1 << 20, ..record.clone() };
     let retired = VolumeRecord { retired: true, ..record.clone() };
-    for change in [smaller, retired] {
+    let mut faster = record.clone();
+    faster.params.limits.bytes_per_s *= 2;
+    let mut more = record.clone();
+    more.params.replicas += 1;
+    for change in [smaller, retired, faster, more] {
         assert!(matches!(a.swap(version, change).await, Err(StoreError::Refused(_))));
     }
     assert_eq!(registry.store.read(record.volume_id).await.unwrap().version, version);

@@ -6,7 +6,7 @@ use crate::ids::ReplicaId;
 use super::copies::CopyFor;
 use super::peers::IoOwner;
 use super::tasks::{Answer, Stage, Work};
-use super::{IoError, RequestError, Target, TargetAction};
+use super::{IoError, RequestError, RequestId, Target, TargetAction};
 
 impl Target {
     /// Acknowledges and unlocks a write as far as its answers allow (R8, R13, R14).
@@ -46,7 +46,7 @@ impl Target {
                 task.answered = true;
             }
             if let Some(request) = request {
-                self.next_part(request, error.map_or(Ok(()), Err));
+                self.tell_client(request, error.map_or(Ok(()), Err));
             }
         }
         let answered = self.tasks.get(&id).is_some_and(|task| task.answered);
@@ -141,7 +141,22 @@ impl Target {
     }
 
     /// After each change of the configuration.
+    /// A client's write is done: it is told once there are enough members, which all have the write then: one that joins
+    /// has whatever a member has (R24).
+    fn tell_client(&mut self, request: RequestId, result: Result<(), RequestError>) {
+        if self.gates.enough {
+            self.next_part(request, result);
+        } else {
+            self.untold.push((request, result));
+        }
+    }
+
     pub(super) fn recheck_acknowledgements(&mut self) {
+        if self.gates.acknowledge && self.gates.enough {
+            for (request, result) in std::mem::take(&mut self.untold) {
+                self.next_part(request, result);
+            }
+        }
         let writing: Vec<u64> =
             self.tasks.iter().filter(|(_, t)| t.stage == Stage::Write).map(|(id, _)| *id).collect();
         for id in writing {

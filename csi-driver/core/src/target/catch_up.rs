@@ -378,7 +378,8 @@ impl Target {
     /// Starts what fits of the plan.
     pub(super) fn start_copies(&mut self, why: CopyFor) {
         let now = self.now_ms;
-        let busy = self.throttle.is_busy(now);
+        // Clients that wait for nothing but more members are not disturbed.
+        let busy = self.throttle.is_busy(now) && self.gates.enough;
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };
         let in_checkpoint = self.regions_in_checkpoint();
         while let Some(catch_up) = &self.catch_up {
@@ -396,7 +397,9 @@ impl Target {
             let Some(region) = region else { break };
             let Some(blocks) = catch_up.plan.next_blocks(region, blocks_max) else { break };
             let cost = (blocks * BLOCK_BYTES).max(timers::COPY_COST_MIN_BYTES);
-            catch_up.wait_until_ms = self.throttle.take(now, cost).err();
+            if self.gates.enough {
+                catch_up.wait_until_ms = self.throttle.take(now, cost).err();
+            }
             if catch_up.wait_until_ms.is_some() {
                 break;
             }

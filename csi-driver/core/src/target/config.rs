@@ -44,7 +44,7 @@ pub(super) struct PendingSwap {
 pub(super) enum SwapKind {
     /// generation+1.
     Take,
-    /// Members leave.
+    /// Members leave, or one is taken out for good.
     Out,
     /// A replica joins.
     In(ReplicaId),
@@ -139,6 +139,8 @@ impl Target {
         };
         if !leaving.is_empty() {
             self.propose_out(&leaving);
+        } else if let Some(wanted) = self.removal_due().and_then(|replica| self.removed(replica)) {
+            self.propose_swap(SwapKind::Out, wanted);
         } else if let Some(wanted) = self.job_swap() {
             self.propose_swap(SwapKind::Layers, wanted);
         } else if let Some(Ok(wanted)) = self.holder_swap() {
@@ -157,7 +159,7 @@ impl Target {
                 self.pending = Some(PendingSwap { kind, expected, proposed, new_attachment: false });
                 self.dirty = true;
             }
-            Err(error) if kind == SwapKind::Layers => self.job_refused(error),
+            Err(error) if matches!(kind, SwapKind::Layers | SwapKind::Out) => self.job_refused(error),
             // The record moved on: it is read again.
             Err(_) => self.store.need_read = true,
         }
@@ -305,6 +307,7 @@ impl Target {
                 self.store.need_read = false;
                 self.store.older_since_ms = None;
                 self.learn(read);
+                self.job_record_read();
                 self.confirmed(call);
             }
             Err(StoreError::NotFound(volume)) => self.fail(format!("volume {volume} has no record any more")),
@@ -424,6 +427,11 @@ impl Target {
         self.store.need_read |= self.history.confirmed(call, sent_ms);
     }
 
+    /// No call to the store is under way or waits for its time.
+    pub(super) fn store_is_idle(&self) -> bool {
+        self.store.outstanding.is_none() && self.store.retry_at_ms.is_none()
+    }
+
     /// Nothing is decided before the record was read anew.
     pub(super) fn read_again_first(&mut self) {
         self.store.need_read = true;
@@ -449,6 +457,8 @@ impl Target {
                 for replica in gone {
                     self.left(replica);
                 }
+                // R34: one that was taken out for good is none of the target's any more.
+                self.learn_replicas();
             }
             SwapKind::In(replica) => self.joined(replica),
             // The job looks at the record.
@@ -573,9 +583,10 @@ impl Target {
         // which tells the next target so, must not be cleared.
         let lost = |r: &ReplicaId| self.peers.get(r).is_some_and(|p| p.cache_lost);
         let lost = self.guards.keepgood && self.guards.sameatt && members.iter().any(lost);
-        let acknowledge = serving && !out && told && enough && !lost;
+        let acknowledge = serving && !out && told && !lost;
         let begin = acknowledge && all_open && !self.cut_holds_writes();
-        self.gates = Gates { begin, acknowledge, read: serving };
+        // Not a matter of the others: a member can only come back where copies, flushes and the clearing of the log go on.
+        self.gates = Gates { begin, acknowledge, enough, read: serving };
         self.ack_set = ack_set;
         self.recompute_leases();
     }

@@ -120,7 +120,8 @@ impl Target {
             self.ack_set.contains(r) || self.receiving().any(|x| x == *r) || rebuilding == Some(*r)
         };
         let done = flush.sent && flush.answers.iter().all(|(r, a)| *a == Answer::Done || !counts(r));
-        if !done || !self.gates.acknowledge {
+        let told = self.gates.enough || !matches!(flush.why, FlushFor::Client(_));
+        if !done || !self.gates.acknowledge || !told {
             return;
         }
         let why = flush.why;

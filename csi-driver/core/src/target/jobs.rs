@@ -14,6 +14,7 @@ use crate::transitions::TransitionError;
 use super::cut::Cut;
 use super::delete::Delete;
 use super::grow::Grow;
+use super::remove::Remove;
 use super::{Job, JobError, JobId, Target, TargetAction, TargetState};
 
 #[derive(Debug, Default)]
@@ -28,6 +29,16 @@ pub(super) enum Current {
     Cut(Cut),
     Delete(Delete),
     Grow(Grow),
+    Remove(Remove),
+    Reload(Reload),
+}
+
+/// The record is read anew: what others changed in it, limits and wanted replicas among them, is in force after it.
+#[derive(Debug)]
+pub(super) struct Reload {
+    job: JobId,
+    /// The next answered read was sent after the job came.
+    asked: bool,
 }
 
 impl Jobs {
@@ -48,7 +59,12 @@ impl Target {
                 self.release_hold(job, snapshot);
             }
             _ if self.jobs.queue.len() >= timers::JOBS_MAX => self.end_job(job, Err(JobError::Busy)),
-            Job::CreateSnapshot { .. } | Job::DeleteSnapshot { .. } | Job::Grow { .. } | Job::Hold { .. } => {
+            Job::CreateSnapshot { .. }
+            | Job::DeleteSnapshot { .. }
+            | Job::Grow { .. }
+            | Job::Hold { .. }
+            | Job::RemoveReplica { .. }
+            | Job::Reload => {
                 self.jobs.queue.push_back((job, what));
                 self.dirty = true;
             }
@@ -81,6 +97,8 @@ impl Target {
             Some(Current::Cut(_)) => self.pump_cut(),
             Some(Current::Delete(_)) => self.pump_delete(),
             Some(Current::Grow(_)) => self.pump_grow(),
+            Some(Current::Remove(_)) => self.pump_remove(),
+            Some(Current::Reload(_)) => self.pump_reload(),
         }
     }
 
@@ -90,6 +108,8 @@ impl Target {
             Job::Hold { snapshot, hold_ms } => Current::Cut(Cut::of_group(job, snapshot, hold_ms)),
             Job::DeleteSnapshot { snapshot } => Current::Delete(Delete::new(job, snapshot)),
             Job::Grow { size_bytes } => Current::Grow(Grow::new(job, size_bytes)),
+            Job::RemoveReplica { replica } => Current::Remove(Remove::new(job, replica)),
+            Job::Reload => Current::Reload(Reload { job, asked: false }),
             // Never queued.
             Job::Cut { .. } | Job::Release { .. } => return,
         };
@@ -97,7 +117,24 @@ impl Target {
         self.dirty = true;
     }
 
-    /// The change of the record that the current job wants next.
+    fn pump_reload(&mut self) {
+        // A read that is under way may have been answered before the change that this is about.
+        let idle = self.store_is_idle();
+        let Some(Current::Reload(reload)) = &mut self.jobs.current else { return };
+        if idle && !reload.asked {
+            reload.asked = true;
+            self.read_again_first();
+        }
+    }
+
+    /// A read of the record was answered, and this target is still the volume's.
+    pub(super) fn job_record_read(&mut self) {
+        if matches!(&self.jobs.current, Some(Current::Reload(reload)) if reload.asked) {
+            self.finish_job(Ok(()));
+        }
+    }
+
+    /// The change of the record that the current job wants next, beside that of the set.
     pub(super) fn job_swap(&self) -> Option<Result<VolumeRecord, TransitionError>> {
         let record = self.volume()?;
         let owner = self.config.target_id;
@@ -105,6 +142,7 @@ impl Target {
             Current::Cut(cut) => cut.swap(record, owner),
             Current::Delete(delete) => delete.swap(record, owner),
             Current::Grow(grow) => grow.swap(record, owner, &self.members()),
+            Current::Remove(_) | Current::Reload(_) => None,
         }
     }
 
@@ -112,8 +150,10 @@ impl Target {
     pub(super) fn job_refused(&mut self, error: TransitionError) {
         match &self.jobs.current {
             Some(Current::Cut(_)) => self.cut_refused(error),
-            Some(Current::Delete(_) | Current::Grow(_)) => self.finish_job(Err(error.into())),
-            None => {}
+            Some(Current::Delete(_) | Current::Grow(_) | Current::Remove(_)) => {
+                self.finish_job(Err(error.into()));
+            }
+            Some(Current::Reload(_)) | None => {}
         }
     }
 
@@ -122,7 +162,7 @@ impl Target {
         match &self.jobs.current {
             Some(Current::Cut(_)) => self.freeze_refused(replica, error),
             Some(Current::Grow(_)) => self.finish_job(Err(JobError::Replica { replica, error })),
-            Some(Current::Delete(_)) | None => {}
+            Some(Current::Delete(_) | Current::Remove(_) | Current::Reload(_)) | None => {}
         }
         self.dirty = true;
     }
@@ -133,7 +173,7 @@ impl Target {
             Some(Current::Cut(cut)) => cut.session_lost(replica),
             Some(Current::Grow(grow)) => grow.session_lost(replica),
             Some(Current::Delete(delete)) => delete.session_lost(replica),
-            None => {}
+            Some(Current::Remove(_) | Current::Reload(_)) | None => {}
         }
     }
 
@@ -143,6 +183,8 @@ impl Target {
             Some(Current::Cut(cut)) => cut.job,
             Some(Current::Delete(delete)) => Some(delete.job),
             Some(Current::Grow(grow)) => Some(grow.job),
+            Some(Current::Remove(remove)) => Some(remove.job),
+            Some(Current::Reload(reload)) => Some(reload.job),
             None => None,
         };
         self.dirty = true;

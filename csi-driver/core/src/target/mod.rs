@@ -6,7 +6,7 @@
 //! - `calls`: control calls to the replicas and their answers;
 //! - `requests`, `tasks`: client I/O under the range lock (R13, R17), `answers`: what the replicas say to a write (R14, R16),
 //!   `flushes` (R15);
-//! - `jobs`: snapshots (`cut`, `delete`: R27 to R29) and growth (`grow`: R31), one at a time;
+//! - `jobs`: snapshots (`cut`, `delete`: R27 to R29), growth (`grow`: R31) and fewer replicas (`remove`), one at a time;
 //! - `intent_log`: which regions are logged, and clearing them (R18);
 //! - `copies`: copying blocks between replicas; `reconcile` (R20) and `catch_up` with `extents` (R23, R24) say which, `copy_plan` in what
 //!   order, `throttle` how fast; `layered` rebuilds missed snapshots before (R28);
@@ -36,6 +36,7 @@ mod layered;
 mod peers;
 mod range_lock;
 mod reconcile;
+mod remove;
 mod requests;
 mod scrub;
 mod tasks;
@@ -52,6 +53,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::guards::Guards;
 use crate::ids::{Epoch, Generation, Region, ReplicaId, TargetId};
+use crate::io_limits::IoLimits;
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::Versioned;
 use crate::timers;
@@ -116,6 +118,9 @@ pub struct Target {
     gated: VecDeque<u64>,
     /// Tasks that were just given the lock.
     ready: VecDeque<u64>,
+    /// Ends of clients' writes that every member has and nobody is told of before there are enough members. Their ranges are
+    /// free: a replica that comes back needs them. Bounded by what clients have in flight.
+    untold: Vec<(RequestId, Result<(), RequestError>)>,
     /// Reads that arrived and wait for leases (R4).
     lease_wait: VecDeque<u64>,
     logged: BTreeMap<Region, LogEntry>,
@@ -144,6 +149,8 @@ struct Gates {
     begin: bool,
     /// Writes and flushes may be answered.
     acknowledge: bool,
+    /// As many members as `min_in_sync`: clients may be told.
+    enough: bool,
     /// Reads may be sent.
     read: bool,
 }
@@ -204,6 +211,7 @@ impl Target {
             flushes: BTreeMap::new(),
             gated: VecDeque::new(),
             ready: VecDeque::new(),
+            untold: Vec::new(),
             lease_wait: VecDeque::new(),
             logged: BTreeMap::new(),
             clear_round: None,
@@ -307,6 +315,12 @@ impl Target {
     #[must_use]
     pub fn size_bytes(&self) -> Option<u64> {
         self.record.as_ref().map(|r| r.record.size_bytes)
+    }
+
+    /// What its clients may do per second, as the record says; nothing is limited before it was read.
+    #[must_use]
+    pub fn limits(&self) -> IoLimits {
+        self.record.as_ref().map_or_else(IoLimits::default, |r| r.record.params.limits)
     }
 
     /// The generation, once taken.
@@ -449,6 +463,7 @@ impl Target {
         self.flushes.clear();
         self.gated.clear();
         self.ready.clear();
+        self.untold.clear();
         self.lease_wait.clear();
         self.locks.clear();
         self.ios.clear();

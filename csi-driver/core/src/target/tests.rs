@@ -4,6 +4,7 @@ mod catch_up;
 mod history;
 mod idle;
 mod jobs;
+mod remove;
 mod repair;
 
 use std::collections::BTreeSet;
@@ -34,7 +35,12 @@ fn mk_bench(replicas: u128) -> Bench {
         size_bytes: 8 << 20,
         epoch_nonce: 50,
         replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
-        params: VolumeParams { replicas: 3, fs_type: String::new(), min_in_sync: 1 },
+        params: VolumeParams {
+            replicas: 3,
+            fs_type: String::new(),
+            min_in_sync: 1,
+            limits: crate::io_limits::IoLimits::default(),
+        },
         source: None,
     });
     let record = transitions::publish(&record, &node, false).unwrap();

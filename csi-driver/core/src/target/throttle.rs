@@ -16,6 +16,7 @@ use crate::timers::{
     COPY_RATE_MAX_BYTES_PER_S, COPY_RATE_MIN_BYTES_PER_S, COPY_RATE_START_BYTES_PER_S, FOREGROUND_IDLE_MS,
     THROTTLE_QUIET_EVERY_MS, THROTTLE_QUIET_MS, THROTTLE_WINDOW_MS,
 };
+use crate::token_bucket::TokenBucket;
 
 /// A phase in which copies already under way may still disturb.
 const QUIET_DRAIN_MS: u64 = 20;
@@ -35,8 +36,7 @@ pub(super) struct Throttle {
     alone_us: Option<u64>,
     rate: u64,
     /// Bytes that may be copied now.
-    tokens: u64,
-    filled_ms: u64,
+    bucket: TokenBucket,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,8 +70,7 @@ impl Throttle {
             samples: Samples::default(),
             alone_us: None,
             rate: COPY_RATE_START_BYTES_PER_S,
-            tokens: 0,
-            filled_ms: now_ms,
+            bucket: TokenBucket::new(now_ms, COPY_RATE_START_BYTES_PER_S),
         }
     }
 
@@ -111,20 +110,13 @@ impl Throttle {
             Phase::Quiet { since_ms } => return Err(since_ms + THROTTLE_QUIET_MS),
             Phase::Busy { .. } => {}
         }
-        self.fill(now_ms, bytes);
-        if self.tokens >= bytes {
-            self.tokens -= bytes;
-            return Ok(());
+        match self.bucket.ready_at(now_ms, bytes) {
+            at_ms if at_ms > now_ms => Err(at_ms),
+            _ => {
+                self.bucket.take(bytes);
+                Ok(())
+            }
         }
-        let wait_ms = ((bytes - self.tokens) * 1_000).div_ceil(self.rate);
-        Err(now_ms + wait_ms.max(1))
-    }
-
-    /// The bucket holds a tenth of a second, or one copy if that is more.
-    fn fill(&mut self, now_ms: u64, bytes: u64) {
-        let passed_ms = now_ms.saturating_sub(self.filled_ms).min(1_000);
-        self.filled_ms = now_ms;
-        self.tokens = (self.tokens + self.rate * passed_ms / 1_000).min((self.rate / 10).max(bytes));
     }
 
     fn advance(&mut self, now_ms: u64) {
@@ -138,7 +130,7 @@ impl Throttle {
                 // A client with long gaps gives no measure here: the one before stays.
                 self.alone_us = self.samples.mean_us().or(self.alone_us);
                 self.busy(now_ms, now_ms + THROTTLE_QUIET_EVERY_MS);
-                self.filled_ms = now_ms;
+                self.bucket.skip_to(now_ms);
             }
             Phase::Busy { since_ms, quiet_ms } if now_ms >= since_ms + THROTTLE_WINDOW_MS => {
                 self.adapt();
@@ -167,6 +159,7 @@ impl Throttle {
         };
         let rate = if slower { self.rate - self.rate / 4 } else { self.rate + self.rate / 8 };
         self.rate = rate.clamp(COPY_RATE_MIN_BYTES_PER_S, COPY_RATE_MAX_BYTES_PER_S);
+        self.bucket.set_rate(self.rate);
     }
 }
 

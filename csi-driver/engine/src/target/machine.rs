@@ -30,6 +30,7 @@ use crate::replica::host::ReplicaHost;
 use super::allocation::{AllocationQuery, PendingQuery};
 use super::buffers::{ClientRequest, is_zero};
 use super::calls;
+use super::limited::Limited;
 use super::link::{Link, is_session_error};
 
 /// A target that takes requests.
@@ -131,6 +132,8 @@ pub enum TargetWork {
 pub struct TargetMachine {
     core: Target,
     clock: JumpWatch,
+    /// Clients' requests that the volume's limits let wait.
+    limited: Limited,
     next_request: u64,
     // Bounded by what the front ends have in flight (each limits its own).
     requests: HashMap<RequestId, ClientRequest>,
@@ -160,6 +163,7 @@ impl TargetMachine {
         Self {
             core,
             clock: JumpWatch::new(),
+            limited: Limited::default(),
             next_request: 0,
             requests: HashMap::new(),
             queries: HashMap::new(),
@@ -208,6 +212,34 @@ impl TargetMachine {
         let (client, op) = ClientRequest::new(op, done);
         self.requests.insert(request, client);
         self.core.handle_event(now_ms, TargetEvent::Request { request, op });
+    }
+
+    /// Lets those go on whose time has come.
+    fn pump_limited(&mut self, now_ms: u64) {
+        if self.core.state().is_final() {
+            // It refuses them, and at once.
+            self.limited.lift();
+        }
+        self.limited.follow(now_ms, self.core.limits());
+        while let Some((op, done)) = self.limited.due(now_ms) {
+            self.on_request(now_ms, op, done);
+        }
+    }
+
+    fn on_core(&mut self, now_ms: u64, event: TargetEvent) {
+        match &event {
+            TargetEvent::OpenRefused { session, .. } | TargetEvent::OpenFailed { session } => {
+                self.sessions.remove(session);
+            }
+            TargetEvent::Stop => {
+                self.limited.lift();
+                self.pump_limited(now_ms);
+            }
+            // It may be the limiter's alone.
+            TargetEvent::Tick if self.core.next_timeout().is_none_or(|at_ms| at_ms > now_ms) => return,
+            _ => {}
+        }
+        self.core.handle_event(now_ms, event);
     }
 
     fn on_allocation(&mut self, now_ms: u64, query: AllocationQuery, done: ExtentsCompletion) {
@@ -407,16 +439,12 @@ impl Machine for TargetMachine {
             self.core.handle_event(now_ms, TargetEvent::ClockJumped);
         }
         match event {
-            TargetInput::Core(event) => {
-                match &*event {
-                    TargetEvent::OpenRefused { session, .. } | TargetEvent::OpenFailed { session } => {
-                        self.sessions.remove(session);
-                    }
-                    _ => {}
+            TargetInput::Core(event) => self.on_core(now_ms, *event),
+            TargetInput::Request(op, done) => {
+                if let Some((op, done)) = self.limited.arrive(now_ms, op, done) {
+                    self.on_request(now_ms, op, done);
                 }
-                self.core.handle_event(now_ms, *event);
             }
-            TargetInput::Request(op, done) => self.on_request(now_ms, op, done),
             TargetInput::Allocation(query, done) => self.on_allocation(now_ms, query, done),
             TargetInput::AllocationTold(tag, result) => self.on_allocation_told(now_ms, tag, result),
             TargetInput::IoDone(tag, result) => self.on_io_done(now_ms, tag, result),
@@ -429,11 +457,12 @@ impl Machine for TargetMachine {
                 }
             }
         }
+        self.pump_limited(now_ms);
         self.take_actions(work);
     }
 
     fn next_timeout(&self) -> Option<u64> {
-        self.core.next_timeout()
+        self.core.next_timeout().into_iter().chain(self.limited.next_timeout()).min()
     }
 
     fn tick() -> TargetInput {
@@ -446,6 +475,9 @@ impl Machine for TargetMachine {
         }
         for (_, client) in self.requests.drain() {
             work.push(TargetWork::Complete(client.into_completion(), Err(BlockError(errno::EIO))));
+        }
+        for (_, done) in self.limited.take_all() {
+            work.push(TargetWork::Complete(done, Err(BlockError(errno::EIO))));
         }
         for (_, query) in self.queries.drain() {
             work.push(TargetWork::TellAllocation(query.done, Err(BlockError(errno::EIO))));

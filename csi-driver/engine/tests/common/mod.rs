@@ -173,6 +173,7 @@ impl Cluster {
                 replicas: u32::try_from(nodes.len()).unwrap(),
                 fs_type: String::new(),
                 min_in_sync: 1,
+                limits: holdfast_storage_core::io_limits::IoLimits::default(),
             },
             source: None,
         });

@@ -90,7 +90,7 @@ impl Inner {
             .iter()
             .map(|pool| NodeSpace { name: pool.node.clone(), available_bytes: pool.available_bytes })
             .collect();
-        place(&request, &spaces).map_err(|error| self.unplaceable(&error, &pools))
+        place(&request, &spaces).map_err(|error| self.unplaceable(&error, &pools, taken.len()))
     }
 
     /// What each answering pool can still promise: by its own word, and not beyond what the records leave of it.
@@ -111,7 +111,7 @@ impl Inner {
         Ok(pools)
     }
 
-    fn unplaceable(&self, error: &PlacementError, pools: &[PoolSpace]) -> Status {
+    fn unplaceable(&self, error: &PlacementError, pools: &[PoolSpace], taken: usize) -> Status {
         let mut listed: Vec<String> = pools
             .iter()
             .take(LISTED_NODES_MAX)
@@ -125,7 +125,7 @@ impl Inner {
         match error {
             // Nodes that are known but silent, or not yet heard of, may come back.
             PlacementError::TooFewNodes { wanted, .. }
-                if self.book.is_filling() || self.book.known() >= *wanted as usize =>
+                if self.book.is_filling() || self.book.known() >= *wanted as usize + taken =>
             {
                 Status::unavailable(sentence)
             }

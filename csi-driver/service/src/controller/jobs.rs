@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use holdfast_proto::storage::volume_jobs_client::VolumeJobsClient;
 use holdfast_proto::storage::{
-    CreateSnapshotRequest, CutHeldRequest, DeleteSnapshotRequest, GrowVolumeRequest, HoldWritesRequest,
-    ReleaseHeldRequest,
+    ApplyParamsRequest, CreateSnapshotRequest, CutHeldRequest, DeleteSnapshotRequest, GrowVolumeRequest,
+    HoldWritesRequest, ReleaseHeldRequest, RemoveReplicaRequest,
 };
 use holdfast_storage_core::ids::{NodeName, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
@@ -79,6 +79,14 @@ impl Pools {
             Job::Grow { size_bytes } => {
                 let request = GrowVolumeRequest { volume_id, size_bytes };
                 within(JOB_TIMEOUT, node, client.grow_volume(request)).await.map(drop)
+            }
+            Job::RemoveReplica { replica } => {
+                let request = RemoveReplicaRequest { volume_id, replica_id: replica.to_string() };
+                within(JOB_TIMEOUT, node, client.remove_replica(request)).await.map(drop)
+            }
+            Job::Reload => {
+                let request = ApplyParamsRequest { volume_id };
+                within(JOB_TIMEOUT, node, client.apply_params(request)).await.map(drop)
             }
             Job::Hold { snapshot, hold_ms } => {
                 let request = HoldWritesRequest { volume_id, snapshot_id: id(snapshot), hold_ms };

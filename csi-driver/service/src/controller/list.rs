@@ -15,6 +15,7 @@ use tonic::Status;
 
 use super::Inner;
 use super::create::to_csi;
+use crate::mutable_params::Changes;
 use crate::status::from_store;
 use crate::volume_request::{
     Access, SIZE_BYTES_MIN, check_access, check_capabilities, existing_volume_id, parse_params,
@@ -87,10 +88,13 @@ impl Inner {
         let record = self.live(volume).await?;
         let judged = check_capabilities(&request.volume_capabilities).and_then(|access| {
             check_access(&record, &access)?;
-            if request.parameters.is_empty() {
-                return Ok(());
-            }
-            if parse_params(&request.parameters, &access)? != record.params {
+            let mutable = Changes::parse(&request.mutable_parameters)?;
+            let asked = if request.parameters.is_empty() {
+                record.params.clone()
+            } else {
+                parse_params(&request.parameters, &access)?
+            };
+            if mutable.apply("mutable_parameters", &asked)? != record.params {
                 return Err(Status::invalid_argument("parameters: the volume was made with others"));
             }
             Ok(())

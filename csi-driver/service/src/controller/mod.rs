@@ -14,6 +14,7 @@ mod health;
 mod jobs;
 mod list;
 mod metadata;
+mod modify;
 mod pools;
 mod promote;
 mod publish;
@@ -231,6 +232,7 @@ impl Controller for ControllerService {
             rpc::Type::GetSnapshot,
             rpc::Type::CloneVolume,
             rpc::Type::ExpandVolume,
+            rpc::Type::ModifyVolume,
             rpc::Type::GetVolume,
             rpc::Type::GetVolumeHealth,
             rpc::Type::ListVolumeHealth,
@@ -304,12 +306,9 @@ impl Controller for ControllerService {
 
     async fn controller_modify_volume(
         &self,
-        _: Request<ControllerModifyVolumeRequest>,
+        request: Request<ControllerModifyVolumeRequest>,
     ) -> Result<Response<ControllerModifyVolumeResponse>, Status> {
-        Err(unsupported("ControllerModifyVolume"))
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.modify_volume(request.into_inner()).await }).await.map(Response::new)
     }
-}
-
-fn unsupported(call: &str) -> Status {
-    Status::unimplemented(format!("{call} is not supported by this driver; its capabilities do not name it"))
 }

@@ -7,14 +7,12 @@
 //! 3. The old replica is deleted on its node and taken off the list. Where the node does not answer it stays listed as
 //!    faulted, and DeleteVolume asks that node (R34).
 
-use std::collections::BTreeSet;
-
 use holdfast_proto::storage::{
     CreateReplicaRequest, DeleteReplicaRequest, Epoch as WireEpoch, ReplaceReplicaReply,
     ReplaceReplicaRequest,
 };
-use holdfast_storage_core::ids::{Epoch, NodeName, ReplicaId, VolumeId};
-use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
+use holdfast_storage_core::ids::{Epoch, ReplicaId, VolumeId};
+use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::transitions;
 use tonic::Status;
@@ -39,15 +37,7 @@ impl Inner {
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
         let (record, new) = self.list_new(volume, old).await?;
         let node = record.replicas[&new].node.clone();
-        let create = CreateReplicaRequest {
-            volume_id: volume.to_string(),
-            replica_id: new.to_string(),
-            lineage: record.lineage.to_string(),
-            size_bytes: record.size_bytes,
-            epoch: Some(WireEpoch { number: Epoch::default().number, nonce: Epoch::default().nonce }),
-            ..CreateReplicaRequest::default()
-        };
-        self.pools.create_replica(&node, create).await?;
+        self.make_empty(&record, new).await?;
         if let Some(old) = old
             && let Err(status) = self.remove_old(volume, old).await
         {
@@ -73,8 +63,7 @@ impl Inner {
                 Some(old) => transitions::fault_replica(&found.record, old).map_err(from_transition)?,
                 None => found.record.clone(),
             };
-            let kept = freed.replicas.values().filter(|replica| replica.state != ReplicaState::Faulted);
-            let taken: BTreeSet<NodeName> = kept.map(|replica| replica.node.clone()).collect();
+            let taken = transitions::nodes_taken(&freed);
             let nodes = self.choose_nodes(1, freed.size_bytes, &taken, None).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
@@ -88,8 +77,21 @@ impl Inner {
         Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
     }
 
-    /// Step 3.
-    async fn remove_old(&self, volume: VolumeId, old: ReplicaId) -> Result<(), Status> {
+    /// Makes a listed replica that was never in sync, empty, on its node; one that is there stays as it is.
+    pub(super) async fn make_empty(&self, record: &VolumeRecord, new: ReplicaId) -> Result<(), Status> {
+        let create = CreateReplicaRequest {
+            volume_id: record.volume_id.to_string(),
+            replica_id: new.to_string(),
+            lineage: record.lineage.to_string(),
+            size_bytes: record.size_bytes,
+            epoch: Some(WireEpoch { number: Epoch::default().number, nonce: Epoch::default().nonce }),
+            ..CreateReplicaRequest::default()
+        };
+        self.pools.create_replica(&record.replicas[&new].node, create).await
+    }
+
+    /// Step 3; safe to repeat.
+    pub(super) async fn remove_old(&self, volume: VolumeId, old: ReplicaId) -> Result<(), Status> {
         for _ in 0..SWAP_ATTEMPTS_MAX {
             let found = self.store.read(volume).await.map_err(from_store)?;
             let Some(entry) = found.record.replicas.get(&old) else { return Ok(()) };
@@ -114,6 +116,10 @@ fn begun_before(record: &VolumeRecord, old: Option<ReplicaId>) -> Option<Replica
     if !old.is_none_or(given_up) {
         return None;
     }
-    let never = ReplicaState::Offline { left_epoch: Epoch::default() };
-    record.replicas.iter().find(|(_, replica)| replica.state == never).map(|(id, _)| *id)
+    record.replicas.iter().find(|(_, replica)| never_in_sync(replica)).map(|(id, _)| *id)
+}
+
+/// Listed to be rebuilt from nothing ([`transitions::add_replica`]).
+pub(super) fn never_in_sync(replica: &ReplicaRecord) -> bool {
+    replica.state == ReplicaState::Offline { left_epoch: Epoch::default() }
 }

@@ -2,6 +2,7 @@
 //! does not compile until it is here.
 
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, RecordVersion};
+use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::record::{
     CloneSource, Formatted, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState, RequestedSnapshot,
     SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
@@ -9,8 +10,8 @@ use holdfast_storage_core::record::{
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    EpochSpec, FormattedSpec, ParamsSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec,
-    SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
+    EpochSpec, FormattedSpec, LimitsSpec, ParamsSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec,
+    RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -82,7 +83,7 @@ pub(super) fn to_spec(
         }),
         formatted: formatted_to_spec(*formatted),
         deleting: *deleting,
-        params: params_to_spec(params),
+        params: params_to_spec(params)?,
     })
 }
 
@@ -126,6 +127,10 @@ pub(super) fn from_spec(spec: &VolumeRecordSpec) -> Result<Versioned, StoreError
             replicas: small("params.replicas", spec.params.replicas)?,
             fs_type: spec.params.fs_type.clone(),
             min_in_sync: small("params.minInSync", spec.params.min_in_sync)?,
+            limits: IoLimits {
+                iops: counter("params.limits.iops", spec.params.limits.iops)?,
+                bytes_per_s: counter("params.limits.bytesPerS", spec.params.limits.bytes_per_s)?,
+            },
         },
     };
     Ok(Versioned { version: RecordVersion(counter("version", spec.version)?), record })
@@ -221,13 +226,17 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
     }
 }
 
-fn params_to_spec(params: &VolumeParams) -> ParamsSpec {
-    let VolumeParams { replicas, fs_type, min_in_sync } = params;
-    ParamsSpec {
+fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
+    let VolumeParams { replicas, fs_type, min_in_sync, limits: IoLimits { iops, bytes_per_s } } = params;
+    Ok(ParamsSpec {
         replicas: i64::from(*replicas),
         fs_type: fs_type.clone(),
         min_in_sync: i64::from(*min_in_sync),
-    }
+        limits: LimitsSpec {
+            iops: number("params.limits.iops", *iops)?,
+            bytes_per_s: number("params.limits.bytes_per_s", *bytes_per_s)?,
+        },
+    })
 }
 
 fn source_from_spec(spec: &SourceSpec) -> Result<CloneSource, StoreError> {
@@ -364,7 +373,12 @@ mod tests {
             promoted: Some(Promotion { replica: ReplicaId(1), from: Lineage(2) }),
             formatted: Formatted::Formatting,
             deleting: false,
-            params: VolumeParams { replicas: 3, fs_type: "xfs".to_owned(), min_in_sync: 2 },
+            params: VolumeParams {
+                replicas: 3,
+                fs_type: "xfs".to_owned(),
+                min_in_sync: 2,
+                limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
+            },
         }
     }
 

@@ -212,6 +212,20 @@ pub(crate) struct ParamsSpec {
     pub fs_type: String,
     #[schemars(range(min = 0))]
     pub min_in_sync: i64,
+    /// What its clients may do per second; 0 is no limit.
+    #[serde(default)]
+    pub limits: LimitsSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LimitsSpec {
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub iops: i64,
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub bytes_per_s: i64,
 }
 
 impl VolumeRecordSpec {

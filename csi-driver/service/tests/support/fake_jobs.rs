@@ -135,6 +135,33 @@ impl VolumeJobs for FakePool {
         self.run(GrowVolumeReply {}, work).await
     }
 
+    async fn remove_replica(
+        &self,
+        request: Request<RemoveReplicaRequest>,
+    ) -> Result<Response<RemoveReplicaReply>, Status> {
+        let request = request.into_inner();
+        let (volume, replica) = (request.volume_id.parse().unwrap(), request.replica_id.parse().unwrap());
+        let work = async {
+            let target = self.own(volume).await?;
+            let nonce = rand::random();
+            let out = |record: &VolumeRecord| transitions::remove_member(record, target, replica, nonce);
+            self.swap(volume, out).await.map(drop)
+        };
+        self.run(RemoveReplicaReply {}, work).await
+    }
+
+    async fn apply_params(
+        &self,
+        request: Request<ApplyParamsRequest>,
+    ) -> Result<Response<ApplyParamsReply>, Status> {
+        let volume = request.into_inner().volume_id;
+        let work = async {
+            self.state.lock().unwrap().applied.push(volume);
+            Ok(())
+        };
+        self.run(ApplyParamsReply {}, work).await
+    }
+
     async fn hold_writes(
         &self,
         request: Request<HoldWritesRequest>,

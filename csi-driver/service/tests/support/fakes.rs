@@ -181,6 +181,8 @@ pub struct State {
     capacity_bytes: u64,
     replicas: Replicas,
     pub cut: Cut,
+    /// Targets that read their records anew.
+    pub applied: Vec<String>,
     /// Volumes whose writes are held, by snapshot.
     pub holds: BTreeMap<String, String>,
     /// Blocks that each snapshot of each replica has, and in which any two differ.
@@ -207,6 +209,7 @@ impl FakePool {
             capacity_bytes,
             replicas: Replicas::new(),
             cut: Cut::never(),
+            applied: Vec::new(),
             holds: BTreeMap::new(),
             blocks: Vec::new(),
             blocks_fail: false,

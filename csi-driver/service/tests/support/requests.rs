@@ -78,6 +78,16 @@ impl Controller {
         Ok(answer.capacity_bytes)
     }
 
+    pub async fn modify(&self, volume_id: &str, parameters: &[(&str, &str)]) -> Result<(), Status> {
+        let pairs = parameters.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let request = ControllerModifyVolumeRequest {
+            volume_id: volume_id.to_owned(),
+            mutable_parameters: pairs.collect(),
+            ..ControllerModifyVolumeRequest::default()
+        };
+        self.0.clone().controller_modify_volume(request).await.map(drop)
+    }
+
     pub fn metadata(&self) -> SnapshotMetadataClient<Channel> {
         SnapshotMetadataClient::new(self.1.clone())
     }

@@ -24,6 +24,16 @@ pub enum Job {
         /// The new size, a multiple of the region size.
         size_bytes: u64,
     },
+    /// Takes a member out for good: the volume is to have fewer replicas, and every acknowledged write stays on as many
+    /// members as wanted. A replica that was given up already is a success, one that is out of sync is refused: that one the
+    /// record can give up.
+    RemoveReplica {
+        /// Which.
+        replica: ReplicaId,
+    },
+    /// Reads the record anew: what was changed in it before the call, its limits and its wanted replicas, is in force after
+    /// the answer.
+    Reload,
     /// First half of a group's cut (R29): answered once new writes are held and none is in flight. The hold ends with
     /// [`Job::Cut`], [`Job::Release`] or by itself after `hold_ms`.
     Hold {

@@ -22,6 +22,14 @@ impl Bench {
         self.actions.retain(|a| !matches!(a, TargetAction::CloseSession { .. } | TargetAction::Open(_)));
     }
 
+    /// Somebody changes the record, and the target is told.
+    fn change_min_in_sync(&mut self, min_in_sync: u32) {
+        self.store.record.params.min_in_sync = min_in_sync;
+        self.store.version = self.store.version.next();
+        self.job(1, Job::Reload);
+        self.store();
+    }
+
     fn opening(&mut self, replica: u128) -> Option<SessionId> {
         let wanted =
             |a: &TargetAction| matches!(a, TargetAction::Open(open) if open.replica == ReplicaId(replica));
@@ -128,6 +136,36 @@ fn r23_exactly_what_the_maps_name_is_copied() {
     assert_eq!(copied, [(5, 1), (9, 1), (300, 20)].map(|(start, count)| BlockRange::new(start, count)));
     let status = bench.target.status().replicas.pop().unwrap();
     assert_eq!((status.resync_bytes_done, status.resync_bytes_total), (22 * 4096, 22 * 4096));
+}
+
+#[test]
+fn below_min_in_sync_a_write_is_made_and_not_told_and_does_not_keep_a_replica_from_coming_back() {
+    let mut bench = mk_bench(3);
+    bench.store.record.params.min_in_sync = 3;
+    let mut bench = mk_serving_with(bench, 3);
+    bench.request(1, WRITE);
+    let writes = bench.ios();
+    bench.lose(&[3]);
+    for (io, ..) in writes.into_iter().filter(|(_, replica, ..)| *replica != AWAY) {
+        bench.event(TargetEvent::IoDone { io, result: Ok(()) });
+    }
+    bench.request(2, ClientOp::Flush);
+    bench.flushed();
+    assert_eq!(bench.completed(), None, "two members are too few");
+    bench.wait(300);
+    // The log is cleared meanwhile.
+    bench.flushed();
+    while let Some((call, ..)) = bench.control_of(|op| matches!(op, Control::ClearLog(_))) {
+        bench.event(TargetEvent::ControlDone { call });
+    }
+    bench.open(3, false);
+    bench.maps(Some(&[(0, 1)]));
+    bench.extents(&[(0, 2048)]);
+    assert_eq!(bench.copy_all(), [BlockRange::new(0, 1)], "the range of the write is free");
+    assert_eq!(bench.completed(), None);
+    bench.change_min_in_sync(2);
+    assert_eq!(bench.completed(), Some(Ok(())), "the write");
+    assert_eq!(bench.completed(), Some(Ok(())), "the flush");
 }
 
 #[test]
