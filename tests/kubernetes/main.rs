@@ -12,6 +12,7 @@ mod whole;
 
 // The suite of all record stores stands with the other stores' tests.
 #[path = "../../csi-driver/service/tests/support"]
+#[allow(clippy::unwrap_used)] // Tests and what they share may panic.
 mod suite {
     pub mod records;
     pub mod store_suite;

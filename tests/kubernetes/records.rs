@@ -175,7 +175,7 @@ fn groups_are_swapped(bed: &Bed) -> Result<()> {
         }
         let found = store.read_group(id).await?.context("the group")?;
         ensure!(won == [found.version] && found.record == cutting, "{won:?}, {found:?}");
-        ensure!(store.list_groups().await? == [found.clone()]);
+        ensure!(store.list_groups().await? == std::slice::from_ref(&found));
         ensure!(store.swap_group(id, Some(first), None).await == conflict, "the old version removes nothing");
         store.swap_group(id, Some(found.version), None).await?;
         ensure!(store.read_group(id).await?.is_none());

@@ -140,7 +140,6 @@ impl Target {
         self.forget_flush_answers(replica);
     }
 
-    /// After each change of the configuration.
     /// A client's write is done: it is told once there are enough members, which all have the write then: one that joins
     /// has whatever a member has (R24).
     fn tell_client(&mut self, request: RequestId, result: Result<(), RequestError>) {
@@ -151,6 +150,7 @@ impl Target {
         }
     }
 
+    /// After each change of the configuration.
     pub(super) fn recheck_acknowledgements(&mut self) {
         if self.gates.acknowledge && self.gates.enough {
             for (request, result) in std::mem::take(&mut self.untold) {
