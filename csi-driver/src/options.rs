@@ -96,6 +96,10 @@ pub struct ControllerOptions {
     /// Where the registry listens.
     #[arg(long, default_value = "0.0.0.0:9470")]
     pub registry_listen: SocketAddr,
+    /// Replicas that are out of sync are replaced on other nodes once their own has been silent for so many seconds, at least
+    /// 60; 0: never.
+    #[arg(long, default_value_t = 1800, value_parser = parse_patience)]
+    pub replace_after_s: u64,
     #[command(flatten)]
     pub tls: TlsOptions,
 }
@@ -208,6 +212,13 @@ pub enum FrontEnd {
     None,
 }
 
+fn parse_patience(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(seconds) if seconds == 0 || seconds >= 60 => Ok(seconds),
+        _ => Err(format!("\"{text}\" is no number of seconds from 60 on, nor 0")),
+    }
+}
+
 fn parse_quantity(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text.get(digits.len()..) {
@@ -281,5 +292,7 @@ mod tests {
         assert!(controller(&[]).is_err());
         assert!(controller(&["--insecure", "--tls-dir=/x"]).is_err());
         assert!(controller(&["--insecure"]).is_ok());
+        assert!(controller(&["--insecure", "--replace-after-s=0"]).is_ok());
+        assert!(controller(&["--insecure", "--replace-after-s=59"]).is_err());
     }
 }

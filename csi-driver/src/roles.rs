@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial, config, host};
@@ -42,6 +43,7 @@ async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow:
         csi_socket: options.csi_socket,
         store_dir: options.store_dir,
         registry_listen: options.registry_listen,
+        replace_after: (options.replace_after_s > 0).then(|| Duration::from_secs(options.replace_after_s)),
         tls,
     };
     // While another controller serves, this one waits.

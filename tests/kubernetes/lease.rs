@@ -42,6 +42,7 @@ fn mk_config(client: KubernetesClient, dir: &Path, name: &str) -> ControllerConf
         kubernetes: Some(client),
         store_dir: dir.join("unused"),
         registry_listen: ([127, 0, 0, 1], 0).into(),
+        replace_after: None,
         tls: None,
     }
 }

@@ -31,7 +31,7 @@ pub fn trials() -> Vec<Trial> {
 
 fn mk_controller(store: &KubernetesStore, book: &Arc<NodeBook>) -> ControllerService {
     let (store, groups) = (Arc::new(store.clone()), Arc::new(store.clone()));
-    ControllerService::new(store, groups, Arc::clone(book), None)
+    ControllerService::new(store, groups, Arc::clone(book), Default::default())
 }
 
 async fn announce(book: &NodeBook, nodes: &[&str]) -> Result<()> {

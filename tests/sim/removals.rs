@@ -175,9 +175,7 @@ impl World {
             !disk.meta.cache_lost && disk.tmpfs_cookie == Some(disk.meta.cookie)
         };
         let lost_long_ago = |node: usize| !kept(node) && self.nodes[node].died_at + KNOWN_AFTER_US < self.now;
-        if record.in_sync.iter().all(|member| lost_long_ago(node_of(*member)))
-            && kept(node_of(gone))
-        {
+        if record.in_sync.iter().all(|member| lost_long_ago(node_of(*member))) && kept(node_of(gone)) {
             self.history.violations.push(format!(
                 "P2: t{target} takes replica {gone} out for good, the last one that kept its cache"
             ));

@@ -51,6 +51,13 @@ impl NodeBook {
         nodes.get(name).map(|(info, _)| info.clone())
     }
 
+    /// For how long a node has not announced itself; one that was never heard of, since the book was begun.
+    #[must_use]
+    pub fn silent_for(&self, name: &NodeName) -> Duration {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        nodes.get(name).map_or(self.started, |(_, at)| *at).elapsed()
+    }
+
     /// How many nodes were ever heard of, silent ones included.
     #[must_use]
     pub fn known(&self) -> usize {

@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::controller::ControllerService;
+use crate::controller::{ControllerService, ControllerSettings};
 use crate::identity::IdentityService;
 use crate::kubernetes::{
     ControllerLease, KubernetesClient, KubernetesDirectory, KubernetesStore, VolumeBoard,
@@ -68,6 +68,8 @@ pub struct ControllerConfig {
     pub store_dir: PathBuf,
     /// Where the registry listens.
     pub registry_listen: SocketAddr,
+    /// For how long a node must be silent before its replicas that are out of sync are replaced; none: never.
+    pub replace_after: Option<Duration>,
     /// Mutual TLS for the registry and towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
@@ -129,8 +131,8 @@ impl Process {
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
-        let controller =
-            ControllerService::new(Arc::clone(&store), group_store, Arc::clone(&book), config.tls.clone());
+        let settings = ControllerSettings { replace_after: config.replace_after, tls: config.tls.clone() };
+        let controller = ControllerService::new(Arc::clone(&store), group_store, Arc::clone(&book), settings);
         let beside = beside_calls(controller.clone(), config.kubernetes, book);
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))

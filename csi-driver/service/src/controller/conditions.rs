@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::PoisonError;
 
 use holdfast_proto::csi::VolumeHealthErrorType;
 use holdfast_proto::csi::volume_health::VolumeHealthEntry;
@@ -74,11 +75,16 @@ impl Inner {
     async fn reports(&self) -> Result<Option<Vec<VolumeReport>>, Status> {
         let Some(alive) = self.alive_nodes() else { return Ok(None) };
         let records = self.all_records().await?;
-        Ok(Some(records.into_iter().map(|record| report(record, &alive)).collect()))
+        let unhealed = self.unhealed.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |record: VolumeRecord| {
+            let why = unhealed.get(&record.volume_id).map(String::as_str);
+            report(record, &alive, why)
+        };
+        Ok(Some(records.into_iter().map(of).collect()))
     }
 }
 
-fn report(record: VolumeRecord, alive: &BTreeSet<NodeName>) -> VolumeReport {
+fn report(record: VolumeRecord, alive: &BTreeSet<NodeName>, unhealed: Option<&str>) -> VolumeReport {
     let ills = judge(&record, Some(alive));
     let of = |kind: VolumeHealthErrorType| {
         let kind = i32::from(kind);
@@ -88,7 +94,10 @@ fn report(record: VolumeRecord, alive: &BTreeSet<NodeName>) -> VolumeReport {
         (of(VolumeHealthErrorType::Inaccessible), of(VolumeHealthErrorType::Degraded));
     let accessible = condition("Accessible", "HasReplicas", "enough replicas are in sync", inaccessible);
     let redundant = condition("Redundant", "AsWanted", "as many replicas are in sync as wanted", degraded);
-    let drifts = drifts(&record, alive);
+    let mut drifts = drifts(&record, alive);
+    if let Some(why) = unhealed {
+        drifts.push(("NotHealed", format!("nothing could be done about that: {why}")));
+    }
     let converged = VolumeCondition {
         kind: "Converged",
         holds: drifts.is_empty(),
@@ -221,7 +230,7 @@ mod tests {
     }
 
     fn told(record: &VolumeRecord, alive: &[&str]) -> (VolumeState, [(bool, &'static str); 3]) {
-        let report = report(record.clone(), &mk_alive(alive));
+        let report = report(record.clone(), &mk_alive(alive), None);
         (report.state, report.conditions.map(|c| (c.holds, c.reason)))
     }
 
@@ -238,7 +247,8 @@ mod tests {
         let mut record = mk_record();
         leave(&mut record, 2, offline);
         let message = |record: &VolumeRecord, alive: &[&str]| {
-            let [_, _, converged] = report(record.clone(), &mk_alive(alive)).conditions;
+            let [_, _, converged] = report(record.clone(), &mk_alive(alive), Some("no room")).conditions;
+            assert!(converged.message.ends_with("no room"));
             assert!(!converged.holds);
             (converged.reason, converged.message)
         };

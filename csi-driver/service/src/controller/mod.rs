@@ -10,6 +10,7 @@ mod create;
 mod delete;
 mod expand;
 mod groups;
+mod heal;
 mod health;
 mod jobs;
 mod list;
@@ -22,7 +23,9 @@ mod replace;
 mod snapshots;
 mod sweep;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use holdfast_proto::csi::controller_server::Controller;
 use holdfast_proto::csi::controller_service_capability::{Rpc, Type, rpc};
@@ -54,6 +57,21 @@ pub const READ_ONLY_KEY: &str = "readOnly";
 /// How often a change is decided anew because another writer moved the record; then the caller is told to repeat.
 const SWAP_ATTEMPTS_MAX: u32 = 16;
 
+/// What an operator decides about the controller.
+#[derive(Clone)]
+pub struct ControllerSettings {
+    /// For how long a node must be silent before its replicas that are out of sync are replaced; none: never.
+    pub replace_after: Option<Duration>,
+    /// TLS towards the nodes; none is plain text.
+    pub tls: Option<TlsIdentity>,
+}
+
+impl Default for ControllerSettings {
+    fn default() -> Self {
+        Self { replace_after: Some(Duration::from_secs(30 * 60)), tls: None }
+    }
+}
+
 /// The service.
 #[derive(Clone)]
 pub struct ControllerService {
@@ -69,21 +87,23 @@ struct Inner {
     /// Held from reading the free space to writing the record, so that no space is promised twice.
     placing: Mutex<()>,
     making: Making,
+    replace_after: Option<Duration>,
+    /// Why replicas could not be brought back, as of the last sweep.
+    unhealed: std::sync::Mutex<BTreeMap<VolumeId, String>>,
     /// Something was left for the sweep.
     sweep_soon: Notify,
 }
 
 impl ControllerService {
-    /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes,
-    /// with TLS where given.
+    /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes.
     #[must_use]
     pub fn new(
         store: Arc<dyn RecordStore>,
         group_store: Arc<dyn GroupStore>,
         book: Arc<NodeBook>,
-        tls: Option<TlsIdentity>,
+        settings: ControllerSettings,
     ) -> Self {
-        let pools = Pools::new(Arc::clone(&book), tls);
+        let pools = Pools::new(Arc::clone(&book), settings.tls);
         let inner = Inner {
             store,
             group_store,
@@ -92,6 +112,8 @@ impl ControllerService {
             in_flight: InFlight::default(),
             placing: Mutex::new(()),
             making: Making::default(),
+            replace_after: settings.replace_after,
+            unhealed: std::sync::Mutex::default(),
             sweep_soon: Notify::new(),
         };
         Self { inner: Arc::new(inner) }

@@ -126,7 +126,8 @@ mod tests {
         let groups = Arc::new(sled.clone());
         let store: Arc<dyn RecordStore> = Arc::new(sled);
         store.create(record).await.unwrap();
-        let service = ControllerService::new(Arc::clone(&store), groups, Arc::new(NodeBook::new()), None);
+        let service =
+            ControllerService::new(Arc::clone(&store), groups, Arc::new(NodeBook::new()), Default::default());
         (service, store, dir)
     }
 

@@ -95,6 +95,9 @@ impl Inner {
         for _ in 0..SWAP_ATTEMPTS_MAX {
             let found = self.store.read(volume).await.map_err(from_store)?;
             let Some(entry) = found.record.replicas.get(&old) else { return Ok(()) };
+            if entry.state != ReplicaState::Faulted {
+                return Err(Status::failed_precondition(format!("replica {old} was not given up")));
+            }
             let (volume_id, replica_id) = (volume.to_string(), old.to_string());
             self.pools.delete_replica(&entry.node, DeleteReplicaRequest { volume_id, replica_id }).await?;
             let record = transitions::forget_replica(&found.record, old).map_err(from_transition)?;

@@ -5,6 +5,7 @@
 //! - A snapshot was cut only for a clone that is finished, gone or was never recorded: it is deleted.
 //! - A retired volume has no snapshot any more: it is deleted.
 //! - A tombstone is left of a volume that nobody asks to be deleted again: it is deleted, once its nodes all answer.
+//! - Replicas are missing, do not come back, or were given up: [`super::heal`].
 //! - A group's record is neither committed nor being worked on: its coordinator died; what is left of it is deleted.
 //!
 //! Every step is one that a call does, too, and is safe beside it; whatever fails is tried again next time.
@@ -84,6 +85,7 @@ impl Inner {
             !making.contains(clone)
                 && clones.get(clone).is_none_or(|record| record.source.as_ref().is_some_and(|s| s.linked))
         };
+        note(self.heal(&sources).await);
         for record in &sources {
             if record.deleting {
                 note(self.end_deletion(record).await);

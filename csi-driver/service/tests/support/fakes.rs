@@ -175,6 +175,7 @@ pub struct FakePool {
     /// The records that its volume jobs work on.
     pub store: Option<Arc<dyn RecordStore>>,
     pub state: Arc<Mutex<State>>,
+    control_address: String,
 }
 
 pub struct State {
@@ -217,15 +218,22 @@ impl FakePool {
             create_fails: None,
             delay: std::time::Duration::ZERO,
         };
-        let pool = Self { node, store: store.cloned(), state: Arc::new(Mutex::new(state)) };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let control_address = listener.local_addr().unwrap().to_string();
+        let state = Arc::new(Mutex::new(state));
+        let pool = Self { node, store: store.cloned(), state, control_address };
         let router = Server::builder()
             .add_service(PoolServer::new(pool.clone()))
             .add_service(VolumeJobsServer::new(pool.clone()));
         tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
-        announce(book, node, &control_address, capacity_bytes).await;
+        pool.announce(book).await;
         pool
+    }
+
+    /// The node says again that it lives.
+    pub async fn announce(&self, book: &NodeBook) {
+        let capacity_bytes = self.state.lock().unwrap().capacity_bytes;
+        announce(book, self.node, &self.control_address, capacity_bytes).await;
     }
 
     pub fn replicas(&self) -> Replicas {
