@@ -64,7 +64,7 @@ const GUARDS: [(&str, TakeOut, u64); 50] = [
     ("otherhistory", |g| g.otherhistory = false, 14_000_007),
     ("allanswer", |g| g.allanswer = false, 14_000_000),
     ("awayread", |g| g.awayread = false, 15_000_018),
-    ("removegood", |g| g.removegood = false, 17_000_000),
+    ("removegood", |g| g.removegood = false, 17_000_035),
 ];
 
 /// Seeds of each family tried beside the known one.

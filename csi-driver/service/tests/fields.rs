@@ -100,6 +100,10 @@ fn controller_fields() -> Vec<(&'static str, &'static str, Field, Call)> {
             let request = ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
             call!(c.0.clone(), controller_expand_volume, request)
         }),
+        ("ControllerModifyVolume", "volume_id", Existing, |c, _, volume_id| {
+            let request = ControllerModifyVolumeRequest { volume_id, ..Default::default() };
+            call!(c.0.clone(), controller_modify_volume, request)
+        }),
         ("ControllerGetVolume", "volume_id", Existing, |c, _, volume_id| {
             call!(c.0.clone(), controller_get_volume, ControllerGetVolumeRequest { volume_id })
         }),
