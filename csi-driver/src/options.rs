@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use caps::Capability;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use holdfast_service::topology::is_topology_value;
 
 /// Replicated block volumes for Kubernetes: a CSI driver and its data process.
 #[derive(Debug, Parser)]
@@ -100,6 +101,10 @@ pub struct ControllerOptions {
     /// 60; 0: never.
     #[arg(long, default_value_t = 1800, value_parser = parse_patience)]
     pub replace_after_s: u64,
+    /// How much of each pool's capacity may be promised to volumes, which take space as they are written. Above 100 a pool
+    /// may be full before its volumes are; writes fail then.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub overprovision_percent: u32,
     #[command(flatten)]
     pub tls: TlsOptions,
 }
@@ -136,6 +141,18 @@ pub struct RegistryOptions {
     pub registry_name: String,
 }
 
+/// What is said of a node; the same for its node service, which tells Kubernetes, and its data process, which tells the
+/// controller.
+#[derive(Debug, Args)]
+pub struct PlaceOptions {
+    /// Zone that the node stands in: a part of the cluster that may fail as one. Replicas of a volume are spread over zones.
+    #[arg(long, value_parser = parse_zone)]
+    pub zone: Option<String>,
+    /// Most volumes that may be attached to the node at the same time; no limit where absent.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub volumes_max: Option<u32>,
+}
+
 /// Settings of the node service.
 #[derive(Debug, Args)]
 pub struct NodeOptions {
@@ -151,6 +168,8 @@ pub struct NodeOptions {
     /// Kubelet's folder; staging and target paths must lie below it.
     #[arg(long, default_value = "/var/lib/kubelet")]
     pub kubelet_dir: PathBuf,
+    #[command(flatten)]
+    pub place: PlaceOptions,
     #[command(flatten)]
     pub registry: RegistryOptions,
     #[command(flatten)]
@@ -198,6 +217,8 @@ pub struct DataOptions {
     #[arg(long, value_enum, default_value = "fuse-loop")]
     pub front_end: FrontEnd,
     #[command(flatten)]
+    pub place: PlaceOptions,
+    #[command(flatten)]
     pub registry: RegistryOptions,
     #[command(flatten)]
     pub tls: TlsOptions,
@@ -217,6 +238,13 @@ fn parse_patience(text: &str) -> Result<u64, String> {
         Ok(seconds) if seconds == 0 || seconds >= 60 => Ok(seconds),
         _ => Err(format!("\"{text}\" is no number of seconds from 60 on, nor 0")),
     }
+}
+
+fn parse_zone(text: &str) -> Result<String, String> {
+    if is_topology_value(text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("\"{text}\" is no zone: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
 }
 
 fn parse_quantity(text: &str) -> Result<u64, String> {
@@ -282,6 +310,17 @@ mod tests {
         }
         for text in ["", "Gi", "-1", "1G", "1.5Gi", "99999999999Ti"] {
             assert!(parse_quantity(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_zone_is_the_value_of_a_label_and_limits_are_at_least_one() {
+        let node = |tail: &[&str]| {
+            Options::try_parse_from([&["holdfast-csi", "node", "--node=a", "--insecure"], tail].concat())
+        };
+        assert!(node(&["--zone=zone-1.a_B", "--volumes-max=1"]).is_ok());
+        for bad in ["--zone=", "--zone=a/b", "--zone=-a", "--volumes-max=0"] {
+            assert!(node(&[bad]).is_err(), "{bad}");
         }
     }
 

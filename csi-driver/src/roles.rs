@@ -44,6 +44,7 @@ async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow:
         store_dir: options.store_dir,
         registry_listen: options.registry_listen,
         replace_after: (options.replace_after_s > 0).then(|| Duration::from_secs(options.replace_after_s)),
+        overprovision_percent: options.overprovision_percent,
         tls,
     };
     // While another controller serves, this one waits.
@@ -58,6 +59,8 @@ async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
     let (store, _) = stores(&options.registry, &options.tls).await?;
     let config = NodeConfig {
         node: node_name(&options.node)?,
+        zone: options.place.zone,
+        volumes_max: options.place.volumes_max,
         data_socket: options.data_socket,
         kubelet_dir: options.kubelet_dir,
     };
@@ -76,6 +79,8 @@ async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> 
     };
     let config = DataConfig {
         node: node_name(&options.node)?,
+        zone: options.place.zone,
+        volumes_max: options.place.volumes_max,
         control_advertise: advertise(options.control_listen, "--control-listen")?,
         nbd_advertise: advertise(options.nbd_listen, "--nbd-listen")?,
         pool_dir: options.pool_dir,

@@ -1,5 +1,6 @@
 //! Measures Holdfast beside a peer on this machine, in one run, under the same load. `scripts/bench` builds and runs it.
 
+mod csi;
 mod figures;
 mod fio;
 mod network;
@@ -31,6 +32,8 @@ enum Part {
     Network(network::Options),
     /// The rules of network policy, with one policy and with ten thousand, beside those of other shapes.
     Policy(policy::Options),
+    /// Many volumes through the CSI services: time of each call, memory of the controller.
+    Csi(csi::Options),
     /// Times a plugin's calls; started by `network` inside a node.
     #[command(hide = true)]
     NetworkCalls(network::CallsOptions),
@@ -62,6 +65,7 @@ fn run(part: Part) -> Result<()> {
         Part::PolicyTraffic(options) => policy::run_traffic(&options),
         Part::PolicyChanges(options) => policy::run_changes(&options),
         Part::Storage(options) => cleanup::end_when_interrupted().and_then(|()| storage::run(&options)),
+        Part::Csi(options) => cleanup::end_when_interrupted().and_then(|()| csi::run(&options)),
         Part::Network(options) => cleanup::end_when_interrupted().and_then(|()| network::run(&options)),
         Part::Policy(options) => cleanup::end_when_interrupted().and_then(|()| policy::run(&options)),
     }

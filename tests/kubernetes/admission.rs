@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use holdfast_service::{KubernetesDirectory, KubernetesStore};
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName};
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::NodeDirectory;
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::record_store::{RecordStore, StoreError};
 use libtest_mimic::Trial;
 
 use crate::bed::Bed;
+use crate::nodes::mk_node;
 use crate::suite::records::mk_record;
 use crate::suite::store_suite;
 use crate::trial;
@@ -25,16 +26,6 @@ pub fn trials() -> Vec<Trial> {
         trial("admission::a_node_changes_only_what_is_its_to_change", a_node_changes_only_its_own),
         trial("admission::the_controllers_rights_suffice", the_controllers_rights_suffice),
     ]
-}
-
-fn mk_node(name: &str) -> NodeInfo {
-    NodeInfo {
-        name: NodeName(name.to_owned()),
-        control_address: "192.0.2.1:9471".to_owned(),
-        nbd_address: "192.0.2.1:9472".to_owned(),
-        capacity_bytes: 10 << 30,
-        available_bytes: 5 << 30,
-    }
 }
 
 fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {

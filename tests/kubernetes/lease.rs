@@ -43,6 +43,7 @@ fn mk_config(client: KubernetesClient, dir: &Path, name: &str) -> ControllerConf
         store_dir: dir.join("unused"),
         registry_listen: ([127, 0, 0, 1], 0).into(),
         replace_after: None,
+        overprovision_percent: 100,
         tls: None,
     }
 }

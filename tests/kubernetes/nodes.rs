@@ -20,13 +20,15 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-fn mk_node(name: &str) -> NodeInfo {
+pub fn mk_node(name: &str) -> NodeInfo {
     NodeInfo {
         name: NodeName(name.to_owned()),
         control_address: "192.0.2.1:9471".to_owned(),
         nbd_address: "192.0.2.1:9472".to_owned(),
         capacity_bytes: 10 << 30,
         available_bytes: 5 << 30,
+        zone: Some("zone-1".to_owned()),
+        volumes_max: Some(9),
     }
 }
 

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use holdfast_service::kubernetes::VolumeBoard;
 use holdfast_service::{ControllerService, KubernetesStore, NodeBook};
-use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::NodeDirectory;
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::RecordStore;
 use holdfast_tests::api_server::ADMIN;
@@ -16,6 +15,7 @@ use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
 use crate::bed::Bed;
+use crate::nodes::mk_node;
 use crate::suite::records::mk_record;
 use crate::trial;
 
@@ -36,14 +36,7 @@ fn mk_controller(store: &KubernetesStore, book: &Arc<NodeBook>) -> ControllerSer
 
 async fn announce(book: &NodeBook, nodes: &[&str]) -> Result<()> {
     for name in nodes {
-        let node = NodeInfo {
-            name: NodeName((*name).to_owned()),
-            control_address: "192.0.2.1:9471".to_owned(),
-            nbd_address: "192.0.2.1:9472".to_owned(),
-            capacity_bytes: 10 << 30,
-            available_bytes: 5 << 30,
-        };
-        book.announce(node).await?;
+        book.announce(mk_node(name)).await?;
     }
     Ok(())
 }

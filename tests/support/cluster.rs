@@ -51,6 +51,8 @@ pub struct ClusterOptions {
     pub disks: Option<DisksOptions>,
     /// Where records are kept; none: in the controller's own store.
     pub kubernetes: Option<KubernetesRecords>,
+    /// Most volumes that may be attached to a node; none: no limit.
+    pub volumes_max: Option<u32>,
 }
 
 impl Default for ClusterOptions {
@@ -63,6 +65,7 @@ impl Default for ClusterOptions {
             pod_prefix: 24,
             disks: None,
             kubernetes: None,
+            volumes_max: None,
         }
     }
 }

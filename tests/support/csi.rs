@@ -129,6 +129,17 @@ impl Socket {
         self.call(|channel| async move { DataClient::new(channel).get_status(request).await })
     }
 
+    /// A connection that is kept, for callers with a runtime; made at its first call.
+    ///
+    /// # Errors
+    /// None that depends on the server.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn channel(&self) -> Result<Channel, Status> {
+        connect(self.path.clone())
+    }
+
     fn call<T, F>(&self, call: impl FnOnce(Channel) -> F) -> Result<T, Status>
     where
         F: Future<Output = Result<Response<T>, Status>>,

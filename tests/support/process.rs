@@ -72,6 +72,19 @@ impl Program {
         self.pid
     }
 
+    /// Its resident memory now, and at most so far, in MiB.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn rss_mib(&self) -> Result<(f64, f64)> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        let mib = |key: &str| -> Result<f64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(key)).context("no such line")?;
+            Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+        };
+        Ok((mib("VmRSS:")?, mib("VmHWM:")?))
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {

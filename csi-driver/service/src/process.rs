@@ -70,6 +70,8 @@ pub struct ControllerConfig {
     pub registry_listen: SocketAddr,
     /// For how long a node must be silent before its replicas that are out of sync are replaced; none: never.
     pub replace_after: Option<Duration>,
+    /// How much of each pool's capacity may be promised.
+    pub overprovision_percent: u32,
     /// Mutual TLS for the registry and towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
@@ -131,7 +133,11 @@ impl Process {
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
-        let settings = ControllerSettings { replace_after: config.replace_after, tls: config.tls.clone() };
+        let settings = ControllerSettings {
+            replace_after: config.replace_after,
+            overprovision_percent: config.overprovision_percent,
+            tls: config.tls.clone(),
+        };
         let controller = ControllerService::new(Arc::clone(&store), group_store, Arc::clone(&book), settings);
         let beside = beside_calls(controller.clone(), config.kubernetes, book);
         let csi = server()

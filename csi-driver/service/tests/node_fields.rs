@@ -160,8 +160,13 @@ async fn start(dir: &Path) -> (Client, Known, Arc<dyn RecordStore>) {
         staging: kubelet_dir.join("staging").display().to_string(),
         target: kubelet_dir.join("target").display().to_string(),
     };
-    let config =
-        NodeConfig { node: NodeName("node-a".to_owned()), data_socket: dir.join("nobody.sock"), kubelet_dir };
+    let config = NodeConfig {
+        node: NodeName("node-a".to_owned()),
+        data_socket: dir.join("nobody.sock"),
+        kubelet_dir,
+        zone: None,
+        volumes_max: None,
+    };
     let socket = dir.join("csi.sock");
     let listener = bind_unix(&socket).await.unwrap();
     let service = NodeService::new(config, Arc::clone(&store)).unwrap();

@@ -9,7 +9,7 @@ use std::path::Path;
 use holdfast_storage_core::ids::SnapshotId;
 use holdfast_storage_core::replica::ReplicaMeta;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskFile};
 use crate::error::PoolError;
 use crate::layer::{self, layer_path};
 use crate::manifest::{LAYERS_FOR_MERGES, LAYERS_MAX, Manifest};
@@ -49,10 +49,15 @@ pub fn manifest_of(
 }
 
 /// Links the lower layers into a folder that nobody else sees yet and makes the top. The source's stack must not change
-/// meanwhile.
-pub fn write_layers(disk: &Disk, new: &Path, manifest: &Manifest, source: &Path) -> Result<(), PoolError> {
-    let Some((top, below)) = manifest.layers.split_last() else { return Ok(()) };
-    for entry in below {
+/// meanwhile. Gives the top, which the caller syncs.
+pub fn write_layers(
+    disk: &Disk,
+    new: &Path,
+    manifest: &Manifest,
+    source: &Path,
+) -> Result<DiskFile, PoolError> {
+    let top = manifest.top();
+    for entry in manifest.layers.iter().filter(|entry| entry.number != top.number) {
         let (from, to) = (layer_path(source, entry.number), layer_path(new, entry.number));
         disk.hard_link(&from, &to).map_err(PoolError::io("linking", &from))?;
         // How far its blocks were moved down: they are in the layer beneath, which the clone shares as well.
@@ -62,7 +67,7 @@ pub fn write_layers(disk: &Disk, new: &Path, manifest: &Manifest, source: &Path)
             disk.hard_link(&cursor, &copy).map_err(PoolError::io("linking", &cursor))?;
         }
     }
-    layer::create(disk, new, top).map(|_| ())
+    layer::write_new(disk, new, top)
 }
 
 /// Whether a replica that is there already is what a repeated request wants.

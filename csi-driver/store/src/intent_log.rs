@@ -32,8 +32,13 @@ pub struct IntentLog {
 }
 
 impl IntentLog {
-    /// Makes an empty log, durable except for its name.
-    pub fn create(disk: &Disk, dir: &Path, replica: ReplicaId, region_count: u64) -> Result<(), PoolError> {
+    /// Makes an empty log, to be synced by the caller.
+    pub fn write_new(
+        disk: &Disk,
+        dir: &Path,
+        replica: ReplicaId,
+        region_count: u64,
+    ) -> Result<DiskFile, PoolError> {
         let path = dir.join(FILE);
         let file = disk.open(&path, OpenMode::New).map_err(PoolError::io("creating", &path))?;
         let mut page = AlignedBuf::zeroed(PAGE_BYTES);
@@ -43,7 +48,7 @@ impl IntentLog {
             encode_page(replica.0, index, &mut page, |_, _| {});
             file.write_now(page_offset(index), &page).map_err(PoolError::io("writing", &path))?;
         }
-        file.sync_now().map_err(PoolError::io("syncing", &path))
+        Ok(file)
     }
 
     /// Opens the log and reads its bits. Damaged sectors count as all set.

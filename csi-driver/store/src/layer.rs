@@ -25,9 +25,16 @@ pub fn layer_path(dir: &Path, number: u32) -> PathBuf {
     dir.join(format!("layer-{number:06}"))
 }
 
-/// Makes an empty layer, durable except for its name. It costs the same whatever its size: the file is sparse, and the
-/// space of a group's tables is reserved with the first write into the group (R16).
+/// [`write_new`], durable except for its name.
 pub fn create(disk: &Disk, dir: &Path, entry: &LayerEntry) -> Result<DiskFile, PoolError> {
+    let file = write_new(disk, dir, entry)?;
+    file.sync_now().map_err(PoolError::io("syncing", &layer_path(dir, entry.number)))?;
+    Ok(file)
+}
+
+/// Makes an empty layer, to be synced by the caller. It costs the same whatever its size: the file is sparse, and the
+/// space of a group's tables is reserved with the first write into the group (R16).
+pub fn write_new(disk: &Disk, dir: &Path, entry: &LayerEntry) -> Result<DiskFile, PoolError> {
     let path = layer_path(dir, entry.number);
     // Left by a freeze that was interrupted before its manifest.
     disk.remove_file(&path).map_err(PoolError::io("removing", &path))?;
@@ -36,7 +43,6 @@ pub fn create(disk: &Disk, dir: &Path, entry: &LayerEntry) -> Result<DiskFile, P
     let mut page = AlignedBuf::zeroed(PAGE_BYTES);
     seal(MAGIC, VERSION, &header_payload(entry), &mut page);
     file.write_now(0, &page).map_err(PoolError::io("writing", &path))?;
-    file.sync_now().map_err(PoolError::io("syncing", &path))?;
     Ok(file)
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use holdfast_io::{AlignedBuf, OpenMode};
 use holdfast_storage_core::ids::{ReplicaId, SnapshotId, VolumeId};
 
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskFile};
 use crate::error::PoolError;
 use crate::layout::{PAGE_BYTES, is_volume_size};
 use crate::sealed::{BadPage, seal, u32_at, u64_at, u128_at, unseal};
@@ -97,9 +97,9 @@ impl Manifest {
         self.layers.iter().filter_map(|layer| layer.snapshot).collect()
     }
 
-    /// Writes the manifest of a folder that nobody else sees yet.
-    pub fn write_new(&self, disk: &Disk, dir: &Path) -> Result<(), PoolError> {
-        self.write(disk, &dir.join(FILE))
+    /// Writes the manifest of a folder that nobody else sees yet, to be synced by the caller.
+    pub fn write_new(&self, disk: &Disk, dir: &Path) -> Result<DiskFile, PoolError> {
+        write_sealed_file(disk, &dir.join(FILE), MAGIC, VERSION, &self.encode(), FILE_BYTES)
     }
 
     /// Puts this manifest in the place of the old one, durably.
@@ -154,7 +154,8 @@ impl Manifest {
     }
 
     fn write(&self, disk: &Disk, path: &Path) -> Result<(), PoolError> {
-        write_sealed_file(disk, path, MAGIC, VERSION, &self.encode(), FILE_BYTES)
+        let file = write_sealed_file(disk, path, MAGIC, VERSION, &self.encode(), FILE_BYTES)?;
+        file.sync_now().map_err(PoolError::io("syncing", path))
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -235,7 +236,8 @@ pub fn write_page_file(
     version: u32,
     payload: &[u8],
 ) -> Result<(), PoolError> {
-    write_sealed_file(disk, path, magic, version, payload, PAGE_BYTES)
+    let file = write_sealed_file(disk, path, magic, version, payload, PAGE_BYTES)?;
+    file.sync_now().map_err(PoolError::io("syncing", path))
 }
 
 fn write_sealed_file(
@@ -245,12 +247,12 @@ fn write_sealed_file(
     version: u32,
     payload: &[u8],
     file_bytes: usize,
-) -> Result<(), PoolError> {
+) -> Result<DiskFile, PoolError> {
     let mut page = AlignedBuf::zeroed(file_bytes);
     seal(magic, version, payload, &mut page);
     let file = disk.open(path, OpenMode::New).map_err(PoolError::io("creating", path))?;
     file.write_now(0, &page).map_err(PoolError::io("writing", path))?;
-    file.sync_now().map_err(PoolError::io("syncing", path))
+    Ok(file)
 }
 
 /// The payload of a file of one sealed page.

@@ -16,6 +16,7 @@ const MAGIC: &[u8; 8] = b"HFMETASL";
 const VERSION: u32 = 1;
 const SLOT_BYTES: usize = 8192;
 const SLOTS: u64 = 2;
+const FIRST_SEQUENCE: u64 = 1;
 /// Bytes of the largest meta in its JSON form.
 pub const META_BYTES_MAX: usize = SLOT_BYTES - FRAME_BYTES - 8;
 const FILE: &str = "meta";
@@ -37,18 +38,20 @@ pub enum MetaError {
 }
 
 impl MetaFile {
-    /// Makes the file with its first meta, durable except for its name.
-    pub fn create(disk: &Disk, dir: &Path, meta: &ReplicaMeta) -> Result<(), PoolError> {
+    /// Makes the file with its first meta, to be synced by the caller.
+    pub fn write_new(disk: &Disk, dir: &Path, meta: &ReplicaMeta) -> Result<DiskFile, PoolError> {
         let path = dir.join(FILE);
-        let file = disk.open(&path, OpenMode::New).map_err(PoolError::io("creating", &path))?;
-        file.write_now(0, &AlignedBuf::zeroed(SLOT_BYTES * 2)).map_err(PoolError::io("writing", &path))?;
-        let mut this = Self { file, sequence: 0 };
-        match this.persist(meta) {
-            Ok(()) => {}
+        let first = match slot_of(FIRST_SEQUENCE, meta) {
+            Ok(first) => first,
             Err(MetaError::TooLarge(bytes)) => return Err(PoolError::MetaTooLarge(bytes)),
             Err(MetaError::Io(source)) => return Err(PoolError::Io { action: "writing", path, source }),
-        }
-        this.file.sync_now().map_err(PoolError::io("syncing", &path))
+        };
+        let mut slots = AlignedBuf::zeroed(SLOT_BYTES * 2);
+        let at = slot_offset(FIRST_SEQUENCE);
+        slots[at..at + SLOT_BYTES].copy_from_slice(&first);
+        let file = disk.open(&path, OpenMode::New).map_err(PoolError::io("creating", &path))?;
+        file.write_now(0, &slots).map_err(PoolError::io("writing", &path))?;
+        Ok(file)
     }
 
     /// Opens the file and reads the newest whole slot.
@@ -88,20 +91,28 @@ impl MetaFile {
 
     /// Makes a new meta durable.
     pub fn persist(&mut self, meta: &ReplicaMeta) -> Result<(), MetaError> {
-        let json = serde_json::to_vec(meta).map_err(|error| MetaError::Io(error.into()))?;
-        if json.len() > META_BYTES_MAX {
-            return Err(MetaError::TooLarge(json.len()));
-        }
         let sequence = self.sequence + 1;
-        let mut payload = sequence.to_le_bytes().to_vec();
-        payload.extend(json);
-        let mut slot = AlignedBuf::zeroed(SLOT_BYTES);
-        seal(MAGIC, VERSION, &payload, &mut slot);
-        let offset = sequence % SLOTS * SLOT_BYTES as u64;
-        self.file.write_durable_now(offset, &slot).map_err(MetaError::Io)?;
+        let slot = slot_of(sequence, meta)?;
+        self.file.write_durable_now(slot_offset(sequence) as u64, &slot).map_err(MetaError::Io)?;
         self.sequence = sequence;
         Ok(())
     }
+}
+
+fn slot_of(sequence: u64, meta: &ReplicaMeta) -> Result<AlignedBuf, MetaError> {
+    let json = serde_json::to_vec(meta).map_err(|error| MetaError::Io(error.into()))?;
+    if json.len() > META_BYTES_MAX {
+        return Err(MetaError::TooLarge(json.len()));
+    }
+    let mut payload = sequence.to_le_bytes().to_vec();
+    payload.extend(json);
+    let mut slot = AlignedBuf::zeroed(SLOT_BYTES);
+    seal(MAGIC, VERSION, &payload, &mut slot);
+    Ok(slot)
+}
+
+fn slot_offset(sequence: u64) -> usize {
+    usize::from(!sequence.is_multiple_of(SLOTS)) * SLOT_BYTES
 }
 
 fn parse(path: &Path, json: &[u8]) -> Result<ReplicaMeta, PoolError> {

@@ -8,10 +8,10 @@
 //!
 //! Removal renames to `replicas/.del-<id>`, syncs `replicas`, and removes that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use holdfast_io::{LockOutcome, OpenMode, Ring, RingOptions};
@@ -80,16 +80,24 @@ pub struct Pool {
     inner: Arc<Inner>,
 }
 
-/// Open replicas, with what must be locked for their stack of layers to stay as it is.
-type OpenReplicas = HashMap<ReplicaId, Weak<Mutex<StackFiles>>>;
+/// Replicas that somebody works on.
+#[derive(Default)]
+struct Busy {
+    /// Open ones, with what must be locked for their stack of layers to stay as it is.
+    open: HashMap<ReplicaId, Weak<Mutex<StackFiles>>>,
+    /// Those that are being made: their files are written and synced without the lock, so that many can be made at once.
+    making: HashSet<ReplicaId>,
+}
 
 struct Inner {
     dir: PathBuf,
     options: PoolOptions,
     disk: Disk,
     space: Arc<PoolSpace>,
-    /// Replicas that are open; also the lock that orders create, open and delete.
-    open: Mutex<OpenReplicas>,
+    /// The lock that orders create, open and delete.
+    busy: Mutex<Busy>,
+    /// Something was made.
+    made: Condvar,
     _lock: DiskFile,
 }
 
@@ -133,7 +141,8 @@ impl Pool {
             options,
             disk,
             space: Arc::new(space),
-            open: Mutex::new(HashMap::new()),
+            busy: Mutex::default(),
+            made: Condvar::new(),
             _lock: lock,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -145,7 +154,7 @@ impl Pool {
         if !is_volume_size(meta.size_bytes) {
             return Err(PoolError::InvalidSize(meta.size_bytes));
         }
-        let _order = self.lock_open();
+        let _making = self.begin_making(meta.replica_id);
         let disk = &self.inner.disk;
         let dir = self.replica_dir(meta.replica_id);
         if disk.exists(&dir).map_err(PoolError::io("examining", &dir))? {
@@ -154,7 +163,7 @@ impl Pool {
         }
         let manifest = Manifest::new(meta.volume_id, meta.replica_id, meta.size_bytes);
         self.charge(FIXED_BYTES)?;
-        self.write_new_replica(meta, &manifest, |new| layer::create(disk, new, manifest.top()).map(|_| ()))
+        self.write_new_replica(meta, &manifest, |new| layer::write_new(disk, new, manifest.top()))
             .inspect_err(|_| self.inner.space.give_back(FIXED_BYTES))
     }
 
@@ -170,7 +179,9 @@ impl Pool {
         if !is_volume_size(meta.size_bytes) {
             return Err(PoolError::InvalidSize(meta.size_bytes));
         }
-        let open = self.lock_open();
+        let _making = self.begin_making(meta.replica_id);
+        // Held to the end, so that the source is neither opened nor deleted.
+        let busy = self.lock_busy();
         let (disk, dir, source_dir) =
             (&self.inner.disk, self.replica_dir(meta.replica_id), self.replica_dir(source));
         if disk.exists(&dir).map_err(PoolError::io("examining", &dir))? {
@@ -181,7 +192,7 @@ impl Pool {
             return Err(PoolError::NotFound(source));
         }
         // Neither a freeze nor a step of a merge changes the source's layers while they are linked.
-        let stack = open.get(&source).and_then(Weak::upgrade);
+        let stack = busy.open.get(&source).and_then(Weak::upgrade);
         let _unchanged = stack.as_ref().map(|stack| stack.lock().unwrap_or_else(PoisonError::into_inner));
         let manifest = clone::manifest_of(meta, &Manifest::read(disk, &source_dir)?, snapshot)?;
         self.charge(FIXED_BYTES)?;
@@ -191,8 +202,8 @@ impl Pool {
 
     /// Opens a replica, checks its format, and reads what [`Replica::start`] gives.
     pub fn open_replica(&self, replica_id: ReplicaId) -> Result<Replica, PoolError> {
-        let mut open = self.lock_open();
-        if open.contains_key(&replica_id) {
+        let mut busy = self.wait_until_made(replica_id);
+        if busy.open.contains_key(&replica_id) {
             return Err(PoolError::InUse(replica_id));
         }
         let disk = &self.inner.disk;
@@ -236,11 +247,11 @@ impl Pool {
         let keep = Box::new(OpenMark { pool: Arc::clone(&self.inner), replica: replica_id });
         let stack = StackFiles { disk: disk.clone(), dir: dir.clone(), manifest, data: Arc::clone(&data) };
         let stack = Arc::new(Mutex::new(stack));
-        open.insert(replica_id, Arc::downgrade(&stack));
+        busy.open.insert(replica_id, Arc::downgrade(&stack));
         let files =
             ControlFiles { meta: meta_file, log, maps: map_files, data: Arc::clone(&data), stack, keep };
         // The mark takes this lock when it goes, as it does if no thread can be started.
-        drop(open);
+        drop(busy);
         let control = ControlQueue::start(files).map_err(PoolError::io("starting a thread for", &dir))?;
         Ok(Replica::new(start, data, control))
     }
@@ -295,8 +306,8 @@ impl Pool {
 
     /// Removes a replica, durably. Idempotent: an absent one is a success. One that is open must be closed first.
     pub fn delete_replica(&self, replica_id: ReplicaId) -> Result<(), PoolError> {
-        let open = self.lock_open();
-        if open.contains_key(&replica_id) {
+        let busy = self.wait_until_made(replica_id);
+        if busy.open.contains_key(&replica_id) {
             return Err(PoolError::InUse(replica_id));
         }
         let (disk, dir) = (&self.inner.disk, self.replica_dir(replica_id));
@@ -307,14 +318,19 @@ impl Pool {
         let deleted = replicas.join(format!("{DELETED_PREFIX}{replica_id}"));
         disk.rename(&dir, &deleted).map_err(PoolError::io("renaming", &dir))?;
         disk.sync_dir(&replicas).map_err(PoolError::io("syncing", &replicas))?;
+        drop(busy);
+        let used = disk.used(&deleted).map_err(PoolError::io("measuring", &deleted))?;
+        // What a clone shares stays.
+        let freed = used.iter().filter(|file| file.links == 1).map(|file| file.bytes).sum();
         disk.remove_dir_all(&deleted).map_err(PoolError::io("removing", &deleted))?;
+        self.inner.space.give_back(freed);
         let cookie_dir = self.inner.options.cookie_dir.as_deref();
         shadow::remove_files(cookie_dir, replica_id);
         let cookie = BootCookie::new(cookie_dir, replica_id);
         if let Err(error) = cookie.remove() {
             tracing::warn!(%replica_id, %error, "the cookie's copy of a deleted replica stays");
         }
-        self.inner.space.recount().map_err(PoolError::io("measuring", &replicas))
+        Ok(())
     }
 
     /// The replicas in the pool, in order.
@@ -324,11 +340,23 @@ impl Pool {
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Room in the pool, as the file system sees it now.
+    /// Room in the pool, as the file system sees it now. Looks at every file of every replica.
     pub fn space(&self) -> Result<Space, PoolError> {
-        let replicas = self.inner.dir.join(REPLICAS);
-        let space = &self.inner.space;
-        space.recount().map_err(PoolError::io("measuring", &replicas))?;
+        let counted = self.inner.space.recount();
+        counted.map_err(PoolError::io("measuring", &self.inner.dir))?;
+        self.room()
+    }
+
+    /// Room in the pool, by a count of the files that may be some seconds old: a tenth of a second old for each millisecond
+    /// that it takes, and at least two seconds.
+    pub fn space_lately(&self) -> Result<Space, PoolError> {
+        let counted = self.inner.space.recount_if_old();
+        counted.map_err(PoolError::io("measuring", &self.inner.dir))?;
+        self.room()
+    }
+
+    fn room(&self) -> Result<Space, PoolError> {
+        let (replicas, space) = (self.inner.dir.join(REPLICAS), &self.inner.space);
         Ok(Space {
             capacity_bytes: space.capacity_bytes(),
             used_bytes: space.used_bytes(),
@@ -341,17 +369,20 @@ impl Pool {
         &self,
         meta: &ReplicaMeta,
         manifest: &Manifest,
-        write_layers: impl FnOnce(&Path) -> Result<(), PoolError>,
+        write_top: impl FnOnce(&Path) -> Result<DiskFile, PoolError>,
     ) -> Result<(), PoolError> {
         let (disk, replicas) = (&self.inner.disk, self.inner.dir.join(REPLICAS));
         let new = replicas.join(format!("{NEW_PREFIX}{}", meta.replica_id));
         remove_if_there(disk, &new)?;
         disk.create_dir_all(&new).map_err(PoolError::io("creating", &new))?;
-        let written = write_layers(&new)
-            .and_then(|()| IntentLog::create(disk, &new, meta.replica_id, region_count(meta.size_bytes)))
-            .and_then(|()| MetaFile::create(disk, &new, meta))
-            .and_then(|()| manifest.write_new(disk, &new));
-        if let Err(error) = written {
+        let write = || {
+            let top = write_top(&new)?;
+            let log = IntentLog::write_new(disk, &new, meta.replica_id, region_count(meta.size_bytes))?;
+            let files = [top, log, MetaFile::write_new(disk, &new, meta)?, manifest.write_new(disk, &new)?];
+            // Only now: a journaling file system commits all four with the first.
+            files.iter().try_for_each(|file| file.sync_now().map_err(PoolError::io("syncing", &new)))
+        };
+        if let Err(error) = write() {
             remove_if_there(disk, &new)?;
             return Err(self.no_space_or(error));
         }
@@ -389,8 +420,34 @@ impl Pool {
         self.inner.dir.join(REPLICAS).join(replica.to_string())
     }
 
-    fn lock_open(&self) -> MutexGuard<'_, OpenReplicas> {
-        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The only one who makes this replica, until the answer is dropped.
+    fn begin_making(&self, replica: ReplicaId) -> Making {
+        self.wait_until_made(replica).making.insert(replica);
+        Making { pool: Arc::clone(&self.inner), replica }
+    }
+
+    fn wait_until_made(&self, replica: ReplicaId) -> MutexGuard<'_, Busy> {
+        let made = self.inner.made.wait_while(self.lock_busy(), |busy| busy.making.contains(&replica));
+        made.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_busy(&self) -> MutexGuard<'_, Busy> {
+        self.inner.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the making of a replica, whatever came of it.
+struct Making {
+    pool: Arc<Inner>,
+    replica: ReplicaId,
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let mut busy = self.pool.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.making.remove(&self.replica);
+        drop(busy);
+        self.pool.made.notify_all();
     }
 }
 
@@ -402,7 +459,7 @@ struct OpenMark {
 
 impl Drop for OpenMark {
     fn drop(&mut self) {
-        self.pool.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.replica);
+        self.pool.busy.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&self.replica);
     }
 }
 

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::disk::Disk;
 
@@ -11,6 +13,11 @@ use crate::disk::Disk;
 const METADATA_PART: u64 = 64;
 /// Even a large pool keeps no more for metadata.
 const METADATA_BYTES_MAX: u64 = 4 << 30;
+
+/// How old a count of the files may be where the exact number decides nothing.
+const COUNT_AGE_MAX: Duration = Duration::from_secs(2);
+/// Looking at every file of every replica takes at most one part in so many of the time.
+const COUNT_PART: u32 = 100;
 
 /// What space is taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,12 +37,15 @@ pub struct PoolSpace {
     capacity_bytes: u64,
     reserve_bytes: u64,
     used_bytes: AtomicU64,
+    /// When the files were counted last, and how long that took.
+    counted: Mutex<Option<(Instant, Duration)>>,
 }
 
 impl PoolSpace {
     /// Of a pool whose use is not counted yet.
     pub fn new(disk: Disk, replicas_dir: PathBuf, capacity_bytes: u64, reserve_bytes: u64) -> Self {
-        Self { disk, replicas_dir, capacity_bytes, reserve_bytes, used_bytes: AtomicU64::new(0) }
+        let (used_bytes, counted) = (AtomicU64::new(0), Mutex::new(None));
+        Self { disk, replicas_dir, capacity_bytes, reserve_bytes, used_bytes, counted }
     }
 
     /// Bytes that replicas may fill.
@@ -55,6 +65,7 @@ impl PoolSpace {
 
     /// Asks the file system what every replica fills. A layer that clones share counts once.
     pub fn recount(&self) -> std::io::Result<()> {
+        let begun = Instant::now();
         let mut used = 0;
         let mut seen = HashSet::new();
         for name in self.disk.list(&self.replicas_dir)? {
@@ -69,7 +80,16 @@ impl PoolSpace {
             }
         }
         self.used_bytes.store(used, Ordering::Relaxed);
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        *counted = Some((Instant::now(), begun.elapsed()));
         Ok(())
+    }
+
+    /// Recounts, unless that was done a moment ago; what was taken and given back since is counted anyway.
+    pub fn recount_if_old(&self) -> std::io::Result<()> {
+        let counted = *self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_fresh = |(at, took): (Instant, Duration)| at.elapsed() < COUNT_AGE_MAX.max(took * COUNT_PART);
+        if counted.is_some_and(is_fresh) { Ok(()) } else { self.recount() }
     }
 
     /// Bytes that data may still fill.

@@ -154,12 +154,7 @@ impl PolicyNode {
 
     /// MiB of the agent now, and at most so far.
     pub fn agent_mib(&self) -> Result<(f64, f64)> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.agent.pid()))?;
-        let mib = |key: &str| -> Result<f64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(key)).context("no such line")?;
-            Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
-        };
-        Ok((mib("VmRSS:")?, mib("VmHWM:")?))
+        self.agent.rss_mib()
     }
 
     /// Starts a reader of the flow log.

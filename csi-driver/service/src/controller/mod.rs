@@ -17,6 +17,7 @@ mod list;
 mod metadata;
 mod modify;
 mod pools;
+mod promises;
 mod promote;
 mod publish;
 mod replace;
@@ -34,7 +35,7 @@ use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{
     PromoteReplicaReply, PromoteReplicaRequest, ReplaceReplicaReply, ReplaceReplicaRequest,
 };
-use holdfast_storage_core::ids::VolumeId;
+use holdfast_storage_core::ids::{NodeName, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
 use holdfast_storage_core::transitions::TransitionError;
@@ -47,6 +48,7 @@ use crate::status::{from_store, from_transition};
 use crate::tls::TlsIdentity;
 pub use conditions::{VolumeCondition, VolumeReport, VolumeState};
 use pools::Pools;
+use promises::Promises;
 use sweep::Making;
 
 /// Key of publish_context under which the attachment's number travels to the node (R1).
@@ -62,13 +64,15 @@ const SWAP_ATTEMPTS_MAX: u32 = 16;
 pub struct ControllerSettings {
     /// For how long a node must be silent before its replicas that are out of sync are replaced; none: never.
     pub replace_after: Option<Duration>,
+    /// How much of each pool's capacity may be promised to volumes, in percent.
+    pub overprovision_percent: u32,
     /// TLS towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
 
 impl Default for ControllerSettings {
     fn default() -> Self {
-        Self { replace_after: Some(Duration::from_secs(30 * 60)), tls: None }
+        Self { replace_after: Some(Duration::from_secs(30 * 60)), overprovision_percent: 100, tls: None }
     }
 }
 
@@ -84,8 +88,13 @@ struct Inner {
     book: Arc<NodeBook>,
     pools: Pools,
     in_flight: InFlight,
-    /// Held from reading the free space to writing the record, so that no space is promised twice.
+    /// Held from reading the free space until what is taken of it is among the promises or in a record, so that no space is
+    /// promised twice.
     placing: Mutex<()>,
+    promises: Promises,
+    /// Volumes that are being attached to nodes with a limit; locked to compare and take.
+    attaching: Mutex<BTreeMap<VolumeId, NodeName>>,
+    overprovision_percent: u32,
     making: Making,
     replace_after: Option<Duration>,
     /// Why replicas could not be brought back, as of the last sweep.
@@ -111,6 +120,9 @@ impl ControllerService {
             pools,
             in_flight: InFlight::default(),
             placing: Mutex::new(()),
+            promises: Promises::default(),
+            attaching: Mutex::default(),
+            overprovision_percent: settings.overprovision_percent,
             making: Making::default(),
             replace_after: settings.replace_after,
             unhealed: std::sync::Mutex::default(),

@@ -133,6 +133,6 @@ impl Inner {
 
     pub(super) async fn all_records(&self) -> Result<Vec<VolumeRecord>, Status> {
         let all = self.store.list().await.map_err(from_store)?;
-        Ok(all.into_iter().map(|found| found.record).collect())
+        Ok(all.iter().map(|found| found.record.clone()).collect())
     }
 }

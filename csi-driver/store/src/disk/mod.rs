@@ -46,6 +46,8 @@ pub struct FileUse {
     pub inode: u64,
     /// Bytes that it has space for.
     pub bytes: u64,
+    /// How many names it has; its space is free once the last one is gone.
+    pub links: u64,
 }
 
 impl Disk {
@@ -165,7 +167,11 @@ impl Disk {
                 for entry in fs::read_dir(path)? {
                     match entry?.metadata() {
                         Ok(found) => {
-                            used.push(FileUse { inode: found.ino(), bytes: found.blocks() * SECTOR_OF_STAT });
+                            used.push(FileUse {
+                                inode: found.ino(),
+                                bytes: found.blocks() * SECTOR_OF_STAT,
+                                links: found.nlink(),
+                            });
                         }
                         // Removed between the two calls.
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -45,7 +45,7 @@ struct State {
     full: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Node {
     Dir,
     File(u64),
@@ -325,7 +325,8 @@ impl SimDisk {
             Node::Dir => None,
             Node::File(number) => {
                 let sectors = state.inodes.get(number).map_or(0, |inode| inode.seen.sectors.len() as u64);
-                Some(FileUse { inode: *number, bytes: sectors * SECTOR_BYTES })
+                let links = state.names.values().filter(|other| *other == node).count() as u64;
+                Some(FileUse { inode: *number, bytes: sectors * SECTOR_BYTES, links })
             }
         });
         Ok(used.collect())
