@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use caps::Capability;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use holdfast_service::topology::is_topology_value;
 
 /// Replicated block volumes for Kubernetes: a CSI driver and its data process.
 #[derive(Debug, Parser)]
@@ -96,6 +97,10 @@ pub struct ControllerOptions {
     /// Where the registry listens.
     #[arg(long, default_value = "0.0.0.0:9470")]
     pub registry_listen: SocketAddr,
+    /// How much of each pool's capacity may be promised to volumes, which take space as they are written. Above 100 a pool
+    /// may be full before its volumes are; writes fail then.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub overprovision_percent: u32,
     #[command(flatten)]
     pub tls: TlsOptions,
 }
@@ -132,6 +137,18 @@ pub struct RegistryOptions {
     pub registry_name: String,
 }
 
+/// What is said of a node; the same for its node service, which tells Kubernetes, and its data process, which tells the
+/// controller.
+#[derive(Debug, Args)]
+pub struct PlaceOptions {
+    /// Zone that the node stands in: a part of the cluster that may fail as one. Replicas of a volume are spread over zones.
+    #[arg(long, value_parser = parse_zone)]
+    pub zone: Option<String>,
+    /// Most volumes that may be attached to the node at the same time; no limit where absent.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub volumes_max: Option<u32>,
+}
+
 /// Settings of the node service.
 #[derive(Debug, Args)]
 pub struct NodeOptions {
@@ -147,6 +164,8 @@ pub struct NodeOptions {
     /// Kubelet's folder; staging and target paths must lie below it.
     #[arg(long, default_value = "/var/lib/kubelet")]
     pub kubelet_dir: PathBuf,
+    #[command(flatten)]
+    pub place: PlaceOptions,
     #[command(flatten)]
     pub registry: RegistryOptions,
     #[command(flatten)]
@@ -194,6 +213,8 @@ pub struct DataOptions {
     #[arg(long, value_enum, default_value = "fuse-loop")]
     pub front_end: FrontEnd,
     #[command(flatten)]
+    pub place: PlaceOptions,
+    #[command(flatten)]
     pub registry: RegistryOptions,
     #[command(flatten)]
     pub tls: TlsOptions,
@@ -206,6 +227,13 @@ pub enum FrontEnd {
     FuseLoop,
     /// Not at all: local NBD clients only.
     None,
+}
+
+fn parse_zone(text: &str) -> Result<String, String> {
+    if is_topology_value(text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("\"{text}\" is no zone: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
 }
 
 fn parse_quantity(text: &str) -> Result<u64, String> {
@@ -271,6 +299,17 @@ mod tests {
         }
         for text in ["", "Gi", "-1", "1G", "1.5Gi", "99999999999Ti"] {
             assert!(parse_quantity(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_zone_is_the_value_of_a_label_and_limits_are_at_least_one() {
+        let node = |tail: &[&str]| {
+            Options::try_parse_from([&["holdfast-csi", "node", "--node=a", "--insecure"], tail].concat())
+        };
+        assert!(node(&["--zone=zone-1.a_B", "--volumes-max=1"]).is_ok());
+        for bad in ["--zone=", "--zone=a/b", "--zone=-a", "--volumes-max=0"] {
+            assert!(node(&[bad]).is_err(), "{bad}");
         }
     }
 

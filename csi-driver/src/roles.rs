@@ -42,6 +42,7 @@ async fn controller(options: ControllerOptions, signals: Signals) -> anyhow::Res
         csi_socket: options.csi_socket,
         store_dir: options.store_dir,
         registry_listen: options.registry_listen,
+        overprovision_percent: options.overprovision_percent,
         tls,
     })
     .await?;
@@ -52,6 +53,8 @@ async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
     let (store, _) = stores(&options.registry, &options.tls).await?;
     let config = NodeConfig {
         node: node_name(&options.node)?,
+        zone: options.place.zone,
+        volumes_max: options.place.volumes_max,
         data_socket: options.data_socket,
         kubelet_dir: options.kubelet_dir,
     };
@@ -70,6 +73,8 @@ async fn data(options: DataOptions, signals: Signals) -> anyhow::Result<()> {
     };
     let config = DataConfig {
         node: node_name(&options.node)?,
+        zone: options.place.zone,
+        volumes_max: options.place.volumes_max,
         control_advertise: advertise(options.control_listen, "--control-listen")?,
         nbd_advertise: advertise(options.nbd_listen, "--nbd-listen")?,
         pool_dir: options.pool_dir,

@@ -33,6 +33,7 @@ fn bad_input() -> Result<()> {
         pool_bytes: 256 << 20,
         pod_prefix: 29,
         disks: None,
+        volumes_max: None,
     };
     let cluster = Cluster::start(&options)?;
     let outcome = check_all(&cluster);

@@ -27,6 +27,8 @@ fn mk_node(name: &str) -> NodeInfo {
         nbd_address: "192.0.2.1:9472".to_owned(),
         capacity_bytes: 10 << 30,
         available_bytes: 5 << 30,
+        zone: Some("zone-1".to_owned()),
+        volumes_max: Some(9),
     }
 }
 

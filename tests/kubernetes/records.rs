@@ -120,7 +120,7 @@ fn creators_that_die_leave_a_name_to_one(bed: &Bed) -> Result<()> {
             for creator in creators.collect::<Vec<_>>() {
                 creator.await?;
             }
-            let volumes = |all: Vec<holdfast_storage_core::record_store::Versioned>| {
+            let volumes = |all: Vec<Arc<holdfast_storage_core::record_store::Versioned>>| {
                 all.into_iter()
                     .filter(|v| v.record.name == name)
                     .map(|v| v.record.volume_id)

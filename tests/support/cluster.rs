@@ -48,12 +48,21 @@ pub struct ClusterOptions {
     pub pod_prefix: u8,
     /// Disks of the tests' own under the pools, whose power can be cut; none: the pools lie on the host's disk.
     pub disks: Option<DisksOptions>,
+    /// Most volumes that may be attached to a node; none: no limit.
+    pub volumes_max: Option<u32>,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let nodes = ["node-a", "node-b", "node-c"].map(str::to_owned).to_vec();
-        Self { kind: "cluster".to_owned(), nodes, pool_bytes: 4 << 30, pod_prefix: 24, disks: None }
+        Self {
+            kind: "cluster".to_owned(),
+            nodes,
+            pool_bytes: 4 << 30,
+            pod_prefix: 24,
+            disks: None,
+            volumes_max: None,
+        }
     }
 }
 

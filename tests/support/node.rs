@@ -132,7 +132,8 @@ impl NodeBuilder<'_> {
             "holdfast-csi",
             data_arguments(name, address, &dir, &tls, self.options),
         )?;
-        let csi = self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls))?;
+        let csi =
+            self.start_role(&spaces, name, "csi", "holdfast-csi", node_arguments(name, &tls, self.options))?;
         let netd = self.start_role(
             &spaces,
             name,
@@ -179,7 +180,7 @@ fn data_arguments(
     tls: &Path,
     options: &ClusterOptions,
 ) -> Vec<String> {
-    vec![
+    let mut arguments = vec![
         "data".to_owned(),
         format!("--node={name}"),
         format!("--pool-dir={}", pool_dir(dir).display()),
@@ -191,11 +192,19 @@ fn data_arguments(
         "--run-dir=/run/holdfast/front-ends".to_owned(),
         format!("--registry={}:{REGISTRY_PORT}", controller_address()),
         format!("--tls-dir={}", tls.display()),
-    ]
+    ];
+    arguments.extend(place_arguments(name, options));
+    arguments
 }
 
-fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
-    vec![
+/// What a node's two processes say of it.
+fn place_arguments(name: &str, options: &ClusterOptions) -> Vec<String> {
+    let limit = options.volumes_max.map(|most| format!("--volumes-max={most}"));
+    std::iter::once(format!("--zone=zone-of-{name}")).chain(limit).collect()
+}
+
+fn node_arguments(name: &str, tls: &std::path::Path, options: &ClusterOptions) -> Vec<String> {
+    let mut arguments = vec![
         "node".to_owned(),
         format!("--node={name}"),
         format!("--csi-socket={CSI_SOCKET}"),
@@ -203,7 +212,9 @@ fn node_arguments(name: &str, tls: &std::path::Path) -> Vec<String> {
         format!("--kubelet-dir={KUBELET_DIR}"),
         format!("--registry={}:{REGISTRY_PORT}", controller_address()),
         format!("--tls-dir={}", tls.display()),
-    ]
+    ];
+    arguments.extend(place_arguments(name, options));
+    arguments
 }
 
 pub(crate) fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {

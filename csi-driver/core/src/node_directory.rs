@@ -18,11 +18,16 @@ pub struct NodeInfo {
     pub capacity_bytes: u64,
     /// Bytes still unused.
     pub available_bytes: u64,
+    /// The zone it stands in; a part of a cluster that may fail as one.
+    pub zone: Option<String>,
+    /// Most volumes that may be attached to it at the same time.
+    pub volumes_max: Option<u32>,
 }
 
 /// Announces a node and lists the announced ones.
 ///
-/// Nothing is decided on this list but where to connect: a stale entry costs a failed connection, never data.
+/// Nothing is decided on this list but where to connect, where new replicas go, and whether a further volume is attached: a
+/// stale entry costs a failed connection or a replica in a zone that has one already, never data.
 pub trait NodeDirectory: Send + Sync {
     /// Makes a node known; repeated every few seconds.
     fn announce(&self, node: NodeInfo) -> StoreFuture<'_, ()>;

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use crate::group::{GroupRecord, VersionedGroup};
 use crate::ids::{GroupId, RecordVersion, VolumeId};
@@ -51,8 +52,9 @@ pub trait RecordStore: Send + Sync {
     /// The newest record, never from a cache (R7).
     fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned>;
 
-    /// All records, for the controller's lists.
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>>;
+    /// All records, as they are durable at one moment between call and answer, never from a cache. Shared, so that a store that
+    /// has them in memory copies none.
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>>;
 
     /// Makes a record; [`StoreError::Exists`] if its id, or its name among records that are not gone
     /// ([`VolumeRecord::is_gone`]), is taken.

@@ -25,6 +25,10 @@ pub enum FrontEndKind {
 pub struct DataConfig {
     /// This node's name, as records spell it.
     pub node: NodeName,
+    /// The zone that the node announces.
+    pub zone: Option<String>,
+    /// Most volumes that may be attached here, as announced; the controller sees to it.
+    pub volumes_max: Option<u32>,
     /// Folder of this node's replicas.
     pub pool_dir: PathBuf,
     /// Bytes the pool may use.

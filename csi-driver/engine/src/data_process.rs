@@ -141,6 +141,8 @@ impl DataProcess {
             nbd_address: config.nbd_advertise.clone().unwrap_or_else(|| nbd_address.to_string()),
             capacity_bytes: config.pool_capacity_bytes,
             available_bytes: 0,
+            zone: config.zone.clone(),
+            volumes_max: config.volumes_max,
         };
         let node = Arc::new(NodeContext {
             config,

@@ -44,12 +44,11 @@ impl Pool for PoolService {
         request: Request<pb::GetPoolRequest>,
     ) -> Result<Response<pb::GetPoolReply>, Status> {
         Caller::of(&request, self.tls)?.must_be_controller()?;
-        let (space, replicas) = self.blocking(|host| Ok((host.space()?, host.list()?))).await?;
+        let space = self.blocking(ReplicaHost::space).await?;
         Ok(Response::new(pb::GetPoolReply {
             node: self.node.0.clone(),
             capacity_bytes: space.capacity_bytes,
             available_bytes: space.available_bytes,
-            replica_ids: replicas.iter().map(ToString::to_string).collect(),
         }))
     }
 

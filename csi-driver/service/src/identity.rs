@@ -55,6 +55,7 @@ impl Identity for IdentityService {
             service::Type::GroupControllerService,
             service::Type::VolumeAccessibilityConstraints,
             service::Type::SnapshotMetadataService,
+            service::Type::SnapshotAccessibilityConstraints,
         ];
         let mut types: Vec<Type> =
             services.map(|kind| Type::Service(Service { r#type: kind.into() })).to_vec();

@@ -24,9 +24,10 @@ pub mod serve;
 pub mod sled_store;
 mod status;
 pub mod tls;
+pub mod topology;
 pub mod volume_request;
 
-pub use controller::ControllerService;
+pub use controller::{ControllerService, ControllerSettings};
 pub use identity::IdentityService;
 pub use kubernetes::{KubernetesClient, KubernetesDirectory, KubernetesStore};
 pub use node::{NodeConfig, NodeService};

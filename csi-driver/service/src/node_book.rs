@@ -44,6 +44,13 @@ impl NodeBook {
         nodes.values().filter(|(_, at)| at.elapsed() < SILENT_AFTER).map(|(info, _)| info.clone()).collect()
     }
 
+    /// Every node that was ever heard of.
+    #[must_use]
+    pub fn all(&self) -> Vec<NodeInfo> {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        nodes.values().map(|(info, _)| info.clone()).collect()
+    }
+
     /// One node, also a silent one.
     #[must_use]
     pub fn get(&self, name: &NodeName) -> Option<NodeInfo> {
@@ -79,8 +86,6 @@ impl NodeDirectory for NodeBook {
     }
 
     fn list_nodes(&self) -> StoreFuture<'_, Vec<NodeInfo>> {
-        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
-        let list = nodes.values().map(|(info, _)| info.clone()).collect();
-        Box::pin(std::future::ready(Ok(list)))
+        Box::pin(std::future::ready(Ok(self.all())))
     }
 }

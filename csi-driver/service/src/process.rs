@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::controller::ControllerService;
+use crate::controller::{ControllerService, ControllerSettings};
 use crate::identity::IdentityService;
 use crate::kubernetes::{KubernetesClient, KubernetesDirectory, KubernetesStore};
 use crate::node::{NodeConfig, NodeService};
@@ -66,6 +66,8 @@ pub struct ControllerConfig {
     pub store_dir: PathBuf,
     /// Where the registry listens.
     pub registry_listen: SocketAddr,
+    /// How much of each pool's capacity may be promised.
+    pub overprovision_percent: u32,
     /// Mutual TLS for the registry and towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
@@ -92,7 +94,15 @@ impl Process {
         let book = Arc::new(NodeBook::new());
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
         let feeding = feed(config.kubernetes, Arc::clone(&book));
-        let controller = ControllerService::new(Arc::clone(&store), group_store, book, config.tls.clone());
+        let controller = ControllerService::new(
+            Arc::clone(&store),
+            group_store,
+            book,
+            ControllerSettings {
+                overprovision_percent: config.overprovision_percent,
+                tls: config.tls.clone(),
+            },
+        );
         let sweeper = controller.clone();
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))

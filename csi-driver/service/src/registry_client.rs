@@ -4,6 +4,7 @@
 //! happened, now or later, and the caller must read until it knows (R8).
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use holdfast_proto::storage::registry_client::RegistryClient as Client;
@@ -88,11 +89,11 @@ impl RecordStore for RegistryClient {
         })
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         let mut client = self.client.clone();
         Box::pin(async move {
             let reply = answer(client.list(ListRecordsRequest {})).await?;
-            reply.records.iter().map(versioned_from_wire).collect()
+            reply.records.iter().map(|record| versioned_from_wire(record).map(Arc::new)).collect()
         })
     }
 

@@ -22,6 +22,7 @@ use crate::registry_wire::{
     decided, node_from_wire, node_to_wire, parse_volume, record_from_json, to_status, versioned_to_wire,
 };
 use crate::tls::{CONTROLLER_NAME, dns_names};
+use crate::topology::is_topology_value;
 
 /// Longest node name that Kubernetes allows.
 const NODE_NAME_BYTES_MAX: usize = 253;
@@ -124,8 +125,11 @@ impl Registry for RegistryServer {
 
     async fn list(&self, _: Request<ListRecordsRequest>) -> Result<Response<ListRecordsReply>, Status> {
         let all = self.store.list().await.map_err(|e| to_status(&e))?;
-        let records =
-            all.iter().map(versioned_to_wire).collect::<Result<_, _>>().map_err(|e| to_status(&e))?;
+        let records = all
+            .iter()
+            .map(|found| versioned_to_wire(found))
+            .collect::<Result<_, _>>()
+            .map_err(|e| to_status(&e))?;
         Ok(Response::new(ListRecordsReply { records }))
     }
 
@@ -177,6 +181,10 @@ impl Registry for RegistryServer {
         let node = node.ok_or_else(|| decided(Status::invalid_argument("node is missing")))?;
         if node.name.is_empty() || node.name.len() > NODE_NAME_BYTES_MAX {
             let sentence = format!("node.name must have 1 to {NODE_NAME_BYTES_MAX} bytes");
+            return Err(decided(Status::invalid_argument(sentence)));
+        }
+        if !node.zone.is_empty() && !is_topology_value(&node.zone) {
+            let sentence = "node.zone must be empty or a label's value: letters, digits, \"-\", \"_\" and \".\", at most 63";
             return Err(decided(Status::invalid_argument(sentence)));
         }
         if !caller.is(&node.name) {

@@ -83,6 +83,8 @@ pub(crate) fn node_to_wire(node: NodeInfo) -> Node {
         nbd_address: node.nbd_address,
         capacity_bytes: node.capacity_bytes,
         available_bytes: node.available_bytes,
+        zone: node.zone.unwrap_or_default(),
+        volumes_max: node.volumes_max.unwrap_or(0),
     }
 }
 
@@ -93,5 +95,7 @@ pub(crate) fn node_from_wire(node: Node) -> NodeInfo {
         nbd_address: node.nbd_address,
         capacity_bytes: node.capacity_bytes,
         available_bytes: node.available_bytes,
+        zone: Some(node.zone).filter(|zone| !zone.is_empty()),
+        volumes_max: Some(node.volumes_max).filter(|most| *most > 0),
     }
 }

@@ -1,17 +1,27 @@
 //! Volume records in an embedded sled database: one machine without Kubernetes, the demo and development.
 //!
 //! Layout: tree `records` maps a volume id (16 bytes, big endian) to the record's version (8 bytes, little endian)
-//! followed by the record as JSON, tree `groups` likewise a group id to its record; tree `names` maps the name of each volume that is not gone to its id, which
-//! makes names unique inside the same transaction.
+//! followed by the record as JSON, tree `groups` likewise a group id to its record; tree `names` maps the name of each
+//! volume that is not gone to its id.
 //!
-//! A change is answered only when it is durable, and nobody reads it before: one lock is held over a change and its
-//! flush. sled's own flush stops at `sync_file_range`, which neither writes file metadata nor empties a disk's
-//! cache, so its file is synced once more through a handle of ours.
+//! The folder's lock makes this process the only one with the database, so every change of a record, a node's through the
+//! registry too, passes through one thread here, and what is in memory is what is on the disk:
+//!
+//! 1. The thread takes the changes that wait, decides each on its own copy of the records, and writes the accepted ones to
+//!    sled as one transaction. A crash: all of them are there or none.
+//! 2. It makes that durable. sled's own flush stops at `sync_file_range`, which neither writes file metadata nor empties a
+//!    disk's cache, so its file is synced once more through a handle of ours.
+//! 3. Readers see the changes, and the callers hear of them; a refusal, too, waits until what it rests on is durable.
+//!
+//! So a reader never waits for the disk and never sees what a crash takes back, and changes that come at the same time share
+//! one flush. After a failed write or flush memory may be ahead of the disk: nothing is answered any more.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
 
 use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
 use holdfast_storage_core::ids::{GroupId, RecordVersion, VolumeId};
@@ -20,10 +30,15 @@ use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError, S
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sled::transaction::{ConflictableTransactionError, TransactionError, Transactional};
+use sled::transaction::{TransactionError, Transactional};
+use tokio::sync::{mpsc, oneshot};
 
-/// Memory that sled may use for its page cache; records are about 1 KiB each. Beyond it sled reads from the disk.
-const CACHE_BYTES_MAX: u64 = 32 << 20;
+/// Memory that sled may use for its page cache. Nothing is read from it but at the start.
+const CACHE_BYTES_MAX: u64 = 8 << 20;
+/// Changes that may wait for the thread; a caller with a further one waits until there is room.
+const CHANGES_WAITING_MAX: usize = 1024;
+/// Changes that share one flush; what waits beyond goes into the next one.
+const CHANGES_PER_FLUSH_MAX: usize = 256;
 /// Bytes of the version in front of a record's JSON.
 const VERSION_BYTES: usize = 8;
 
@@ -52,6 +67,17 @@ pub enum OpenError {
         /// Why.
         source: sled::Error,
     },
+    /// A record in it cannot be read.
+    #[error("the record store {path} cannot be used: {source}")]
+    Record {
+        /// The folder.
+        path: PathBuf,
+        /// Which record, and why.
+        source: StoreError,
+    },
+    /// The thread that changes records cannot be started.
+    #[error("no thread can be started for the record store: {0}")]
+    Thread(io::Error),
 }
 
 /// The store. Clones share one database; it is closed with the last of them.
@@ -61,23 +87,160 @@ pub struct SledStore {
 }
 
 struct Inner {
-    db: sled::Db,
-    records: sled::Tree,
-    names: sled::Tree,
-    groups: sled::Tree,
-    /// sled's log file, opened once more for syncing.
-    log: File,
-    /// Writers hold it over change and flush. `true` once a flush failed: memory then holds what the disk may not.
-    broken: RwLock<bool>,
-    _lock: Flock<File>,
+    seen: Arc<RwLock<Seen>>,
+    /// None only while it is being dropped.
+    changes: Option<mpsc::Sender<Request>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What is durable, for readers.
+#[derive(Default)]
+struct Seen {
+    records: BTreeMap<VolumeId, Arc<Versioned>>,
+    groups: BTreeMap<GroupId, VersionedGroup>,
+    /// A write or flush failed: memory may hold what the disk does not.
+    broken: bool,
+    /// How often changes were made durable.
+    flushes: u64,
+}
+
+struct Request {
+    change: Change,
+    answer: oneshot::Sender<Result<RecordVersion, StoreError>>,
+}
+
+enum Change {
+    Create(VolumeRecord),
+    Swap(RecordVersion, VolumeRecord),
+    Remove(RecordVersion, VolumeId),
+    Group(GroupId, Option<RecordVersion>, Option<GroupRecord>),
+}
+
+/// What an accepted change makes of a record: none, it is removed.
+enum Effect {
+    Record(VolumeId, Option<Arc<Versioned>>),
+    Group(GroupId, Option<VersionedGroup>),
 }
 
 impl SledStore {
-    /// Opens the store in `dir`, which is made if absent.
+    /// Opens the store in `dir`, which is made if absent, and reads all records.
     ///
     /// # Errors
-    /// Another process has it open, or the folder or the database cannot be used.
+    /// Another process has it open, the folder or the database cannot be used, or a record is damaged or of a later release.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        Self::start(Writer::open(dir)?).map_err(OpenError::Thread)
+    }
+
+    fn start(writer: Writer) -> io::Result<Self> {
+        let seen = Arc::new(RwLock::new(Seen {
+            records: writer.records.clone(),
+            groups: writer.groups.clone(),
+            ..Seen::default()
+        }));
+        let (changes, waiting) = mpsc::channel(CHANGES_WAITING_MAX);
+        let (name, published) = ("hf-records".to_owned(), Arc::clone(&seen));
+        let thread = std::thread::Builder::new().name(name).spawn(move || writer.run(waiting, &published))?;
+        Ok(Self { inner: Arc::new(Inner { seen, changes: Some(changes), thread: Some(thread) }) })
+    }
+
+    fn reading<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Seen) -> Result<T, StoreError>,
+    ) -> StoreFuture<'_, T> {
+        let seen = self.inner.seen.read().unwrap_or_else(PoisonError::into_inner);
+        let answer = if seen.broken { Err(lost_flush()) } else { work(&seen) };
+        Box::pin(std::future::ready(answer))
+    }
+
+    /// Once the thread has a change it happens, even if the caller goes away.
+    fn changing(&self, change: Change) -> StoreFuture<'_, RecordVersion> {
+        let gone = || StoreError::Unknown("the store's thread ended".to_owned());
+        Box::pin(async move {
+            let (answer, answered) = oneshot::channel();
+            let changes = self.inner.changes.as_ref().ok_or_else(gone)?;
+            changes.send(Request { change, answer }).await.map_err(|_| gone())?;
+            answered.await.map_err(|_| gone())?
+        })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.changes = None;
+        // The database is free for the next one when this returns. A thread that panicked has let it go, too.
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+impl RecordStore for SledStore {
+    fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
+        self.reading(|seen| {
+            seen.records.get(&volume).map(|found| (**found).clone()).ok_or(StoreError::NotFound(volume))
+        })
+    }
+
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
+        self.reading(|seen| Ok(seen.records.values().cloned().collect()))
+    }
+
+    fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.changing(Change::Create(record))
+    }
+
+    fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        self.changing(Change::Swap(expected, record))
+    }
+
+    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
+        let removed = self.changing(Change::Remove(expected, volume));
+        Box::pin(async move { removed.await.map(drop) })
+    }
+}
+
+impl GroupStore for SledStore {
+    fn read_group(&self, group: GroupId) -> StoreFuture<'_, Option<VersionedGroup>> {
+        self.reading(|seen| Ok(seen.groups.get(&group).cloned()))
+    }
+
+    fn list_groups(&self) -> StoreFuture<'_, Vec<VersionedGroup>> {
+        self.reading(|seen| Ok(seen.groups.values().cloned().collect()))
+    }
+
+    fn swap_group(
+        &self,
+        group: GroupId,
+        expected: Option<RecordVersion>,
+        record: Option<GroupRecord>,
+    ) -> StoreFuture<'_, RecordVersion> {
+        self.changing(Change::Group(group, expected, record))
+    }
+}
+
+/// The one that changes records: the database, and the records with every accepted change, durable or not yet.
+struct Writer {
+    db: sled::Db,
+    trees: [sled::Tree; 3],
+    /// sled's log file, opened once more for syncing.
+    log: File,
+    records: BTreeMap<VolumeId, Arc<Versioned>>,
+    groups: BTreeMap<GroupId, VersionedGroup>,
+    /// Of volumes that are not gone.
+    names: BTreeMap<String, VolumeId>,
+    _lock: Flock<File>,
+}
+
+/// What is to be written at once: to `records`, `names` and `groups`.
+#[derive(Default)]
+struct Batches([sled::Batch; 3]);
+
+const RECORDS: usize = 0;
+const NAMES: usize = 1;
+const GROUPS: usize = 2;
+
+impl Writer {
+    fn open(dir: &Path) -> Result<Self, OpenError> {
         let folder = |source: io::Error| OpenError::Folder { path: dir.to_owned(), source };
         std::fs::create_dir_all(dir).map_err(folder)?;
         let file = File::create(dir.join("lock")).map_err(folder)?;
@@ -93,228 +256,198 @@ impl SledStore {
             .flush_every_ms(None)
             .open()
             .map_err(database)?;
-        let records = db.open_tree("records").map_err(database)?;
-        let names = db.open_tree("names").map_err(database)?;
-        let groups = db.open_tree("groups").map_err(database)?;
+        let tree = |name: &str| db.open_tree(name).map_err(database);
+        let trees = [tree("records")?, tree("names")?, tree("groups")?];
         let log = File::open(path.join("db")).map_err(folder)?;
         // The files' directory entries must last as long as what is in them.
         for each in [&path, dir] {
             File::open(each).and_then(|handle| handle.sync_all()).map_err(folder)?;
         }
-        let inner = Inner { db, records, names, groups, log, broken: RwLock::new(false), _lock: lock };
-        Ok(Self { inner: Arc::new(inner) })
+        let (records, groups) = (BTreeMap::new(), BTreeMap::new());
+        let mut writer = Self { db, trees, log, records, groups, names: BTreeMap::new(), _lock: lock };
+        writer.load().map_err(|source| OpenError::Record { path: dir.to_owned(), source })?;
+        Ok(writer)
     }
 
-    /// Runs `work` on a thread that may wait for the disk. The change happens even if the caller goes away.
-    fn run<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
-    ) -> StoreFuture<'_, T> {
-        let inner = Arc::clone(&self.inner);
-        let task = tokio::task::spawn_blocking(move || work(&inner));
-        Box::pin(async move {
-            task.await.unwrap_or_else(|e| Err(StoreError::Unknown(format!("the store's thread failed: {e}"))))
-        })
-    }
-}
-
-impl RecordStore for SledStore {
-    fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
-        self.run(move |inner| inner.read(volume))
+    fn load(&mut self) -> Result<(), StoreError> {
+        for entry in &self.trees[RECORDS] {
+            let found = decode(&entry.map_err(|e| unreadable(&e))?.1)?;
+            if !found.record.is_gone() {
+                self.names.insert(found.record.name.clone(), found.record.volume_id);
+            }
+            self.records.insert(found.record.volume_id, Arc::new(found));
+        }
+        for entry in &self.trees[GROUPS] {
+            let found = decode_group(&entry.map_err(|e| unreadable(&e))?.1)?;
+            self.groups.insert(found.record.group_id, found);
+        }
+        Ok(())
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
-        self.run(Inner::list)
+    /// Ends with the last sender.
+    fn run(mut self, mut waiting: mpsc::Receiver<Request>, seen: &RwLock<Seen>) {
+        let mut broken = false;
+        while let Some(first) = waiting.blocking_recv() {
+            let mut requests = vec![first];
+            while requests.len() < CHANGES_PER_FLUSH_MAX
+                && let Ok(next) = waiting.try_recv()
+            {
+                requests.push(next);
+            }
+            let answers = if broken { None } else { self.make(&requests, seen) };
+            broken |= answers.is_none();
+            let answers = answers.unwrap_or_else(|| requests.iter().map(|_| Err(lost_flush())).collect());
+            for (request, answer) in requests.into_iter().zip(answers) {
+                // A caller that went away does not want to know.
+                let _ = request.answer.send(answer);
+            }
+        }
     }
 
-    fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        self.run(move |inner| inner.create(&record))
+    /// Steps 1 to 3; none where it failed, after which nobody may rely on memory.
+    fn make(
+        &mut self,
+        requests: &[Request],
+        seen: &RwLock<Seen>,
+    ) -> Option<Vec<Result<RecordVersion, StoreError>>> {
+        let (mut batches, mut effects, mut answers) = (Batches::default(), Vec::new(), Vec::new());
+        for request in requests {
+            let decided = self.decide(&request.change, &mut batches);
+            answers.push(decided.map(|(version, effect)| {
+                self.take_in(&effect);
+                effects.push(effect);
+                version
+            }));
+        }
+        if effects.is_empty() {
+            return Some(answers);
+        }
+        let made = self.write(&batches);
+        let mut seen = seen.write().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = made {
+            seen.broken = true;
+            tracing::error!(%error, "the record store could not be written; it answers nothing any more");
+            return None;
+        }
+        seen.flushes += 1;
+        for effect in effects {
+            match effect {
+                Effect::Record(volume, Some(record)) => drop(seen.records.insert(volume, record)),
+                Effect::Record(volume, None) => drop(seen.records.remove(&volume)),
+                Effect::Group(group, Some(record)) => drop(seen.groups.insert(group, record)),
+                Effect::Group(group, None) => drop(seen.groups.remove(&group)),
+            }
+        }
+        Some(answers)
     }
 
-    fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        self.run(move |inner| inner.swap(expected, &record))
-    }
-
-    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
-        self.run(move |inner| inner.remove(expected, volume))
-    }
-}
-
-impl GroupStore for SledStore {
-    fn read_group(&self, group: GroupId) -> StoreFuture<'_, Option<VersionedGroup>> {
-        self.run(move |inner| inner.read_group(group))
-    }
-
-    fn list_groups(&self) -> StoreFuture<'_, Vec<VersionedGroup>> {
-        self.run(Inner::list_groups)
-    }
-
-    fn swap_group(
-        &self,
-        group: GroupId,
-        expected: Option<RecordVersion>,
-        record: Option<GroupRecord>,
-    ) -> StoreFuture<'_, RecordVersion> {
-        self.run(move |inner| inner.swap_group(group, expected, record.as_ref()))
-    }
-}
-
-impl Inner {
-    fn read(&self, volume: VolumeId) -> Result<Versioned, StoreError> {
-        self.reading(|| {
-            let value = self.records.get(key(volume)).map_err(|e| unreadable(&e))?;
-            decode(&value.ok_or(StoreError::NotFound(volume))?)
-        })
-    }
-
-    fn list(&self) -> Result<Vec<Versioned>, StoreError> {
-        self.reading(|| {
-            self.records.iter().map(|entry| decode(&entry.map_err(|e| unreadable(&e))?.1)).collect()
-        })
-    }
-
-    fn create(&self, record: &VolumeRecord) -> Result<RecordVersion, StoreError> {
-        let volume = record.volume_id;
-        let version = RecordVersion(1);
-        let value = encode(version, record)?;
-        self.changing(|| {
-            let change = (&self.records, &self.names).transaction(|(records, names)| {
-                if records.get(key(volume))?.is_some() {
-                    return Err(ConflictableTransactionError::Abort(StoreError::Exists(volume)));
+    /// What becomes of a change; a refused one adds nothing to the batches.
+    fn decide(&self, change: &Change, batches: &mut Batches) -> Result<(RecordVersion, Effect), StoreError> {
+        match change {
+            Change::Create(record) => {
+                let volume = record.volume_id;
+                if self.records.contains_key(&volume) {
+                    return Err(StoreError::Exists(volume));
                 }
+                if let Some(other) = self.names.get(&record.name).filter(|_| !record.is_gone()) {
+                    return Err(StoreError::Exists(*other));
+                }
+                let put = put_record(batches, RecordVersion(1), record)?;
                 if !record.is_gone() {
-                    if let Some(other) = names.get(record.name.as_bytes())? {
-                        return Err(ConflictableTransactionError::Abort(StoreError::Exists(unkey(&other))));
+                    batches.0[NAMES].insert(record.name.as_bytes(), &key(volume));
+                }
+                Ok(put)
+            }
+            Change::Swap(expected, record) => {
+                let old = self.expected(*expected, record.volume_id)?;
+                allowed(old, record)?;
+                put_record(batches, expected.next(), record).inspect(|_| {
+                    if record.is_gone() && !old.is_gone() {
+                        batches.0[NAMES].remove(record.name.as_bytes());
                     }
-                    names.insert(record.name.as_bytes(), &key(volume))?;
-                }
-                records.insert(&key(volume), value.as_slice())?;
-                Ok(())
-            });
-            change.map_err(refused)
-        })?;
-        Ok(version)
-    }
-
-    fn swap(&self, expected: RecordVersion, record: &VolumeRecord) -> Result<RecordVersion, StoreError> {
-        let volume = record.volume_id;
-        let version = expected.next();
-        let value = encode(version, record)?;
-        self.changing(|| {
-            let change = (&self.records, &self.names).transaction(|(records, names)| {
-                let abort = ConflictableTransactionError::Abort;
-                let stored = records.get(key(volume))?.ok_or(abort(StoreError::NotFound(volume)))?;
-                let old = decode(&stored).map_err(abort)?;
-                if old.version != expected {
-                    return Err(abort(StoreError::Conflict(volume)));
-                }
-                allowed(&old.record, record).map_err(abort)?;
-                if record.is_gone() && !old.record.is_gone() {
-                    names.remove(record.name.as_bytes())?;
-                }
-                records.insert(&key(volume), value.as_slice())?;
-                Ok(())
-            });
-            change.map_err(refused)
-        })?;
-        Ok(version)
-    }
-
-    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> Result<(), StoreError> {
-        self.changing(|| {
-            let change = self.records.transaction(|records| {
-                let abort = ConflictableTransactionError::Abort;
-                let stored = records.get(key(volume))?.ok_or(abort(StoreError::NotFound(volume)))?;
-                let old = decode(&stored).map_err(abort)?;
-                if old.version != expected {
-                    return Err(abort(StoreError::Conflict(volume)));
-                }
-                if !old.record.deleting {
+                })
+            }
+            Change::Remove(expected, volume) => {
+                if !self.expected(*expected, *volume)?.deleting {
                     let sentence =
                         format!("volume {volume} has no tombstone, so its record may not be removed");
-                    return Err(abort(StoreError::Refused(sentence)));
+                    return Err(StoreError::Refused(sentence));
                 }
-                records.remove(&key(volume))?;
-                Ok(())
-            });
-            change.map_err(refused)
-        })
+                batches.0[RECORDS].remove(&key(*volume));
+                Ok((*expected, Effect::Record(*volume, None)))
+            }
+            Change::Group(group, expected, record) => {
+                self.decide_group(*group, *expected, record.as_ref(), batches)
+            }
+        }
     }
 
-    fn read_group(&self, group: GroupId) -> Result<Option<VersionedGroup>, StoreError> {
-        self.reading(|| {
-            let value = self.groups.get(group.0.to_be_bytes()).map_err(|e| unreadable(&e))?;
-            value.map(|value| decode_group(&value)).transpose()
-        })
-    }
-
-    fn list_groups(&self) -> Result<Vec<VersionedGroup>, StoreError> {
-        self.reading(|| {
-            self.groups.iter().map(|entry| decode_group(&entry.map_err(|e| unreadable(&e))?.1)).collect()
-        })
-    }
-
-    fn swap_group(
+    fn decide_group(
         &self,
         group: GroupId,
         expected: Option<RecordVersion>,
         record: Option<&GroupRecord>,
-    ) -> Result<RecordVersion, StoreError> {
-        let mut version = RecordVersion(0);
-        self.changing(|| {
-            // One counter for all groups, which goes on when a record is removed.
-            let drawn = self.db.generate_id().map_err(|e| unreadable(&e))?;
-            version = RecordVersion(drawn);
-            let value = record.map(|record| encode(version, record)).transpose()?;
-            let change = self.groups.transaction(|groups| {
-                let abort = ConflictableTransactionError::Abort;
-                let found = groups.get(group.0.to_be_bytes())?;
-                let found = found.map(|value| decode_group(&value)).transpose().map_err(abort)?;
-                if found.map(|found| found.version) != expected {
-                    return Err(abort(StoreError::GroupConflict(group)));
-                }
-                match &value {
-                    Some(value) => drop(groups.insert(&group.0.to_be_bytes(), value.as_slice())?),
-                    None => drop(groups.remove(&group.0.to_be_bytes())?),
-                }
-                Ok(())
-            });
-            change.map_err(refused)
-        })?;
-        Ok(version)
+        batches: &mut Batches,
+    ) -> Result<(RecordVersion, Effect), StoreError> {
+        if self.groups.get(&group).map(|found| found.version) != expected {
+            return Err(StoreError::GroupConflict(group));
+        }
+        // One counter for all groups, which goes on when a record is removed.
+        let version = RecordVersion(self.db.generate_id().map_err(|e| unreadable(&e))?);
+        let key = group.0.to_be_bytes();
+        let Some(record) = record else {
+            batches.0[GROUPS].remove(&key);
+            return Ok((version, Effect::Group(group, None)));
+        };
+        batches.0[GROUPS].insert(&key, encode(version, record)?);
+        Ok((version, Effect::Group(group, Some(VersionedGroup { version, record: record.clone() }))))
     }
 
-    fn reading<T>(&self, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-        let broken = self.broken.read().unwrap_or_else(PoisonError::into_inner);
-        if *broken {
-            return Err(lost_flush());
-        }
-        work()
+    fn expected(&self, expected: RecordVersion, volume: VolumeId) -> Result<&VolumeRecord, StoreError> {
+        let found = self.records.get(&volume).ok_or(StoreError::NotFound(volume))?;
+        if found.version == expected { Ok(&found.record) } else { Err(StoreError::Conflict(volume)) }
     }
 
-    /// Makes a change durable before anybody sees it or hears of it.
-    fn changing(&self, work: impl FnOnce() -> Result<(), StoreError>) -> Result<(), StoreError> {
-        let mut broken = self.broken.write().unwrap_or_else(PoisonError::into_inner);
-        if *broken {
-            return Err(lost_flush());
-        }
-        match work() {
-            // sled may have applied a part of it in memory.
-            Err(StoreError::Unknown(reason)) => {
-                *broken = true;
-                Err(StoreError::Unknown(reason))
+    /// The next change of the batch is decided on this one.
+    fn take_in(&mut self, effect: &Effect) {
+        match effect {
+            Effect::Record(volume, Some(new)) => {
+                let (name, gone) = (&new.record.name, new.record.is_gone());
+                if !gone {
+                    self.names.insert(name.clone(), *volume);
+                } else if self.names.get(name) == Some(volume) {
+                    self.names.remove(name);
+                }
+                self.records.insert(*volume, Arc::clone(new));
             }
-            Err(refusal) => Err(refusal),
-            Ok(()) => {
-                let flushed = self.db.flush().map_err(io::Error::other).and_then(|_| self.log.sync_all());
-                flushed.map_err(|e| {
-                    *broken = true;
-                    tracing::error!(error = %e, "the record store could not be flushed; it answers nothing any more");
-                    StoreError::Unknown(format!("the change could not be flushed: {e}"))
-                })
-            }
+            Effect::Record(volume, None) => drop(self.records.remove(volume)),
+            Effect::Group(group, Some(record)) => drop(self.groups.insert(*group, record.clone())),
+            Effect::Group(group, None) => drop(self.groups.remove(group)),
         }
     }
+
+    fn write(&self, batches: &Batches) -> io::Result<()> {
+        let [records, names, groups] = &self.trees;
+        let written = (records, names, groups).transaction(|trees| {
+            let trees = [&trees.0, &trees.1, &trees.2];
+            trees.into_iter().zip(&batches.0).try_for_each(|(tree, batch)| tree.apply_batch(batch))?;
+            Ok(())
+        });
+        written.map_err(|error: TransactionError<()>| io::Error::other(format!("{error:?}")))?;
+        self.db.flush().map_err(io::Error::other)?;
+        self.log.sync_all()
+    }
+}
+
+fn put_record(
+    batches: &mut Batches,
+    version: RecordVersion,
+    record: &VolumeRecord,
+) -> Result<(RecordVersion, Effect), StoreError> {
+    let (volume, value) = (record.volume_id, encode(version, record)?);
+    batches.0[RECORDS].insert(&key(volume), value);
+    let found = Arc::new(Versioned { version, record: record.clone() });
+    Ok((version, Effect::Record(volume, Some(found))))
 }
 
 /// What a swap may never change, whoever asks.
@@ -337,14 +470,6 @@ pub(crate) fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), Stor
 
 fn key(volume: VolumeId) -> [u8; 16] {
     volume.0.to_be_bytes()
-}
-
-fn unkey(bytes: &[u8]) -> VolumeId {
-    let mut id = [0; 16];
-    for (to, from) in id.iter_mut().zip(bytes) {
-        *to = *from;
-    }
-    VolumeId(u128::from_be_bytes(id))
 }
 
 fn encode(version: RecordVersion, record: &impl Serialize) -> Result<Vec<u8>, StoreError> {
@@ -381,13 +506,6 @@ fn decode(value: &[u8]) -> Result<Versioned, StoreError> {
     Ok(Versioned { version, record })
 }
 
-fn refused(error: TransactionError<StoreError>) -> StoreError {
-    match error {
-        TransactionError::Abort(refusal) => refusal,
-        TransactionError::Storage(e) => StoreError::Unknown(format!("the database failed: {e}")),
-    }
-}
-
 fn unreadable(error: &sled::Error) -> StoreError {
     StoreError::Unknown(format!("the database cannot be read: {error}"))
 }
@@ -398,7 +516,77 @@ fn lost_flush() -> StoreError {
 
 #[cfg(test)]
 mod tests {
+    use futures::future::join_all;
+    use holdfast_storage_core::ids::{Lineage, NodeName, ReplicaId};
+    use holdfast_storage_core::record::VolumeParams;
+    use holdfast_storage_core::transitions::{self, NewVolume};
+
     use super::*;
+
+    const MANY: u128 = 100;
+
+    #[tokio::test]
+    async fn changes_that_come_together_share_flushes_and_conflicts_are_told_as_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SledStore::open(dir.path()).unwrap();
+        let made = join_all((1..=MANY).map(|id| store.create(mk_record(id, &format!("v{id}"))))).await;
+        assert!(made.iter().all(|made| *made == Ok(RecordVersion(1))));
+        let twins = join_all((1..=MANY).map(|id| store.create(mk_record(1000 + id, "twin")))).await;
+        assert_eq!(twins.iter().filter(|made| made.is_ok()).count(), 1);
+        let record = mk_record(1, "v1");
+        let swaps = join_all((0..MANY).map(|_| store.swap(RecordVersion(1), record.clone()))).await;
+        assert_eq!(swaps.iter().filter(|swapped| **swapped == Ok(RecordVersion(2))).count(), 1);
+        let refused = swaps.iter().filter(|s| **s == Err(StoreError::Conflict(VolumeId(1)))).count();
+        assert_eq!(refused as u128, MANY - 1);
+        let flushes = store.inner.seen.read().unwrap().flushes;
+        assert!(flushes < MANY as u64, "{flushes} flushes for {MANY} creates and two changes");
+        let before = store.list().await.unwrap();
+        drop(store);
+        let again = reopen(dir.path()).unwrap();
+        assert_eq!(again.list().await.unwrap(), before, "what was seen is on the disk");
+        assert_eq!(before.len() as u128, MANY + 1);
+    }
+
+    #[tokio::test]
+    async fn a_change_that_could_not_be_flushed_is_seen_by_nobody_and_nothing_is_answered_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path()).unwrap();
+        // A device that refuses fsync.
+        writer.log = File::open("/dev/null").unwrap();
+        let store = SledStore::start(writer).unwrap();
+        let unknown = |answer: Result<(), StoreError>| matches!(answer, Err(StoreError::Unknown(_)));
+        assert!(store.list().await.unwrap().is_empty());
+        assert!(unknown(store.create(mk_record(1, "one")).await.map(drop)));
+        assert!(unknown(store.read(VolumeId(1)).await.map(drop)), "nobody knows whether it is there");
+        assert!(unknown(store.list().await.map(drop)));
+        assert!(unknown(store.create(mk_record(2, "two")).await.map(drop)));
+        assert!(unknown(store.list_groups().await.map(drop)));
+    }
+
+    #[test]
+    fn a_damaged_record_keeps_the_store_from_opening() {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = Writer::open(dir.path()).unwrap();
+        writer.trees[RECORDS].insert(key(VolumeId(1)), b"12345678{".as_slice()).unwrap();
+        writer.db.flush().unwrap();
+        drop(writer);
+        let refusal = reopen(dir.path()).err().unwrap();
+        assert!(matches!(&refusal, OpenError::Record { .. }), "{refusal}");
+        assert!(refusal.to_string().contains("cannot be read"), "{refusal}");
+    }
+
+    fn mk_record(id: u128, name: &str) -> VolumeRecord {
+        transitions::create(NewVolume {
+            volume_id: VolumeId(id),
+            name: name.to_owned(),
+            lineage: Lineage(id),
+            size_bytes: 16 << 20,
+            epoch_nonce: 1,
+            replicas: [(ReplicaId(id), NodeName("a".to_owned()))].into(),
+            params: VolumeParams { replicas: 1, fs_type: String::new(), min_in_sync: 1 },
+            source: None,
+        })
+    }
 
     #[test]
     fn a_store_in_use_is_refused_by_name_and_free_again_once_closed() {
@@ -408,12 +596,19 @@ mod tests {
         assert!(matches!(&refusal, OpenError::Locked(path) if path == dir.path()), "{refusal}");
         assert!(refusal.to_string().contains("locked by another process"));
         drop(first);
-        // The database's own threads let its file go a moment later.
+        reopen(dir.path()).unwrap();
+    }
+
+    /// The database's own threads let its file go a moment after it was closed.
+    fn reopen(dir: &Path) -> Result<SledStore, OpenError> {
         let start = std::time::Instant::now();
-        while let Err(error) = SledStore::open(dir.path()) {
-            assert!(matches!(error, OpenError::Database { .. }), "{error}");
-            assert!(start.elapsed() < std::time::Duration::from_secs(10), "{error}");
-            std::thread::sleep(std::time::Duration::from_millis(10));
+        loop {
+            match SledStore::open(dir) {
+                Err(OpenError::Database { .. }) if start.elapsed() < std::time::Duration::from_secs(10) => {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                other => return other,
+            }
         }
     }
 }

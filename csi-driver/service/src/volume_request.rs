@@ -7,12 +7,12 @@ use std::str::FromStr;
 use holdfast_proto::csi::volume_capability::AccessType;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::volume_content_source::Type as SourceType;
-use holdfast_proto::csi::{
-    CapacityRange, CreateVolumeRequest, TopologyRequirement, VolumeCapability, VolumeContentSource,
-};
+use holdfast_proto::csi::{CapacityRange, CreateVolumeRequest, VolumeCapability, VolumeContentSource};
 use holdfast_storage_core::ids::{InvalidId, NodeName, REGION_BYTES, SnapshotId, VolumeId};
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use tonic::Status;
+
+use crate::topology;
 
 /// Size of a volume for which none was asked.
 pub const DEFAULT_SIZE_BYTES: u64 = 1 << 30;
@@ -26,8 +26,6 @@ pub const SIZE_BYTES_MAX: u64 = 64 << 40;
 pub const DEFAULT_REPLICAS: u32 = 3;
 /// Most replicas a volume may have.
 pub const REPLICAS_MAX: u32 = 8;
-/// Key of a node's topology: its own name.
-pub const TOPOLOGY_NODE_KEY: &str = "csi.holdfast.dev/node";
 /// Longest name the specification lets a caller send.
 const NAME_BYTES_MAX: usize = 128;
 /// File system of a mounted volume where nobody names one.
@@ -121,7 +119,7 @@ impl VolumeRequest {
         let params = parse_params(&request.parameters, &capabilities)?;
         let range = parse_range(request.capacity_range.as_ref())?;
         let size_bytes = choose_size(range, request.capacity_range.is_some(), &params.fs_type)?;
-        let prefer = preferred_node(request.accessibility_requirements.as_ref());
+        let prefer = topology::preferred_node(request.accessibility_requirements.as_ref());
         Ok(Self { name: request.name.clone(), range, size_bytes, params, source, prefer })
     }
 }
@@ -162,13 +160,6 @@ pub fn existing_snapshot(text: &str) -> Result<SnapshotHandle, Status> {
         let shown: String = text.chars().take(80).collect();
         Status::not_found(format!("snapshot_id: there is no snapshot \"{shown}\""))
     })
-}
-
-/// The node of the most preferred topology: where the first pod of a volume is going to run.
-fn preferred_node(topology: Option<&TopologyRequirement>) -> Option<NodeName> {
-    let topology = topology?;
-    let first = topology.preferred.first().or(topology.requisite.first())?;
-    first.segments.get(TOPOLOGY_NODE_KEY).map(|node| NodeName(node.clone()))
 }
 
 /// Checks a name that a caller gives to a new object.

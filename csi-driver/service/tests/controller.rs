@@ -405,7 +405,7 @@ async fn the_plugin_names_itself_and_what_it_can_and_refuses_the_rest() {
     assert!(!info.vendor_version.is_empty());
     assert_eq!(identity.probe(ProbeRequest {}).await.unwrap().into_inner().ready, Some(true));
     let own = identity.get_plugin_capabilities(GetPluginCapabilitiesRequest {}).await.unwrap().into_inner();
-    assert_eq!(own.capabilities.len(), 5);
+    assert_eq!(own.capabilities.len(), 6);
     let mut client = controller.0.clone();
     let can =
         client.controller_get_capabilities(ControllerGetCapabilitiesRequest {}).await.unwrap().into_inner();

@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use holdfast_proto::storage::{
     GetStatusReply, GetStatusRequest,
 };
 use holdfast_service::serve::{bind_unix, serve_unix, server};
+use holdfast_service::topology::{NODE_KEY, ZONE_KEY};
 use holdfast_service::{NodeConfig, NodeService, SledStore};
 use holdfast_storage_core::ids::{Attachment, NodeName};
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
@@ -35,6 +36,17 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
 const DEVICE_BYTES: u64 = 64 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_tells_where_it_is_and_how_many_volumes_it_takes() {
+    let Some(world) = World::start(Formatted::Never).await else { return };
+    let info = world.node().await.0.node_get_info(NodeGetInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!((info.node_id.as_str(), info.max_volumes_per_node), ("node-a", 7));
+    let segments: BTreeMap<_, _> = info.accessible_topology.unwrap().segments.into_iter().collect();
+    let wanted =
+        [(NODE_KEY, "node-a"), (ZONE_KEY, "zone-1")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    assert_eq!(segments, BTreeMap::from(wanted));
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn r36_a_blank_volume_is_formatted_once_and_recorded_before_it_is_mounted() {
@@ -371,6 +383,8 @@ impl World {
     async fn node_with(&self, store: Arc<dyn RecordStore>) -> Node {
         let config = NodeConfig {
             node: NodeName("node-a".to_owned()),
+            zone: Some("zone-1".to_owned()),
+            volumes_max: Some(7),
             data_socket: self.dir.path().join("data.sock"),
             kubelet_dir: self.dir.path().join("kubelet"),
         };

@@ -53,6 +53,8 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
 
     a.announce(mk_node("node-a")).await.unwrap();
     assert!(matches!(b.announce(mk_node("node-a")).await, Err(StoreError::Refused(_))));
+    let nowhere = NodeInfo { zone: Some("../zone".to_owned()), ..mk_node("node-a") };
+    assert!(matches!(a.announce(nowhere).await, Err(StoreError::Refused(_))), "a zone is a label's value");
     assert!(matches!(a.create(mk_record(2, "other", &["node-a"])).await, Err(StoreError::Refused(_))));
     assert!(matches!(a.remove(version, record.volume_id).await, Err(StoreError::Refused(_))));
 
@@ -191,5 +193,7 @@ fn mk_node(name: &str) -> NodeInfo {
         nbd_address: "127.0.0.1:2".to_owned(),
         capacity_bytes: 10,
         available_bytes: 5,
+        zone: Some("zone-1".to_owned()),
+        volumes_max: Some(9),
     }
 }

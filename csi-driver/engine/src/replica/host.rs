@@ -101,20 +101,12 @@ impl ReplicaHost {
         self.lock().replicas.iter().map(|(replica, hosted)| (hosted.volume_id, *replica)).collect()
     }
 
-    /// Every replica in the pool, open or not.
-    ///
-    /// # Errors
-    /// The pool cannot be listed.
-    pub fn list(&self) -> Result<Vec<ReplicaId>, HostError> {
-        Ok(self.pool()?.list()?)
-    }
-
-    /// Room in the pool.
+    /// Room in the pool, by a count that may be a few seconds old.
     ///
     /// # Errors
     /// The file system does not tell.
     pub fn space(&self) -> Result<Space, HostError> {
-        Ok(self.pool()?.space()?)
+        Ok(self.pool()?.space_lately()?)
     }
 
     /// Makes and opens a replica, empty or as a snapshot of another one of this pool (R30). Blocks. Idempotent.

@@ -166,7 +166,7 @@ impl RecordStore for View {
         })
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         self.store.list()
     }
 

@@ -117,6 +117,8 @@ impl Cluster {
             std::fs::create_dir_all(dir.join(sub)).unwrap();
         }
         DataConfig {
+            zone: None,
+            volumes_max: None,
             node: node.name.clone(),
             pool_dir: dir.join("pool"),
             pool_capacity_bytes: node.pool_capacity_bytes,

@@ -1,8 +1,8 @@
 //! A record store and a node directory in memory, with the faults a real one has.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use holdfast_storage_core::ids::{NodeName, RecordVersion, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
@@ -48,10 +48,10 @@ impl RecordStore for MemStore {
         })
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         Box::pin(async move {
             self.check_up()?;
-            Ok(self.records.lock().unwrap().values().cloned().collect())
+            Ok(self.records.lock().unwrap().values().cloned().map(Arc::new).collect())
         })
     }
 

@@ -10,7 +10,7 @@
 //! A node that fails in step 2 is replaced by another: its replica stays listed as faulted, because it may have been
 //! made after all, and DeleteVolume asks that node too.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
@@ -26,6 +26,7 @@ use super::Inner;
 use super::clone::{CloneLayers, content_source, same_source};
 use super::pools::PoolSpace;
 use crate::status::{from_store, from_transition};
+use crate::topology;
 use crate::volume_request::VolumeRequest;
 
 /// How often replicas on failing nodes are replaced within one call; then the caller is told to repeat.
@@ -39,6 +40,7 @@ impl Inner {
         request: CreateVolumeRequest,
     ) -> Result<CreateVolumeResponse, Status> {
         let wanted = VolumeRequest::parse(&request)?;
+        topology::check_requirement(request.accessibility_requirements.as_ref(), &self.book)?;
         let _by_name = self.in_flight.begin(format!("the volume named \"{}\"", wanted.name))?;
         let found = match (self.find_by_name(&wanted.name).await?, wanted.source) {
             (Some(found), _) => {
@@ -63,14 +65,18 @@ impl Inner {
 
     async fn find_by_name(&self, name: &str) -> Result<Option<Versioned>, Status> {
         let all = self.store.list().await.map_err(from_store)?;
-        Ok(all.into_iter().find(|v| !v.record.is_gone() && v.record.name == name))
+        let found = all.iter().find(|found| !found.record.is_gone() && found.record.name == name);
+        Ok(found.map(|found| Versioned::clone(found)))
     }
 
     async fn create_record(&self, wanted: &VolumeRequest) -> Result<Versioned, Status> {
-        let _placing = self.placing.lock().await;
+        let placing = self.placing.lock().await;
         let (replicas, prefer) = (wanted.params.replicas, wanted.prefer.clone());
         let nodes = self.choose_nodes(replicas, wanted.size_bytes, &BTreeSet::new(), prefer).await?;
         let record = new_record(wanted, nodes);
+        // The next call chooses while this record is on its way to the disk, and counts it all the same.
+        let _promised = self.promises.begin(&record);
+        drop(placing);
         let version = self.store.create(record.clone()).await.map_err(from_store)?;
         Ok(Versioned { version, record })
     }
@@ -83,29 +89,57 @@ impl Inner {
         taken: &BTreeSet<NodeName>,
         prefer: Option<NodeName>,
     ) -> Result<Vec<NodeName>, Status> {
-        let pools: Vec<PoolSpace> =
-            self.free_space().await?.into_iter().filter(|pool| !taken.contains(&pool.node)).collect();
-        let request = PlacementRequest { replicas, size_bytes, prefer, allowed: Vec::new() };
-        let spaces: Vec<NodeSpace> = pools
-            .iter()
-            .map(|pool| NodeSpace { name: pool.node.clone(), available_bytes: pool.available_bytes })
-            .collect();
-        place(&request, &spaces).map_err(|error| self.unplaceable(&error, &pools))
+        let request =
+            PlacementRequest { replicas, size_bytes, prefer, kept: taken.iter().cloned().collect() };
+        let choose = |pools: Vec<PoolSpace>| {
+            let space = |pool: &PoolSpace| NodeSpace {
+                name: pool.node.clone(),
+                available_bytes: pool.available_bytes,
+                zone: self.book.get(&pool.node).and_then(|info| info.zone),
+            };
+            let spaces: Vec<NodeSpace> = pools.iter().map(space).collect();
+            let others: Vec<PoolSpace> =
+                pools.into_iter().filter(|pool| !taken.contains(&pool.node)).collect();
+            place(&request, &spaces).map_err(|error| self.unplaceable(&error, &others))
+        };
+        // What was surveyed for another call will do where it suffices; nobody is refused on it.
+        if let Some(pools) = self.pools.surveyed_lately()
+            && let Ok(nodes) = choose(self.left_of(pools).await?)
+        {
+            return Ok(nodes);
+        }
+        choose(self.free_space().await?)
     }
 
     /// What each answering pool can still promise: by its own word, and not beyond what the records leave of it.
     pub(super) async fn free_space(&self) -> Result<Vec<PoolSpace>, Status> {
+        let pools = self.pools.survey().await;
+        self.left_of(pools).await
+    }
+
+    /// Takes off what the records promise, and what a record promises that is being written. Under `placing` nothing is
+    /// missed: what was chosen before is among the promises or, taken from there, among the records, which are read later.
+    async fn left_of(&self, mut pools: Vec<PoolSpace>) -> Result<Vec<PoolSpace>, Status> {
+        let coming = self.promises.all();
         let records = self.store.list().await.map_err(from_store)?;
-        let mut promised: BTreeMap<NodeName, u64> = BTreeMap::new();
-        for versioned in &records {
-            for replica in versioned.record.replicas.values() {
-                let sum = promised.entry(replica.node.clone()).or_default();
-                *sum = sum.saturating_add(versioned.record.size_bytes);
+        let mut promised: HashMap<&NodeName, u64> = HashMap::new();
+        let mut promise = |node, bytes: u64| {
+            let sum = promised.entry(node).or_default();
+            *sum = sum.saturating_add(bytes);
+        };
+        let mut written: HashSet<VolumeId> = HashSet::new();
+        for Versioned { record, .. } in records.iter().map(AsRef::as_ref) {
+            record.replicas.values().for_each(|replica| promise(&replica.node, record.size_bytes));
+            if coming.contains_key(&record.volume_id) {
+                written.insert(record.volume_id);
             }
         }
-        let mut pools = self.pools.survey().await;
+        for (_, (nodes, bytes)) in coming.iter().filter(|(volume, _)| !written.contains(volume)) {
+            nodes.iter().for_each(|node| promise(node, *bytes));
+        }
         for pool in &mut pools {
-            let left = pool.capacity_bytes.saturating_sub(promised.get(&pool.node).copied().unwrap_or(0));
+            let taken = promised.get(&pool.node).copied().unwrap_or(0);
+            let left = promisable(pool.capacity_bytes, self.overprovision_percent).saturating_sub(taken);
             pool.available_bytes = pool.available_bytes.min(left);
         }
         Ok(pools)
@@ -250,6 +284,12 @@ impl Inner {
         self.store.swap(version, record).await.map_err(from_store)?;
         Ok(())
     }
+}
+
+/// Bytes of a pool that may be promised.
+fn promisable(capacity_bytes: u64, percent: u32) -> u64 {
+    let bytes = u128::from(capacity_bytes) * u128::from(percent) / 100;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 /// A volume as CSI answers it.

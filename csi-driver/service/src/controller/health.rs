@@ -53,8 +53,8 @@ impl Inner {
         let alive = self.alive_nodes();
         let all = self.store.list().await.map_err(from_store)?;
         let mut ill = Vec::new();
-        for record in all.into_iter().map(|found| found.record).filter(|record| !record.is_gone()) {
-            let health_statuses = judge(&record, alive.as_ref());
+        for record in all.iter().map(|found| &found.record).filter(|record| !record.is_gone()) {
+            let health_statuses = judge(record, alive.as_ref());
             if !health_statuses.is_empty() {
                 let volume_id = record.volume_id.to_string();
                 ill.push((record.volume_id, VolumeHealth { volume_id, health_statuses }));

@@ -16,6 +16,7 @@ use tonic::Status;
 use super::Inner;
 use super::create::to_csi;
 use crate::status::from_store;
+use crate::topology;
 use crate::volume_request::{
     Access, SIZE_BYTES_MIN, check_access, check_capabilities, existing_volume_id, parse_params,
 };
@@ -30,7 +31,7 @@ impl Inner {
     ) -> Result<ListVolumesResponse, Status> {
         let size = page_size(request.max_entries)?;
         let all = self.store.list().await.map_err(from_store)?;
-        let live = all.into_iter().map(|found| found.record).filter(|record| !record.is_gone());
+        let live = all.iter().map(|found| &found.record).filter(|record| !record.is_gone());
         let records = live.map(|record| (record.volume_id, record)).collect();
         let (records, next_token) = page_of(records, &request.starting_token, size)?;
         let entries = records
@@ -60,6 +61,13 @@ impl Inner {
             }
         };
         let params = parse_params(&request.parameters, &access)?;
+        if let Some(topology) = &request.accessible_topology {
+            topology::check_keys("accessible_topology", topology)?;
+            // What is anywhere is for all nodes; but nothing is for a place where there are none.
+            if !topology::exists(topology, &self.book) {
+                return Ok(GetCapacityResponse::default());
+            }
+        }
         let mut free: Vec<u64> =
             self.free_space().await?.into_iter().map(|pool| pool.available_bytes).collect();
         free.sort_by_key(|bytes| Reverse(*bytes));

@@ -14,12 +14,14 @@ mod jobs;
 mod list;
 mod metadata;
 mod pools;
+mod promises;
 mod promote;
 mod publish;
 mod replace;
 mod snapshots;
 mod sweep;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use holdfast_proto::csi::controller_server::Controller;
@@ -29,7 +31,7 @@ use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{
     PromoteReplicaReply, PromoteReplicaRequest, ReplaceReplicaReply, ReplaceReplicaRequest,
 };
-use holdfast_storage_core::ids::VolumeId;
+use holdfast_storage_core::ids::{NodeName, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
 use holdfast_storage_core::transitions::TransitionError;
@@ -41,6 +43,7 @@ use crate::node_book::NodeBook;
 use crate::status::{from_store, from_transition};
 use crate::tls::TlsIdentity;
 use pools::Pools;
+use promises::Promises;
 use sweep::Making;
 
 /// Key of publish_context under which the attachment's number travels to the node (R1).
@@ -50,6 +53,21 @@ pub const READ_ONLY_KEY: &str = "readOnly";
 
 /// How often a change is decided anew because another writer moved the record; then the caller is told to repeat.
 const SWAP_ATTEMPTS_MAX: u32 = 16;
+
+/// What an operator decides about the controller.
+#[derive(Clone)]
+pub struct ControllerSettings {
+    /// How much of each pool's capacity may be promised to volumes, in percent.
+    pub overprovision_percent: u32,
+    /// TLS towards the nodes; none is plain text.
+    pub tls: Option<TlsIdentity>,
+}
+
+impl Default for ControllerSettings {
+    fn default() -> Self {
+        Self { overprovision_percent: 100, tls: None }
+    }
+}
 
 /// The service.
 #[derive(Clone)]
@@ -63,24 +81,28 @@ struct Inner {
     book: Arc<NodeBook>,
     pools: Pools,
     in_flight: InFlight,
-    /// Held from reading the free space to writing the record, so that no space is promised twice.
+    /// Held from reading the free space until what is taken of it is among the promises or in a record, so that no space is
+    /// promised twice.
     placing: Mutex<()>,
+    promises: Promises,
+    /// Volumes that are being attached to nodes with a limit; locked to compare and take.
+    attaching: Mutex<BTreeMap<VolumeId, NodeName>>,
+    overprovision_percent: u32,
     making: Making,
     /// Something was left for the sweep.
     sweep_soon: Notify,
 }
 
 impl ControllerService {
-    /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes,
-    /// with TLS where given.
+    /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes.
     #[must_use]
     pub fn new(
         store: Arc<dyn RecordStore>,
         group_store: Arc<dyn GroupStore>,
         book: Arc<NodeBook>,
-        tls: Option<TlsIdentity>,
+        settings: ControllerSettings,
     ) -> Self {
-        let pools = Pools::new(Arc::clone(&book), tls);
+        let pools = Pools::new(Arc::clone(&book), settings.tls);
         let inner = Inner {
             store,
             group_store,
@@ -88,6 +110,9 @@ impl ControllerService {
             pools,
             in_flight: InFlight::default(),
             placing: Mutex::new(()),
+            promises: Promises::default(),
+            attaching: Mutex::default(),
+            overprovision_percent: settings.overprovision_percent,
             making: Making::default(),
             sweep_soon: Notify::new(),
         };

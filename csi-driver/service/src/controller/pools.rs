@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use holdfast_proto::storage::pool_client::PoolClient;
@@ -22,6 +22,8 @@ use crate::tls::TlsIdentity;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a pool may take to tell its free space; a slower one gets no new replica.
 const SURVEY_TIMEOUT: Duration = Duration::from_secs(3);
+/// How old a survey may be to be used for another placement: calls that come together share one.
+const SURVEY_AGE_MAX: Duration = Duration::from_millis(250);
 /// How long a pool may take to make or delete a replica.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// A connection whose peer does not answer a ping for this long is given up.
@@ -41,15 +43,18 @@ pub(super) struct Pools {
     tls: Option<TlsIdentity>,
     /// By node, with the address it is for; bounded by the book's own limit.
     channels: Mutex<HashMap<NodeName, (String, Channel)>>,
+    /// What the newest survey found, and when it was begun.
+    surveyed: Mutex<Option<(Instant, Vec<PoolSpace>)>>,
 }
 
 impl Pools {
     pub(super) fn new(book: Arc<NodeBook>, tls: Option<TlsIdentity>) -> Self {
-        Self { book, tls, channels: Mutex::new(HashMap::new()) }
+        Self { book, tls, channels: Mutex::new(HashMap::new()), surveyed: Mutex::new(None) }
     }
 
     /// Asks every node that is alive for its free space; silent ones are left out.
     pub(super) async fn survey(&self) -> Vec<PoolSpace> {
+        let begun = Instant::now();
         let ask = |info: NodeInfo| async move {
             let node = info.name.clone();
             let mut client = self.client(&info).ok()?;
@@ -64,7 +69,20 @@ impl Pools {
                 }
             }
         };
-        join_all(self.book.alive().into_iter().map(ask)).await.into_iter().flatten().collect()
+        let asked = self.book.alive().into_iter().map(ask);
+        let found: Vec<PoolSpace> = join_all(asked).await.into_iter().flatten().collect();
+        *self.surveyed.lock().unwrap_or_else(PoisonError::into_inner) = Some((begun, found.clone()));
+        found
+    }
+
+    /// What the nodes said a moment ago, if they were asked. Somebody's data may have grown since, and a node may have died:
+    /// a pool refuses what it has no room for, and another one is chosen then.
+    pub(super) fn surveyed_lately(&self) -> Option<Vec<PoolSpace>> {
+        let surveyed = self.surveyed.lock().unwrap_or_else(PoisonError::into_inner);
+        surveyed
+            .as_ref()
+            .filter(|(begun, _)| begun.elapsed() < SURVEY_AGE_MAX)
+            .map(|(_, found)| found.clone())
     }
 
     pub(super) async fn create_replica(

@@ -83,7 +83,7 @@ mod tests {
     use holdfast_storage_core::transitions::NewVolume;
 
     use super::*;
-    use crate::controller::ControllerService;
+    use crate::controller::{ControllerService, ControllerSettings};
     use crate::node_book::NodeBook;
     use crate::sled_store::SledStore;
 
@@ -121,7 +121,12 @@ mod tests {
         let groups = Arc::new(sled.clone());
         let store: Arc<dyn RecordStore> = Arc::new(sled);
         store.create(record).await.unwrap();
-        let service = ControllerService::new(Arc::clone(&store), groups, Arc::new(NodeBook::new()), None);
+        let service = ControllerService::new(
+            Arc::clone(&store),
+            groups,
+            Arc::new(NodeBook::new()),
+            ControllerSettings::default(),
+        );
         (service, store, dir)
     }
 

@@ -3,13 +3,13 @@
 //! Unpublishing asks nothing of the node: a node that is cut off cannot delay the failover, and its target is fenced
 //! by the generation of the next one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use holdfast_proto::csi::{
     ControllerPublishVolumeRequest, ControllerPublishVolumeResponse, ControllerUnpublishVolumeRequest,
     ControllerUnpublishVolumeResponse,
 };
-use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::ids::{NodeName, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::transitions;
@@ -43,7 +43,10 @@ impl Inner {
             if record == found.record {
                 return Ok(answer(&record));
             }
-            match self.store.swap(found.version, record.clone()).await {
+            self.take_place(volume, &node).await?;
+            let swapped = self.store.swap(found.version, record.clone()).await;
+            self.attaching.lock().await.remove(&volume);
+            match swapped {
                 Ok(_) => {
                     tracing::info!(%volume, %node, attachment = %record.attachment, "volume published");
                     return Ok(answer(&record));
@@ -89,6 +92,29 @@ impl Inner {
             }
         }
         Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
+    }
+
+    /// Takes one of the places of a node that has a limit, until the volume's record shows that it is attached. A volume that
+    /// is on its way counts from here on: its entry is read before the records, which show it before the entry goes.
+    async fn take_place(&self, volume: VolumeId, node: &NodeName) -> Result<(), Status> {
+        let Some(most) = self.book.get(node).and_then(|info| info.volumes_max) else { return Ok(()) };
+        let mut attaching = self.attaching.lock().await;
+        let mut there: BTreeSet<VolumeId> =
+            attaching.iter().filter(|(_, at)| *at == node).map(|(volume, _)| *volume).collect();
+        for found in self.store.list().await.map_err(from_store)? {
+            if found.record.attached_to.as_ref() == Some(node) {
+                there.insert(found.record.volume_id);
+            }
+        }
+        there.remove(&volume);
+        if there.len() >= most as usize {
+            return Err(Status::resource_exhausted(format!(
+                "node_id: node {node} has {} volumes attached and takes {most} at most",
+                there.len()
+            )));
+        }
+        attaching.insert(volume, node.clone());
+        Ok(())
     }
 
     fn check_node(&self, node: &NodeName) -> Result<(), Status> {

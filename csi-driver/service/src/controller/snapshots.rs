@@ -29,6 +29,7 @@ use tonic::Status;
 use super::Inner;
 use super::list::{page_of, page_size};
 use crate::status::from_store;
+use crate::topology;
 use crate::volume_request::{
     SnapshotHandle, check_name, existing_snapshot, existing_volume_id, parse_snapshot, parse_volume_id,
 };
@@ -59,6 +60,7 @@ impl Inner {
             return Err(Status::invalid_argument("source_volume_id is missing"));
         }
         check_parameters(request.parameters.keys())?;
+        topology::check_requirement(request.accessibility_requirements.as_ref(), &self.book)?;
         let volume = existing_volume_id(&request.source_volume_id)?;
         let _by_name = self.in_flight.begin(format!("the snapshot named \"{}\"", request.name))?;
         let id = match self.find_request(&request.name).await? {
@@ -163,7 +165,7 @@ impl Inner {
         };
         let all = self.store.list().await.map_err(from_store)?;
         let mut found: Vec<(SnapshotHandle, Snapshot)> = Vec::new();
-        for record in all.into_iter().map(|found| found.record).filter(|record| !record.deleting) {
+        for record in all.iter().map(|found| &found.record).filter(|record| !record.deleting) {
             let volume = record.volume_id;
             if of_volume.is_some_and(|wanted| wanted != Some(volume)) {
                 continue;
@@ -173,7 +175,7 @@ impl Inner {
                 if one.is_some_and(|wanted| wanted != Some(handle)) {
                     continue;
                 }
-                found.extend(to_csi(&record, snapshot.id, groups.of(handle)).map(|csi| (handle, csi)));
+                found.extend(to_csi(record, snapshot.id, groups.of(handle)).map(|csi| (handle, csi)));
             }
         }
         let (page, next_token) = page_of(found, &request.starting_token, size)?;

@@ -111,6 +111,6 @@ impl Inner {
 
     async fn all_records(&self) -> Result<Vec<VolumeRecord>, Status> {
         let all = self.store.list().await.map_err(from_store)?;
-        Ok(all.into_iter().map(|found| found.record).collect())
+        Ok(all.iter().map(|found| found.record.clone()).collect())
     }
 }

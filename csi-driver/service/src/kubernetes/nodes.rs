@@ -74,6 +74,8 @@ impl KubernetesDirectory {
             nbd_address: node.nbd_address.clone(),
             capacity_bytes: number("capacity_bytes", node.capacity_bytes)?,
             available_bytes: number("available_bytes", node.available_bytes)?,
+            zone: node.zone.clone(),
+            volumes_max: node.volumes_max,
             announced_at: Time(Timestamp::now()),
         };
         let name = node.name.0.clone();
@@ -114,6 +116,8 @@ fn from_object(object: StorageNode) -> Result<(NodeInfo, Time), StoreError> {
         nbd_address: spec.nbd_address,
         capacity_bytes: counter("capacityBytes", spec.capacity_bytes)?,
         available_bytes: counter("availableBytes", spec.available_bytes)?,
+        zone: spec.zone,
+        volumes_max: spec.volumes_max,
     };
     Ok((info, spec.announced_at))
 }

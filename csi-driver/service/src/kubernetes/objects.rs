@@ -317,6 +317,14 @@ pub(crate) struct StorageNodeSpec {
     pub capacity_bytes: i64,
     #[schemars(range(min = 0))]
     pub available_bytes: i64,
+    /// The zone it stands in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub zone: Option<String>,
+    /// Most volumes that may be attached to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub volumes_max: Option<u32>,
     /// The node's own clock; others look at its changes, never at its value.
     pub announced_at: Time,
 }

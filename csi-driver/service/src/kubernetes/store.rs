@@ -11,6 +11,8 @@
 //! twice), with the expected counter something else than the spec was changed, and else another writer was first. No answer, or none of the server's own, is
 //! [`StoreError::Unknown`].
 
+use std::sync::Arc;
+
 use holdfast_storage_core::ids::{RecordVersion, VolumeId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{RecordStore, StoreError, StoreFuture, Versioned};
@@ -47,9 +49,10 @@ impl KubernetesStore {
         versioned(volume, &self.object(Deadline::new(), volume).await?)
     }
 
-    async fn list_now(&self) -> Result<Vec<Versioned>, StoreError> {
+    async fn list_now(&self) -> Result<Vec<Arc<Versioned>>, StoreError> {
         let objects: Vec<Object> = self.client.list(Deadline::new()).await.map_err(about_list)?;
-        objects.iter().filter(|object| !object.spec.pending).map(|object| from_spec(&object.spec)).collect()
+        let there = objects.iter().filter(|object| !object.spec.pending);
+        there.map(|object| from_spec(&object.spec).map(Arc::new)).collect()
     }
 
     async fn swap_now(
@@ -152,7 +155,7 @@ impl RecordStore for KubernetesStore {
         Box::pin(self.read_now(volume))
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         Box::pin(self.list_now())
     }
 

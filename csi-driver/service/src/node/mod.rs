@@ -14,7 +14,6 @@ mod publish;
 mod stage;
 mod stats;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,7 +25,7 @@ use holdfast_storage_core::record_store::RecordStore;
 use tonic::{Request, Response, Status};
 
 use crate::in_flight::{InFlight, detached};
-use crate::volume_request::TOPOLOGY_NODE_KEY;
+use crate::topology;
 use data_client::DataClient;
 
 /// Settings of the node service.
@@ -34,6 +33,10 @@ use data_client::DataClient;
 pub struct NodeConfig {
     /// This node's name, as records spell it.
     pub node: NodeName,
+    /// The zone that it stands in.
+    pub zone: Option<String>,
+    /// Most volumes that may be attached to it.
+    pub volumes_max: Option<u32>,
     /// Unix socket of this node's data process.
     pub data_socket: PathBuf,
     /// Staging and target paths must lie below it.
@@ -48,6 +51,8 @@ pub struct NodeService {
 
 struct Inner {
     node: NodeName,
+    zone: Option<String>,
+    volumes_max: Option<u32>,
     store: Arc<dyn RecordStore>,
     data: DataClient,
     kubelet_dir: PathBuf,
@@ -64,7 +69,9 @@ impl NodeService {
             std::io::Error::new(e.kind(), format!("kubelet folder {}: {e}", config.kubelet_dir.display()))
         })?;
         let data = DataClient::new(&config.data_socket)?;
-        let inner = Inner { node: config.node, store, data, kubelet_dir, in_flight: InFlight::default() };
+        let NodeConfig { node, zone, volumes_max, .. } = config;
+        let inner =
+            Inner { node, zone, volumes_max, store, data, kubelet_dir, in_flight: InFlight::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
 }
@@ -132,14 +139,13 @@ impl Node for NodeService {
         &self,
         _: Request<NodeGetInfoRequest>,
     ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        let Inner { node, zone, volumes_max, .. } = self.inner.as_ref();
         Ok(Response::new(NodeGetInfoResponse {
-            node_id: self.inner.node.0.clone(),
-            // The caller decides: a node has no fixed limit of attached volumes.
-            max_volumes_per_node: 0,
+            node_id: node.0.clone(),
+            // 0: the caller decides.
+            max_volumes_per_node: volumes_max.map_or(0, i64::from),
             // Every node reaches every volume; this only says where the first pod of one is going to run.
-            accessible_topology: Some(Topology {
-                segments: HashMap::from([(TOPOLOGY_NODE_KEY.to_owned(), self.inner.node.0.clone())]),
-            }),
+            accessible_topology: Some(topology::of_node(node, zone.as_deref())),
         }))
     }
 

@@ -80,6 +80,40 @@ pub struct CutStore {
     pub cut: Cut,
 }
 
+/// A real store whose changes take a while to begin.
+pub struct SlowStore {
+    pub store: Arc<dyn RecordStore>,
+    pub delay: std::time::Duration,
+}
+
+impl RecordStore for SlowStore {
+    fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
+        self.store.read(volume)
+    }
+
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
+        self.store.list()
+    }
+
+    fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        Box::pin(async move {
+            tokio::time::sleep(self.delay).await;
+            self.store.create(record).await
+        })
+    }
+
+    fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
+        Box::pin(async move {
+            tokio::time::sleep(self.delay).await;
+            self.store.swap(expected, record).await
+        })
+    }
+
+    fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
+        self.store.remove(expected, volume)
+    }
+}
+
 /// A real store in which something happens right after the first read.
 pub struct MeddledStore {
     pub store: Arc<dyn RecordStore>,
@@ -98,7 +132,7 @@ impl RecordStore for MeddledStore {
         })
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         self.store.list()
     }
 
@@ -145,7 +179,7 @@ impl RecordStore for CutStore {
         self.store.read(volume)
     }
 
-    fn list(&self) -> StoreFuture<'_, Vec<Versioned>> {
+    fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
         self.store.list()
     }
 
@@ -180,6 +214,8 @@ pub struct FakePool {
 pub struct State {
     capacity_bytes: u64,
     replicas: Replicas,
+    /// Replicas take no space before they are written, and nobody writes.
+    pub thin: bool,
     pub cut: Cut,
     /// Volumes whose writes are held, by snapshot.
     pub holds: BTreeMap<String, String>,
@@ -206,6 +242,7 @@ impl FakePool {
         let state = State {
             capacity_bytes,
             replicas: Replicas::new(),
+            thin: false,
             cut: Cut::never(),
             holds: BTreeMap::new(),
             blocks: Vec::new(),
@@ -249,14 +286,20 @@ impl FakePool {
 
 /// Makes a node known at an address.
 pub async fn announce(book: &NodeBook, node: &str, control_address: &str, capacity_bytes: u64) {
-    let info = NodeInfo {
+    book.announce(mk_info(node, control_address, capacity_bytes)).await.unwrap();
+}
+
+/// Of a node without zone and limit.
+pub fn mk_info(node: &str, control_address: &str, capacity_bytes: u64) -> NodeInfo {
+    NodeInfo {
         name: NodeName(node.to_owned()),
         control_address: control_address.to_owned(),
         nbd_address: "127.0.0.1:1".to_owned(),
         capacity_bytes,
         available_bytes: capacity_bytes,
-    };
-    book.announce(info).await.unwrap();
+        zone: None,
+        volumes_max: None,
+    }
 }
 
 #[tonic::async_trait]
@@ -267,12 +310,11 @@ impl Pool for FakePool {
         if state.cut.was_reached() {
             return Err(Status::unavailable("cut"));
         }
-        let used: u64 = state.replicas.values().map(|(_, bytes)| bytes).sum();
+        let used: u64 = if state.thin { 0 } else { state.replicas.values().map(|(_, bytes)| bytes).sum() };
         Ok(Response::new(GetPoolReply {
             node: self.node.to_owned(),
             capacity_bytes: state.capacity_bytes,
             available_bytes: state.capacity_bytes - used,
-            replica_ids: state.replicas.keys().cloned().collect(),
         }))
     }
 

@@ -27,7 +27,7 @@ async fn creates_are_unique_by_id_and_name(store: &dyn RecordStore) {
     assert_eq!(store.create(record.clone()).await, Err(StoreError::Exists(id)));
     let same_name = mk_record(0x11, "ten", &["node-a"]);
     assert_eq!(store.create(same_name).await, Err(StoreError::Exists(id)));
-    assert_eq!(store.list().await.unwrap(), [Versioned { version, record }]);
+    assert_eq!(store.list().await.unwrap(), [Arc::new(Versioned { version, record })]);
 }
 
 async fn swaps_need_the_version(store: &dyn RecordStore) {

@@ -8,7 +8,7 @@ use holdfast_proto::csi::group_controller_server::GroupControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
-use holdfast_service::{ControllerService, IdentityService, NodeBook, SledStore};
+use holdfast_service::{ControllerService, ControllerSettings, IdentityService, NodeBook, SledStore};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore};
 use tempfile::TempDir;
@@ -25,6 +25,7 @@ pub struct World {
     pub groups: Arc<dyn GroupStore>,
     pub book: Arc<NodeBook>,
     pub pools: Vec<FakePool>,
+    pub settings: ControllerSettings,
     dir: TempDir,
 }
 
@@ -44,7 +45,7 @@ impl World {
         for (node, capacity_bytes) in nodes {
             pools.push(FakePool::start(node, *capacity_bytes, &book, Some(&store)).await);
         }
-        Self { store, groups, book, pools, dir }
+        Self { store, groups, book, pools, settings: ControllerSettings::default(), dir }
     }
 
     pub async fn controller(&self) -> Controller {
@@ -70,7 +71,8 @@ impl World {
     pub async fn serve(&self, store: Arc<dyn RecordStore>, groups: Arc<dyn GroupStore>) -> Controller {
         let socket = tempfile::Builder::new().tempdir_in(self.dir.path()).unwrap().keep().join("csi.sock");
         let listener = bind_unix(&socket).await.unwrap();
-        let service = ControllerService::new(Arc::clone(&store), groups, Arc::clone(&self.book), None);
+        let service =
+            ControllerService::new(Arc::clone(&store), groups, Arc::clone(&self.book), self.settings.clone());
         let router = server()
             .add_service(IdentityServer::new(IdentityService::controller(store)))
             .add_service(GroupControllerServer::new(service.clone()))
