@@ -1,5 +1,6 @@
 //! The CSI project's own suite, csi-sanity, against the real driver: a controller and three nodes with their data processes,
-//! real volumes, real mounts.
+//! real volumes, real mounts. The newest one, and as clients of older versions of the specification the suites that were made
+//! for these.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::cluster::{CSI_SOCKET, KUBELET_DIR};
+use holdfast_tests::go_tools::Skip;
 use holdfast_tests::{Cluster, ClusterOptions, go_tools};
 use libtest_mimic::Trial;
 use tokio::io::copy_bidirectional;
@@ -21,29 +23,83 @@ const EXPANDED_BYTES: u64 = 96 << 20;
 const SUITE_TIMEOUT: Duration = Duration::from_secs(600);
 /// For so long a controller that was just started says of a node that it does not know that it may not have heard of it yet.
 const NODES_FILL: Duration = Duration::from_secs(7);
-/// Checks of its version 5.6 that run against a driver with every capability; fewer means that some were not run.
-const SPECS_MIN: usize = 90;
+/// Volumes that may be attached to a node: the suite attaches one more.
+const VOLUMES_MAX: u32 = 4;
+
+/// One version of it.
+struct Suite {
+    program: fn() -> Result<Result<PathBuf, Skip>>,
+    /// Checks that must run; fewer means that some were left out.
+    specs_min: usize,
+    /// Checks that may be skipped, by the suite itself or by us.
+    skipped_max: usize,
+    /// How its test library is told not to colour its output.
+    no_color: &'static str,
+    /// Checks that cannot hold for a driver of a later version of the specification.
+    not_applicable: &'static [&'static str],
+}
+
+/// For version 1.13. It skips the eight checks of ControllerModifyVolume.
+const NEWEST: Suite = Suite {
+    program: go_tools::csi_sanity,
+    specs_min: 94,
+    skipped_max: 8,
+    no_color: "--ginkgo.no-color",
+    not_applicable: &[],
+};
+
+/// Each of these lists what a plugin can do and fails at a capability that came after its version, where a client of that
+/// version passes over what it does not know.
+const LATER_CAPABILITIES: [&str; 3] =
+    ["ControllerGetCapabilities", "NodeGetCapabilities", "GetPluginCapabilities"];
+
+const FOR_1_12: Suite = Suite {
+    program: go_tools::csi_sanity_1_12,
+    specs_min: 80,
+    skipped_max: 12,
+    no_color: "--ginkgo.no-color",
+    not_applicable: &LATER_CAPABILITIES,
+};
+
+const FOR_1_5: Suite = Suite {
+    program: go_tools::csi_sanity_1_5,
+    specs_min: 60,
+    skipped_max: 12,
+    no_color: "--ginkgo.noColor",
+    not_applicable: &LATER_CAPABILITIES,
+};
 
 /// Trials of this file.
 pub fn trials() -> Vec<Trial> {
-    vec![Trial::test("csi_sanity_passes", || sanity().map_err(|error| format!("{error:#}").into()))]
+    let trial = |name: &str, suite: &'static Suite| {
+        Trial::test(name, move || sanity(suite).map_err(|error| format!("{error:#}").into()))
+    };
+    vec![
+        trial("csi_sanity_passes", &NEWEST),
+        trial("csi_sanity_of_csi_1_12_passes", &FOR_1_12),
+        trial("csi_sanity_of_csi_1_5_passes", &FOR_1_5),
+    ]
 }
 
-fn sanity() -> Result<()> {
-    let program = match go_tools::csi_sanity()? {
+fn sanity(suite: &Suite) -> Result<()> {
+    let program = match (suite.program)()? {
         Ok(program) => program,
         Err(skip) => {
             println!("{skip}");
             return Ok(());
         }
     };
-    let cluster = Cluster::start(&ClusterOptions { kind: "sanity".to_owned(), ..ClusterOptions::default() })?;
-    let outcome = run_suite(&cluster, &program);
+    let cluster = Cluster::start(&ClusterOptions {
+        kind: "sanity".to_owned(),
+        volumes_max: Some(VOLUMES_MAX),
+        ..ClusterOptions::default()
+    })?;
+    let outcome = run_suite(&cluster, suite, &program);
     let ended = cluster.end(if outcome.is_ok() { Logs::Remove } else { Logs::Keep });
     outcome.and(ended)
 }
 
-fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
+fn run_suite(cluster: &Cluster, suite: &Suite, program: &Path) -> Result<()> {
     let dir = cluster.work().folder("csi-sanity")?;
     // The suite runs on a node, where the controller's socket cannot be seen; a folder of the host's can.
     let controller = dir.join("controller.sock");
@@ -58,9 +114,12 @@ fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
         .arg(format!("--csi.stagingdir={KUBELET_DIR}/sanity/staging"))
         .arg(format!("--csi.testvolumesize={VOLUME_BYTES}"))
         .arg(format!("--csi.testvolumeexpandsize={EXPANDED_BYTES}"))
-        .args(["--ginkgo.no-color", "--ginkgo.seed=1"])
+        .args(["--csi.testnodevolumeattachlimit", suite.no_color, "--ginkgo.seed=1"])
         .stdout(File::create(&log)?)
         .stderr(File::options().append(true).open(&log)?);
+    if !suite.not_applicable.is_empty() {
+        command.arg(format!("--ginkgo.skip={}", suite.not_applicable.join("|")));
+    }
     std::thread::sleep(NODES_FILL);
     let passed = run_for(&mut command, SUITE_TIMEOUT)?;
     drop(relay);
@@ -70,7 +129,11 @@ fn run_suite(cluster: &Cluster, program: &Path) -> Result<()> {
     println!("csi-sanity: {summary} {counts}");
     ensure!(passed, "csi-sanity failed, see {}:\n{}", log.display(), failures(&text));
     let ran: usize = summary.split(' ').nth(1).and_then(|word| word.parse().ok()).context("no count")?;
-    ensure!(ran >= SPECS_MIN, "only {ran} checks ran: {summary}");
+    ensure!(ran >= suite.specs_min, "only {ran} checks ran: {summary}");
+    // The suite counts what it was told to leave out among the skipped ones.
+    let skipped = counts.rsplit('|').find(|part| part.contains("Skipped")).and_then(first_number);
+    let skipped = skipped.context("the number of skipped checks is missing")?;
+    ensure!(skipped <= suite.skipped_max, "{skipped} checks were skipped: {counts}");
     Ok(())
 }
 
@@ -89,6 +152,10 @@ fn run_for(command: &mut Command, limit: Duration) -> Result<bool> {
         }
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+fn first_number(text: &str) -> Option<usize> {
+    text.split_whitespace().find_map(|word| word.parse().ok())
 }
 
 /// The failed checks with their causes.

@@ -59,6 +59,15 @@ const CSI_SANITY: Tool = Tool {
     version_variable: None,
 };
 
+const CSI_SANITY_1_12: Tool = Tool { name: "csi-sanity-1.12", ..CSI_SANITY };
+
+const CSI_SANITY_1_5: Tool = Tool {
+    name: "csi-sanity-1.5",
+    package: "github.com/kubernetes-csi/csi-test/v4/cmd/csi-sanity",
+    module: "github.com/kubernetes-csi/csi-test/v4",
+    version_variable: None,
+};
+
 const KUBE_APISERVER: Tool = Tool {
     name: "kube-apiserver",
     package: "k8s.io/kubernetes/cmd/kube-apiserver",
@@ -79,6 +88,22 @@ const ETCD: Tool = Tool {
 /// It does not build although everything for it is there.
 pub fn csi_sanity() -> Result<Result<PathBuf, Skip>> {
     CSI_SANITY.program()
+}
+
+/// The conformance suite as it was for version 1.12 of the specification: a client of that version.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn csi_sanity_1_12() -> Result<Result<PathBuf, Skip>> {
+    CSI_SANITY_1_12.program()
+}
+
+/// The conformance suite as it was for version 1.5 of the specification: a client of that version.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn csi_sanity_1_5() -> Result<Result<PathBuf, Skip>> {
+    CSI_SANITY_1_5.program()
 }
 
 /// Kubernetes' API server; `$KUBEBUILDER_ASSETS/kube-apiserver` where that variable is set.
@@ -246,7 +271,7 @@ mod tests {
 
     #[test]
     fn every_tool_is_pinned_by_a_module_of_its_own() {
-        for tool in [CSI_SANITY, KUBE_APISERVER, ETCD] {
+        for tool in [CSI_SANITY, CSI_SANITY_1_12, CSI_SANITY_1_5, KUBE_APISERVER, ETCD] {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();
             assert!(version_of(tool.module, &pins).is_some_and(|v| v.starts_with('v')), "{}", tool.name);
             assert!(tool.package.starts_with(tool.module), "{}", tool.name);
