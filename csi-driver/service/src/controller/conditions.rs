@@ -171,6 +171,10 @@ fn drifts(record: &VolumeRecord, alive: &BTreeSet<NodeName>) -> Vec<(&'static st
         let (node, silent) = (&replica.node, silent(&replica.node));
         match replica.state {
             ReplicaState::InSync => {}
+            ReplicaState::Faulted if record.promoted.is_some() => found.push((
+                "ReplicaKept",
+                format!("replica {id} on node {node} was given up by a promotion and is kept; ModifyVolume deletes it"),
+            )),
             ReplicaState::Faulted => found.push((
                 "ReplicaNotDeleted",
                 format!("replica {id} was given up, and is not deleted yet by node {node}{silent}"),

@@ -3,7 +3,8 @@
 //! - A volume lists fewer replicas than wanted: one is added. Listed ones that were never in sync are made, if they were not.
 //! - A replica is out of sync, and its node has been silent for as long as the operator set: it is given up, and a new one is
 //!   listed on another node.
-//! - A replica was given up, and its node answers: it is deleted there and forgotten.
+//! - A replica was given up, and its node answers: it is deleted there and forgotten. Not what an operator's promotion gave up
+//!   (R26): if the wrong one was promoted, it is all that is left of the data. ModifyVolume with `replicas` deletes it.
 //!
 //! **Promise**: no member of the in-sync set is ever given up here, whatever a node's silence means: the transition refuses
 //! one, judged by the record that is swapped. So a node that was only cut off costs a rebuild, never data. A controller
@@ -92,8 +93,11 @@ fn steps(record: &VolumeRecord, alive: &BTreeSet<NodeName>, lost: impl Fn(&NodeN
         return Vec::new();
     }
     let given_up = record.replicas.iter().filter(|(_, r)| r.state == ReplicaState::Faulted);
-    let mut steps: Vec<Step> =
-        given_up.clone().filter(|(_, r)| alive.contains(&r.node)).map(|(id, _)| Step::Forget(*id)).collect();
+    let mut steps: Vec<Step> = given_up
+        .clone()
+        .filter(|(_, r)| record.promoted.is_none() && alive.contains(&r.node))
+        .map(|(id, _)| Step::Forget(*id))
+        .collect();
     // What nobody attaches is not rebuilt, and of a volume without a member that answers there is nothing to rebuild from.
     let source =
         record.in_sync.iter().filter_map(|id| record.replicas.get(id)).any(|r| alive.contains(&r.node));
@@ -117,6 +121,7 @@ mod tests {
     use std::collections::HashMap;
 
     use holdfast_storage_core::ids::{Epoch, Lineage};
+    use holdfast_storage_core::record::Promotion;
     use holdfast_storage_core::transitions::{self, NewVolume};
 
     use super::*;
@@ -175,6 +180,9 @@ mod tests {
         assert_eq!(told(&record, &["a", "b", "c"]), [Step::Forget(ReplicaId(2)), Step::Add]);
         record.retired = true;
         assert_eq!(told(&record, &["a", "b", "c"]), [Step::Forget(ReplicaId(2))]);
+        record.promoted = Some(Promotion { replica: ReplicaId(1), from: Lineage(2) });
+        assert_eq!(told(&record, &["a", "b", "c"]), [], "a promotion gave it up");
+        record.promoted = None;
         record.deleting = true;
         assert_eq!(told(&record, &["a", "b", "c"]), []);
     }
