@@ -1,6 +1,6 @@
 //! CSI GroupController: snapshots of several volumes, all of one instant (R29).
 //!
-//! The coordinator is `holdfast_storage_core::group`; here it is driven: its record lives in the [`GroupStore`], its members
+//! The coordinator is `holdfast_storage_core::group`; here it is driven: its record lives in the `GroupStore`, its members
 //! are asked over their data processes. A member that is attached holds its writes at its target. One that is attached to
 //! nobody has no writer: its hold is the attachment number that its record has, and its cut counts only if the record still
 //! has that number and no node afterwards, since every client needs a publish, which counts it up.
