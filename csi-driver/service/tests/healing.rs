@@ -73,6 +73,21 @@ async fn a_replica_of_a_silent_node_is_replaced_elsewhere_and_deleted_when_the_n
     world.heal();
     world.pool(&dead).announce(&world.book).await;
     controller.2.sweep_once().await.unwrap();
+    assert!(
+        world.pool(&dead).replicas().contains_key(&replica.to_string()),
+        "an old copy is better than none"
+    );
+    // The target has rebuilt the new one.
+    let new: ReplicaId = new.parse().unwrap();
+    world
+        .change(&volume, |record| {
+            let mut next = record.clone();
+            next.replicas.get_mut(&new).unwrap().state = ReplicaState::InSync;
+            next.in_sync.insert(new);
+            next
+        })
+        .await;
+    controller.2.sweep_once().await.unwrap();
     let record = world.record(&volume).await;
     assert!(!record.replicas.contains_key(&replica), "{:?}", states(&record));
     assert!(!world.pool(&dead).replicas().contains_key(&replica.to_string()));
@@ -120,13 +135,14 @@ async fn what_is_missing_is_added_and_what_was_listed_is_made() {
     let controller = world.controller().await;
     let _ = controller.2.sweep_once().await;
     let listed = world.record(&volume).await;
-    assert_eq!(listed.replicas.len(), 3, "{:?}", states(&listed));
-    assert_eq!(world.count(&volume), 2);
+    // What was given up stays until the volume is whole.
+    assert_eq!(listed.replicas.len(), 4, "{:?}", states(&listed));
+    assert_eq!(world.count(&volume), 3);
     for pool in &world.pools {
         pool.set_create_fails(None);
     }
     controller.2.sweep_once().await.unwrap();
     assert_eq!(world.record(&volume).await, listed);
-    assert_eq!(world.count(&volume), 3);
+    assert_eq!(world.count(&volume), 4);
     world.assert_nothing_unlisted().await;
 }

@@ -3,7 +3,8 @@
 //! - A volume lists fewer replicas than wanted: one is added. Listed ones that were never in sync are made, if they were not.
 //! - A replica is out of sync, and its node has been silent for as long as the operator set: it is given up, and a new one is
 //!   listed on another node.
-//! - A replica was given up, and its node answers: it is deleted there and forgotten. Not what an operator's promotion gave up
+//! - A replica was given up, its node answers, and as many members as wanted are in sync: it is deleted and forgotten. Not
+//!   before: until then it may be the only other copy, old as it is. Not what an operator's promotion gave up
 //!   (R26): if the wrong one was promoted, it is all that is left of the data. ModifyVolume with `replicas` deletes it.
 //!
 //! **Promise**: no member of the in-sync set is ever given up here, whatever a node's silence means: the transition refuses
@@ -93,9 +94,10 @@ fn steps(record: &VolumeRecord, alive: &BTreeSet<NodeName>, lost: impl Fn(&NodeN
         return Vec::new();
     }
     let given_up = record.replicas.iter().filter(|(_, r)| r.state == ReplicaState::Faulted);
+    let whole = record.in_sync.len() >= record.params.replicas as usize;
     let mut steps: Vec<Step> = given_up
         .clone()
-        .filter(|(_, r)| record.promoted.is_none() && alive.contains(&r.node))
+        .filter(|(_, r)| whole && record.promoted.is_none() && alive.contains(&r.node))
         .map(|(id, _)| Step::Forget(*id))
         .collect();
     // What nobody attaches is not rebuilt, and of a volume without a member that answers there is nothing to rebuild from.
@@ -177,7 +179,10 @@ mod tests {
         let mut record = mk_record();
         leave(&mut record, 2, ReplicaState::Faulted);
         assert_eq!(told(&record, &["a", "c"]), [Step::Add]);
-        assert_eq!(told(&record, &["a", "b", "c"]), [Step::Forget(ReplicaId(2)), Step::Add]);
+        assert_eq!(told(&record, &["a", "b", "c"]), [Step::Add], "kept until the volume is whole");
+        record.params.replicas = 2;
+        assert_eq!(told(&record, &["a", "c"]), []);
+        assert_eq!(told(&record, &["a", "b", "c"]), [Step::Forget(ReplicaId(2))]);
         record.retired = true;
         assert_eq!(told(&record, &["a", "b", "c"]), [Step::Forget(ReplicaId(2))]);
         record.promoted = Some(Promotion { replica: ReplicaId(1), from: Lineage(2) });
