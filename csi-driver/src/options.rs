@@ -105,6 +105,10 @@ pub struct ControllerOptions {
     /// may be full before its volumes are; writes fail then.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub overprovision_percent: u32,
+    /// Replicas move, one at a time, from the fullest node to the emptiest one while they differ by more than so many percent of
+    /// what they may promise, at least 5; 0: never.
+    #[arg(long, default_value_t = 0, value_parser = parse_difference)]
+    pub rebalance_above_percent: u32,
     #[command(flatten)]
     pub tls: TlsOptions,
 }
@@ -237,6 +241,13 @@ fn parse_patience(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(seconds) if seconds == 0 || seconds >= 60 => Ok(seconds),
         _ => Err(format!("\"{text}\" is no number of seconds from 60 on, nor 0")),
+    }
+}
+
+fn parse_difference(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(percent) if percent == 0 || (5..=100).contains(&percent) => Ok(percent),
+        _ => Err(format!("\"{text}\" is no number of percent from 5 to 100, nor 0")),
     }
 }
 

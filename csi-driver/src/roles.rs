@@ -45,6 +45,8 @@ async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow:
         registry_listen: options.registry_listen,
         replace_after: (options.replace_after_s > 0).then(|| Duration::from_secs(options.replace_after_s)),
         overprovision_percent: options.overprovision_percent,
+        rebalance_above_percent: (options.rebalance_above_percent > 0)
+            .then_some(options.rebalance_above_percent),
         tls,
     };
     // While another controller serves, this one waits.

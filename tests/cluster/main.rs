@@ -9,6 +9,7 @@ mod demo;
 mod faults;
 mod file_systems;
 mod fio_verify;
+mod leaving;
 mod machine;
 mod modify;
 mod power_cut;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     trials.extend(file_systems::trials());
     trials.extend(snapshots::trials());
     trials.extend(modify::trials());
+    trials.extend(leaving::trials());
     trials.extend(demo::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -91,17 +91,17 @@ fn limits(cluster: &Cluster) -> Result<()> {
 }
 
 /// Nodes with a replica, as the target knows them.
-fn nodes(cluster: &Cluster, volume: &RawVolume) -> Result<BTreeSet<String>> {
+pub(crate) fn nodes(cluster: &Cluster, volume: &RawVolume) -> Result<BTreeSet<String>> {
     Ok(volume.status(cluster)?.replicas.into_iter().map(|replica| replica.node).collect())
 }
 
 /// What a node's pool keeps of all volumes.
-fn kept_on(cluster: &Cluster, node: &str) -> Result<usize> {
+pub(crate) fn kept_on(cluster: &Cluster, node: &str) -> Result<usize> {
     Ok(std::fs::read_dir(cluster.node(node).pool_dir().join("replicas"))?.count())
 }
 
 /// Lets the writer go on for a moment and stops it.
-fn rest(work: BlockWork) -> Result<BlockLedger> {
+pub(crate) fn rest(work: BlockWork) -> Result<BlockLedger> {
     std::thread::sleep(WORK);
     let (ledger, error) = work.finish()?;
     ensure!(error.is_none(), "the writer failed: {error:?}");
@@ -109,7 +109,7 @@ fn rest(work: BlockWork) -> Result<BlockLedger> {
 }
 
 /// A node with a replica reads from its own.
-fn read_on_each(
+pub(crate) fn read_on_each(
     cluster: &Cluster,
     volume: &mut RawVolume,
     ledger: &mut BlockLedger,

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use holdfast_service::{KubernetesDirectory, KubernetesStore};
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName};
-use holdfast_storage_core::node_directory::NodeDirectory;
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeState, NodeStates};
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::record_store::{RecordStore, StoreError};
+use holdfast_tests::api_server::ADMIN;
 use libtest_mimic::Trial;
 
 use crate::bed::Bed;
@@ -37,6 +38,17 @@ fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {
         let directory = KubernetesDirectory::new(data.clone());
         directory.announce(mk_node("node-a")).await?;
         heeded(&directory).await?;
+        let node = NodeName("node-a".to_owned());
+        let decided = directory.set_node_state(node.clone(), NodeState::Draining).await;
+        let reason = refused("what an operator decides about the node", decided)?;
+        ensure!(reason.contains("not the node's to change"), "{reason}");
+        let operator = KubernetesDirectory::new(bed.client(ADMIN)?);
+        operator.set_node_state(node.clone(), NodeState::Draining).await?;
+        // What is announced is the same but for the free space, and leaves the decision as it is.
+        directory.announce(NodeInfo { available_bytes: 1, zone: None, ..mk_node("node-a") }).await?;
+        refused("taking it back", directory.set_node_state(node.clone(), NodeState::Active).await)?;
+        ensure!(operator.node_states().await? == [(node.clone(), NodeState::Draining)].into());
+        operator.set_node_state(node, NodeState::Active).await?;
         let own = KubernetesStore::new(data);
         let record = mk_record(1, "guarded", &["node-a", "node-b"]);
         let mut version = admin.create(record.clone()).await?;
@@ -114,9 +126,14 @@ fn refused<T: std::fmt::Debug>(what: &str, answer: Result<T, StoreError>) -> Res
 /// The same suite, with the token of the controller's pod.
 fn the_controllers_rights_suffice(bed: &Bed) -> Result<()> {
     bed.store()?;
-    let store = KubernetesStore::new(bed.pod_client("holdfast-controller", "node-a")?);
+    let client = bed.pod_client("holdfast-controller", "node-a")?;
+    let (store, nodes) = (KubernetesStore::new(client.clone()), KubernetesDirectory::new(client));
+    let announcing = KubernetesDirectory::new(bed.client(ADMIN)?);
     bed.run(async {
         store_suite::conformance(Arc::new(store)).await;
+        announcing.announce(mk_node("node-a")).await?;
+        nodes.set_node_state(NodeName("node-a".to_owned()), NodeState::Removed).await?;
+        ensure!(nodes.node_states().await?.len() == 1);
         Ok(())
     })
 }

@@ -44,6 +44,7 @@ fn mk_config(client: KubernetesClient, dir: &Path, name: &str) -> ControllerConf
         registry_listen: ([127, 0, 0, 1], 0).into(),
         replace_after: None,
         overprovision_percent: 100,
+        rebalance_above_percent: None,
         tls: None,
     }
 }

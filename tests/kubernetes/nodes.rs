@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use holdfast_service::{KubernetesDirectory, NodeBook};
 use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeState, NodeStates};
 use holdfast_tests::api_server::ADMIN;
 use libtest_mimic::Trial;
 
@@ -66,6 +66,21 @@ fn nodes_are_alive_while_they_announce(bed: &Bed) -> Result<()> {
         }
         let alive = book.alive();
         ensure!(alive == [mk_node("talks")], "{alive:?}");
+        // What is decided about a node, by whomever, is in the book before long, and one that was removed is not let in.
+        let node = NodeName("talks".to_owned());
+        directory.set_node_state(node.clone(), NodeState::Removed).await?;
+        let start = Instant::now();
+        while book.state(&node) != NodeState::Removed || !book.alive().is_empty() {
+            ensure!(start.elapsed() < Duration::from_secs(20), "{:?}, {:?}", book.state(&node), book.alive());
+            directory.announce(mk_node("talks")).await?;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        directory.set_node_state(node.clone(), NodeState::Active).await?;
+        while book.state(&node) != NodeState::Active || book.alive().is_empty() {
+            ensure!(start.elapsed() < Duration::from_secs(40), "it is not let in again");
+            directory.announce(mk_node("talks")).await?;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         feeding.abort();
         Ok(())
     })

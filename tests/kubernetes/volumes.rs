@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_service::kubernetes::VolumeBoard;
-use holdfast_service::{ControllerService, KubernetesStore, NodeBook};
+use holdfast_service::{ControllerService, KubernetesClient, KubernetesDirectory, KubernetesStore, NodeBook};
 use holdfast_storage_core::node_directory::NodeDirectory;
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::RecordStore;
@@ -29,9 +29,14 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-fn mk_controller(store: &KubernetesStore, book: &Arc<NodeBook>) -> ControllerService {
+fn mk_controller(
+    client: KubernetesClient,
+    store: &KubernetesStore,
+    book: &Arc<NodeBook>,
+) -> ControllerService {
     let (store, groups) = (Arc::new(store.clone()), Arc::new(store.clone()));
-    ControllerService::new(store, groups, Arc::clone(book), Default::default())
+    let node_states = Arc::new(KubernetesDirectory::new(client));
+    ControllerService::new(store, groups, node_states, Arc::clone(book), Default::default())
 }
 
 async fn announce(book: &NodeBook, nodes: &[&str]) -> Result<()> {
@@ -61,7 +66,7 @@ fn reasons_are_said_in_time(bed: &Bed) -> Result<()> {
     bed.run(async {
         let record = make_degraded(&store).await?;
         let book = Arc::new(NodeBook::new());
-        let controller = mk_controller(&store, &book);
+        let controller = mk_controller(client.clone(), &store, &book);
         let begun = Instant::now();
         let publishing = tokio::spawn(VolumeBoard::new(client).keep_publishing(controller));
         let said = loop {
@@ -116,7 +121,7 @@ fn objects_follow_their_records(bed: &Bed) -> Result<()> {
         let name = record.volume_id.to_string();
         let book = Arc::new(NodeBook::new());
         announce(&book, &["node-a", "node-b"]).await?;
-        let controller = mk_controller(&store, &book);
+        let controller = mk_controller(client.clone(), &store, &book);
         let reports = loop {
             announce(&book, &["node-a", "node-b"]).await?;
             if let Some(reports) = controller.reports().await? {
@@ -127,7 +132,7 @@ fn objects_follow_their_records(bed: &Bed) -> Result<()> {
         let mut board = VolumeBoard::new(client.clone());
         board.publish(&reports).await?;
         let first = volumes.get(&name).await?;
-        ensure!(condition(&first.data["status"], "Converged")?["reason"] == "RebuildWaits", "{first:?}");
+        ensure!(condition(&first.data["status"], "Converged")?["reason"] == "Rebuilding", "{first:?}");
         // Unchanged: nothing is written.
         board.publish(&reports).await?;
         ensure!(volumes.get(&name).await?.metadata.resource_version == first.metadata.resource_version);

@@ -1,12 +1,15 @@
 //! Counts what test programs say about themselves.
 
+/// Lines of a failed test's own words that are shown again at the end.
+const WORDS_MAX: usize = 20;
+
 /// Results of all test programs so far.
 #[derive(Debug, Default)]
 pub struct Summary {
     passed: u64,
     failed: u64,
     skipped: u64,
-    failures: Vec<String>,
+    failures: Vec<Failure>,
     skips: Vec<String>,
     /// Test whose output is being read.
     speaker: String,
@@ -15,6 +18,14 @@ pub struct Summary {
     moved_to_skipped: u64,
     /// The lines being read are those about failed tests.
     in_failures: bool,
+}
+
+/// A test that failed.
+#[derive(Debug, PartialEq, Eq)]
+struct Failure {
+    name: String,
+    /// The first lines of what it said.
+    words: Vec<String>,
 }
 
 impl Summary {
@@ -38,6 +49,8 @@ impl Summary {
             if self.in_failures {
                 self.add_failure(format!("{program}: {}", self.speaker));
             }
+        } else if self.in_failures && line != "failures:" && !line.is_empty() {
+            self.add_words(program, line);
         }
         if let Some(reason) = line.strip_prefix("SKIP").and_then(|rest| rest.split_once(": ")) {
             // A test that could not run says so itself; libtest counts it as passed.
@@ -48,7 +61,7 @@ impl Summary {
         }
         if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... ")) {
             if outcome.starts_with("FAILED") {
-                self.add_failure(format!("{program}: {name}"));
+                self.add_failure(format!("{program}: {}", name.trim_end()));
             } else if outcome.starts_with("ignored") {
                 self.skips.push(format!("{program}: {name} ({outcome})"));
             }
@@ -59,7 +72,7 @@ impl Summary {
     /// Counts a failure that no test reported.
     pub fn fail(&mut self, what: &str) {
         self.failed += 1;
-        self.failures.push(what.to_owned());
+        self.add_failure(what.to_owned());
     }
 
     /// How many failed so far.
@@ -76,8 +89,18 @@ impl Summary {
 
     /// A failed test may be named twice: on its own line and above its output.
     fn add_failure(&mut self, name: String) {
-        if !self.failures.contains(&name) {
-            self.failures.push(name);
+        if self.failures.iter().all(|failure| failure.name != name) {
+            self.failures.push(Failure { name, words: Vec::new() });
+        }
+    }
+
+    /// Where output is cut at its end alone the reason would be lost.
+    fn add_words(&mut self, program: &str, line: &str) {
+        let name = format!("{program}: {}", self.speaker);
+        let failure = self.failures.iter_mut().find(|failure| failure.name == name);
+        // The list of names that follows is not the last one's words.
+        if let Some(failure) = failure.filter(|f| f.words.len() < WORDS_MAX && line.trim() != self.speaker) {
+            failure.words.push(line.to_owned());
         }
     }
 
@@ -88,7 +111,8 @@ impl Summary {
             println!("skipped  {skip}");
         }
         for failure in &self.failures {
-            println!("FAILED   {failure}");
+            println!("FAILED   {}", failure.name);
+            failure.words.iter().for_each(|line| println!("             {line}"));
         }
         println!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped);
     }
@@ -130,7 +154,8 @@ mod tests {
         }
         summary.count_line("cluster", "test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured");
 
-        assert_eq!(summary.failures, ["cluster: one"]);
+        let words = vec!["broken".to_owned()];
+        assert_eq!(summary.failures, [Failure { name: "cluster: one".to_owned(), words }]);
         assert_eq!(summary.failed(), 1);
     }
 
@@ -156,11 +181,11 @@ mod tests {
     fn failures_and_skips_are_named_with_their_reasons() {
         let mut summary = Summary::default();
 
-        summary.count_line("io", "test ring::one ... FAILED");
+        summary.count_line("io", "test ring::one    ... FAILED");
         summary.count_line("io", "test ring::two ... ignored, needs a newer kernel");
         summary.count_line("io", "test ring::three ... ok");
 
-        assert_eq!(summary.failures, ["io: ring::one"]);
+        assert_eq!(summary.failures, [Failure { name: "io: ring::one".to_owned(), words: Vec::new() }]);
         assert_eq!(summary.skips, ["io: ring::two (ignored, needs a newer kernel)"]);
     }
 }

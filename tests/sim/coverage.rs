@@ -101,6 +101,7 @@ scenarios! {
     ErrorNotStale: "a read of a block that verified nowhere was an error",
     // Fewer replicas.
     MemberTakenOut: "a member was taken out for good",
+    ReplicaMoved: "a replica was rebuilt elsewhere, and another one taken out for it",
     // An operator.
     StoreRestored: "the store was restored from a backup",
     RestoreNoticed: "a record was found to be of another history",

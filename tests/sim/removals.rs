@@ -1,5 +1,6 @@
-//! Fewer replicas and more again, under load and trouble: the number wanted is lowered and raised at random times, targets
-//! take members out for good, and what went is deleted at once.
+//! Fewer replicas and more again, under load and trouble: the number wanted is lowered and raised at random times, replicas
+//! move from node to node (one more than wanted until another one goes), targets take members out for good, and what went is
+//! deleted at once.
 //!
 //! *Checked:* that no acknowledged write is lost or un-read and that members are equal, by the history as ever; a replica
 //! that went has no data any more, so whoever read from it or counted on it would show that. And at each change of the
@@ -8,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use holdfast_storage_core::ids::{Epoch, ReplicaId};
+use holdfast_storage_core::ids::{Epoch, NodeName, ReplicaId};
 use holdfast_storage_core::record::{ReplicaState, VolumeParams, VolumeRecord};
 use holdfast_storage_core::replica::ReplicaMeta;
 use holdfast_storage_core::target::{Job, TargetAction};
@@ -30,6 +31,10 @@ const ALONE_US: u64 = 9_000_000;
 const ASKED_AFTER_US: u64 = 6_000_000;
 const OFF_US: u64 = 300_000;
 
+/// How a replica is listed.
+type AddReplica =
+    fn(&VolumeRecord, ReplicaId, &NodeName) -> Result<VolumeRecord, transitions::TransitionError>;
+
 #[derive(Debug)]
 pub struct Removals {
     /// Of their own, as those of snapshots.
@@ -40,6 +45,8 @@ pub struct Removals {
     min_in_sync: u32,
     /// Chance of a trap before a removal.
     traps: f64,
+    /// One more than wanted is listed, until it is in sync.
+    moving: bool,
     /// Removals whose first proposal was judged, by their epoch's nonce.
     judged: BTreeSet<u64>,
 }
@@ -51,7 +58,7 @@ impl Removals {
         let gap_us = focused.then(|| [300_000, 1_000_000, 2_500_000][rng.random_range(0..3)]);
         let traps = [0.0, 0.1, 0.4][rng.random_range(0..3)];
         let min_in_sync = [1, 1, 2][rng.random_range(0..3)];
-        Self { rng, gap_us, min_in_sync, traps, judged: BTreeSet::new() }
+        Self { rng, gap_us, min_in_sync, traps, moving: false, judged: BTreeSet::new() }
     }
 
     pub fn are_made(&self) -> bool {
@@ -78,16 +85,29 @@ impl World {
                 } else {
                     self.start_job(Job::RemoveReplica { replica: *replica });
                 }
+                if std::mem::take(&mut self.removals.moving) {
+                    self.saw(Scenario::ReplicaMoved);
+                }
             }
-            Some(_) => self.want(wanted),
+            // It is being rebuilt; sometimes nobody waits for it.
+            Some(_) if self.removals.moving && self.removals.rng.random_bool(0.9) => {}
+            Some(_) => {
+                self.removals.moving = false;
+                self.want(wanted);
+            }
             None if wanted as usize == REPLICAS => {
                 let fewer = self.removals.rng.random_range(1..3);
                 self.want(fewer);
             }
             None => {
                 // Some time with fewer.
-                if self.removals.rng.random_bool(0.5) {
-                    self.raise();
+                match self.removals.rng.random_range(0..4) {
+                    0 => {
+                        self.removals.moving = true;
+                        self.list_anew(transitions::add_spare);
+                    }
+                    1 | 2 => self.raise(),
+                    _ => {}
                 }
             }
         }
@@ -121,6 +141,11 @@ impl World {
     /// All replicas are wanted, and those that went are listed anew.
     fn raise(&mut self) {
         self.want(u32::try_from(REPLICAS).expect("small"));
+        self.list_anew(transitions::add_replica);
+    }
+
+    /// Lists replicas that went anew on their nodes, as many as may be.
+    fn list_anew(&mut self, list: AddReplica) {
         for node in 0..REPLICAS {
             let new = self.replica_at(node);
             let listed = |record: &VolumeRecord| {
@@ -129,7 +154,7 @@ impl World {
                     .iter()
                     .find(|(_, entry)| entry.node == node_name(node) && entry.state == ReplicaState::Faulted);
                 let bare = transitions::forget_replica(record, *old?.0).ok()?;
-                transitions::add_replica(&bare, new, &node_name(node)).ok()
+                list(&bare, new, &node_name(node)).ok()
             };
             let before = self.store.version;
             self.swap_by_another(listed);

@@ -3,7 +3,9 @@
 mod explain;
 mod flows;
 mod matrix;
+mod node;
 mod standing;
+mod volume;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,15 +14,13 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use holdfast_proto::agent as agent_pb;
 use holdfast_proto::agent::agent_client::AgentClient;
-use holdfast_proto::storage as storage_pb;
-use holdfast_proto::storage::data_client::DataClient;
-use serde_json::json;
+use holdfast_proto::storage::operator_client::OperatorClient;
 use tonic::transport::{Channel, Endpoint};
 
 /// A process that serves answers well within this.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Looks into volumes and network policy of this node.
+/// Looks into volumes and network policy of this node, and decides about the cluster's nodes and replicas.
 #[derive(Parser)]
 #[command(name = "holdfast", version)]
 struct Args {
@@ -30,27 +30,15 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Part {
-    /// Volumes attached to this node.
+    /// Volumes.
     #[command(subcommand)]
-    Volume(VolumeVerb),
+    Volume(volume::Verb),
+    /// The cluster's storage nodes. Asks the controller, so it runs where the controller does.
+    #[command(subcommand)]
+    Node(node::Verb),
     /// Network policy.
     #[command(subcommand)]
     Policy(PolicyVerb),
-}
-
-#[derive(Subcommand)]
-enum VolumeVerb {
-    /// State of an attached volume and its replicas.
-    Status {
-        /// The volume's id.
-        volume: String,
-        /// Socket of the data process.
-        #[arg(long, default_value = "/run/holdfast/data.sock")]
-        socket: String,
-        /// One JSON object.
-        #[arg(long)]
-        json: bool,
-    },
 }
 
 #[derive(Subcommand)]
@@ -97,52 +85,14 @@ async fn main() -> ExitCode {
 
 async fn run(part: Part) -> anyhow::Result<ExitCode> {
     match part {
-        Part::Volume(VolumeVerb::Status { volume, socket, json }) => status(volume, &socket, json).await,
+        Part::Volume(verb) => volume::run(verb).await,
+        Part::Node(verb) => node::run(verb).await,
         Part::Policy(PolicyVerb::Explain(options)) => explain::run(options).await,
         Part::Policy(PolicyVerb::Status(options)) => standing::run(options).await,
         Part::Policy(PolicyVerb::Flows(options)) => flows::run(options).await,
         Part::Policy(PolicyVerb::Matrix(options)) => matrix::run(options).await,
         Part::Policy(PolicyVerb::Dump { socket }) => dump(&socket).await,
     }
-}
-
-async fn status(volume: String, socket: &str, as_json: bool) -> anyhow::Result<ExitCode> {
-    let mut client = DataClient::new(connect(socket, "data process").await?);
-    let request = storage_pb::GetStatusRequest { volume_id: volume.clone() };
-    let reply = client.get_status(request).await.map_err(refusal)?.into_inner();
-    let epoch = reply.epoch.map(|epoch| epoch.number).unwrap_or_default();
-    if as_json {
-        let replicas = reply.replicas.iter().map(|replica| {
-            json!({
-                "replica": replica.replica_id, "node": replica.node, "state": replica.state,
-                "resyncBytesDone": replica.resync_bytes_done, "resyncBytesTotal": replica.resync_bytes_total,
-            })
-        });
-        let object = json!({
-            "volume": volume, "state": reply.state, "reason": reply.reason, "generation": reply.generation,
-            "epoch": epoch, "device": reply.device, "writesAcknowledged": reply.writes_acknowledged,
-            "longestStallMs": reply.longest_stall_ms, "replicas": replicas.collect::<Vec<_>>(),
-        });
-        println!("{object}");
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("volume      {volume}");
-    println!("state       {}{}", reply.state, in_brackets(&reply.reason));
-    println!("generation  {}, epoch {epoch}", reply.generation);
-    println!("device      {}", if reply.device.is_empty() { "-" } else { &reply.device });
-    println!(
-        "writes      {} acknowledged, longest stall {} ms",
-        reply.writes_acknowledged, reply.longest_stall_ms
-    );
-    println!("{:<32}  {:<16}  {:<12}  resync", "replica", "node", "state");
-    for replica in reply.replicas {
-        let resync = match replica.resync_bytes_total {
-            0 => "-".to_owned(),
-            total => format!("{} of {total} bytes", replica.resync_bytes_done),
-        };
-        println!("{:<32}  {:<16}  {:<12}  {resync}", replica.replica_id, replica.node, replica.state);
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 async fn dump(socket: &str) -> anyhow::Result<ExitCode> {
@@ -153,6 +103,11 @@ async fn dump(socket: &str) -> anyhow::Result<ExitCode> {
 
 async fn connect(socket: &str, what: &str) -> anyhow::Result<Channel> {
     connect_for(socket, what, CALL_TIMEOUT).await
+}
+
+/// The controller, for what an operator decides; it must answer within `timeout`.
+async fn operator(socket: &str, timeout: Duration) -> anyhow::Result<OperatorClient<Channel>> {
+    Ok(OperatorClient::new(connect_for(socket, "controller", timeout).await?))
 }
 
 /// A connection whose calls must be answered within `timeout`; a stream must begin by then.
@@ -192,10 +147,24 @@ mod tests {
             "holdfast policy status",
             "holdfast policy status shop/to-db --json",
             "holdfast policy status --json cluster base",
+            "holdfast volume status 12 --json",
+            "holdfast volume replace-replica 12",
+            "holdfast volume promote-replica 12 34 --yes-the-others-are-lost",
+            "holdfast node list --json",
+            "holdfast node drain --wait node-a",
+            "holdfast node activate node-a",
+            "holdfast node remove node-a --yes-it-never-comes-back",
         ] {
             assert!(parses(right), "{right}");
         }
-        for wrong in ["holdfast policy explain", "holdfast policy status a b c", "holdfast policy"] {
+        for wrong in [
+            "holdfast policy explain",
+            "holdfast policy status a b c",
+            "holdfast policy",
+            "holdfast node drain",
+            "holdfast node remove node-a",
+            "holdfast volume promote-replica 12 34",
+        ] {
             assert!(!parses(wrong), "{wrong}");
         }
     }

@@ -28,6 +28,7 @@ pub mod ids;
 pub mod io_limits;
 pub mod node_directory;
 pub mod placement;
+pub mod rebalance;
 pub mod record;
 pub mod record_store;
 pub mod replica;

@@ -2,8 +2,24 @@
 //!
 //! Only the signatures live here; the registry's client and its server side are in `service`.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
 use crate::ids::NodeName;
 use crate::record_store::StoreFuture;
+
+/// What an operator decided about a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeState {
+    /// It gets replicas and keeps them.
+    #[default]
+    Active,
+    /// It gets no replicas, and those it has move away.
+    Draining,
+    /// It never comes back: nobody waits for it, and it is not let in again while this stands.
+    Removed,
+}
 
 /// One node as its data process announces it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,4 +50,13 @@ pub trait NodeDirectory: Send + Sync {
 
     /// Every node that was announced, also those that have gone silent.
     fn list_nodes(&self) -> StoreFuture<'_, Vec<NodeInfo>>;
+}
+
+/// What operators decided about nodes. It outlives the controller, and is the controller's alone.
+pub trait NodeStates: Send + Sync {
+    /// Every node that is not active.
+    fn node_states(&self) -> StoreFuture<'_, BTreeMap<NodeName, NodeState>>;
+
+    /// Decides about one node, durably. Repeating it is a success.
+    fn set_node_state(&self, node: NodeName, state: NodeState) -> StoreFuture<'_, ()>;
 }

@@ -382,32 +382,6 @@ pub fn fault_replica(record: &VolumeRecord, replica: ReplicaId) -> Result<Volume
     Ok(next)
 }
 
-/// Lists a new, empty replica, to be rebuilt by the volume's target: it left at an epoch before all others, so that no
-/// dirty map says anything about it (R21). It is to be created with that epoch ([`Epoch::default`]), which no record of a
-/// volume has (R35).
-pub fn add_replica(
-    record: &VolumeRecord,
-    replica: ReplicaId,
-    node: &NodeName,
-) -> Result<VolumeRecord, TransitionError> {
-    check_live(record)?;
-    let volume = record.volume_id;
-    let mut kept = record.replicas.values().filter(|entry| entry.state != ReplicaState::Faulted);
-    if kept.clone().count() >= record.params.replicas as usize {
-        return Err(TransitionError::EnoughReplicas { volume, wanted: record.params.replicas });
-    }
-    if kept.any(|entry| entry.node == *node) {
-        return Err(TransitionError::NodeTaken { volume, node: node.clone() });
-    }
-    if record.replicas.contains_key(&replica) {
-        return Err(wrong_state(record, replica, "new"));
-    }
-    let mut next = record.clone();
-    let state = ReplicaState::Offline { left_epoch: Epoch::default() };
-    next.replicas.insert(replica, ReplicaRecord { node: node.clone(), state });
-    Ok(next)
-}
-
 /// Takes a replica that was given up off the list: its node confirmed that it has nothing of it (R34).
 pub fn forget_replica(record: &VolumeRecord, replica: ReplicaId) -> Result<VolumeRecord, TransitionError> {
     check_format(record)?;

@@ -81,6 +81,18 @@ impl VolumeJobs for JobsService {
         Ok(Response::new(pb::RemoveReplicaReply {}))
     }
 
+    async fn bring_in_sync(
+        &self,
+        request: Request<pb::BringInSyncRequest>,
+    ) -> Result<Response<pb::BringInSyncReply>, Status> {
+        self.check(&request)?;
+        let volume_id = wire::id(&request.into_inner().volume_id)?;
+        let volumes = Arc::clone(&self.volumes);
+        let work = tokio::spawn(async move { volumes.bring_in_sync(volume_id).await });
+        joined(work.await)?.map_err(|error| job_status(&error))?;
+        Ok(Response::new(pb::BringInSyncReply {}))
+    }
+
     async fn apply_params(
         &self,
         request: Request<pb::ApplyParamsRequest>,
@@ -131,7 +143,7 @@ fn job_status(error: &VolumeJobError) -> Status {
         VolumeJobError::Elsewhere { .. } | VolumeJobError::NotAttached(_) => {
             return Status::failed_precondition(text);
         }
-        VolumeJobError::TooLong(_) => return Status::deadline_exceeded(text),
+        VolumeJobError::TooLong(_) | VolumeJobError::NoNearer(_) => return Status::deadline_exceeded(text),
         VolumeJobError::Overtaken(_) => return Status::unavailable(text),
         VolumeJobError::Job(error) => error,
     };

@@ -1,14 +1,15 @@
 //! The nodes that announced themselves, and when.
 //!
 //! Kept in memory only: it says where to connect and which nodes are alive, never who owns what. After a restart of
-//! the controller it fills again within one announcement interval.
+//! the controller it fills again within one announcement interval. What operators decided about nodes is a copy of what
+//! [`NodeStates`](holdfast_storage_core::node_directory::NodeStates) keeps.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeState};
 use holdfast_storage_core::record_store::{StoreError, StoreFuture};
 
 /// Nodes a cluster may have; a further one is refused.
@@ -22,11 +23,13 @@ const FILLING_FOR: Duration = Duration::from_secs(6);
 pub struct NodeBook {
     started: Instant,
     nodes: Mutex<BTreeMap<NodeName, (NodeInfo, Instant)>>,
+    /// Of those that are not active.
+    states: Mutex<BTreeMap<NodeName, NodeState>>,
 }
 
 impl Default for NodeBook {
     fn default() -> Self {
-        Self { started: Instant::now(), nodes: Mutex::new(BTreeMap::new()) }
+        Self { started: Instant::now(), nodes: Mutex::default(), states: Mutex::default() }
     }
 }
 
@@ -65,10 +68,38 @@ impl NodeBook {
         nodes.get(name).map_or(self.started, |(_, at)| *at).elapsed()
     }
 
-    /// How many nodes were ever heard of, silent ones included.
+    /// What an operator decided about a node.
+    #[must_use]
+    pub fn state(&self, name: &NodeName) -> NodeState {
+        let states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        states.get(name).copied().unwrap_or_default()
+    }
+
+    /// What was decided about all nodes; who is not in it is active.
+    pub fn set_states(&self, decided: BTreeMap<NodeName, NodeState>) {
+        *self.states.lock().unwrap_or_else(PoisonError::into_inner) = decided;
+    }
+
+    /// What was decided about one node.
+    pub fn set_state(&self, name: NodeName, state: NodeState) {
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        match state {
+            NodeState::Active => drop(states.remove(&name)),
+            NodeState::Draining | NodeState::Removed => drop(states.insert(name, state)),
+        }
+    }
+
+    /// Nodes about which something was decided.
+    #[must_use]
+    pub fn decided(&self) -> Vec<NodeName> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    /// How many active nodes were ever heard of, silent ones included.
     #[must_use]
     pub fn known(&self) -> usize {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner).len()
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        nodes.keys().filter(|name| self.state(name) == NodeState::Active).count()
     }
 
     /// Whether nodes may exist that this book has not heard of since it was started.
@@ -80,6 +111,13 @@ impl NodeBook {
 
 impl NodeDirectory for NodeBook {
     fn announce(&self, node: NodeInfo) -> StoreFuture<'_, ()> {
+        if self.state(&node.name) == NodeState::Removed {
+            let sentence = format!(
+                "node {} was removed from the cluster; `holdfast node activate {0}` lets it in again",
+                node.name
+            );
+            return Box::pin(std::future::ready(Err(StoreError::Refused(sentence))));
+        }
         let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = if nodes.len() >= NODES_MAX && !nodes.contains_key(&node.name) {
             Err(StoreError::Refused(format!("node {}: {NODES_MAX} nodes are known already", node.name)))

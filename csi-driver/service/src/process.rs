@@ -14,8 +14,8 @@ use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::node_server::NodeServer;
 use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_proto::storage::operator_server::OperatorServer;
-use holdfast_storage_core::node_directory::NodeDirectory;
-use holdfast_storage_core::record_store::{GroupStore, RecordStore};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeStates};
+use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -41,6 +41,9 @@ pub enum StartError {
     /// The record store.
     #[error(transparent)]
     Store(#[from] OpenError),
+    /// What was decided about nodes cannot be read.
+    #[error("what was decided about nodes cannot be read: {0}")]
+    Nodes(StoreError),
     /// The CSI socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -72,6 +75,8 @@ pub struct ControllerConfig {
     pub replace_after: Option<Duration>,
     /// How much of each pool's capacity may be promised.
     pub overprovision_percent: u32,
+    /// By how many percent the fullest node must be fuller than the emptiest for a replica to move; none: none does.
+    pub rebalance_above_percent: Option<u32>,
     /// Mutual TLS for the registry and towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
@@ -126,19 +131,26 @@ impl Process {
             Some(client) => Some(HeldLease::acquire(client).await),
             None => None,
         };
-        let (store, group_store) = open_stores(config.kubernetes.clone(), config.store_dir).await?;
+        let Stores { store, group_store, node_states } =
+            open_stores(config.kubernetes.clone(), config.store_dir).await?;
         let listen = |source| StartError::Listen { address: config.registry_listen, source };
         let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
         let registry_address = registry_listener.local_addr().map_err(listen)?;
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
+        if config.kubernetes.is_none() {
+            // At an API server it is read with the nodes, before any of them counts.
+            book.set_states(node_states.node_states().await.map_err(StartError::Nodes)?);
+        }
         let directory: Arc<dyn NodeDirectory> = Arc::clone(&book) as _;
         let settings = ControllerSettings {
             replace_after: config.replace_after,
             overprovision_percent: config.overprovision_percent,
+            rebalance_above_percent: config.rebalance_above_percent,
             tls: config.tls.clone(),
         };
-        let controller = ControllerService::new(Arc::clone(&store), group_store, Arc::clone(&book), settings);
+        let controller =
+            ControllerService::new(Arc::clone(&store), group_store, node_states, Arc::clone(&book), settings);
         let beside = beside_calls(controller.clone(), config.kubernetes, book);
         let csi = server()
             .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
@@ -221,19 +233,27 @@ impl Process {
     }
 }
 
-/// The records of volumes and of groups, where they are kept.
-async fn open_stores(
-    kubernetes: Option<KubernetesClient>,
-    store_dir: PathBuf,
-) -> Result<(Arc<dyn RecordStore>, Arc<dyn GroupStore>), StartError> {
+/// Where the controller keeps what it must not forget.
+struct Stores {
+    store: Arc<dyn RecordStore>,
+    group_store: Arc<dyn GroupStore>,
+    node_states: Arc<dyn NodeStates>,
+}
+
+async fn open_stores(kubernetes: Option<KubernetesClient>, store_dir: PathBuf) -> Result<Stores, StartError> {
     if let Some(client) = kubernetes {
-        let store = KubernetesStore::new(client);
-        return Ok((Arc::new(store.clone()), Arc::new(store)));
+        let store = KubernetesStore::new(client.clone());
+        let node_states = Arc::new(KubernetesDirectory::new(client));
+        return Ok(Stores { store: Arc::new(store.clone()), group_store: Arc::new(store), node_states });
     }
     match tokio::task::spawn_blocking(move || SledStore::open(&store_dir)).await {
         Ok(opened) => {
-            let store = opened?;
-            Ok((Arc::new(store.clone()), Arc::new(store)))
+            let store = Arc::new(opened?);
+            Ok(Stores {
+                store: Arc::clone(&store) as _,
+                group_store: Arc::clone(&store) as _,
+                node_states: store,
+            })
         }
         Err(failure) => std::panic::resume_unwind(failure.into_panic()),
     }

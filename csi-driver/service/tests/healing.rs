@@ -37,6 +37,14 @@ async fn drop_out(world: &World, volume: &str, node: &str) -> ReplicaId {
     replica
 }
 
+/// A volume whose own target brings replicas back, where there is one.
+async fn create_attached(world: &World) -> String {
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    controller.publish(&volume, "a").await.unwrap();
+    volume
+}
+
 fn states(record: &VolumeRecord) -> Vec<(&str, ReplicaState)> {
     let mut all: Vec<_> = record.replicas.values().map(|r| (r.node.0.as_str(), r.state)).collect();
     all.sort_by_key(|(node, _)| *node);
@@ -47,7 +55,7 @@ fn states(record: &VolumeRecord) -> Vec<(&str, ReplicaState)> {
 async fn a_replica_of_a_silent_node_is_replaced_elsewhere_and_deleted_when_the_node_answers() {
     let mut world = World::start(&["a", "b", "c", "d"]).await;
     world.settings.replace_after = Some(REPLACE_AFTER);
-    let volume = world.controller().await.create(&mk_create("data")).await.unwrap().volume_id;
+    let volume = create_attached(&world).await;
     let nodes: Vec<String> =
         world.record(&volume).await.replicas.values().map(|r| r.node.0.clone()).collect();
     let spare = ["a", "b", "c", "d"].into_iter().find(|n| !nodes.iter().any(|m| m == n)).unwrap();
@@ -98,7 +106,7 @@ async fn a_replica_of_a_silent_node_is_replaced_elsewhere_and_deleted_when_the_n
 async fn without_a_node_to_spare_the_replica_is_kept_and_the_reason_is_told() {
     let mut world = World::start(&["a", "b", "c"]).await;
     world.settings.replace_after = Some(REPLACE_AFTER);
-    let volume = world.controller().await.create(&mk_create("data")).await.unwrap().volume_id;
+    let volume = create_attached(&world).await;
     let replica = drop_out(&world, &volume, "b").await;
     world.pool("b").set_cut(Cut::after(-1, false));
     let controller = world.controller().await;
@@ -117,7 +125,7 @@ async fn without_a_node_to_spare_the_replica_is_kept_and_the_reason_is_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_missing_is_added_and_what_was_listed_is_made() {
     let world = World::start(&["a", "b", "c", "d"]).await;
-    let volume = world.controller().await.create(&mk_create("data")).await.unwrap().volume_id;
+    let volume = create_attached(&world).await;
     let node = world.record(&volume).await.replicas.values().next().unwrap().node.0.clone();
     let replica = drop_out(&world, &volume, &node).await;
     world

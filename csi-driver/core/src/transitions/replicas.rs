@@ -5,6 +5,8 @@
 //! lower:  params.replicas = n, those that go and are not in sync   one swap by the controller
 //!         are given up
 //!         one member after the other is taken out for good         one swap each, by the target (R7): remove_member
+//! move:   one more than wanted is listed, on another node          one swap by the controller: add_spare
+//!         once it is in sync, the one that goes is taken out       one swap by the target: remove_member
 //! ```
 //!
 //! *Promised of [`remove_member`]:* no acknowledged write is lost, as every member that stays has it; as many members stay
@@ -15,7 +17,7 @@
 use std::collections::BTreeSet;
 
 use crate::ids::{Epoch, NodeName, ReplicaId, TargetId};
-use crate::record::{RECORD_FORMAT, ReplicaState, VolumeParams, VolumeRecord};
+use crate::record::{RECORD_FORMAT, ReplicaRecord, ReplicaState, VolumeParams, VolumeRecord};
 
 use super::{TransitionError, check_live, check_owner, wrong_state};
 
@@ -50,6 +52,49 @@ pub fn surplus(record: &VolumeRecord, wanted: u32) -> Vec<ReplicaId> {
     let more = replicas.len().saturating_sub(wanted as usize);
     replicas.truncate(more);
     replicas
+}
+
+/// Lists a new, empty replica, to be rebuilt by the volume's target: it left at an epoch before all others, so that no
+/// dirty map says anything about it (R21). It is to be created with that epoch ([`Epoch::default`]), which no record of a
+/// volume has (R35).
+pub fn add_replica(
+    record: &VolumeRecord,
+    replica: ReplicaId,
+    node: &NodeName,
+) -> Result<VolumeRecord, TransitionError> {
+    add_up_to(record, replica, node, record.params.replicas)
+}
+
+/// [`add_replica`] of one more than wanted: another one is to leave its node, and does once this one is in sync.
+pub fn add_spare(
+    record: &VolumeRecord,
+    replica: ReplicaId,
+    node: &NodeName,
+) -> Result<VolumeRecord, TransitionError> {
+    add_up_to(record, replica, node, record.params.replicas + 1)
+}
+
+fn add_up_to(
+    record: &VolumeRecord,
+    replica: ReplicaId,
+    node: &NodeName,
+    most: u32,
+) -> Result<VolumeRecord, TransitionError> {
+    check_live(record)?;
+    let volume = record.volume_id;
+    if kept(record).count() >= most as usize {
+        return Err(TransitionError::EnoughReplicas { volume, wanted: record.params.replicas });
+    }
+    if nodes_taken(record).contains(node) {
+        return Err(TransitionError::NodeTaken { volume, node: node.clone() });
+    }
+    if record.replicas.contains_key(&replica) {
+        return Err(wrong_state(record, replica, "new"));
+    }
+    let mut next = record.clone();
+    let state = ReplicaState::Offline { left_epoch: Epoch::default() };
+    next.replicas.insert(replica, ReplicaRecord { node: node.clone(), state });
+    Ok(next)
 }
 
 /// Sets the volume's parameters and gives up replicas that are too many and not in sync ([`surplus`]); the members among them
@@ -162,6 +207,20 @@ mod tests {
         assert_eq!(set_wanted(&lowered, 2).as_ref(), Ok(&lowered));
         let raised = set_wanted(&lowered, 4).unwrap();
         assert_eq!(raised.replicas, lowered.replicas, "what is given up stays so (R34)");
+    }
+
+    #[test]
+    fn a_move_lists_one_more_than_wanted_and_no_second_one() {
+        let record = mk_wanted(3, 3);
+        let node = |n: u32| NodeName(format!("spare{n}"));
+        let full = Err(TransitionError::EnoughReplicas { volume: record.volume_id, wanted: 3 });
+        assert_eq!(add_replica(&record, id(4), &node(1)), full);
+        let listed = add_spare(&record, id(4), &node(1)).unwrap();
+        assert_eq!(listed.in_sync, record.in_sync);
+        assert_eq!(add_spare(&listed, id(5), &node(2)), full);
+        let taken = record.replicas[&id(2)].node.clone();
+        assert!(matches!(add_spare(&record, id(4), &taken), Err(TransitionError::NodeTaken { .. })));
+        assert!(remove_member(&listed, OWNER, id(1), 1).is_err(), "not before the new one is in sync");
     }
 
     #[test]

@@ -9,4 +9,5 @@ pub mod link;
 pub mod machine;
 mod snapshot_reads;
 pub mod table;
+mod tend;
 pub mod volume;

@@ -44,6 +44,11 @@ pub enum VolumeJobError {
     /// The volume is being attached.
     #[error("volume {0} is being attached: ask again")]
     Overtaken(VolumeId),
+    /// A replica does not come back.
+    #[error(
+        "volume {0} has replicas out of sync that get no nearer: their nodes, or their disks, do not answer"
+    )]
+    NoNearer(VolumeId),
 }
 
 /// The attached volumes.
@@ -54,25 +59,29 @@ pub struct Volumes {
 }
 
 #[derive(Default)]
-struct Slot {
+pub(super) struct Slot {
     /// Held for the whole of an attach or detach: a duplicate waits and then finds the work done.
     gate: tokio::sync::Mutex<()>,
     volume: Mutex<Option<Arc<Volume>>>,
-    /// Attaches that wait for the gate or hold it: a job on the detached volume gives way.
+    /// The target that brings the replicas of the detached volume in sync ([`super::tend`]).
+    tended: Mutex<Option<Arc<Volume>>>,
+    /// Attaches that wait for the gate or hold it: work on the detached volume gives way.
     attaching: watch::Sender<usize>,
+    /// Likewise detaches: what may take as long as a rebuild gives way to them, too.
+    detaching: watch::Sender<usize>,
 }
 
-/// One of [`Slot::attaching`].
-struct Attaching<'a>(&'a watch::Sender<usize>);
+/// One of [`Slot::attaching`] or [`Slot::detaching`].
+struct Wanted<'a>(&'a watch::Sender<usize>);
 
-impl<'a> Attaching<'a> {
+impl<'a> Wanted<'a> {
     fn new(count: &'a watch::Sender<usize>) -> Self {
         count.send_modify(|count| *count += 1);
         Self(count)
     }
 }
 
-impl Drop for Attaching<'_> {
+impl Drop for Wanted<'_> {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
@@ -97,7 +106,7 @@ impl Volumes {
         attachment: Attachment,
     ) -> Result<Arc<Volume>, AttachError> {
         let slot = self.slot(volume_id);
-        let _attaching = Attaching::new(&slot.attaching);
+        let _wanted = Wanted::new(&slot.attaching);
         let _gate = slot.gate.lock().await;
         if let Some(volume) = slot.current() {
             if volume.attachment != attachment {
@@ -133,6 +142,7 @@ impl Volumes {
     /// The block device is still in use; the volume is gone nevertheless.
     pub async fn detach(&self, volume_id: VolumeId) -> Result<(), AttachError> {
         let slot = self.slot(volume_id);
+        let _wanted = Wanted::new(&slot.detaching);
         let _gate = slot.gate.lock().await;
         match slot.take() {
             Some(volume) => volume.stop().await,
@@ -156,6 +166,9 @@ impl Volumes {
             return Ok(());
         }
         let slot = self.slot(volume_id);
+        if let Some(volume) = slot.tended() {
+            return run(&volume, what).await;
+        }
         let mut attaching = slot.attaching.subscribe();
         // No attach meanwhile: its target and this one would fence each other.
         let _gate = slot.gate.lock().await;
@@ -166,12 +179,7 @@ impl Volumes {
             // The next target reads the record before it does anything.
             return Ok(());
         }
-        let record = self.node.store.read(volume_id).await.map_err(AttachError::Store)?.record;
-        if let Some(node) = record.attached_to {
-            return Err(VolumeJobError::Elsewhere { volume: volume_id, node: node.0 });
-        }
-        let volume = Volume::start(&self.node, volume_id, record.attachment, true)
-            .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
+        let volume = self.start_detached(volume_id).await?;
         // The data process may be stopped in the middle of it.
         let _over = AbandonOnDrop(Arc::clone(&volume));
         let work = async {
@@ -186,6 +194,21 @@ impl Volumes {
         // There is no front end that could be busy.
         let _ = volume.stop().await;
         done
+    }
+
+    /// Starts a target for work on a volume that is published to nobody (R7).
+    pub(super) async fn start_detached(&self, volume_id: VolumeId) -> Result<Arc<Volume>, VolumeJobError> {
+        let record = self.node.store.read(volume_id).await.map_err(AttachError::Store)?.record;
+        if let Some(node) = record.attached_to {
+            return Err(VolumeJobError::Elsewhere { volume: volume_id, node: node.0 });
+        }
+        let failed =
+            |error: std::io::Error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() };
+        Ok(Volume::start(&self.node, volume_id, record.attachment, true).map_err(failed)?)
+    }
+
+    pub(super) fn attach_timeout(&self) -> Duration {
+        self.node.config.attach_timeout
     }
 
     /// An attached volume.
@@ -240,7 +263,7 @@ impl Volumes {
         Err(AttachError::NotPublished { volume: record.volume_id, node: node.0.clone(), attachment, found })
     }
 
-    fn slot(&self, volume_id: VolumeId) -> Arc<Slot> {
+    pub(super) fn slot(&self, volume_id: VolumeId) -> Arc<Slot> {
         Arc::clone(self.lock().entry(volume_id).or_default())
     }
 
@@ -257,6 +280,7 @@ async fn run(volume: &Arc<Volume>, what: Job) -> Result<(), VolumeJobError> {
     Ok(())
 }
 
+/// A target's end, in any case.
 struct AbandonOnDrop(Arc<Volume>);
 
 impl Drop for AbandonOnDrop {
@@ -265,8 +289,43 @@ impl Drop for AbandonOnDrop {
     }
 }
 
+/// A slot's tended target, for as long as it is.
+pub(super) struct Tended<'a> {
+    slot: &'a Slot,
+    _end: AbandonOnDrop,
+}
+
+impl Drop for Tended<'_> {
+    fn drop(&mut self) {
+        *self.slot.tended.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
 impl Slot {
-    fn current(&self) -> Option<Arc<Volume>> {
+    pub(super) async fn gate(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.gate.lock().await
+    }
+
+    /// Waits until somebody wants to attach or detach.
+    pub(super) async fn is_wanted(&self) {
+        let (mut attaching, mut detaching) = (self.attaching.subscribe(), self.detaching.subscribe());
+        // An error: the sender is gone, which the slot itself has.
+        tokio::select! {
+            _ = attaching.wait_for(|count| *count > 0) => {}
+            _ = detaching.wait_for(|count| *count > 0) => {}
+        }
+    }
+
+    pub(super) fn tend(&self, volume: Arc<Volume>) -> Tended<'_> {
+        *self.tended.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&volume));
+        Tended { slot: self, _end: AbandonOnDrop(volume) }
+    }
+
+    fn tended(&self) -> Option<Arc<Volume>> {
+        self.tended.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn current(&self) -> Option<Arc<Volume>> {
         self.lock().clone()
     }
 

@@ -14,6 +14,7 @@ use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use tonic::Status;
 
 use super::health::judge;
+use super::steps::Judge;
 use super::{ControllerService, Inner};
 
 /// A volume and what is to be said of it.
@@ -78,13 +79,18 @@ impl Inner {
         let unhealed = self.unhealed.lock().unwrap_or_else(PoisonError::into_inner);
         let of = |record: VolumeRecord| {
             let why = unhealed.get(&record.volume_id).map(String::as_str);
-            report(record, &alive, why)
+            report(record, &alive, &|node| self.is_leaving(node), why)
         };
         Ok(Some(records.into_iter().map(of).collect()))
     }
 }
 
-fn report(record: VolumeRecord, alive: &BTreeSet<NodeName>, unhealed: Option<&str>) -> VolumeReport {
+fn report(
+    record: VolumeRecord,
+    alive: &BTreeSet<NodeName>,
+    leaving: Judge<'_>,
+    unhealed: Option<&str>,
+) -> VolumeReport {
     let ills = judge(&record, Some(alive));
     let of = |kind: VolumeHealthErrorType| {
         let kind = i32::from(kind);
@@ -94,7 +100,7 @@ fn report(record: VolumeRecord, alive: &BTreeSet<NodeName>, unhealed: Option<&st
         (of(VolumeHealthErrorType::Inaccessible), of(VolumeHealthErrorType::Degraded));
     let accessible = condition("Accessible", "HasReplicas", "enough replicas are in sync", inaccessible);
     let redundant = condition("Redundant", "AsWanted", "as many replicas are in sync as wanted", degraded);
-    let mut drifts = drifts(&record, alive);
+    let mut drifts = drifts(&record, alive, leaving);
     if let Some(why) = unhealed {
         drifts.push(("NotHealed", format!("nothing could be done about that: {why}")));
     }
@@ -142,7 +148,11 @@ fn sentence<'a>(parts: impl Iterator<Item = &'a str>, otherwise: &str) -> String
 }
 
 /// Where the volume is not what its record asks for: a word and a sentence for each, the gravest first.
-fn drifts(record: &VolumeRecord, alive: &BTreeSet<NodeName>) -> Vec<(&'static str, String)> {
+fn drifts(
+    record: &VolumeRecord,
+    alive: &BTreeSet<NodeName>,
+    leaving: Judge<'_>,
+) -> Vec<(&'static str, String)> {
     let silent = |node: &NodeName| if alive.contains(node) { "" } else { ", which does not answer" };
     let mut found = Vec::new();
     if record.deleting {
@@ -170,6 +180,10 @@ fn drifts(record: &VolumeRecord, alive: &BTreeSet<NodeName>) -> Vec<(&'static st
     for (id, replica) in &record.replicas {
         let (node, silent) = (&replica.node, silent(&replica.node));
         match replica.state {
+            ReplicaState::InSync if leaving(node) => found.push((
+                "ReplicaLeaves",
+                format!("replica {id} is to leave node {node}{silent}, and stays until another one takes its place"),
+            )),
             ReplicaState::InSync => {}
             ReplicaState::Faulted if record.promoted.is_some() => found.push((
                 "ReplicaKept",
@@ -183,11 +197,12 @@ fn drifts(record: &VolumeRecord, alive: &BTreeSet<NodeName>) -> Vec<(&'static st
                 found.push(("ReplicaOffline", format!("replica {id} is out of sync on node {node}{silent}")))
             }
             ReplicaState::Offline { .. } => {
-                let (reason, who) = match &record.attached_to {
-                    Some(target) => ("Rebuilding", format!("node {target} brings it back")),
-                    None => ("RebuildWaits", "it is brought back once the volume is attached".to_owned()),
-                };
-                found.push((reason, format!("replica {id} is out of sync on node {node}: {who}")));
+                let holder = || "a node that holds the volume".to_owned();
+                let who = record.attached_to.as_ref().map_or_else(holder, |node| format!("node {node}"));
+                found.push((
+                    "Rebuilding",
+                    format!("replica {id} is out of sync on node {node}: {who} brings it back"),
+                ));
             }
         }
     }
@@ -202,39 +217,17 @@ fn drifts(record: &VolumeRecord, alive: &BTreeSet<NodeName>) -> Vec<(&'static st
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
-    use holdfast_storage_core::ids::{Epoch, Lineage, ReplicaId, VolumeId};
-    use holdfast_storage_core::transitions::{self, NewVolume};
+    use holdfast_storage_core::ids::Epoch;
 
     use super::*;
-    use crate::volume_request::{Access, parse_params};
+    use crate::controller::fixtures::{leave, mk_node, mk_nodes, mk_record};
 
-    fn mk_record() -> VolumeRecord {
-        let nodes = ["a", "b", "c"].map(|node| NodeName(node.to_owned()));
-        transitions::create(NewVolume {
-            volume_id: VolumeId(1),
-            name: "v".to_owned(),
-            lineage: Lineage(1),
-            size_bytes: 1 << 30,
-            epoch_nonce: 1,
-            replicas: (1..).map(ReplicaId).zip(nodes).collect(),
-            params: parse_params(&HashMap::new(), &Access { block: true, fs_type: None }).unwrap(),
-            source: None,
-        })
-    }
-
-    fn mk_alive(nodes: &[&str]) -> BTreeSet<NodeName> {
-        nodes.iter().map(|node| NodeName((*node).to_owned())).collect()
-    }
-
-    fn leave(record: &mut VolumeRecord, replica: u128, state: ReplicaState) {
-        record.in_sync.remove(&ReplicaId(replica));
-        record.replicas.get_mut(&ReplicaId(replica)).unwrap().state = state;
+    fn stays(_: &NodeName) -> bool {
+        false
     }
 
     fn told(record: &VolumeRecord, alive: &[&str]) -> (VolumeState, [(bool, &'static str); 3]) {
-        let report = report(record.clone(), &mk_alive(alive), None);
+        let report = report(record.clone(), &mk_nodes(alive), &stays, None);
         (report.state, report.conditions.map(|c| (c.holds, c.reason)))
     }
 
@@ -251,16 +244,17 @@ mod tests {
         let mut record = mk_record();
         leave(&mut record, 2, offline);
         let message = |record: &VolumeRecord, alive: &[&str]| {
-            let [_, _, converged] = report(record.clone(), &mk_alive(alive), Some("no room")).conditions;
+            let [_, _, converged] =
+                report(record.clone(), &mk_nodes(alive), &stays, Some("no room")).conditions;
             assert!(converged.message.ends_with("no room"));
             assert!(!converged.holds);
             (converged.reason, converged.message)
         };
         let (reason, text) = message(&record, &all);
-        assert!(reason == "RebuildWaits" && text.contains("node b"), "{text}");
+        assert!(reason == "Rebuilding" && text.contains("node b: a node that holds"), "{text}");
         let (reason, text) = message(&record, &["a", "c"]);
         assert!(reason == "ReplicaOffline" && text.contains("node b, which does not answer"), "{text}");
-        record.attached_to = Some(NodeName("c".to_owned()));
+        record.attached_to = Some(mk_node("c"));
         let (reason, text) = message(&record, &all);
         assert!(reason == "Rebuilding" && text.contains("node c brings it back"), "{text}");
         leave(&mut record, 2, ReplicaState::Faulted);
@@ -282,5 +276,15 @@ mod tests {
         assert_eq!(state, VolumeState::Degraded);
         assert_eq!((accessible.0, redundant), (true, (false, "NodesSilent")));
         assert!(converged.0, "the record still lists them in sync");
+    }
+
+    #[test]
+    fn a_replica_that_is_to_leave_its_node_is_told() {
+        let leaving = |node: &NodeName| node.0 == "b";
+        let report = report(mk_record(), &mk_nodes(&["a", "b", "c"]), &leaving, None);
+        let [_, redundant, converged] = report.conditions;
+        assert!(redundant.holds && report.state == VolumeState::Healthy);
+        assert_eq!((converged.holds, converged.reason), (false, "ReplicaLeaves"));
+        assert!(converged.message.contains("node b, and stays until"), "{}", converged.message);
     }
 }

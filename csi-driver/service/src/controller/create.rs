@@ -16,6 +16,7 @@ use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
 use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::node_directory::NodeState;
 use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::Versioned;
@@ -111,7 +112,7 @@ impl Inner {
         choose(self.free_space().await?)
     }
 
-    /// What each answering pool can still promise: by its own word, and not beyond what the records leave of it.
+    /// What each answering pool of an active node can still promise: by its own word, and not beyond what the records leave of it.
     pub(super) async fn free_space(&self) -> Result<Vec<PoolSpace>, Status> {
         let pools = self.pools.survey().await;
         self.left_of(pools).await
@@ -120,6 +121,7 @@ impl Inner {
     /// Takes off what the records promise, and what a record promises that is being written. Under `placing` nothing is
     /// missed: what was chosen before is among the promises or, taken from there, among the records, which are read later.
     async fn left_of(&self, mut pools: Vec<PoolSpace>) -> Result<Vec<PoolSpace>, Status> {
+        pools.retain(|pool| self.book.state(&pool.node) == NodeState::Active);
         let coming = self.promises.all();
         let records = self.store.list().await.map_err(from_store)?;
         let mut promised: HashMap<&NodeName, u64> = HashMap::new();
@@ -178,10 +180,7 @@ impl Inner {
             if record.deleting {
                 return Err(Status::aborted(format!("volume {volume} is being deleted; repeat the call")));
             }
-            // It was published once, or its clone's layers are linked, so an earlier call has made them all. Making one anew
-            // would put an empty replica in the place of a full one.
-            let linked = record.source.as_ref().is_some_and(|source| source.linked);
-            if linked || record.attachment > Attachment(0) || record.generation > Generation(0) {
+            if was_made(record) {
                 return Ok(found.record);
             }
             let layers = self.source_replicas(record).await?;
@@ -192,6 +191,22 @@ impl Inner {
             self.replace(found, &failed, layers.as_ref()).await?;
         }
         Err(Status::unavailable(format!("volume {volume}: too many nodes failed in turn; repeat the call")))
+    }
+
+    /// Before a target is run that no caller asked for: its generation will say that all replicas were made, which a CreateVolume
+    /// that nobody repeated did not. What is on nodes that are lost the target does without.
+    pub(super) async fn make_reachable(&self, volume: VolumeId) -> Result<VolumeRecord, Status> {
+        let record = self.store.read(volume).await.map_err(from_store)?.record;
+        if was_made(&record) {
+            return Ok(record);
+        }
+        let layers = self.source_replicas(&record).await?;
+        let failed = self.make_listed(&record, layers.as_ref()).await;
+        let reachable = |id: &ReplicaId| record.replicas.get(id).is_some_and(|r| !self.is_lost(&r.node));
+        match failed.into_iter().find(|(id, _)| reachable(id)) {
+            Some((_, status)) => Err(status),
+            None => Ok(record),
+        }
     }
 
     async fn make_listed(
@@ -286,8 +301,15 @@ impl Inner {
     }
 }
 
+/// It was published once, or its clone's layers are linked, so an earlier call has made all replicas. Making one anew would put
+/// an empty replica in the place of a full one.
+fn was_made(record: &VolumeRecord) -> bool {
+    let linked = record.source.as_ref().is_some_and(|source| source.linked);
+    linked || record.attachment > Attachment(0) || record.generation > Generation(0)
+}
+
 /// Bytes of a pool that may be promised.
-fn promisable(capacity_bytes: u64, percent: u32) -> u64 {
+pub(super) fn promisable(capacity_bytes: u64, percent: u32) -> u64 {
     let bytes = u128::from(capacity_bytes) * u128::from(percent) / 100;
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }

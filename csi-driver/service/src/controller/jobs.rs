@@ -43,7 +43,7 @@ impl Inner {
     }
 
     /// Whose data process does the work.
-    fn workplace(&self, record: &VolumeRecord) -> Result<NodeName, Status> {
+    pub(super) fn workplace(&self, record: &VolumeRecord) -> Result<NodeName, Status> {
         if let Some(node) = &record.attached_to {
             return Ok(node.clone());
         }

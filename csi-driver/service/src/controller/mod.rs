@@ -9,6 +9,8 @@ mod conditions;
 mod create;
 mod delete;
 mod expand;
+#[cfg(test)]
+mod fixtures;
 mod groups;
 mod heal;
 mod health;
@@ -22,10 +24,13 @@ mod promote;
 mod publish;
 mod replace;
 mod snapshots;
+mod steps;
+mod storage_nodes;
 mod sweep;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use holdfast_proto::csi::controller_server::Controller;
@@ -33,9 +38,11 @@ use holdfast_proto::csi::controller_service_capability::{Rpc, Type, rpc};
 use holdfast_proto::csi::*;
 use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{
-    PromoteReplicaReply, PromoteReplicaRequest, ReplaceReplicaReply, ReplaceReplicaRequest,
+    ListStorageNodesReply, ListStorageNodesRequest, PromoteReplicaReply, PromoteReplicaRequest,
+    ReplaceReplicaReply, ReplaceReplicaRequest, SetNodeStateReply, SetNodeStateRequest,
 };
 use holdfast_storage_core::ids::{NodeName, VolumeId};
+use holdfast_storage_core::node_directory::NodeStates;
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError};
 use holdfast_storage_core::transitions::TransitionError;
@@ -47,6 +54,7 @@ use crate::node_book::NodeBook;
 use crate::status::{from_store, from_transition};
 use crate::tls::TlsIdentity;
 pub use conditions::{VolumeCondition, VolumeReport, VolumeState};
+use heal::ToTend;
 use pools::Pools;
 use promises::Promises;
 use sweep::Making;
@@ -66,13 +74,21 @@ pub struct ControllerSettings {
     pub replace_after: Option<Duration>,
     /// How much of each pool's capacity may be promised to volumes, in percent.
     pub overprovision_percent: u32,
+    /// By how many percent of what they may promise the fullest node must be fuller than the emptiest for a replica to move;
+    /// none: none does.
+    pub rebalance_above_percent: Option<u32>,
     /// TLS towards the nodes; none is plain text.
     pub tls: Option<TlsIdentity>,
 }
 
 impl Default for ControllerSettings {
     fn default() -> Self {
-        Self { replace_after: Some(Duration::from_secs(30 * 60)), overprovision_percent: 100, tls: None }
+        Self {
+            replace_after: Some(Duration::from_secs(30 * 60)),
+            overprovision_percent: 100,
+            rebalance_above_percent: None,
+            tls: None,
+        }
     }
 }
 
@@ -85,6 +101,7 @@ pub struct ControllerService {
 struct Inner {
     store: Arc<dyn RecordStore>,
     group_store: Arc<dyn GroupStore>,
+    node_states: Arc<dyn NodeStates>,
     book: Arc<NodeBook>,
     pools: Pools,
     in_flight: InFlight,
@@ -95,20 +112,27 @@ struct Inner {
     /// Volumes that are being attached to nodes with a limit; locked to compare and take.
     attaching: Mutex<BTreeMap<VolumeId, NodeName>>,
     overprovision_percent: u32,
+    rebalance_above_percent: Option<u32>,
     making: Making,
     replace_after: Option<Duration>,
     /// Why replicas could not be brought back, as of the last sweep.
     unhealed: std::sync::Mutex<BTreeMap<VolumeId, String>>,
+    /// Volumes that want a target to be run, as of the last sweep.
+    to_tend: std::sync::Mutex<ToTend>,
+    /// Replicas are on their way, as of the last sweep.
+    moving: AtomicBool,
     /// Something was left for the sweep.
     sweep_soon: Notify,
 }
 
 impl ControllerService {
     /// A controller over the records of volumes and groups that knows the nodes of `book` and reaches their data processes.
+    /// What was decided about the nodes is in `node_states`, and in the book already.
     #[must_use]
     pub fn new(
         store: Arc<dyn RecordStore>,
         group_store: Arc<dyn GroupStore>,
+        node_states: Arc<dyn NodeStates>,
         book: Arc<NodeBook>,
         settings: ControllerSettings,
     ) -> Self {
@@ -116,6 +140,7 @@ impl ControllerService {
         let inner = Inner {
             store,
             group_store,
+            node_states,
             book,
             pools,
             in_flight: InFlight::default(),
@@ -123,9 +148,12 @@ impl ControllerService {
             promises: Promises::default(),
             attaching: Mutex::default(),
             overprovision_percent: settings.overprovision_percent,
+            rebalance_above_percent: settings.rebalance_above_percent,
             making: Making::default(),
             replace_after: settings.replace_after,
             unhealed: std::sync::Mutex::default(),
+            to_tend: std::sync::Mutex::default(),
+            moving: AtomicBool::new(false),
             sweep_soon: Notify::new(),
         };
         Self { inner: Arc::new(inner) }
@@ -136,12 +164,14 @@ impl ControllerService {
         self.inner.keep_sweeping().await;
     }
 
-    /// Clears away once what calls left behind.
+    /// Clears away once what calls left behind, and runs targets to the end where volumes want them.
     ///
     /// # Errors
     /// Why something could not be cleared away; everything else was.
     pub async fn sweep_once(&self) -> Result<(), Status> {
-        self.inner.sweep().await
+        let swept = self.inner.sweep().await;
+        self.inner.tend_all().await;
+        swept
     }
 }
 
@@ -193,6 +223,21 @@ impl Operator for ControllerService {
     ) -> Result<Response<PromoteReplicaReply>, Status> {
         let inner = Arc::clone(&self.inner);
         detached(async move { inner.promote_replica(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn set_node_state(
+        &self,
+        request: Request<SetNodeStateRequest>,
+    ) -> Result<Response<SetNodeStateReply>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.set_node_state(request.into_inner()).await }).await.map(Response::new)
+    }
+
+    async fn list_storage_nodes(
+        &self,
+        _: Request<ListStorageNodesRequest>,
+    ) -> Result<Response<ListStorageNodesReply>, Status> {
+        self.inner.list_storage_nodes().await.map(Response::new)
     }
 }
 

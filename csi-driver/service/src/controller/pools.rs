@@ -11,7 +11,7 @@ use holdfast_proto::storage::{
     BlockRun, CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest, ReadSnapshotBlocksRequest,
 };
 use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::NodeInfo;
+use holdfast_storage_core::node_directory::{NodeInfo, NodeState};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
@@ -94,11 +94,15 @@ impl Pools {
         within(CHANGE_TIMEOUT, node, client.create_replica(request)).await.map(|_| ())
     }
 
+    /// On a node that an operator removed there is nothing that anybody could come back to: a success.
     pub(super) async fn delete_replica(
         &self,
         node: &NodeName,
         request: DeleteReplicaRequest,
     ) -> Result<(), Status> {
+        if self.book.state(node) == NodeState::Removed {
+            return Ok(());
+        }
         let mut client = self.client(&self.known(node)?)?;
         within(CHANGE_TIMEOUT, node, client.delete_replica(request)).await.map(|_| ())
     }

@@ -123,12 +123,13 @@ mod tests {
     ) -> (ControllerService, Arc<dyn RecordStore>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let sled = SledStore::open(dir.path()).unwrap();
-        let groups = Arc::new(sled.clone());
+        let (groups, node_states) = (Arc::new(sled.clone()), Arc::new(sled.clone()));
         let store: Arc<dyn RecordStore> = Arc::new(sled);
         store.create(record).await.unwrap();
         let service = ControllerService::new(
             Arc::clone(&store),
             groups,
+            node_states,
             Arc::new(NodeBook::new()),
             ControllerSettings::default(),
         );

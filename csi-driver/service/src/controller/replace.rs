@@ -1,17 +1,19 @@
-//! ReplaceReplica: a new, empty replica in place of one that does not come back.
+//! A new, empty replica for a volume: in place of one that does not come back, where one is missing, or as one more while
+//! another is about to leave its node. ReplaceReplica is the operator's call for the first two.
 //!
-//! 1. One swap gives the old replica up and lists the new one. A crash before: nothing happened.
+//! 1. One swap gives the old replica up, if there is one, and lists the new one. A crash before: nothing happened.
 //! 2. The new replica is made on its node; making it twice is one. A crash before: the caller repeats, a listed replica
 //!    that was never in sync is found, and this step is done again. The volume's target finds it in the record and
 //!    rebuilds it.
-//! 3. The old replica is deleted on its node and taken off the list. Where the node does not answer it stays listed as
+//! 3. The old replica is deleted on its node and taken off the list, once as many members as wanted are in sync: until then it
+//!    may be the only other copy, old as it is. The sweep does it, too. Where the node does not answer it stays listed as
 //!    faulted, and DeleteVolume asks that node (R34).
 
 use holdfast_proto::storage::{
     CreateReplicaRequest, DeleteReplicaRequest, Epoch as WireEpoch, ReplaceReplicaReply,
     ReplaceReplicaRequest,
 };
-use holdfast_storage_core::ids::{Epoch, ReplicaId, VolumeId};
+use holdfast_storage_core::ids::{Epoch, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::transitions;
@@ -21,55 +23,91 @@ use super::{Inner, SWAP_ATTEMPTS_MAX};
 use crate::registry_wire::parse_volume;
 use crate::status::{from_store, from_transition};
 
+/// Why a new replica is listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Because {
+    /// There are fewer than wanted.
+    Missing,
+    /// This one does not come back.
+    Lost(ReplicaId),
+    /// One of them is to leave its node.
+    Leaving,
+    /// One of them is to go to a node that is emptier.
+    Rebalancing,
+}
+
 impl Inner {
     pub(super) async fn replace_replica(
         &self,
         request: ReplaceReplicaRequest,
     ) -> Result<ReplaceReplicaReply, Status> {
         let volume = parse_volume(&request.volume_id)?;
-        let old = match request.replica_id.as_str() {
-            "" => None,
+        let because = match request.replica_id.as_str() {
+            "" => Because::Missing,
             text => {
                 let id = text.parse::<ReplicaId>();
-                Some(id.map_err(|error| Status::invalid_argument(error.to_string()))?)
+                Because::Lost(id.map_err(|error| Status::invalid_argument(error.to_string()))?)
             }
         };
+        self.renew(volume, because, None).await
+    }
+
+    /// All steps. The preferred node gets the new one, if it can.
+    pub(super) async fn renew(
+        &self,
+        volume: VolumeId,
+        because: Because,
+        prefer: Option<NodeName>,
+    ) -> Result<ReplaceReplicaReply, Status> {
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
-        let (record, new) = self.list_new(volume, old).await?;
-        let node = record.replicas[&new].node.clone();
-        self.make_empty(&record, new).await?;
-        if let Some(old) = old
+        let reply = match self.list_new(volume, because, prefer).await? {
+            None => ReplaceReplicaReply::default(),
+            Some((record, new)) => {
+                let node = record.replicas[&new].node.clone();
+                self.make_empty(&record, new).await?;
+                tracing::info!(%volume, replica = %new, %node, "a new replica is to be rebuilt");
+                ReplaceReplicaReply { replica_id: new.to_string(), node: node.0 }
+            }
+        };
+        if let Because::Lost(old) = because
             && let Err(status) = self.remove_old(volume, old).await
         {
             tracing::warn!(%volume, replica = %old, %status, "a replaced replica stays listed until its node deletes it");
         }
-        tracing::info!(%volume, replica = %new, %node, "a new replica is to be rebuilt");
-        Ok(ReplaceReplicaReply { replica_id: new.to_string(), node: node.0 })
+        Ok(reply)
     }
 
-    /// Step 1; gives the record and the new replica in it.
+    /// Step 1; gives the record and the new replica in it, or nothing where the old one was replaced before.
     async fn list_new(
         &self,
         volume: VolumeId,
-        old: Option<ReplicaId>,
-    ) -> Result<(VolumeRecord, ReplicaId), Status> {
+        because: Because,
+        prefer: Option<NodeName>,
+    ) -> Result<Option<(VolumeRecord, ReplicaId)>, Status> {
         let _placing = self.placing.lock().await;
         for _ in 0..SWAP_ATTEMPTS_MAX {
             let found = self.store.read(volume).await.map_err(from_store)?;
-            if let Some(new) = begun_before(&found.record, old) {
-                return Ok((found.record, new));
+            if let Some(new) = begun_before(&found.record, because) {
+                return Ok(Some((found.record, new)));
             }
-            let freed = match old {
-                Some(old) => transitions::fault_replica(&found.record, old).map_err(from_transition)?,
-                None => found.record.clone(),
+            let freed = match because {
+                Because::Lost(old) if replaced_before(&found.record, old) => return Ok(None),
+                Because::Lost(old) => {
+                    transitions::fault_replica(&found.record, old).map_err(from_transition)?
+                }
+                Because::Missing | Because::Leaving | Because::Rebalancing => found.record.clone(),
             };
             let taken = transitions::nodes_taken(&freed);
-            let nodes = self.choose_nodes(1, freed.size_bytes, &taken, None).await?;
+            let nodes = self.choose_nodes(1, freed.size_bytes, &taken, prefer.clone()).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
-            let record = transitions::add_replica(&freed, new, node).map_err(from_transition)?;
+            let listed = match because {
+                Because::Leaving | Because::Rebalancing => transitions::add_spare(&freed, new, node),
+                Because::Missing | Because::Lost(_) => transitions::add_replica(&freed, new, node),
+            };
+            let record = listed.map_err(from_transition)?;
             match self.store.swap(found.version, record.clone()).await {
-                Ok(_) => return Ok((record, new)),
+                Ok(_) => return Ok(Some((record, new))),
                 Err(StoreError::Conflict(_)) => {}
                 Err(error) => return Err(from_store(error)),
             }
@@ -90,13 +128,16 @@ impl Inner {
         self.pools.create_replica(&record.replicas[&new].node, create).await
     }
 
-    /// Step 3; safe to repeat.
+    /// Step 3; safe to repeat. A success, with nothing done, while too few members are in sync.
     pub(super) async fn remove_old(&self, volume: VolumeId, old: ReplicaId) -> Result<(), Status> {
         for _ in 0..SWAP_ATTEMPTS_MAX {
             let found = self.store.read(volume).await.map_err(from_store)?;
             let Some(entry) = found.record.replicas.get(&old) else { return Ok(()) };
             if entry.state != ReplicaState::Faulted {
                 return Err(Status::failed_precondition(format!("replica {old} was not given up")));
+            }
+            if !is_whole(&found.record) {
+                return Ok(());
             }
             let (volume_id, replica_id) = (volume.to_string(), old.to_string());
             self.pools.delete_replica(&entry.node, DeleteReplicaRequest { volume_id, replica_id }).await?;
@@ -112,14 +153,27 @@ impl Inner {
 }
 
 /// The new replica that an earlier call listed: the old one is given up or off the list, and one was never in sync.
-fn begun_before(record: &VolumeRecord, old: Option<ReplicaId>) -> Option<ReplicaId> {
-    let given_up = |old: ReplicaId| {
-        record.replicas.get(&old).is_none_or(|replica| replica.state == ReplicaState::Faulted)
-    };
-    if !old.is_none_or(given_up) {
+fn begun_before(record: &VolumeRecord, because: Because) -> Option<ReplicaId> {
+    if let Because::Lost(old) = because
+        && !given_up(record, old)
+    {
         return None;
     }
     record.replicas.iter().find(|(_, replica)| never_in_sync(replica)).map(|(id, _)| *id)
+}
+
+fn given_up(record: &VolumeRecord, old: ReplicaId) -> bool {
+    record.replicas.get(&old).is_none_or(|replica| replica.state == ReplicaState::Faulted)
+}
+
+/// Another one has taken its place, and is in sync.
+fn replaced_before(record: &VolumeRecord, old: ReplicaId) -> bool {
+    given_up(record, old) && transitions::kept(record).count() >= record.params.replicas as usize
+}
+
+/// As many members as wanted are in sync.
+pub(super) fn is_whole(record: &VolumeRecord) -> bool {
+    record.in_sync.len() >= record.params.replicas as usize
 }
 
 /// Listed to be rebuilt from nothing ([`transitions::add_replica`]).

@@ -5,29 +5,51 @@
 //! - A snapshot was cut only for a clone that is finished, gone or was never recorded: it is deleted.
 //! - A retired volume has no snapshot any more: it is deleted.
 //! - A tombstone is left of a volume that nobody asks to be deleted again: it is deleted, once its nodes all answer.
-//! - Replicas are missing, do not come back, or were given up: [`super::heal`].
+//! - Replicas are missing, do not come back, are to leave their nodes, or were given up: [`super::heal`].
 //! - A group's record is neither committed nor being worked on: its coordinator died; what is left of it is deleted.
 //!
 //! Every step is one that a call does, too, and is safe beside it; whatever fails is tried again next time.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use holdfast_storage_core::group::GroupState;
-use holdfast_storage_core::ids::VolumeId;
-use holdfast_storage_core::record::{CloneSource, VolumeRecord};
+use holdfast_storage_core::ids::{ReplicaId, VolumeId};
+use holdfast_storage_core::record::{CloneSource, ReplicaRecord, VolumeRecord};
 use holdfast_storage_core::transitions;
 use tonic::Status;
 
 use super::Inner;
+use super::heal::TENDED_MAX;
 use crate::status::from_store;
 use crate::volume_request::SnapshotHandle;
 
 /// How often.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// How often while replicas are on their way from node to node.
+const MOVING_INTERVAL: Duration = Duration::from_secs(5);
 /// The first one waits for the nodes to announce themselves.
 const FIRST_SWEEP: Duration = Duration::from_secs(10);
+
+/// A target that was run for a volume that nobody attaches.
+struct Tended {
+    /// Its replicas as they were before.
+    replicas: BTreeMap<ReplicaId, ReplicaRecord>,
+    /// None while it runs.
+    ended: Option<Instant>,
+}
+
+impl Tended {
+    /// Whether another one may be run: one that changed nothing, because a node answers its fellows and not us, or the other
+    /// way round, shall not be followed by the next at once.
+    fn is_over(&self, replicas: &BTreeMap<ReplicaId, ReplicaRecord>) -> bool {
+        self.ended.is_some_and(|ended| self.replicas != *replicas || ended.elapsed() >= SWEEP_INTERVAL)
+    }
+}
 
 /// Clones that calls are making and that may have no record yet.
 #[derive(Default)]
@@ -57,13 +79,34 @@ impl Inner {
     /// Runs for ever; cancellation safe.
     pub(super) async fn keep_sweeping(&self) {
         tokio::time::sleep(FIRST_SWEEP).await;
+        let mut tending = FuturesUnordered::new();
+        let mut tended: BTreeMap<VolumeId, Tended> = BTreeMap::new();
         loop {
             if let Err(status) = self.sweep().await {
                 tracing::warn!(%status, "not all that calls left behind could be cleared away; tried again later");
             }
+            let to_tend = self.to_tend();
+            tended.retain(|volume, last| to_tend.contains_key(volume) || last.ended.is_none());
+            for (volume, replicas) in to_tend {
+                if tending.len() < TENDED_MAX
+                    && tended.get(&volume).is_none_or(|last| last.is_over(&replicas))
+                {
+                    tended.insert(volume, Tended { replicas, ended: None });
+                    tending.push(async move {
+                        self.bring_in_sync(volume).await;
+                        volume
+                    });
+                }
+            }
+            let pause = if self.moving.load(Ordering::Relaxed) { MOVING_INTERVAL } else { SWEEP_INTERVAL };
             tokio::select! {
-                () = tokio::time::sleep(SWEEP_INTERVAL) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = self.sweep_soon.notified() => {}
+                Some(volume) = tending.next() => {
+                    if let Some(last) = tended.get_mut(&volume) {
+                        last.ended = Some(Instant::now());
+                    }
+                }
             }
         }
     }
@@ -118,9 +161,9 @@ impl Inner {
 
     /// Ends a deletion that a call began. Not before all its nodes answer: until then each try would wait for them.
     async fn end_deletion(&self, record: &VolumeRecord) -> Result<(), Status> {
-        let all_answer = self
-            .alive_nodes()
-            .is_some_and(|alive| record.replicas.values().all(|replica| alive.contains(&replica.node)));
+        let all_answer = self.alive_nodes().is_some_and(|alive| {
+            record.replicas.values().all(|r| alive.contains(&r.node) || self.is_removed(&r.node))
+        });
         if !all_answer {
             return Ok(());
         }

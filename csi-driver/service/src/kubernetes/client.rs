@@ -207,6 +207,23 @@ impl KubernetesClient {
         self.call::<K, K>(deadline, name, &request).await
     }
 
+    /// Sets the fields of an object that `fields` names, and no others (JSON merge patch, RFC 7396). They are this caller's
+    /// then: who applies the rest of the object leaves them as they are.
+    pub(super) async fn merge<K: Kind>(
+        &self,
+        deadline: Deadline,
+        name: &str,
+        fields: &serde_json::Value,
+    ) -> Result<K, CallError> {
+        let query = format!("?fieldManager={FIELD_MANAGER}-controller&fieldValidation=Strict");
+        let body = to_json(fields)?;
+        let request = || {
+            let builder = Request::patch(self.url::<K>(name, &query));
+            builder.header(CONTENT_TYPE, "application/merge-patch+json").body(body.clone())
+        };
+        self.call::<K, K>(deadline, name, &request).await
+    }
+
     /// Removes just this object at just its version; success means that it is gone.
     pub(super) async fn delete<K: Kind>(&self, deadline: Deadline, object: &K) -> Result<(), CallError> {
         let meta = object.meta();

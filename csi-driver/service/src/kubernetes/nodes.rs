@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeState, NodeStates};
 use holdfast_storage_core::record_store::{StoreError, StoreFuture};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
-use super::client::{Deadline, KubernetesClient};
+use super::client::{CallError, Deadline, KubernetesClient};
 use super::convert::{counter, number};
-use super::objects::{StorageNode, StorageNodeSpec};
+use super::objects::{NodeStateSpec, StorageNode, StorageNodeSpec};
 use super::store::about_list;
 use crate::node_book::NodeBook;
 
@@ -36,7 +36,8 @@ impl KubernetesDirectory {
     }
 
     /// Announces to `book` each node that announced itself here since the last look, until it is dropped: how the
-    /// controller knows which nodes are alive. A node's clock does not matter, only that its object changes.
+    /// controller knows which nodes are alive. A node's clock does not matter, only that its object changes. What was decided
+    /// about nodes, here or by `kubectl patch`, is in the book before any of them.
     ///
     /// Cancellation safe. While the API server does not answer, nodes go silent in the book: no new replicas, nothing else.
     pub async fn feed(&self, book: Arc<NodeBook>) {
@@ -44,7 +45,11 @@ impl KubernetesDirectory {
         loop {
             match self.objects().await {
                 Ok(nodes) => {
-                    for (info, announced_at) in nodes {
+                    book.set_states(decided(&nodes));
+                    for (info, announced_at, state) in nodes {
+                        if state == NodeState::Removed {
+                            continue;
+                        }
                         if seen.get(&info.name.0) != Some(&announced_at) {
                             // The first look may be at a dead node's last word: it counts once it changes.
                             let known = seen.insert(info.name.0.clone(), announced_at).is_some();
@@ -60,7 +65,7 @@ impl KubernetesDirectory {
         }
     }
 
-    async fn objects(&self) -> Result<Vec<(NodeInfo, Time)>, StoreError> {
+    async fn objects(&self) -> Result<Vec<(NodeInfo, Time, NodeState)>, StoreError> {
         let objects: Vec<StorageNode> = self.client.list(Deadline::new()).await.map_err(about_list)?;
         objects.into_iter().map(from_object).collect()
     }
@@ -76,6 +81,7 @@ impl KubernetesDirectory {
             available_bytes: number("available_bytes", node.available_bytes)?,
             zone: node.zone.clone(),
             volumes_max: node.volumes_max,
+            state: None,
             announced_at: Time(Timestamp::now()),
         };
         let name = node.name.0.clone();
@@ -104,11 +110,40 @@ impl NodeDirectory for KubernetesDirectory {
     }
 
     fn list_nodes(&self) -> StoreFuture<'_, Vec<NodeInfo>> {
-        Box::pin(async move { Ok(self.objects().await?.into_iter().map(|(info, _)| info).collect()) })
+        Box::pin(async move { Ok(self.objects().await?.into_iter().map(|(info, ..)| info).collect()) })
     }
 }
 
-fn from_object(object: StorageNode) -> Result<(NodeInfo, Time), StoreError> {
+impl NodeStates for KubernetesDirectory {
+    fn node_states(&self) -> StoreFuture<'_, BTreeMap<NodeName, NodeState>> {
+        Box::pin(async move { Ok(decided(&self.objects().await?)) })
+    }
+
+    fn set_node_state(&self, node: NodeName, state: NodeState) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            let state = match state {
+                NodeState::Active => None,
+                NodeState::Draining => Some(NodeStateSpec::Draining),
+                NodeState::Removed => Some(NodeStateSpec::Removed),
+            };
+            let fields = serde_json::json!({"spec": {"state": state}});
+            match self.client.merge::<StorageNode>(Deadline::new(), &node.0, &fields).await {
+                Ok(_) => Ok(()),
+                Err(CallError::Missing) => Err(StoreError::Refused(format!(
+                    "there is no StorageNode {node} that could hold the decision"
+                ))),
+                Err(error) => Err(about_list(error)),
+            }
+        })
+    }
+}
+
+fn decided(nodes: &[(NodeInfo, Time, NodeState)]) -> BTreeMap<NodeName, NodeState> {
+    let decided = nodes.iter().filter(|(_, _, state)| *state != NodeState::Active);
+    decided.map(|(info, _, state)| (info.name.clone(), *state)).collect()
+}
+
+fn from_object(object: StorageNode) -> Result<(NodeInfo, Time, NodeState), StoreError> {
     let spec = object.spec;
     let info = NodeInfo {
         name: NodeName(object.metadata.name.unwrap_or_default()),
@@ -119,5 +154,10 @@ fn from_object(object: StorageNode) -> Result<(NodeInfo, Time), StoreError> {
         zone: spec.zone,
         volumes_max: spec.volumes_max,
     };
-    Ok((info, spec.announced_at))
+    let state = match spec.state {
+        None | Some(NodeStateSpec::Active) => NodeState::Active,
+        Some(NodeStateSpec::Draining) => NodeState::Draining,
+        Some(NodeStateSpec::Removed) => NodeState::Removed,
+    };
+    Ok((info, spec.announced_at, state))
 }

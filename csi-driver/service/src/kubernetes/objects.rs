@@ -316,6 +316,7 @@ pub(crate) enum GroupStateSpec {
     plural = "storagenodes",
     derive = "PartialEq",
     doc = "A node that runs a data process, as that process announces it.",
+    printcolumn(name = "State", type_ = "string", json_path = ".spec.state"),
     printcolumn(name = "Control", type_ = "string", json_path = ".spec.controlAddress"),
     printcolumn(name = "Capacity", type_ = "integer", json_path = ".spec.capacityBytes"),
     printcolumn(name = "Available", type_ = "integer", json_path = ".spec.availableBytes"),
@@ -339,8 +340,18 @@ pub(crate) struct StorageNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub volumes_max: Option<u32>,
+    /// What an operator decided about it: Draining or Removed; none: Active. The node never writes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<NodeStateSpec>,
     /// The node's own clock; others look at its changes, never at its value.
     pub announced_at: Time,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NodeStateSpec {
+    Active,
+    Draining,
+    Removed,
 }
 
 /// A volume for people: written from its record by the controller, read by nobody of us but to be compared.

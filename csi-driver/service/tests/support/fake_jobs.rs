@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use holdfast_proto::storage::volume_jobs_server::VolumeJobs;
 use holdfast_proto::storage::*;
-use holdfast_storage_core::ids::{NodeName, TargetId, VolumeId};
-use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::ids::{NodeName, ReplicaId, TargetId, VolumeId};
+use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::{RecordStore, StoreError};
 use holdfast_storage_core::transitions::{self, TransitionError};
 use tonic::{Request, Response, Status};
@@ -148,6 +148,32 @@ impl VolumeJobs for FakePool {
             self.swap(volume, out).await.map(drop)
         };
         self.run(RemoveReplicaReply {}, work).await
+    }
+
+    /// Members whose nodes do not answer leave, and who is out of sync and answers joins.
+    async fn bring_in_sync(
+        &self,
+        request: Request<BringInSyncRequest>,
+    ) -> Result<Response<BringInSyncReply>, Status> {
+        let volume = request.into_inner().volume_id.parse().unwrap();
+        let work = async {
+            let record = self.read(volume).await?;
+            let alive: Vec<NodeName> = self.book.alive().into_iter().map(|info| info.name).collect();
+            let answers = |id: &ReplicaId| alive.contains(&record.replicas[id].node);
+            let target = self.own(volume).await?;
+            let silent: Vec<ReplicaId> = record.in_sync.iter().filter(|id| !answers(id)).copied().collect();
+            if !silent.is_empty() {
+                self.swap(volume, |record| transitions::swap_out(record, target, &silent, 1)).await?;
+            }
+            for (id, replica) in &record.replicas {
+                let back = matches!(replica.state, ReplicaState::Offline { .. }) && answers(id);
+                if back {
+                    self.swap(volume, |record| transitions::join(record, target, *id, 1)).await?;
+                }
+            }
+            Ok(())
+        };
+        self.run(BringInSyncReply {}, work).await
     }
 
     async fn apply_params(

@@ -209,6 +209,7 @@ pub struct FakePool {
     /// The records that its volume jobs work on.
     pub store: Option<Arc<dyn RecordStore>>,
     pub state: Arc<Mutex<State>>,
+    pub book: Arc<NodeBook>,
     control_address: String,
 }
 
@@ -239,7 +240,7 @@ impl FakePool {
     pub async fn start(
         node: &'static str,
         capacity_bytes: u64,
-        book: &NodeBook,
+        book: &Arc<NodeBook>,
         store: Option<&Arc<dyn RecordStore>>,
     ) -> Self {
         let state = State {
@@ -258,7 +259,7 @@ impl FakePool {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let control_address = listener.local_addr().unwrap().to_string();
         let state = Arc::new(Mutex::new(state));
-        let pool = Self { node, store: store.cloned(), state, control_address };
+        let pool = Self { node, store: store.cloned(), state, book: Arc::clone(book), control_address };
         let router = Server::builder()
             .add_service(PoolServer::new(pool.clone()))
             .add_service(VolumeJobsServer::new(pool.clone()));

@@ -9,6 +9,7 @@ use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
 use holdfast_service::{ControllerService, ControllerSettings, IdentityService, NodeBook, SledStore};
+use holdfast_storage_core::node_directory::NodeStates;
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore};
 use tempfile::TempDir;
@@ -23,6 +24,7 @@ pub const GIB: u64 = 1 << 30;
 pub struct World {
     pub store: Arc<dyn RecordStore>,
     pub groups: Arc<dyn GroupStore>,
+    pub node_states: Arc<dyn NodeStates>,
     pub book: Arc<NodeBook>,
     pub pools: Vec<FakePool>,
     /// Of controllers that are started from now on.
@@ -40,13 +42,14 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let sled = SledStore::open(&dir.path().join("store")).unwrap();
         let groups: Arc<dyn GroupStore> = Arc::new(sled.clone());
+        let node_states: Arc<dyn NodeStates> = Arc::new(sled.clone());
         let store: Arc<dyn RecordStore> = Arc::new(sled);
         let book = Arc::new(NodeBook::new());
         let mut pools = Vec::new();
         for (node, capacity_bytes) in nodes {
             pools.push(FakePool::start(node, *capacity_bytes, &book, Some(&store)).await);
         }
-        Self { store, groups, book, pools, settings: ControllerSettings::default(), dir }
+        Self { store, groups, node_states, book, pools, settings: ControllerSettings::default(), dir }
     }
 
     pub async fn controller(&self) -> Controller {
@@ -73,7 +76,9 @@ impl World {
         let socket = tempfile::Builder::new().tempdir_in(self.dir.path()).unwrap().keep().join("csi.sock");
         let listener = bind_unix(&socket).await.unwrap();
         let settings = self.settings.clone();
-        let service = ControllerService::new(Arc::clone(&store), groups, Arc::clone(&self.book), settings);
+        let node_states = Arc::clone(&self.node_states);
+        let book = Arc::clone(&self.book);
+        let service = ControllerService::new(Arc::clone(&store), groups, node_states, book, settings);
         let router = server()
             .add_service(IdentityServer::new(IdentityService::controller(store)))
             .add_service(GroupControllerServer::new(service.clone()))
