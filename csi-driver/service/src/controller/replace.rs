@@ -16,6 +16,7 @@ use holdfast_proto::storage::{
 use holdfast_storage_core::ids::{Epoch, NodeName, ReplicaId, VolumeId};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
+use holdfast_storage_core::target::Job;
 use holdfast_storage_core::transitions;
 use tonic::Status;
 
@@ -115,7 +116,8 @@ impl Inner {
         Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
     }
 
-    /// Makes a listed replica that was never in sync, empty, on its node; one that is there stays as it is.
+    /// Makes a listed replica that was never in sync, empty, on its node; one that is there stays as it is. A target that has as
+    /// many members as wanted does not look for further ones by itself, so it is told.
     pub(super) async fn make_empty(&self, record: &VolumeRecord, new: ReplicaId) -> Result<(), Status> {
         let create = CreateReplicaRequest {
             volume_id: record.volume_id.to_string(),
@@ -125,7 +127,14 @@ impl Inner {
             epoch: Some(WireEpoch { number: Epoch::default().number, nonce: Epoch::default().nonce }),
             ..CreateReplicaRequest::default()
         };
-        self.pools.create_replica(&record.replicas[&new].node, create).await
+        self.pools.create_replica(&record.replicas[&new].node, create).await?;
+        if record.attached_to.is_some()
+            && is_whole(record)
+            && let Err(status) = self.job(record.volume_id, Job::Reload).await
+        {
+            tracing::warn!(volume = %record.volume_id, %status, "a target does not know of its new replica yet");
+        }
+        Ok(())
     }
 
     /// Step 3; safe to repeat. A success, with nothing done, while too few members are in sync.
