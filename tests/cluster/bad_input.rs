@@ -19,6 +19,9 @@ const MIB: i64 = 1 << 20;
 /// Pod addresses of a /29 without network, broadcast and the node's own are at most this many.
 const SMALL_RANGE_MAX: usize = 8;
 
+/// Between two counts of its files, 2 s apart, a pool estimates what it fills.
+const COUNTED_ANEW: Duration = Duration::from_secs(5);
+
 type Check = fn(&Cluster) -> Result<()>;
 
 /// Trials of this file; all on one cluster, so they are one trial with one cluster and several checks.
@@ -53,7 +56,11 @@ fn check_all(cluster: &Cluster) -> Result<()> {
     for (name, check) in checks {
         let before = picture(cluster)?;
         check(cluster).context(name)?;
-        let after = picture(cluster)?;
+        let mut after = picture(cluster)?;
+        let _ = process::wait_until(COUNTED_ANEW, || {
+            after = picture(cluster)?;
+            Ok(before == after)
+        });
         ensure!(before == after, "{name}: something changed:\n{before}\n--- became ---\n{after}");
     }
     Ok(())
