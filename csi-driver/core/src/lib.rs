@@ -19,6 +19,7 @@
 //!
 //! [`transitions`] holds every change of a volume's record as a pure function, [`placement`] the choice of nodes.
 
+pub mod background;
 pub mod block_range;
 pub mod dirty_map;
 pub mod group;

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::background::Background;
 use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
@@ -14,8 +15,9 @@ use crate::io_limits::IoLimits;
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
 /// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
-/// 5 the limits of I/O; records of earlier versions have none and are read as they are.
-pub const RECORD_FORMAT: u32 = 5;
+/// 5 the limits of I/O, version 6 the pace of background work; records of earlier versions have none and are read as they
+/// are.
+pub const RECORD_FORMAT: u32 = 6;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
 pub const SNAPSHOTS_MAX: usize = 100;
 /// Most snapshots that are asked for, cut or not.
@@ -233,4 +235,34 @@ pub struct VolumeParams {
     /// What its clients may do per second.
     #[serde(default, skip_serializing_if = "IoLimits::is_none")]
     pub limits: IoLimits,
+    /// How fast its background work goes.
+    #[serde(default, skip_serializing_if = "Background::is_default")]
+    pub background: Background,
+}
+
+impl VolumeParams {
+    /// So many replicas with that file system (empty for raw block), and of everything else what holds where nothing is said.
+    #[must_use]
+    pub fn new(replicas: u32, fs_type: &str) -> Self {
+        Self {
+            replicas,
+            fs_type: fs_type.to_owned(),
+            min_in_sync: 1,
+            limits: IoLimits::default(),
+            background: Background::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_of_earlier_formats_are_read_and_what_was_not_said_is_not_written() {
+        let earlier = r#"{"replicas":3,"fs_type":"ext4","min_in_sync":1}"#;
+        let params: VolumeParams = serde_json::from_str(earlier).unwrap();
+        assert_eq!(params, VolumeParams::new(3, "ext4"));
+        assert_eq!(serde_json::to_string(&params).unwrap(), earlier);
+    }
 }

@@ -489,12 +489,7 @@ pub(crate) mod tests {
             size_bytes: 1 << 20,
             epoch_nonce: 5,
             replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
-            params: VolumeParams {
-                replicas: 3,
-                fs_type: "ext4".to_owned(),
-                min_in_sync: 1,
-                limits: crate::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(3, "ext4"),
             source: None,
         })
     }

@@ -583,12 +583,7 @@ mod tests {
             size_bytes: 16 << 20,
             epoch_nonce: 1,
             replicas: [(ReplicaId(id), NodeName("a".to_owned()))].into(),
-            params: VolumeParams {
-                replicas: 1,
-                fs_type: String::new(),
-                min_in_sync: 1,
-                limits: holdfast_storage_core::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(1, ""),
             source: None,
         })
     }

@@ -9,11 +9,10 @@ use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::volume_content_source::Type as SourceType;
 use holdfast_proto::csi::{CapacityRange, CreateVolumeRequest, VolumeCapability, VolumeContentSource};
 use holdfast_storage_core::ids::{InvalidId, NodeName, REGION_BYTES, SnapshotId, VolumeId};
-use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use tonic::Status;
 
-use crate::mutable_params::Changes;
+use crate::mutable_params::{Changes, KNOWN};
 use crate::topology;
 
 /// Size of a volume for which none was asked.
@@ -313,7 +312,7 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
             _ if METADATA_KEYS.contains(&key.as_str()) => {}
             _ => {
                 return Err(Status::invalid_argument(format!(
-                    "parameters: key \"{key}\" is unknown; known are replicas, minInSync, iopsLimit, bandwidthLimit and fsType"
+                    "parameters: key \"{key}\" is unknown; known are {KNOWN} and fsType"
                 )));
             }
         }
@@ -329,9 +328,7 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
         (false, None, Some(param)) => param.clone(),
         (false, None, None) => DEFAULT_FS_TYPE.to_owned(),
     };
-    let defaults =
-        VolumeParams { replicas: DEFAULT_REPLICAS, fs_type, min_in_sync: 1, limits: IoLimits::default() };
-    mutable.apply("parameters", &defaults)
+    mutable.apply("parameters", &VolumeParams::new(DEFAULT_REPLICAS, &fs_type))
 }
 
 /// Whether a volume can be used in the way a capability says.
@@ -416,6 +413,7 @@ pub fn choose_size(range: SizeRange, asked: bool, fs_type: &str) -> Result<u64, 
 #[cfg(test)]
 mod tests {
     use holdfast_proto::csi::volume_capability::{AccessMode, BlockVolume, MountVolume};
+    use holdfast_storage_core::io_limits::IoLimits;
     use tonic::Code;
 
     use super::*;
@@ -478,6 +476,8 @@ mod tests {
             ("minInSync", "4", "parameters[minInSync]"),
             ("iopsLimit", "1", "parameters[iopsLimit]"),
             ("bandwidthLimit", "all", "parameters[bandwidthLimit]"),
+            ("scrubInterval", "soon", "parameters[scrubInterval]"),
+            ("resyncRate", "-1", "parameters[resyncRate]"),
             ("fsType", "btrfs", "btrfs"),
             ("csi.storage.k8s.io/fstype", "../ext4", "fstype"),
         ] {

@@ -171,12 +171,7 @@ impl Cluster {
                 .iter()
                 .map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone()))
                 .collect(),
-            params: VolumeParams {
-                replicas: u32::try_from(nodes.len()).unwrap(),
-                fs_type: String::new(),
-                min_in_sync: 1,
-                limits: holdfast_storage_core::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(u32::try_from(nodes.len()).unwrap(), ""),
             source: None,
         });
         for &index in nodes {

@@ -1,6 +1,7 @@
 //! The record as the object holds it, and back. Nothing is left out on either way: a field that is added to the record
 //! does not compile until it is here.
 
+use holdfast_storage_core::background::Background;
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, RecordVersion};
 use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::record::{
@@ -10,8 +11,8 @@ use holdfast_storage_core::record::{
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    EpochSpec, FormattedSpec, LimitsSpec, ParamsSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec,
-    RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
+    BackgroundSpec, EpochSpec, FormattedSpec, LimitsSpec, ParamsSpec, PromotionSpec, ReplicaSpec,
+    ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -123,15 +124,7 @@ pub(super) fn from_spec(spec: &VolumeRecordSpec) -> Result<Versioned, StoreError
         promoted: spec.promoted.as_ref().map(promotion_from_spec).transpose()?,
         formatted: formatted_from_spec(spec.formatted),
         deleting: spec.deleting,
-        params: VolumeParams {
-            replicas: small("params.replicas", spec.params.replicas)?,
-            fs_type: spec.params.fs_type.clone(),
-            min_in_sync: small("params.minInSync", spec.params.min_in_sync)?,
-            limits: IoLimits {
-                iops: counter("params.limits.iops", spec.params.limits.iops)?,
-                bytes_per_s: counter("params.limits.bytesPerS", spec.params.limits.bytes_per_s)?,
-            },
-        },
+        params: params_from_spec(&spec.params)?,
     };
     Ok(Versioned { version: RecordVersion(counter("version", spec.version)?), record })
 }
@@ -227,7 +220,10 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
 }
 
 fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
-    let VolumeParams { replicas, fs_type, min_in_sync, limits: IoLimits { iops, bytes_per_s } } = params;
+    let VolumeParams { replicas, fs_type, min_in_sync, limits, background } = params;
+    let IoLimits { iops, bytes_per_s } = limits;
+    let Background { scrub_interval_s, resync_bytes_per_s } = background;
+    let seconds = |seconds: u64| number("params.background.scrub_interval_s", seconds);
     Ok(ParamsSpec {
         replicas: i64::from(*replicas),
         fs_type: fs_type.clone(),
@@ -235,6 +231,30 @@ fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
         limits: LimitsSpec {
             iops: number("params.limits.iops", *iops)?,
             bytes_per_s: number("params.limits.bytes_per_s", *bytes_per_s)?,
+        },
+        background: BackgroundSpec {
+            scrub_interval_s: scrub_interval_s.map(seconds).transpose()?,
+            resync_bytes_per_s: number("params.background.resync_bytes_per_s", *resync_bytes_per_s)?,
+        },
+    })
+}
+
+fn params_from_spec(spec: &ParamsSpec) -> Result<VolumeParams, StoreError> {
+    let seconds = |seconds: i64| counter("params.background.scrubIntervalS", seconds);
+    Ok(VolumeParams {
+        replicas: small("params.replicas", spec.replicas)?,
+        fs_type: spec.fs_type.clone(),
+        min_in_sync: small("params.minInSync", spec.min_in_sync)?,
+        limits: IoLimits {
+            iops: counter("params.limits.iops", spec.limits.iops)?,
+            bytes_per_s: counter("params.limits.bytesPerS", spec.limits.bytes_per_s)?,
+        },
+        background: Background {
+            scrub_interval_s: spec.background.scrub_interval_s.map(seconds).transpose()?,
+            resync_bytes_per_s: counter(
+                "params.background.resyncBytesPerS",
+                spec.background.resync_bytes_per_s,
+            )?,
         },
     })
 }
@@ -378,6 +398,7 @@ mod tests {
                 fs_type: "xfs".to_owned(),
                 min_in_sync: 2,
                 limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
+                background: Background { scrub_interval_s: Some(3_600), resync_bytes_per_s: 1 << 20 },
             },
         }
     }

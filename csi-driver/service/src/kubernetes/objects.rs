@@ -215,6 +215,22 @@ pub(crate) struct ParamsSpec {
     /// What its clients may do per second; 0 is no limit.
     #[serde(default)]
     pub limits: LimitsSpec,
+    /// How fast its background work goes.
+    #[serde(default)]
+    pub background: BackgroundSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct BackgroundSpec {
+    /// Seconds between the beginnings of two passes of the scrub; 0 is never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub scrub_interval_s: Option<i64>,
+    /// Most bytes per second that are copied to a returning replica; 0 is no limit.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub resync_bytes_per_s: i64,
 }
 
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
