@@ -12,10 +12,12 @@ use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
 use crate::io_limits::IoLimits;
+use crate::placement::PlacementRules;
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
 /// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
-/// 5 the limits of I/O, version 6 the pace of background work; records of earlier versions have none and are read as they
+/// 5 the limits of I/O, version 6 the pace of background work and the rules of
+/// placement; records of earlier versions have none and are read as they
 /// are.
 pub const RECORD_FORMAT: u32 = 6;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
@@ -238,6 +240,9 @@ pub struct VolumeParams {
     /// How fast its background work goes.
     #[serde(default, skip_serializing_if = "Background::is_default")]
     pub background: Background,
+    /// Where its replicas may be.
+    #[serde(default, skip_serializing_if = "PlacementRules::is_default")]
+    pub placement: PlacementRules,
 }
 
 impl VolumeParams {
@@ -250,6 +255,7 @@ impl VolumeParams {
             min_in_sync: 1,
             limits: IoLimits::default(),
             background: Background::default(),
+            placement: PlacementRules::default(),
         }
     }
 }

@@ -142,6 +142,7 @@ impl DataProcess {
             capacity_bytes: config.pool_capacity_bytes,
             available_bytes: 0,
             zone: config.zone.clone(),
+            pool_class: config.pool_class.clone(),
             volumes_max: config.volumes_max,
         };
         let node = Arc::new(NodeContext {

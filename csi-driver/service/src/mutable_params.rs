@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use holdfast_storage_core::record::VolumeParams;
 use tonic::Status;
 
+use crate::fixed_params::{self, shown};
 use crate::volume_request::REPLICAS_MAX;
 
 /// Fewer operations per second would look like a device that hangs.
@@ -21,8 +22,6 @@ pub const SCRUB_INTERVAL_S_MAX: u64 = 366 * 24 * 3_600;
 const LIMIT_MAX: u64 = 1 << 50;
 /// What may be changed, for a sentence.
 pub(crate) const KNOWN: &str = "replicas, minInSync, iopsLimit, bandwidthLimit, scrubInterval, resyncRate";
-/// What is known and cannot be changed.
-const FIXED: [&str; 2] = ["fsType", "csi.storage.k8s.io/fstype"];
 
 /// What is asked for; what is not named stays as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -55,7 +54,11 @@ impl Changes {
         for (key, value) in sorted {
             if !changes.take(field, key, value)? {
                 let shown: String = key.chars().take(64).collect();
-                let what = if FIXED.contains(&key.as_str()) { "cannot be changed" } else { "is unknown" };
+                let what = if fixed_params::KEYS.contains(&key.as_str()) {
+                    "cannot be changed"
+                } else {
+                    "is unknown"
+                };
                 return Err(Status::invalid_argument(format!(
                     "{field}: key \"{shown}\" {what}; what can be changed is {KNOWN}"
                 )));
@@ -158,10 +161,6 @@ fn parse_seconds(text: &str) -> Option<u64> {
         (rest, unit_before) = (&rest[end + 1..], unit);
     }
     (unit_before < u64::MAX).then_some(seconds)
-}
-
-fn shown(value: &str) -> String {
-    value.chars().take(32).collect()
 }
 
 /// A quantity as Kubernetes writes it (its API conventions, "Quantities"), rounded up to a whole number: digits, perhaps a
@@ -286,6 +285,7 @@ mod tests {
     fn what_cannot_be_changed_or_is_unknown_or_out_of_bounds_is_named() {
         for (key, value, named) in [
             ("fsType", "xfs", "\"fsType\" cannot be changed"),
+            ("zones", "required", "\"zones\" cannot be changed"),
             ("zone", "a", "\"zone\" is unknown"),
             ("", "a", "\"\" is unknown"),
             ("iopsLimit", "9", "iopsLimit"),

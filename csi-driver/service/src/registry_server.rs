@@ -183,9 +183,13 @@ impl Registry for RegistryServer {
             let sentence = format!("node.name must have 1 to {NODE_NAME_BYTES_MAX} bytes");
             return Err(decided(Status::invalid_argument(sentence)));
         }
-        if !node.zone.is_empty() && !is_topology_value(&node.zone) {
-            let sentence = "node.zone must be empty or a label's value: letters, digits, \"-\", \"_\" and \".\", at most 63";
-            return Err(decided(Status::invalid_argument(sentence)));
+        for (field, value) in [("zone", &node.zone), ("pool_class", &node.pool_class)] {
+            if !value.is_empty() && !is_topology_value(value) {
+                let sentence = format!(
+                    "node.{field} must be empty or a label's value: letters, digits, \"-\", \"_\" and \".\", at most 63"
+                );
+                return Err(decided(Status::invalid_argument(sentence)));
+            }
         }
         if !caller.is(&node.name) {
             let sentence = format!("{} may not announce node {}", caller.describe(), node.name);

@@ -55,6 +55,8 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
     assert!(matches!(b.announce(mk_node("node-a")).await, Err(StoreError::Refused(_))));
     let nowhere = NodeInfo { zone: Some("../zone".to_owned()), ..mk_node("node-a") };
     assert!(matches!(a.announce(nowhere).await, Err(StoreError::Refused(_))), "a zone is a label's value");
+    let classless = NodeInfo { pool_class: Some("fast pool".to_owned()), ..mk_node("node-a") };
+    assert!(matches!(a.announce(classless).await, Err(StoreError::Refused(_))), "and so is a pool's class");
     assert!(matches!(a.create(mk_record(2, "other", &["node-a"])).await, Err(StoreError::Refused(_))));
     assert!(matches!(a.remove(version, record.volume_id).await, Err(StoreError::Refused(_))));
 
@@ -198,6 +200,7 @@ fn mk_node(name: &str) -> NodeInfo {
         capacity_bytes: 10,
         available_bytes: 5,
         zone: Some("zone-1".to_owned()),
+        pool_class: Some("fast".to_owned()),
         volumes_max: Some(9),
     }
 }

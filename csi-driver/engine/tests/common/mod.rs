@@ -118,6 +118,7 @@ impl Cluster {
         }
         DataConfig {
             zone: None,
+            pool_class: None,
             volumes_max: None,
             node: node.name.clone(),
             pool_dir: dir.join("pool"),

@@ -12,6 +12,7 @@ use holdfast_proto::storage::{
     ReplaceReplicaRequest,
 };
 use holdfast_storage_core::ids::{Epoch, ReplicaId, VolumeId};
+use holdfast_storage_core::placement::PlacementRequest;
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::transitions;
@@ -63,8 +64,7 @@ impl Inner {
                 Some(old) => transitions::fault_replica(&found.record, old).map_err(from_transition)?,
                 None => found.record.clone(),
             };
-            let taken = transitions::nodes_taken(&freed);
-            let nodes = self.choose_nodes(1, freed.size_bytes, &taken, None).await?;
+            let nodes = self.choose_nodes(&PlacementRequest::further(&freed, 1)).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
             let record = transitions::add_replica(&freed, new, node).map_err(from_transition)?;

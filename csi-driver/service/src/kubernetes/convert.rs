@@ -4,6 +4,7 @@
 use holdfast_storage_core::background::Background;
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, RecordVersion};
 use holdfast_storage_core::io_limits::IoLimits;
+use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
 use holdfast_storage_core::record::{
     CloneSource, Formatted, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState, RequestedSnapshot,
     SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
@@ -11,8 +12,9 @@ use holdfast_storage_core::record::{
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    BackgroundSpec, EpochSpec, FormattedSpec, LimitsSpec, ParamsSpec, PromotionSpec, ReplicaSpec,
-    ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
+    BackgroundSpec, EpochSpec, FormattedSpec, LimitsSpec, LocalReplicaSpec, ParamsSpec, PlacementSpec,
+    PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec,
+    VolumeRecordSpec, ZoneRuleSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -220,7 +222,7 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
 }
 
 fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
-    let VolumeParams { replicas, fs_type, min_in_sync, limits, background } = params;
+    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement } = params;
     let IoLimits { iops, bytes_per_s } = limits;
     let Background { scrub_interval_s, resync_bytes_per_s } = background;
     let seconds = |seconds: u64| number("params.background.scrub_interval_s", seconds);
@@ -236,6 +238,7 @@ fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
             scrub_interval_s: scrub_interval_s.map(seconds).transpose()?,
             resync_bytes_per_s: number("params.background.resync_bytes_per_s", *resync_bytes_per_s)?,
         },
+        placement: placement_to_spec(placement),
     })
 }
 
@@ -256,7 +259,39 @@ fn params_from_spec(spec: &ParamsSpec) -> Result<VolumeParams, StoreError> {
                 spec.background.resync_bytes_per_s,
             )?,
         },
+        placement: placement_from_spec(&spec.placement),
     })
+}
+
+fn placement_to_spec(rules: &PlacementRules) -> PlacementSpec {
+    let PlacementRules { zones, local_replica, pool_class } = rules;
+    PlacementSpec {
+        zones: match zones {
+            ZoneRule::Preferred => ZoneRuleSpec::Preferred,
+            ZoneRule::Required => ZoneRuleSpec::Required,
+        },
+        local_replica: match local_replica {
+            LocalReplica::Preferred => LocalReplicaSpec::Preferred,
+            LocalReplica::Required => LocalReplicaSpec::Required,
+            LocalReplica::None => LocalReplicaSpec::None,
+        },
+        pool_class: pool_class.clone(),
+    }
+}
+
+fn placement_from_spec(spec: &PlacementSpec) -> PlacementRules {
+    PlacementRules {
+        zones: match spec.zones {
+            ZoneRuleSpec::Preferred => ZoneRule::Preferred,
+            ZoneRuleSpec::Required => ZoneRule::Required,
+        },
+        local_replica: match spec.local_replica {
+            LocalReplicaSpec::Preferred => LocalReplica::Preferred,
+            LocalReplicaSpec::Required => LocalReplica::Required,
+            LocalReplicaSpec::None => LocalReplica::None,
+        },
+        pool_class: spec.pool_class.clone(),
+    }
 }
 
 fn source_from_spec(spec: &SourceSpec) -> Result<CloneSource, StoreError> {
@@ -399,6 +434,11 @@ mod tests {
                 min_in_sync: 2,
                 limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
                 background: Background { scrub_interval_s: Some(3_600), resync_bytes_per_s: 1 << 20 },
+                placement: PlacementRules {
+                    zones: ZoneRule::Required,
+                    local_replica: LocalReplica::None,
+                    pool_class: Some("fast".to_owned()),
+                },
             },
         }
     }

@@ -218,6 +218,36 @@ pub(crate) struct ParamsSpec {
     /// How fast its background work goes.
     #[serde(default)]
     pub background: BackgroundSpec,
+    /// Where its replicas may be.
+    #[serde(default)]
+    pub placement: PlacementSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PlacementSpec {
+    #[serde(default)]
+    pub zones: ZoneRuleSpec,
+    #[serde(default)]
+    pub local_replica: LocalReplicaSpec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub pool_class: Option<String>,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ZoneRuleSpec {
+    #[default]
+    Preferred,
+    Required,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum LocalReplicaSpec {
+    #[default]
+    Preferred,
+    Required,
+    None,
 }
 
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -351,6 +381,10 @@ pub(crate) struct StorageNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub zone: Option<String>,
+    /// The class of its pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub pool_class: Option<String>,
     /// Most volumes that may be attached to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
