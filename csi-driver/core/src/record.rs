@@ -16,8 +16,8 @@ use crate::placement::PlacementRules;
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
 /// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
-/// 5 the limits of I/O, version 6 the pace of background work and the rules of
-/// placement; records of earlier versions have none and are read as they
+/// 5 the limits of I/O, version 6 the pace of background work, the rules of
+/// placement and the front end; records of earlier versions have none and are read as they
 /// are.
 pub const RECORD_FORMAT: u32 = 6;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
@@ -243,6 +243,28 @@ pub struct VolumeParams {
     /// Where its replicas may be.
     #[serde(default, skip_serializing_if = "PlacementRules::is_default")]
     pub placement: PlacementRules,
+    /// How its target becomes a block device.
+    #[serde(default, skip_serializing_if = "FrontEndChoice::is_auto")]
+    pub front_end: FrontEndChoice,
+}
+
+/// The front end that a StorageClass asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrontEndChoice {
+    /// The one that the node's data process has.
+    #[default]
+    Auto,
+    /// A FUSE file with a loop device over it; a node without it refuses to attach.
+    FuseLoop,
+}
+
+impl FrontEndChoice {
+    /// Whether any will do.
+    #[must_use]
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 impl VolumeParams {
@@ -256,6 +278,7 @@ impl VolumeParams {
             limits: IoLimits::default(),
             background: Background::default(),
             placement: PlacementRules::default(),
+            front_end: FrontEndChoice::Auto,
         }
     }
 }

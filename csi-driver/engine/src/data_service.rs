@@ -110,6 +110,7 @@ pub(crate) fn attach_status(error: &AttachError) -> Status {
     match error {
         AttachError::NotPublished { .. }
         | AttachError::OtherAttachment { .. }
+        | AttachError::NoSuchFrontEnd { .. }
         | AttachError::Ended { .. } => Status::failed_precondition(text),
         AttachError::Timeout { .. } => Status::deadline_exceeded(text),
         AttachError::Store(StoreError::NotFound(_)) => Status::not_found(text),

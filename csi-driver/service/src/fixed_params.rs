@@ -1,6 +1,7 @@
 //! Parameters that a volume keeps as it was made with: the StorageClass's keys that ControllerModifyVolume refuses.
 
 use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
+use holdfast_storage_core::record::FrontEndChoice;
 use tonic::Status;
 
 use crate::topology::is_topology_value;
@@ -10,9 +11,10 @@ const FS_TYPES: [&str; 2] = ["ext4", "xfs"];
 /// What external-provisioner calls `fsType`.
 pub(crate) const PROVISIONER_FS_TYPE_KEY: &str = "csi.storage.k8s.io/fstype";
 /// The keys.
-pub(crate) const KEYS: [&str; 5] = ["fsType", PROVISIONER_FS_TYPE_KEY, "zones", "localReplica", "poolClass"];
+pub(crate) const KEYS: [&str; 6] =
+    ["fsType", PROVISIONER_FS_TYPE_KEY, "zones", "localReplica", "poolClass", "frontEnd"];
 /// What is known, for a sentence.
-pub(crate) const KNOWN: &str = "fsType, zones, localReplica and poolClass";
+pub(crate) const KNOWN: &str = "fsType, zones, localReplica, poolClass and frontEnd";
 
 /// What is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub struct Fixed {
     pub fs_type: Option<String>,
     /// Where replicas may be.
     pub placement: PlacementRules,
+    /// How targets become block devices.
+    pub front_end: FrontEndChoice,
 }
 
 impl Fixed {
@@ -51,6 +55,10 @@ impl Fixed {
                     ("none", LocalReplica::None),
                 ];
                 self.placement.local_replica = one_of(&here(), value, &choices)?;
+            }
+            "frontEnd" => {
+                let choices = [("auto", FrontEndChoice::Auto), ("fuse-loop", FrontEndChoice::FuseLoop)];
+                self.front_end = one_of(&here(), value, &choices)?;
             }
             "poolClass" if is_topology_value(value) => self.placement.pool_class = Some(value.to_owned()),
             "poolClass" => {

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use holdfast_io::BlockError;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
-use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::record::{FrontEndChoice, VolumeRecord};
 use holdfast_storage_core::target::{Job, JobError};
 use tokio::sync::watch;
 
+use crate::config::FrontEndKind;
 use crate::errno;
 use crate::node::NodeContext;
 
@@ -110,6 +111,7 @@ impl Volumes {
         }
         let record = self.node.store.read(volume_id).await?.record;
         self.check_published(&record, attachment)?;
+        self.check_front_end(&record)?;
         let volume = Volume::start(&self.node, volume_id, attachment, false)
             .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
         // From here on a caller that gives up leaves nothing half done: the slot owns the volume.
@@ -238,6 +240,16 @@ impl Volumes {
             None => format!("no node, last attachment {}", record.attachment),
         };
         Err(AttachError::NotPublished { volume: record.volume_id, node: node.0.clone(), attachment, found })
+    }
+
+    fn check_front_end(&self, record: &VolumeRecord) -> Result<(), AttachError> {
+        match (record.params.front_end, self.node.config.front_end) {
+            (FrontEndChoice::Auto, _) | (FrontEndChoice::FuseLoop, FrontEndKind::FuseLoop) => Ok(()),
+            (FrontEndChoice::FuseLoop, FrontEndKind::None) => Err(AttachError::NoSuchFrontEnd {
+                volume: record.volume_id,
+                node: self.node.config.node.0.clone(),
+            }),
+        }
     }
 
     fn slot(&self, volume_id: VolumeId) -> Arc<Slot> {

@@ -78,6 +78,17 @@ pub enum AttachError {
         /// Where it stood.
         state: &'static str,
     },
+    /// The volume asks for a front end that this process does not have.
+    #[error(
+        "volume {volume} is to be attached by FUSE and a loop device (frontEnd fuse-loop), and the data process of node {node} \
+         was started without (--front-end none)"
+    )]
+    NoSuchFrontEnd {
+        /// The volume.
+        volume: VolumeId,
+        /// This node.
+        node: String,
+    },
     /// The record could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -6,15 +6,15 @@ use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, Record
 use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
 use holdfast_storage_core::record::{
-    CloneSource, Formatted, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState, RequestedSnapshot,
-    SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
+    CloneSource, Formatted, FrontEndChoice, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState,
+    RequestedSnapshot, SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
 };
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    BackgroundSpec, EpochSpec, FormattedSpec, LimitsSpec, LocalReplicaSpec, ParamsSpec, PlacementSpec,
-    PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec,
-    VolumeRecordSpec, ZoneRuleSpec,
+    BackgroundSpec, EpochSpec, FormattedSpec, FrontEndSpec, LimitsSpec, LocalReplicaSpec, ParamsSpec,
+    PlacementSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec,
+    SourceSpec, VolumeRecordSpec, ZoneRuleSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -222,7 +222,7 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
 }
 
 fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
-    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement } = params;
+    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement, front_end } = params;
     let IoLimits { iops, bytes_per_s } = limits;
     let Background { scrub_interval_s, resync_bytes_per_s } = background;
     let seconds = |seconds: u64| number("params.background.scrub_interval_s", seconds);
@@ -239,6 +239,10 @@ fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
             resync_bytes_per_s: number("params.background.resync_bytes_per_s", *resync_bytes_per_s)?,
         },
         placement: placement_to_spec(placement),
+        front_end: match front_end {
+            FrontEndChoice::Auto => FrontEndSpec::Auto,
+            FrontEndChoice::FuseLoop => FrontEndSpec::FuseLoop,
+        },
     })
 }
 
@@ -260,6 +264,10 @@ fn params_from_spec(spec: &ParamsSpec) -> Result<VolumeParams, StoreError> {
             )?,
         },
         placement: placement_from_spec(&spec.placement),
+        front_end: match spec.front_end {
+            FrontEndSpec::Auto => FrontEndChoice::Auto,
+            FrontEndSpec::FuseLoop => FrontEndChoice::FuseLoop,
+        },
     })
 }
 
@@ -439,6 +447,7 @@ mod tests {
                     local_replica: LocalReplica::None,
                     pool_class: Some("fast".to_owned()),
                 },
+                front_end: FrontEndChoice::FuseLoop,
             },
         }
     }

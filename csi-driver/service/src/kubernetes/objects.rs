@@ -221,6 +221,15 @@ pub(crate) struct ParamsSpec {
     /// Where its replicas may be.
     #[serde(default)]
     pub placement: PlacementSpec,
+    #[serde(default)]
+    pub front_end: FrontEndSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum FrontEndSpec {
+    #[default]
+    Auto,
+    FuseLoop,
 }
 
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
