@@ -217,6 +217,7 @@ fn mk_record(rng: &mut StdRng) -> VolumeRecord {
         epoch_nonce: rng.random(),
         replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
         params: VolumeParams::new(3, ""),
+        encryption: None,
         source: None,
     })
 }

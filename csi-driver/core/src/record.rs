@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::background::Background;
+use crate::encryption::{Encryption, EncryptionKind};
 use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
@@ -17,7 +18,7 @@ use crate::placement::PlacementRules;
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
 /// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
 /// 5 the limits of I/O, version 6 the pace of background work, the rules of
-/// placement and the front end; records of earlier versions have none and are read as they
+/// placement, the front end and encryption; records of earlier versions have none and are read as they
 /// are.
 pub const RECORD_FORMAT: u32 = 6;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
@@ -78,6 +79,9 @@ pub struct VolumeRecord {
     pub promoted: Option<Promotion>,
     /// How far formatting went (R36).
     pub formatted: Formatted,
+    /// Of an encrypted volume: what makes its key, and tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
     /// Tombstone: set once deletion began, until every replica confirmed (R34).
     pub deleting: bool,
     /// Parameters that later calls must agree with.
@@ -246,6 +250,9 @@ pub struct VolumeParams {
     /// How its target becomes a block device.
     #[serde(default, skip_serializing_if = "FrontEndChoice::is_auto")]
     pub front_end: FrontEndChoice,
+    /// Whether its data is encrypted.
+    #[serde(default, skip_serializing_if = "EncryptionKind::is_none")]
+    pub encryption: EncryptionKind,
 }
 
 /// The front end that a StorageClass asks for.
@@ -279,6 +286,7 @@ impl VolumeParams {
             background: Background::default(),
             placement: PlacementRules::default(),
             front_end: FrontEndChoice::Auto,
+            encryption: EncryptionKind::None,
         }
     }
 }

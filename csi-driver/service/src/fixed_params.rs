@@ -1,5 +1,6 @@
 //! Parameters that a volume keeps as it was made with: the StorageClass's keys that ControllerModifyVolume refuses.
 
+use holdfast_storage_core::encryption::EncryptionKind;
 use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
 use holdfast_storage_core::record::FrontEndChoice;
 use tonic::Status;
@@ -11,10 +12,10 @@ const FS_TYPES: [&str; 2] = ["ext4", "xfs"];
 /// What external-provisioner calls `fsType`.
 pub(crate) const PROVISIONER_FS_TYPE_KEY: &str = "csi.storage.k8s.io/fstype";
 /// The keys.
-pub(crate) const KEYS: [&str; 6] =
-    ["fsType", PROVISIONER_FS_TYPE_KEY, "zones", "localReplica", "poolClass", "frontEnd"];
+pub(crate) const KEYS: [&str; 7] =
+    ["fsType", PROVISIONER_FS_TYPE_KEY, "zones", "localReplica", "poolClass", "frontEnd", "encryption"];
 /// What is known, for a sentence.
-pub(crate) const KNOWN: &str = "fsType, zones, localReplica, poolClass and frontEnd";
+pub(crate) const KNOWN: &str = "fsType, zones, localReplica, poolClass, frontEnd and encryption";
 
 /// What is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct Fixed {
     pub placement: PlacementRules,
     /// How targets become block devices.
     pub front_end: FrontEndChoice,
+    /// Whether data is encrypted.
+    pub encryption: EncryptionKind,
 }
 
 impl Fixed {
@@ -59,6 +62,10 @@ impl Fixed {
             "frontEnd" => {
                 let choices = [("auto", FrontEndChoice::Auto), ("fuse-loop", FrontEndChoice::FuseLoop)];
                 self.front_end = one_of(&here(), value, &choices)?;
+            }
+            "encryption" => {
+                let choices = [("none", EncryptionKind::None), ("aes-xts", EncryptionKind::AesXts)];
+                self.encryption = one_of(&here(), value, &choices)?;
             }
             "poolClass" if is_topology_value(value) => self.placement.pool_class = Some(value.to_owned()),
             "poolClass" => {

@@ -96,6 +96,8 @@ impl Caller {
             && old.retired == new.retired
             && old.source == new.source
             && old.params == new.params
+            // The node that a volume is published to binds it to the key of its first stage.
+            && (old.encryption == new.encryption || old.attached_to.iter().any(concerned))
             // Its target makes a volume larger, nobody smaller (R31).
             && old.size_bytes <= new.size_bytes;
         if involved && kept {

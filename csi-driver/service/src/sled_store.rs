@@ -27,6 +27,7 @@ use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
 use holdfast_storage_core::ids::{GroupId, RecordVersion, VolumeId};
 use holdfast_storage_core::record::{RECORD_FORMAT, VolumeRecord};
 use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError, StoreFuture, Versioned};
+use holdfast_storage_core::transitions;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -459,6 +460,9 @@ pub(crate) fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), Stor
     if (old.deleting && !new.deleting) || (old.retired && !new.retired) {
         return refuse("a deletion is never taken back");
     }
+    if !transitions::keeps_key(old, new) {
+        return refuse("salt and key check are never changed");
+    }
     if new.in_sync.is_empty() {
         return refuse("the in-sync set may not become empty");
     }
@@ -584,6 +588,7 @@ mod tests {
             epoch_nonce: 1,
             replicas: [(ReplicaId(id), NodeName("a".to_owned()))].into(),
             params: VolumeParams::new(1, ""),
+            encryption: None,
             source: None,
         })
     }

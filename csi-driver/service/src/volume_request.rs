@@ -311,7 +311,7 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
             )));
         }
     }
-    let Fixed { fs_type, placement, front_end } = fixed;
+    let Fixed { fs_type, placement, front_end, encryption } = fixed;
     let fs_type = match (access.block, &access.fs_type, &fs_type) {
         (true, ..) => String::new(),
         (false, Some(named), Some(param)) if named != param => {
@@ -323,7 +323,8 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
         (false, None, Some(param)) => param.clone(),
         (false, None, None) => DEFAULT_FS_TYPE.to_owned(),
     };
-    let params = VolumeParams { placement, front_end, ..VolumeParams::new(DEFAULT_REPLICAS, &fs_type) };
+    let params =
+        VolumeParams { placement, front_end, encryption, ..VolumeParams::new(DEFAULT_REPLICAS, &fs_type) };
     mutable.apply("parameters", &params)
 }
 
@@ -468,6 +469,7 @@ mod tests {
             ("localReplica", "never", "it must be one of preferred, required, none"),
             ("localReplica", "required", "WaitForFirstConsumer"),
             ("poolClass", "", "parameters[poolClass]"),
+            ("encryption", "luks", "parameters[encryption] is \"luks\"; it must be one of none, aes-xts"),
             ("frontEnd", "ublk", "parameters[frontEnd] is \"ublk\"; it must be one of auto, fuse-loop"),
             ("poolClass", "fast pool", "parameters[poolClass]"),
             ("fsType", "btrfs", "btrfs"),

@@ -37,6 +37,7 @@ fn mk_bench(replicas: u128) -> Bench {
         epoch_nonce: 50,
         replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
         params: VolumeParams::new(3, ""),
+        encryption: None,
         source: None,
     });
     let record = transitions::publish(&record, &node, false).unwrap();

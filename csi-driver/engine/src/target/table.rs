@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use holdfast_io::BlockError;
+use holdfast_storage_core::encryption::{EncryptionKind, VolumeKey};
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::record::{FrontEndChoice, VolumeRecord};
 use holdfast_storage_core::target::{Job, JobError};
@@ -87,7 +88,7 @@ impl Volumes {
     }
 
     /// Starts the volume's target and exposes it; idempotent within one attachment, and safe to be called twice at
-    /// once.
+    /// once. An encrypted volume needs its key, which is checked before anything is started.
     ///
     /// # Errors
     /// The record says otherwise, the target does not come up, or the kernel gives no device. Nothing keeps running
@@ -96,6 +97,7 @@ impl Volumes {
         &self,
         volume_id: VolumeId,
         attachment: Attachment,
+        key: Option<VolumeKey>,
     ) -> Result<Arc<Volume>, AttachError> {
         let slot = self.slot(volume_id);
         let _attaching = Attaching::new(&slot.attaching);
@@ -107,12 +109,17 @@ impl Volumes {
                     attachment: volume.attachment,
                 });
             }
+            if volume.key_check != key.as_ref().map(VolumeKey::check) {
+                let reason = "it is attached here already, and not with this key";
+                return Err(AttachError::Key { volume: volume_id, reason });
+            }
             return volume.end().map_or(Ok(volume), Err);
         }
         let record = self.node.store.read(volume_id).await?.record;
         self.check_published(&record, attachment)?;
         self.check_front_end(&record)?;
-        let volume = Volume::start(&self.node, volume_id, attachment, false)
+        check_key(&record, key.as_ref())?;
+        let volume = Volume::start(&self.node, volume_id, attachment, false, key.as_ref())
             .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
         // From here on a caller that gives up leaves nothing half done: the slot owns the volume.
         slot.put(Some(Arc::clone(&volume)));
@@ -172,7 +179,7 @@ impl Volumes {
         if let Some(node) = record.attached_to {
             return Err(VolumeJobError::Elsewhere { volume: volume_id, node: node.0 });
         }
-        let volume = Volume::start(&self.node, volume_id, record.attachment, true)
+        let volume = Volume::start(&self.node, volume_id, record.attachment, true, None)
             .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
         // The data process may be stopped in the middle of it.
         let _over = AbandonOnDrop(Arc::clone(&volume));
@@ -259,6 +266,20 @@ impl Volumes {
     fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A caller's mistake must not mix two keys, or plaintext and ciphertext, in one volume.
+fn check_key(record: &VolumeRecord, key: Option<&VolumeKey>) -> Result<(), AttachError> {
+    let check = record.encryption.and_then(|encryption| encryption.key_check);
+    let reason = match (record.params.encryption, key) {
+        (EncryptionKind::None, None) => return Ok(()),
+        (EncryptionKind::None, Some(_)) => "it is not encrypted, and a key came with the call",
+        (EncryptionKind::AesXts, None) => "it is encrypted, and no key came with the call",
+        (EncryptionKind::AesXts, Some(_)) if check.is_none() => "its record is bound to no key yet",
+        (EncryptionKind::AesXts, Some(key)) if check == Some(key.check()) => return Ok(()),
+        (EncryptionKind::AesXts, Some(_)) => "the key is not the one that its record is bound to",
+    };
+    Err(AttachError::Key { volume: record.volume_id, reason })
 }
 
 async fn run(volume: &Arc<Volume>, what: Job) -> Result<(), VolumeJobError> {

@@ -173,6 +173,7 @@ impl Cluster {
                 .map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone()))
                 .collect(),
             params: VolumeParams::new(u32::try_from(nodes.len()).unwrap(), ""),
+            encryption: None,
             source: None,
         });
         for &index in nodes {

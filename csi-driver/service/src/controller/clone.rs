@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use holdfast_storage_core::encryption::EncryptionKind;
 use holdfast_storage_core::ids::{Lineage, NodeName, ReplicaId, SnapshotId, VolumeId};
 use holdfast_storage_core::placement::PlacementRequest;
 use holdfast_storage_core::record::{CloneSource, Formatted, SnapshotRecord, VolumeRecord};
@@ -49,6 +50,7 @@ impl Inner {
         })?;
         let size_bytes = check_size(wanted, entry.size_bytes, "snapshot")?;
         let formatted = formatted(wanted, &source, &entry)?;
+        check_encryption(wanted, &source)?;
         let of_volume = matches!(from, VolumeSource::Volume(_));
         let from = CloneSource { volume: source.volume_id, snapshot, of_volume, linked: false };
         let _placing = self.placing.lock().await;
@@ -71,6 +73,8 @@ impl Inner {
             epoch_nonce: rand::random(),
             replicas: holders.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
             params: wanted.params.clone(),
+            // Of the record in which the snapshot counts: whoever wrote anything before the cut had set the key check.
+            encryption: source.encryption,
             source: Some((from, formatted)),
         });
         for node in others {
@@ -167,6 +171,23 @@ fn check_size(wanted: &VolumeRequest, source_bytes: u64, what: &str) -> Result<u
         (0, _) => Ok(source_bytes),
         _ => Ok(wanted.size_bytes.max(source_bytes)),
     }
+}
+
+/// The data is the source's, byte by byte.
+fn check_encryption(wanted: &VolumeRequest, source: &VolumeRecord) -> Result<(), Status> {
+    let word = |kind: EncryptionKind| match kind {
+        EncryptionKind::None => "none",
+        EncryptionKind::AesXts => "aes-xts",
+    };
+    let (theirs, ours) = (source.params.encryption, wanted.params.encryption);
+    if theirs == ours {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!(
+        "encryption \"{}\" contradicts the source, which has \"{}\"",
+        word(ours),
+        word(theirs)
+    )))
 }
 
 /// How far formatting went in what the volume begins as (R36).

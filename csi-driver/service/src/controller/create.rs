@@ -15,7 +15,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
 use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
-use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::encryption::{Encryption, EncryptionKind};
+use holdfast_storage_core::ids::{
+    Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, Salt, VolumeId,
+};
 use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::Versioned;
@@ -347,6 +350,10 @@ fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
         epoch_nonce: rand::random(),
         replicas: nodes.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
         params: wanted.params.clone(),
+        encryption: match wanted.params.encryption {
+            EncryptionKind::None => None,
+            EncryptionKind::AesXts => Some(Encryption { salt: Salt(rand::random()), key_check: None }),
+        },
         source: None,
     })
 }

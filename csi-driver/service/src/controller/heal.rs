@@ -139,6 +139,7 @@ mod tests {
             epoch_nonce: 1,
             replicas: (1..).map(ReplicaId).zip(nodes).collect(),
             params: parse_params(&HashMap::new(), &Access { block: true, fs_type: None }).unwrap(),
+            encryption: None,
             source: None,
         })
     }

@@ -101,6 +101,7 @@ mod tests {
             epoch_nonce: 5,
             replicas: vec![(ReplicaId(1), node.clone()), (ReplicaId(2), NodeName("b".to_owned()))],
             params: VolumeParams::new(2, ""),
+            encryption: None,
             source: None,
         });
         let published = transitions::publish(&created, &node, false).unwrap();

@@ -2,6 +2,7 @@
 //! does not compile until it is here.
 
 use holdfast_storage_core::background::Background;
+use holdfast_storage_core::encryption::{Encryption, EncryptionKind};
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, RecordVersion};
 use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
@@ -12,9 +13,9 @@ use holdfast_storage_core::record::{
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    BackgroundSpec, EpochSpec, FormattedSpec, FrontEndSpec, LimitsSpec, LocalReplicaSpec, ParamsSpec,
-    PlacementSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec, SWAP_IDS, SnapshotSpec,
-    SourceSpec, VolumeRecordSpec, ZoneRuleSpec,
+    BackgroundSpec, EncryptionKindSpec, EncryptionSpec, EpochSpec, FormattedSpec, FrontEndSpec, LimitsSpec,
+    LocalReplicaSpec, ParamsSpec, PlacementSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec,
+    SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec, ZoneRuleSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -46,6 +47,7 @@ pub(super) fn to_spec(
         restored,
         promoted,
         formatted,
+        encryption,
         deleting,
         params,
     } = record;
@@ -85,6 +87,7 @@ pub(super) fn to_spec(
             from: from.to_string(),
         }),
         formatted: formatted_to_spec(*formatted),
+        encryption: encryption.map(encryption_to_spec),
         deleting: *deleting,
         params: params_to_spec(params)?,
     })
@@ -125,6 +128,7 @@ pub(super) fn from_spec(spec: &VolumeRecordSpec) -> Result<Versioned, StoreError
         restored: spec.restored,
         promoted: spec.promoted.as_ref().map(promotion_from_spec).transpose()?,
         formatted: formatted_from_spec(spec.formatted),
+        encryption: spec.encryption.as_ref().map(encryption_from_spec).transpose()?,
         deleting: spec.deleting,
         params: params_from_spec(&spec.params)?,
     };
@@ -222,7 +226,8 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
 }
 
 fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
-    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement, front_end } = params;
+    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement, front_end, encryption } =
+        params;
     let IoLimits { iops, bytes_per_s } = limits;
     let Background { scrub_interval_s, resync_bytes_per_s } = background;
     let seconds = |seconds: u64| number("params.background.scrub_interval_s", seconds);
@@ -242,6 +247,10 @@ fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
         front_end: match front_end {
             FrontEndChoice::Auto => FrontEndSpec::Auto,
             FrontEndChoice::FuseLoop => FrontEndSpec::FuseLoop,
+        },
+        encryption: match encryption {
+            EncryptionKind::None => EncryptionKindSpec::None,
+            EncryptionKind::AesXts => EncryptionKindSpec::AesXts,
         },
     })
 }
@@ -268,6 +277,22 @@ fn params_from_spec(spec: &ParamsSpec) -> Result<VolumeParams, StoreError> {
             FrontEndSpec::Auto => FrontEndChoice::Auto,
             FrontEndSpec::FuseLoop => FrontEndChoice::FuseLoop,
         },
+        encryption: match spec.encryption {
+            EncryptionKindSpec::None => EncryptionKind::None,
+            EncryptionKindSpec::AesXts => EncryptionKind::AesXts,
+        },
+    })
+}
+
+fn encryption_to_spec(encryption: Encryption) -> EncryptionSpec {
+    let Encryption { salt, key_check } = encryption;
+    EncryptionSpec { salt: salt.to_string(), key_check: key_check.map(|check| check.to_string()) }
+}
+
+fn encryption_from_spec(spec: &EncryptionSpec) -> Result<Encryption, StoreError> {
+    Ok(Encryption {
+        salt: id("encryption.salt", &spec.salt)?,
+        key_check: spec.key_check.as_deref().map(|text| id("encryption.keyCheck", text)).transpose()?,
     })
 }
 
@@ -375,7 +400,7 @@ fn unreadable(what: &str) -> StoreError {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use holdfast_storage_core::ids::{Lineage, ReplicaId, SnapshotId, TargetId, VolumeId};
+    use holdfast_storage_core::ids::{KeyCheck, Lineage, ReplicaId, Salt, SnapshotId, TargetId, VolumeId};
 
     use super::*;
 
@@ -435,6 +460,7 @@ mod tests {
             restored: true,
             promoted: Some(Promotion { replica: ReplicaId(1), from: Lineage(2) }),
             formatted: Formatted::Formatting,
+            encryption: Some(Encryption { salt: Salt(1), key_check: Some(KeyCheck(u128::MAX)) }),
             deleting: false,
             params: VolumeParams {
                 replicas: 3,
@@ -448,6 +474,7 @@ mod tests {
                     pool_class: Some("fast".to_owned()),
                 },
                 front_end: FrontEndChoice::FuseLoop,
+                encryption: EncryptionKind::AesXts,
             },
         }
     }

@@ -50,6 +50,13 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
         .message("generation and attachment never go back"),
     validation = Rule::new("(self.deleting || !oldSelf.deleting) && (self.retired || !oldSelf.retired)")
         .message("a deletion is never taken back"),
+    validation = Rule::new("has(self.encryption) == has(oldSelf.encryption)")
+        .message("a volume is encrypted from its first day, or never"),
+    validation = Rule::new(
+        "!has(oldSelf.encryption) || !has(self.encryption) || (self.encryption.salt == oldSelf.encryption.salt && \
+         (!has(oldSelf.encryption.keyCheck) || self.encryption == oldSelf.encryption))"
+    )
+    .message("salt and key check are never changed"),
     validation = Rule::new("oldSelf.pending || !self.pending").message("what exists is not unmade"),
     validation = Rule::new("self.inSync.all(r, r in self.replicas)").message("inSync names replicas only"),
     validation = Rule::new("self.replicas.all(r, r.matches('^[0-9a-f]{32}$'))").message("replicas are keyed by their ids")
@@ -113,6 +120,9 @@ pub(crate) struct VolumeRecordSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promoted: Option<PromotionSpec>,
     pub formatted: FormattedSpec,
+    /// Of an encrypted volume: what makes its key from a secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<EncryptionSpec>,
     pub deleting: bool,
     pub params: ParamsSpec,
 }
@@ -223,6 +233,27 @@ pub(crate) struct ParamsSpec {
     pub placement: PlacementSpec,
     #[serde(default)]
     pub front_end: FrontEndSpec,
+    #[serde(default)]
+    pub encryption: EncryptionKindSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum EncryptionKindSpec {
+    #[default]
+    None,
+    AesXts,
+}
+
+/// Of an encrypted volume; nothing in it is secret.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct EncryptionSpec {
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub salt: String,
+    /// By it the volume's key is known; set by the first stage, for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub key_check: Option<String>,
 }
 
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -162,6 +162,7 @@ fn mk_record(generation: u64) -> VolumeRecord {
         restored: false,
         promoted: None,
         formatted: Formatted::Never,
+        encryption: None,
         deleting: false,
         params: VolumeParams::new(1, "ext4"),
     }

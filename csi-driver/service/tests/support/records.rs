@@ -41,6 +41,7 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         restored: false,
         promoted: None,
         formatted: Formatted::Never,
+        encryption: None,
         deleting: false,
     }
 }
