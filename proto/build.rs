@@ -9,6 +9,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo:rerun-if-changed={file}");
     }
     let descriptors = protox::compile(FILES, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // It carries a key: src/lib.rs shows it without.
+    tonic_prost_build::configure()
+        .skip_debug([".holdfast.storage.v1.AttachRequest"])
+        .compile_fds(descriptors)?;
     Ok(())
 }

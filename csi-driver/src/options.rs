@@ -217,6 +217,9 @@ pub struct DataOptions {
     /// Only for an empty pool that is thrown away afterwards.
     #[arg(long, hide = true)]
     pub measure_without_checksums: bool,
+    /// Class of the pool, such as "nvme": a StorageClass's poolClass has a volume's replicas on pools of that class only.
+    #[arg(long, value_parser = parse_pool_class)]
+    pub pool_class: Option<String>,
     /// How attached volumes become block devices.
     #[arg(long, value_enum, default_value = "fuse-loop")]
     pub front_end: FrontEnd,
@@ -252,10 +255,18 @@ fn parse_difference(text: &str) -> Result<u32, String> {
 }
 
 fn parse_zone(text: &str) -> Result<String, String> {
+    parse_label("zone", text)
+}
+
+fn parse_pool_class(text: &str) -> Result<String, String> {
+    parse_label("pool class", text)
+}
+
+fn parse_label(what: &str, text: &str) -> Result<String, String> {
     if is_topology_value(text) {
         return Ok(text.to_owned());
     }
-    Err(format!("\"{text}\" is no zone: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
+    Err(format!("\"{text}\" is no {what}: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
 }
 
 fn parse_quantity(text: &str) -> Result<u64, String> {

@@ -82,6 +82,7 @@ async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> 
     let config = DataConfig {
         node: node_name(&options.node)?,
         zone: options.place.zone,
+        pool_class: options.pool_class,
         volumes_max: options.place.volumes_max,
         control_advertise: advertise(options.control_listen, "--control-listen")?,
         nbd_advertise: advertise(options.nbd_listen, "--nbd-listen")?,

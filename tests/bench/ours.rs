@@ -198,7 +198,7 @@ impl Ours {
         let context = named("ControllerPublishVolume", published)?.publish_context;
         let attachment = context.get("attachment").context("the publish context names no attachment")?;
         let attachment = attachment.parse().context("the attachment is no number")?;
-        let request = AttachRequest { volume_id: volume_id.to_owned(), attachment };
+        let request = AttachRequest { volume_id: volume_id.to_owned(), attachment, key: Vec::new() };
         let attached = self.data[node].data(|mut client| async move { client.attach(request).await });
         let log = || format!("the end of the data process's log:\n{}", self.programs[node].log_tail());
         Ok(named("Attach", attached).with_context(log)?.device)

@@ -4,8 +4,10 @@
 //! an earlier step runs it.
 
 mod bad_input;
+mod csi_volume;
 mod database;
 mod demo;
+mod encryption;
 mod faults;
 mod file_systems;
 mod fio_verify;
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
     trials.extend(power_cut::trials());
     trials.extend(file_systems::trials());
     trials.extend(snapshots::trials());
+    trials.extend(encryption::trials());
     trials.extend(modify::trials());
     trials.extend(leaving::trials());
     trials.extend(demo::trials());

@@ -26,6 +26,9 @@ const BYTES_LIMIT: u64 = 4 * MIB;
 /// How long the writer works between two changes.
 const WORK: Duration = Duration::from_millis(800);
 const REBUILD_TIMEOUT: Duration = Duration::from_secs(60);
+const RESYNC_RATE: u64 = 2 * MIB;
+/// How long copies are counted.
+const COPIED: Duration = Duration::from_secs(5);
 
 /// Trials of this file, each on a cluster of its own.
 pub fn trials() -> Vec<Trial> {
@@ -33,6 +36,9 @@ pub fn trials() -> Vec<Trial> {
         trial("limits_hold_on_a_volume_in_use_and_are_lifted", || on_a_cluster(limits)),
         trial("replicas_go_and_come_under_a_writer_and_nothing_acknowledged_is_lost", || {
             on_a_cluster(replicas)
+        }),
+        trial("a_new_replica_is_copied_to_at_the_volume_s_rate_until_it_is_lifted", || {
+            on_a_cluster(resync_rate)
         }),
     ]
 }
@@ -149,5 +155,30 @@ fn replicas(cluster: &Cluster) -> Result<()> {
     read_on_each(cluster, &mut volume, &mut ledger, &all)?;
     println!("{before} requests until two replicas were read, {} until three were", ledger.requests);
     ensure!(before > 0 && ledger.requests > before, "the writer did nothing: no test");
+    volume.delete(cluster)
+}
+
+fn resync_rate(cluster: &Cluster) -> Result<()> {
+    let mut volume = RawVolume::create(cluster, "resync", VOLUME_BYTES)?;
+    let device = volume.attach(cluster, "node-b")?;
+    std::fs::write(&device, vec![7; VOLUME_BYTES as usize])?;
+    File::options().write(true).open(&device)?.sync_all()?;
+    volume.modify(cluster, &[("replicas", "2")])?;
+    volume.modify(cluster, &[("replicas", "3"), ("resyncRate", &RESYNC_RATE.to_string())])?;
+    let begun = Instant::now();
+    std::thread::sleep(COPIED);
+    let replicas = volume.status(cluster)?.replicas;
+    let seconds = begun.elapsed().as_secs_f64();
+    let copied = replicas.iter().map(|replica| replica.resync_bytes_copied).max().unwrap_or(0) as f64;
+    let most = RESYNC_RATE as f64 * seconds;
+    println!("{copied} bytes copied in {seconds:.1} s, {most:.0} may be");
+    // What is copied at once is a region.
+    ensure!(copied <= most * 1.15 + MIB as f64, "{copied} bytes copied in {seconds:.1} s");
+    ensure!(copied >= most / 4.0, "only {copied} bytes copied in {seconds:.1} s");
+    volume.modify(cluster, &[("resyncRate", "0")])?;
+    let lifted = Instant::now();
+    volume.wait_in_sync(cluster, 3, REBUILD_TIMEOUT)?;
+    let left = Duration::from_secs_f64((VOLUME_BYTES as f64 - copied) / RESYNC_RATE as f64);
+    ensure!(lifted.elapsed() < left / 2, "the rest took {:?} after the rate was lifted", lifted.elapsed());
     volume.delete(cluster)
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use holdfast_service::{KubernetesDirectory, KubernetesStore};
-use holdfast_storage_core::ids::{Attachment, Lineage, NodeName};
+use holdfast_storage_core::encryption::Encryption;
+use holdfast_storage_core::ids::{Attachment, KeyCheck, Lineage, NodeName, Salt};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeState, NodeStates};
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::record_store::{RecordStore, StoreError};
@@ -21,6 +22,9 @@ use crate::trial;
 
 /// From a policy's installation until the server heeds it.
 const HEEDED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Of a volume that is bound to a key.
+const BOUND: Option<Encryption> = Some(Encryption { salt: Salt(1), key_check: Some(KeyCheck(2)) });
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -50,7 +54,8 @@ fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {
         ensure!(operator.node_states().await? == [(node.clone(), NodeState::Draining)].into());
         operator.set_node_state(node, NodeState::Active).await?;
         let own = KubernetesStore::new(data);
-        let record = mk_record(1, "guarded", &["node-a", "node-b"]);
+        let mut record = mk_record(1, "guarded", &["node-a", "node-b"]);
+        record.encryption = Some(Encryption { salt: Salt(1), key_check: None });
         let mut version = admin.create(record.clone()).await?;
         for (what, changed) in forbidden(&record) {
             let reason = refused(what, own.swap(version, changed).await)?;
@@ -65,7 +70,11 @@ fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {
         version = own.swap(version, next.clone()).await?;
         let formatting = VolumeRecord { formatted: Formatted::Formatting, ..next.clone() };
         version = node_service.swap(version, formatting.clone()).await?;
-        let larger = VolumeRecord { size_bytes: next.size_bytes * 2, ..formatting };
+        let published = VolumeRecord { attached_to: Some(NodeName("node-a".to_owned())), ..formatting };
+        version = admin.swap(version, published.clone()).await?;
+        let bound = VolumeRecord { encryption: BOUND, ..published };
+        version = node_service.swap(version, bound.clone()).await?;
+        let larger = VolumeRecord { size_bytes: next.size_bytes * 2, ..bound };
         version = own.swap(version, larger.clone()).await?;
         let buried = VolumeRecord { deleting: true, ..larger.clone() };
         refused("a tombstone by a node", own.swap(version, buried.clone()).await)?;
@@ -111,6 +120,7 @@ fn forbidden(record: &VolumeRecord) -> Vec<(&'static str, VolumeRecord)> {
         ("a tombstone", with(|r| r.deleting = true)),
         ("another lineage", with(|r| r.lineage = Lineage(r.lineage.0 + 1))),
         ("retirement", with(|r| r.retired = true)),
+        ("a key, by a node that the volume is not published to", with(|r| r.encryption = BOUND)),
         ("other parameters", VolumeRecord { params, ..record.clone() }),
         ("a smaller volume", with(|r| r.size_bytes /= 2)),
     ]

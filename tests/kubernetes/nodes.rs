@@ -28,6 +28,7 @@ pub fn mk_node(name: &str) -> NodeInfo {
         capacity_bytes: 10 << 30,
         available_bytes: 5 << 30,
         zone: Some("zone-1".to_owned()),
+        pool_class: Some("fast".to_owned()),
         volumes_max: Some(9),
     }
 }

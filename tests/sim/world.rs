@@ -216,12 +216,8 @@ fn mk_record(rng: &mut StdRng) -> VolumeRecord {
         size_bytes: VOLUME_BYTES,
         epoch_nonce: rng.random(),
         replicas: (0..REPLICAS).map(|node| (replica_id(node), node_name(node))).collect(),
-        params: VolumeParams {
-            replicas: 3,
-            fs_type: String::new(),
-            min_in_sync: 1,
-            limits: holdfast_storage_core::io_limits::IoLimits::default(),
-        },
+        params: VolumeParams::new(3, ""),
+        encryption: None,
         source: None,
     })
 }

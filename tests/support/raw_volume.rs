@@ -52,7 +52,7 @@ impl RawVolume {
         }
         let attachment = self.publish(cluster, node)?;
         self.home = Some(node.to_owned());
-        let request = AttachRequest { volume_id: self.id.clone(), attachment };
+        let request = AttachRequest { volume_id: self.id.clone(), attachment, key: Vec::new() };
         let socket = &cluster.node(node).data_socket;
         let until = Instant::now() + RETRY_TIMEOUT;
         loop {

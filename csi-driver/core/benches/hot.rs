@@ -6,8 +6,9 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::BlockSet;
+use holdfast_storage_core::encryption::VolumeKey;
 use holdfast_storage_core::ids::{
-    BLOCKS_PER_REGION, Epoch, Generation, Lineage, ReplicaId, SessionToken, TargetId, VolumeId,
+    BLOCKS_PER_REGION, Block, Epoch, Generation, Lineage, ReplicaId, Salt, SessionToken, TargetId, VolumeId,
 };
 use holdfast_storage_core::replica::{
     DataOp, OpenRequest, Replica, ReplicaAction, ReplicaCall, ReplicaEvent, ReplicaMeta, ReplicaStart,
@@ -98,6 +99,24 @@ fn mk_open_replica() -> (Replica, SessionToken) {
     (replica, token)
 }
 
+/// What encryption costs a request, and a stage.
+fn encryption(criterion: &mut Criterion) {
+    let key = VolumeKey::from_bytes(&[7; 64]).expect("a key has 64 bytes");
+    let cipher = key.cipher();
+    for (name, blocks) in [("4k", 1), ("1m", 256)] {
+        let mut buffer = vec![5_u8; blocks * 4096];
+        criterion.bench_function(&format!("encrypt_{name}"), |bencher| {
+            bencher.iter(|| cipher.encrypt(Block(9), black_box(&mut buffer)).is_ok());
+        });
+        criterion.bench_function(&format!("decrypt_{name}"), |bencher| {
+            bencher.iter(|| cipher.decrypt(Block(9), black_box(&mut buffer)));
+        });
+    }
+    criterion.bench_function("derive_key", |bencher| {
+        bencher.iter(|| VolumeKey::derive(black_box(b"a passphrase"), Salt(1)).is_ok());
+    });
+}
+
 /// Lets every disk operation succeed; counts the answers.
 fn drive(replica: &mut Replica) -> u32 {
     let mut answers = 0;
@@ -113,5 +132,5 @@ fn drive(replica: &mut Replica) -> u32 {
     answers
 }
 
-criterion_group!(hot_parts, range_lock, dirty_map, replica_write);
+criterion_group!(hot_parts, range_lock, dirty_map, replica_write, encryption);
 criterion_main!(hot_parts);

@@ -87,6 +87,14 @@ random_id!(
     GroupId
 );
 random_id!(
+    /// Makes one volume's key from its secret; drawn when the volume is made.
+    Salt
+);
+random_id!(
+    /// Tells whether a key is an encrypted volume's; made of the key.
+    KeyCheck
+);
+random_id!(
     /// All connections of one target start to one replica; the NBD export name carries it.
     SessionToken
 );

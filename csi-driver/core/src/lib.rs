@@ -17,10 +17,14 @@
 //!
 //! [`group::Group`] is a third one, beside them: it cuts snapshots of several volumes at one instant (R29).
 //!
+//! [`encryption`] makes an encrypted volume's key and cipher.
+//!
 //! [`transitions`] holds every change of a volume's record as a pure function, [`placement`] the choice of nodes.
 
+pub mod background;
 pub mod block_range;
 pub mod dirty_map;
+pub mod encryption;
 pub mod group;
 #[doc(hidden)]
 pub mod guards;

@@ -36,6 +36,8 @@ pub struct NodeInfo {
     pub available_bytes: u64,
     /// The zone it stands in; a part of a cluster that may fail as one.
     pub zone: Option<String>,
+    /// The class of its pool; StorageClasses can demand one.
+    pub pool_class: Option<String>,
     /// Most volumes that may be attached to it at the same time.
     pub volumes_max: Option<u32>,
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::ids::{NodeName, VolumeId};
+use crate::placement::PlacementRules;
 
 /// A whole, in thousandths.
 const WHOLE: u128 = 1000;
@@ -18,6 +19,8 @@ pub struct NodeFill {
     pub promised_bytes: u64,
     /// The zone it stands in.
     pub zone: Option<String>,
+    /// The class of its pool.
+    pub pool_class: Option<String>,
 }
 
 impl NodeFill {
@@ -44,6 +47,8 @@ pub struct Placed {
     pub nodes: BTreeSet<NodeName>,
     /// Where it is attached: that node's replica stays.
     pub attached_to: Option<NodeName>,
+    /// What its StorageClass demands.
+    pub rules: PlacementRules,
 }
 
 /// A replica to be moved.
@@ -75,6 +80,7 @@ pub fn rebalance(nodes: &[NodeFill], volumes: &[Placed], above: u64) -> Option<M
         moved.remove(&full.name)
             && moved.insert(empty.name.clone())
             && placed.attached_to.as_ref() != Some(&full.name)
+            && placed.rules.admits(empty.pool_class.as_deref())
             && after <= empty.promisable_bytes
             && empty.filled_with(after) < full.filled()
             && zones(&moved) >= zones(&placed.nodes)
@@ -95,12 +101,24 @@ mod tests {
 
     fn mk_node(name: u32, promisable_bytes: u64, zone: Option<u32>) -> NodeFill {
         let zone = zone.map(|zone| format!("z{zone}"));
-        NodeFill { name: NodeName(format!("n{name}")), promisable_bytes, promised_bytes: 0, zone }
+        NodeFill {
+            name: NodeName(format!("n{name}")),
+            promisable_bytes,
+            promised_bytes: 0,
+            zone,
+            pool_class: None,
+        }
     }
 
     fn mk_placed(volume: u128, size_bytes: u64, nodes: &[u32]) -> Placed {
         let nodes = nodes.iter().map(|node| NodeName(format!("n{node}"))).collect();
-        Placed { volume: VolumeId(volume), size_bytes, nodes, attached_to: None }
+        Placed {
+            volume: VolumeId(volume),
+            size_bytes,
+            nodes,
+            attached_to: None,
+            rules: PlacementRules::default(),
+        }
     }
 
     fn fill(nodes: &mut [NodeFill], volumes: &[Placed]) {
@@ -123,6 +141,8 @@ mod tests {
         assert_eq!(told(&volumes, 700), None, "not by more than that");
         volumes[0].attached_to = Some(NodeName("n1".to_owned()));
         assert_eq!(told(&volumes, 100), moves(2));
+        volumes[1].rules.pool_class = Some("fast".to_owned());
+        assert_eq!(told(&volumes, 100), moves(3));
     }
 
     #[test]

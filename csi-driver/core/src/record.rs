@@ -7,15 +7,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::background::Background;
+use crate::encryption::{Encryption, EncryptionKind};
 use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
 use crate::io_limits::IoLimits;
+use crate::placement::PlacementRules;
 
 /// Version of the record's own shape; a reader refuses a later one, as it would drop what it does not know at its next
 /// swap. Version 2 adds the snapshots, version 3 `restored` and `promoted`, version 4 `requested`, `retired` and `source`, version
-/// 5 the limits of I/O; records of earlier versions have none and are read as they are.
-pub const RECORD_FORMAT: u32 = 5;
+/// 5 the limits of I/O, version 6 the pace of background work, the rules of
+/// placement, the front end and encryption; records of earlier versions have none and are read as they
+/// are.
+pub const RECORD_FORMAT: u32 = 6;
 /// Most snapshots of a volume, cut or being cut; a further one is refused. Below the layers that a replica can have.
 pub const SNAPSHOTS_MAX: usize = 100;
 /// Most snapshots that are asked for, cut or not.
@@ -74,6 +79,9 @@ pub struct VolumeRecord {
     pub promoted: Option<Promotion>,
     /// How far formatting went (R36).
     pub formatted: Formatted,
+    /// Of an encrypted volume: what makes its key, and tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
     /// Tombstone: set once deletion began, until every replica confirmed (R34).
     pub deleting: bool,
     /// Parameters that later calls must agree with.
@@ -233,4 +241,65 @@ pub struct VolumeParams {
     /// What its clients may do per second.
     #[serde(default, skip_serializing_if = "IoLimits::is_none")]
     pub limits: IoLimits,
+    /// How fast its background work goes.
+    #[serde(default, skip_serializing_if = "Background::is_default")]
+    pub background: Background,
+    /// Where its replicas may be.
+    #[serde(default, skip_serializing_if = "PlacementRules::is_default")]
+    pub placement: PlacementRules,
+    /// How its target becomes a block device.
+    #[serde(default, skip_serializing_if = "FrontEndChoice::is_auto")]
+    pub front_end: FrontEndChoice,
+    /// Whether its data is encrypted.
+    #[serde(default, skip_serializing_if = "EncryptionKind::is_none")]
+    pub encryption: EncryptionKind,
+}
+
+/// The front end that a StorageClass asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrontEndChoice {
+    /// The one that the node's data process has.
+    #[default]
+    Auto,
+    /// A FUSE file with a loop device over it; a node without it refuses to attach.
+    FuseLoop,
+}
+
+impl FrontEndChoice {
+    /// Whether any will do.
+    #[must_use]
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+impl VolumeParams {
+    /// So many replicas with that file system (empty for raw block), and of everything else what holds where nothing is said.
+    #[must_use]
+    pub fn new(replicas: u32, fs_type: &str) -> Self {
+        Self {
+            replicas,
+            fs_type: fs_type.to_owned(),
+            min_in_sync: 1,
+            limits: IoLimits::default(),
+            background: Background::default(),
+            placement: PlacementRules::default(),
+            front_end: FrontEndChoice::Auto,
+            encryption: EncryptionKind::None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_of_earlier_formats_are_read_and_what_was_not_said_is_not_written() {
+        let earlier = r#"{"replicas":3,"fs_type":"ext4","min_in_sync":1}"#;
+        let params: VolumeParams = serde_json::from_str(earlier).unwrap();
+        assert_eq!(params, VolumeParams::new(3, "ext4"));
+        assert_eq!(serde_json::to_string(&params).unwrap(), earlier);
+    }
 }

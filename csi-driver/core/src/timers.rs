@@ -112,7 +112,8 @@ pub const CATCH_UP_TURN_MS: u64 = 60_000;
 /// Ranges that are checked or repaired in the background at a time. A further one whose read failed on one member waits for
 /// the scrub, or for its next reader.
 pub const CHECKS_MAX: usize = 16;
-/// A pass of the scrub begins so long after the one before, or after the target's start.
+/// A pass of the scrub begins so long after the beginning of the one before, or after the target's start, where the volume's
+/// parameters say nothing else.
 pub const SCRUB_EVERY_MS: u64 = 7 * 24 * 3_600 * 1_000;
 /// Pause after each region that was scrubbed: at most 8 MiB/s of each replica's disk, 1 TiB in 36 hours.
 pub const SCRUB_REGION_EVERY_MS: u64 = 125;

@@ -2,6 +2,7 @@
 //!
 //! The caller swaps the result in under the version it read; on a conflict it reads again and decides anew (R7).
 
+use crate::encryption::Encryption;
 use crate::ids::{
     Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, SnapshotId, TargetId, VolumeId,
 };
@@ -11,11 +12,13 @@ use crate::record::{
 };
 
 mod history;
+mod keys;
 mod replicas;
 mod requests;
 mod snapshots;
 
 pub use history::*;
+pub use keys::*;
 pub use replicas::*;
 pub use requests::*;
 pub use snapshots::*;
@@ -121,6 +124,12 @@ pub enum TransitionError {
         /// State asked for.
         to: Formatted,
     },
+    /// The volume is not encrypted, so that no key is its key.
+    #[error("volume {0} is not encrypted")]
+    NotEncrypted(VolumeId),
+    /// Its data, if there is any, was written with another key.
+    #[error("the secret is not that of volume {0}, which was first staged with another one")]
+    OtherKey(VolumeId),
     /// The snapshot is not there, or not in the needed state.
     #[error("snapshot {snapshot} of volume {volume} is not {expected}")]
     SnapshotState {
@@ -205,6 +214,8 @@ pub struct NewVolume {
     pub replicas: Vec<(ReplicaId, NodeName)>,
     /// Parameters.
     pub params: VolumeParams,
+    /// What makes the key, where it is to be encrypted.
+    pub encryption: Option<Encryption>,
     /// The snapshot that the replicas begin as, with its format state; none: they begin without data.
     pub source: Option<(CloneSource, Formatted)>,
 }
@@ -239,6 +250,7 @@ pub fn create(volume: NewVolume) -> VolumeRecord {
         restored: false,
         promoted: None,
         formatted,
+        encryption: volume.encryption,
         deleting: false,
         params: volume.params,
     }
@@ -463,12 +475,8 @@ pub(crate) mod tests {
             size_bytes: 1 << 20,
             epoch_nonce: 5,
             replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
-            params: VolumeParams {
-                replicas: 3,
-                fs_type: "ext4".to_owned(),
-                min_in_sync: 1,
-                limits: crate::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(3, "ext4"),
+            encryption: None,
             source: None,
         })
     }

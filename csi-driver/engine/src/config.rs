@@ -27,6 +27,8 @@ pub struct DataConfig {
     pub node: NodeName,
     /// The zone that the node announces.
     pub zone: Option<String>,
+    /// The class of the pool, as announced: StorageClasses can demand one.
+    pub pool_class: Option<String>,
     /// Most volumes that may be attached here, as announced; the controller sees to it.
     pub volumes_max: Option<u32>,
     /// Folder of this node's replicas.

@@ -22,6 +22,7 @@ use holdfast_proto::storage::pool_server::PoolServer;
 use holdfast_proto::storage::replica_server::ReplicaServer;
 use holdfast_proto::storage::volume_jobs_server::VolumeJobsServer;
 use holdfast_service::serve;
+use holdfast_storage_core::encryption::VolumeKey;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record_store::RecordStore;
@@ -142,6 +143,7 @@ impl DataProcess {
             capacity_bytes: config.pool_capacity_bytes,
             available_bytes: 0,
             zone: config.zone.clone(),
+            pool_class: config.pool_class.clone(),
             volumes_max: config.volumes_max,
         };
         let node = Arc::new(NodeContext {
@@ -164,8 +166,22 @@ impl DataProcess {
     /// # Errors
     /// See [`AttachError`].
     pub async fn attach(&self, volume: VolumeId, attachment: Attachment) -> Result<(), AttachError> {
+        self.attach_with(volume, attachment, None).await
+    }
+
+    /// [`DataProcess::attach`] of an encrypted volume, with its key.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub async fn attach_with(
+        &self,
+        volume: VolumeId,
+        attachment: Attachment,
+        key: Option<VolumeKey>,
+    ) -> Result<(), AttachError> {
         let volumes = Arc::clone(&self.volumes);
-        let attach = self.control.handle().spawn(async move { volumes.attach(volume, attachment).await });
+        let attach =
+            self.control.handle().spawn(async move { volumes.attach(volume, attachment, key).await });
         let stopping =
             |_| AttachError::FrontEnd { volume, reason: "the data process is stopping".to_owned() };
         attach.await.map_err(stopping)?.map(|_| ())

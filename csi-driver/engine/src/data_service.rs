@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::data_server::Data;
+use holdfast_storage_core::encryption::{KEY_BYTES, VolumeKey};
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use holdfast_storage_core::record_store::StoreError;
 use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
 
 use crate::target::table::Volumes;
 use crate::target::volume::{AttachError, Volume};
@@ -29,12 +31,19 @@ impl DataService {
 #[tonic::async_trait]
 impl Data for DataService {
     async fn attach(&self, request: Request<pb::AttachRequest>) -> Result<Response<pb::AttachReply>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let key = Zeroizing::new(std::mem::take(&mut request.key));
         let volume_id = wire::id(&request.volume_id)?;
+        let key = match key.len() {
+            0 => None,
+            _ => Some(VolumeKey::from_bytes(&key).ok_or_else(|| {
+                Status::invalid_argument(format!("key has {} bytes, not {KEY_BYTES}", key.len()))
+            })?),
+        };
         let volumes = Arc::clone(&self.volumes);
         // A task of its own: a caller that gives up must not stop an attach half way.
         let attach =
-            tokio::spawn(async move { volumes.attach(volume_id, Attachment(request.attachment)).await });
+            tokio::spawn(async move { volumes.attach(volume_id, Attachment(request.attachment), key).await });
         let volume = joined(attach.await)?.map_err(|error| attach_status(&error))?;
         let device = volume.path().map(|path| path.display().to_string()).unwrap_or_default();
         Ok(Response::new(pb::AttachReply { device, generation: volume.status().generation.0 }))
@@ -110,6 +119,8 @@ pub(crate) fn attach_status(error: &AttachError) -> Status {
     match error {
         AttachError::NotPublished { .. }
         | AttachError::OtherAttachment { .. }
+        | AttachError::NoSuchFrontEnd { .. }
+        | AttachError::Key { .. }
         | AttachError::Ended { .. } => Status::failed_precondition(text),
         AttachError::Timeout { .. } => Status::deadline_exceeded(text),
         AttachError::Store(StoreError::NotFound(_)) => Status::not_found(text),

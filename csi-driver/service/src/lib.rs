@@ -11,6 +11,7 @@
 //! The node service refuses to format anything whose record does not say that no file system was ever made (R36).
 
 pub mod controller;
+mod fixed_params;
 pub mod identity;
 mod in_flight;
 pub mod kubernetes;

@@ -7,18 +7,21 @@ use std::collections::HashMap;
 use holdfast_storage_core::record::VolumeParams;
 use tonic::Status;
 
+use crate::fixed_params::{self, shown};
 use crate::volume_request::REPLICAS_MAX;
 
 /// Fewer operations per second would look like a device that hangs.
 pub const IOPS_MIN: u64 = 10;
 /// Fewer bytes per second would keep one large request for longer than anybody waits.
 pub const BYTES_PER_S_MIN: u64 = 1 << 20;
+/// A pass of the scrub takes longer than a minute on all but the smallest volumes.
+pub const SCRUB_INTERVAL_S_MIN: u64 = 60;
+/// What rots for longer than a year is as good as never scrubbed.
+pub const SCRUB_INTERVAL_S_MAX: u64 = 366 * 24 * 3_600;
 /// More than any device gives.
 const LIMIT_MAX: u64 = 1 << 50;
 /// What may be changed, for a sentence.
-const KNOWN: &str = "replicas, minInSync, iopsLimit and bandwidthLimit";
-/// What is known and cannot be changed.
-const FIXED: [&str; 2] = ["fsType", "csi.storage.k8s.io/fstype"];
+pub(crate) const KNOWN: &str = "replicas, minInSync, iopsLimit, bandwidthLimit, scrubInterval, resyncRate";
 
 /// What is asked for; what is not named stays as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -31,6 +34,10 @@ pub struct Changes {
     pub iops: Option<u64>,
     /// Bytes per second; 0: no limit.
     pub bytes_per_s: Option<u64>,
+    /// Seconds between the beginnings of two passes of the scrub; 0: never.
+    pub scrub_interval_s: Option<u64>,
+    /// Bytes per second that are copied to returning replicas; 0: as fast as clients are not disturbed.
+    pub resync_bytes_per_s: Option<u64>,
 }
 
 impl Changes {
@@ -47,7 +54,11 @@ impl Changes {
         for (key, value) in sorted {
             if !changes.take(field, key, value)? {
                 let shown: String = key.chars().take(64).collect();
-                let what = if FIXED.contains(&key.as_str()) { "cannot be changed" } else { "is unknown" };
+                let what = if fixed_params::KEYS.contains(&key.as_str()) {
+                    "cannot be changed"
+                } else {
+                    "is unknown"
+                };
                 return Err(Status::invalid_argument(format!(
                     "{field}: key \"{shown}\" {what}; what can be changed is {KNOWN}"
                 )));
@@ -66,6 +77,8 @@ impl Changes {
             "minInSync" => self.min_in_sync = Some(parse_count(field, key, value)?),
             "iopsLimit" => self.iops = Some(parse_limit(field, key, value, IOPS_MIN)?),
             "bandwidthLimit" => self.bytes_per_s = Some(parse_limit(field, key, value, BYTES_PER_S_MIN)?),
+            "scrubInterval" => self.scrub_interval_s = Some(parse_interval(field, key, value)?),
+            "resyncRate" => self.resync_bytes_per_s = Some(parse_limit(field, key, value, BYTES_PER_S_MIN)?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -81,6 +94,9 @@ impl Changes {
         changed.min_in_sync = self.min_in_sync.unwrap_or(params.min_in_sync);
         changed.limits.iops = self.iops.unwrap_or(params.limits.iops);
         changed.limits.bytes_per_s = self.bytes_per_s.unwrap_or(params.limits.bytes_per_s);
+        changed.background.scrub_interval_s = self.scrub_interval_s.or(params.background.scrub_interval_s);
+        changed.background.resync_bytes_per_s =
+            self.resync_bytes_per_s.unwrap_or(params.background.resync_bytes_per_s);
         if changed.min_in_sync > changed.replicas {
             return Err(Status::invalid_argument(format!(
                 "{field}[minInSync] is {}, more than the {} replicas: such a volume could never be written",
@@ -111,8 +127,40 @@ fn parse_limit(field: &str, key: &str, value: &str, least: u64) -> Result<u64, S
     }
 }
 
-fn shown(value: &str) -> String {
-    value.chars().take(32).collect()
+fn parse_interval(field: &str, key: &str, value: &str) -> Result<u64, Status> {
+    match parse_seconds(value) {
+        Some(0) => Ok(0),
+        Some(seconds) if (SCRUB_INTERVAL_S_MIN..=SCRUB_INTERVAL_S_MAX).contains(&seconds) => Ok(seconds),
+        _ => Err(Status::invalid_argument(format!(
+            "{field}[{key}] is \"{}\"; it must be 0 or \"off\", for never, or a duration from 1m to 366d such as 12h or 7d",
+            shown(value)
+        ))),
+    }
+}
+
+/// Whole numbers with units, from days to seconds: `7d`, `1d12h`, `90m`. `0` and `off` are none.
+fn parse_seconds(text: &str) -> Option<u64> {
+    if matches!(text, "0" | "off") {
+        return Some(0);
+    }
+    let (mut rest, mut seconds, mut unit_before) = (text, 0_u64, u64::MAX);
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit())?;
+        let number: u64 = rest[..end].parse().ok()?;
+        let unit = match rest.as_bytes()[end] {
+            b'd' => 24 * 3_600,
+            b'h' => 3_600,
+            b'm' => 60,
+            b's' => 1,
+            _ => return None,
+        };
+        if unit >= unit_before {
+            return None;
+        }
+        seconds = number.checked_mul(unit)?.checked_add(seconds)?;
+        (rest, unit_before) = (&rest[end + 1..], unit);
+    }
+    (unit_before < u64::MAX).then_some(seconds)
 }
 
 /// A quantity as Kubernetes writes it (its API conventions, "Quantities"), rounded up to a whole number: digits, perhaps a
@@ -152,7 +200,7 @@ mod tests {
 
     fn mk_params() -> VolumeParams {
         let limits = IoLimits { iops: 0, bytes_per_s: 1 << 30 };
-        VolumeParams { replicas: 3, fs_type: "ext4".to_owned(), min_in_sync: 2, limits }
+        VolumeParams { min_in_sync: 2, limits, ..VolumeParams::new(3, "ext4") }
     }
 
     fn mk_map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
@@ -186,6 +234,44 @@ mod tests {
     }
 
     #[test]
+    fn durations_are_whole_numbers_with_units_from_the_longest_to_the_shortest() {
+        for (text, value) in [
+            ("0", Some(0)),
+            ("off", Some(0)),
+            ("90s", Some(90)),
+            ("12h", Some(43_200)),
+            ("7d", Some(604_800)),
+            ("1d12h30m", Some(131_400)),
+            ("", None),
+            ("7", None),
+            ("d", None),
+            ("1h1h", None),
+            ("1m1h", None),
+            ("1.5h", None),
+            ("-1h", None),
+            ("1 h", None),
+            ("1w", None),
+            ("1ü", None),
+            ("99999999999999999999s", None),
+            ("999999999999999999d", None),
+        ] {
+            assert_eq!(parse_seconds(text), value, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_pace_of_background_work_is_set_and_what_is_not_named_of_it_stays() {
+        let asked = mk_map(&[("scrubInterval", "12h"), ("resyncRate", "20Mi")]);
+        let params = Changes::parse(&asked).unwrap().apply("mutable_parameters", &mk_params()).unwrap();
+        assert_eq!(params.background.scrub_every_ms(), Some(12 * 3_600_000));
+        assert_eq!(params.background.resync_bytes_per_s, 20 << 20);
+        let asked = mk_map(&[("scrubInterval", "off")]);
+        let params = Changes::parse(&asked).unwrap().apply("mutable_parameters", &params).unwrap();
+        assert_eq!(params.background.scrub_every_ms(), None);
+        assert_eq!(params.background.resync_bytes_per_s, 20 << 20);
+    }
+
+    #[test]
     fn what_is_not_named_stays_and_zero_lifts_a_limit() {
         let asked = mk_map(&[("iopsLimit", "2k"), ("bandwidthLimit", "0"), ("replicas", "2")]);
         let changed = Changes::parse(&asked).unwrap().apply("mutable_parameters", &mk_params()).unwrap();
@@ -199,6 +285,7 @@ mod tests {
     fn what_cannot_be_changed_or_is_unknown_or_out_of_bounds_is_named() {
         for (key, value, named) in [
             ("fsType", "xfs", "\"fsType\" cannot be changed"),
+            ("zones", "required", "\"zones\" cannot be changed"),
             ("zone", "a", "\"zone\" is unknown"),
             ("", "a", "\"\" is unknown"),
             ("iopsLimit", "9", "iopsLimit"),
@@ -207,6 +294,11 @@ mod tests {
             ("bandwidthLimit", "2000Ti", "bandwidthLimit"),
             ("replicas", "9", "replicas"),
             ("minInSync", "0", "minInSync"),
+            ("scrubInterval", "59s", "scrubInterval"),
+            ("scrubInterval", "367d", "scrubInterval"),
+            ("scrubInterval", "weekly", "scrubInterval"),
+            ("resyncRate", "1k", "resyncRate"),
+            ("resyncRate", "fast", "resyncRate"),
         ] {
             let status = Changes::parse(&mk_map(&[(key, value)])).unwrap_err();
             assert_eq!(status.code(), Code::InvalidArgument);

@@ -96,6 +96,8 @@ impl Caller {
             && old.retired == new.retired
             && old.source == new.source
             && old.params == new.params
+            // The node that a volume is published to binds it to the key of its first stage.
+            && (old.encryption == new.encryption || old.attached_to.iter().any(concerned))
             // Its target makes a volume larger, nobody smaller (R31).
             && old.size_bytes <= new.size_bytes;
         if involved && kept {
@@ -183,9 +185,13 @@ impl Registry for RegistryServer {
             let sentence = format!("node.name must have 1 to {NODE_NAME_BYTES_MAX} bytes");
             return Err(decided(Status::invalid_argument(sentence)));
         }
-        if !node.zone.is_empty() && !is_topology_value(&node.zone) {
-            let sentence = "node.zone must be empty or a label's value: letters, digits, \"-\", \"_\" and \".\", at most 63";
-            return Err(decided(Status::invalid_argument(sentence)));
+        for (field, value) in [("zone", &node.zone), ("pool_class", &node.pool_class)] {
+            if !value.is_empty() && !is_topology_value(value) {
+                let sentence = format!(
+                    "node.{field} must be empty or a label's value: letters, digits, \"-\", \"_\" and \".\", at most 63"
+                );
+                return Err(decided(Status::invalid_argument(sentence)));
+            }
         }
         if !caller.is(&node.name) {
             let sentence = format!("{} may not announce node {}", caller.describe(), node.name);

@@ -85,6 +85,7 @@ pub(crate) fn node_to_wire(node: NodeInfo) -> Node {
         available_bytes: node.available_bytes,
         zone: node.zone.unwrap_or_default(),
         volumes_max: node.volumes_max.unwrap_or(0),
+        pool_class: node.pool_class.unwrap_or_default(),
     }
 }
 
@@ -96,6 +97,7 @@ pub(crate) fn node_from_wire(node: Node) -> NodeInfo {
         capacity_bytes: node.capacity_bytes,
         available_bytes: node.available_bytes,
         zone: Some(node.zone).filter(|zone| !zone.is_empty()),
+        pool_class: Some(node.pool_class).filter(|class| !class.is_empty()),
         volumes_max: Some(node.volumes_max).filter(|most| *most > 0),
     }
 }

@@ -27,6 +27,7 @@ use holdfast_storage_core::ids::{GroupId, NodeName, RecordVersion, VolumeId};
 use holdfast_storage_core::node_directory::{NodeState, NodeStates};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore, StoreError, StoreFuture, Versioned};
+use holdfast_storage_core::transitions;
 use tokio::sync::{mpsc, oneshot};
 
 mod writer;
@@ -249,6 +250,9 @@ pub(crate) fn allowed(old: &VolumeRecord, new: &VolumeRecord) -> Result<(), Stor
     if (old.deleting && !new.deleting) || (old.retired && !new.retired) {
         return refuse("a deletion is never taken back");
     }
+    if !transitions::keeps_key(old, new) {
+        return refuse("salt and key check are never changed");
+    }
     if new.in_sync.is_empty() {
         return refuse("the in-sync set may not become empty");
     }
@@ -269,7 +273,7 @@ mod tests {
     use futures::future::join_all;
     use holdfast_storage_core::ids::{Lineage, ReplicaId};
     use holdfast_storage_core::record::VolumeParams;
-    use holdfast_storage_core::transitions::{self, NewVolume};
+    use holdfast_storage_core::transitions::NewVolume;
 
     use super::*;
 
@@ -346,12 +350,8 @@ mod tests {
             size_bytes: 16 << 20,
             epoch_nonce: 1,
             replicas: [(ReplicaId(id), NodeName("a".to_owned()))].into(),
-            params: VolumeParams {
-                replicas: 1,
-                fs_type: String::new(),
-                min_in_sync: 1,
-                limits: holdfast_storage_core::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(1, ""),
+            encryption: None,
             source: None,
         })
     }

@@ -37,6 +37,8 @@ pub(crate) fn from_transition(error: TransitionError) -> Status {
         | TransitionError::HasSnapshots { .. }
         | TransitionError::SnapshotMissing { .. }
         | TransitionError::LineageUsed(_)
+        | TransitionError::NotEncrypted(_)
+        | TransitionError::OtherKey(_)
         | TransitionError::Published { .. } => Status::failed_precondition(sentence),
         TransitionError::SnapshotsFull(_) | TransitionError::RequestsFull(_) => {
             Status::resource_exhausted(sentence)

@@ -9,11 +9,12 @@ use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::volume_content_source::Type as SourceType;
 use holdfast_proto::csi::{CapacityRange, CreateVolumeRequest, VolumeCapability, VolumeContentSource};
 use holdfast_storage_core::ids::{InvalidId, NodeName, REGION_BYTES, SnapshotId, VolumeId};
-use holdfast_storage_core::io_limits::IoLimits;
+use holdfast_storage_core::placement::LocalReplica;
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
 use tonic::Status;
 
-use crate::mutable_params::Changes;
+use crate::fixed_params::{self, Fixed, check_fs_type};
+use crate::mutable_params::{self, Changes};
 use crate::topology;
 
 /// Size of a volume for which none was asked.
@@ -32,12 +33,9 @@ pub const REPLICAS_MAX: u32 = 8;
 const NAME_BYTES_MAX: usize = 128;
 /// File system of a mounted volume where nobody names one.
 const DEFAULT_FS_TYPE: &str = "ext4";
-/// File systems this driver makes.
-const FS_TYPES: [&str; 2] = ["ext4", "xfs"];
 /// Keys that external-provisioner adds by itself and that change nothing about the volume.
 const METADATA_KEYS: [&str; 3] =
     ["csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pv/name"];
-const PROVISIONER_FS_TYPE_KEY: &str = "csi.storage.k8s.io/fstype";
 
 /// A CreateVolume request that passed every check.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +120,12 @@ impl VolumeRequest {
         let range = parse_range(request.capacity_range.as_ref())?;
         let size_bytes = choose_size(range, request.capacity_range.is_some(), &params.fs_type)?;
         let prefer = topology::preferred_node(request.accessibility_requirements.as_ref());
+        if prefer.is_none() && params.placement.local_replica == LocalReplica::Required {
+            return Err(Status::invalid_argument(
+                "parameters[localReplica] is \"required\", but accessibility_requirements names no node; use \
+                 volumeBindingMode WaitForFirstConsumer",
+            ));
+        }
         Ok(Self { name: request.name.clone(), range, size_bytes, params, source, prefer })
     }
 }
@@ -292,33 +296,23 @@ pub fn existing_volume_id_in(field: &str, text: &str) -> Result<VolumeId, Status
 /// INVALID_ARGUMENT naming the key.
 pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Result<VolumeParams, Status> {
     let mut mutable = Changes::default();
-    let mut fs_type = None;
+    let mut fixed = Fixed::default();
     // In order, so that of several mistakes always the same one is reported.
     let mut sorted: Vec<_> = parameters.iter().collect();
     sorted.sort();
     for (key, value) in sorted {
-        if mutable.take("parameters", key, value)? {
-            continue;
-        }
-        match key.as_str() {
-            "fsType" | PROVISIONER_FS_TYPE_KEY => {
-                check_fs_type(&format!("parameters[{key}]"), value)?;
-                if fs_type.is_some_and(|other| other != value) {
-                    return Err(Status::invalid_argument(
-                        "parameters: fsType is given twice with different values",
-                    ));
-                }
-                fs_type = Some(value);
-            }
-            _ if METADATA_KEYS.contains(&key.as_str()) => {}
-            _ => {
-                return Err(Status::invalid_argument(format!(
-                    "parameters: key \"{key}\" is unknown; known are replicas, minInSync, iopsLimit, bandwidthLimit and fsType"
-                )));
-            }
+        let known = mutable.take("parameters", key, value)? || fixed.take("parameters", key, value)?;
+        if !known && !METADATA_KEYS.contains(&key.as_str()) {
+            let shown: String = key.chars().take(64).collect();
+            return Err(Status::invalid_argument(format!(
+                "parameters: key \"{shown}\" is unknown; known are {}, {}",
+                mutable_params::KNOWN,
+                fixed_params::KNOWN
+            )));
         }
     }
-    let fs_type = match (access.block, &access.fs_type, fs_type) {
+    let Fixed { fs_type, placement, front_end, encryption } = fixed;
+    let fs_type = match (access.block, &access.fs_type, &fs_type) {
         (true, ..) => String::new(),
         (false, Some(named), Some(param)) if named != param => {
             return Err(Status::invalid_argument(format!(
@@ -329,9 +323,9 @@ pub fn parse_params(parameters: &HashMap<String, String>, access: &Access) -> Re
         (false, None, Some(param)) => param.clone(),
         (false, None, None) => DEFAULT_FS_TYPE.to_owned(),
     };
-    let defaults =
-        VolumeParams { replicas: DEFAULT_REPLICAS, fs_type, min_in_sync: 1, limits: IoLimits::default() };
-    mutable.apply("parameters", &defaults)
+    let params =
+        VolumeParams { placement, front_end, encryption, ..VolumeParams::new(DEFAULT_REPLICAS, &fs_type) };
+    mutable.apply("parameters", &params)
 }
 
 /// Whether a volume can be used in the way a capability says.
@@ -347,16 +341,6 @@ pub(crate) fn check_access(record: &VolumeRecord, access: &Access) -> Result<(),
         (Some(wanted), false, fs_type) if wanted == fs_type => Ok(()),
         (_, false, fs_type) => made_for(&format!("with the file system {fs_type}, not with another")),
     }
-}
-
-fn check_fs_type(field: &str, fs_type: &str) -> Result<(), Status> {
-    if FS_TYPES.contains(&fs_type) {
-        return Ok(());
-    }
-    let shown: String = fs_type.chars().take(32).collect();
-    Err(Status::invalid_argument(format!(
-        "{field}: file system \"{shown}\" is not supported; ext4 and xfs are"
-    )))
 }
 
 /// Reads the bounds of a size.
@@ -416,6 +400,7 @@ pub fn choose_size(range: SizeRange, asked: bool, fs_type: &str) -> Result<u64, 
 #[cfg(test)]
 mod tests {
     use holdfast_proto::csi::volume_capability::{AccessMode, BlockVolume, MountVolume};
+    use holdfast_storage_core::io_limits::IoLimits;
     use tonic::Code;
 
     use super::*;
@@ -478,6 +463,15 @@ mod tests {
             ("minInSync", "4", "parameters[minInSync]"),
             ("iopsLimit", "1", "parameters[iopsLimit]"),
             ("bandwidthLimit", "all", "parameters[bandwidthLimit]"),
+            ("scrubInterval", "soon", "parameters[scrubInterval]"),
+            ("resyncRate", "-1", "parameters[resyncRate]"),
+            ("zones", "all", "parameters[zones] is \"all\"; it must be one of preferred, required"),
+            ("localReplica", "never", "it must be one of preferred, required, none"),
+            ("localReplica", "required", "WaitForFirstConsumer"),
+            ("poolClass", "", "parameters[poolClass]"),
+            ("encryption", "luks", "parameters[encryption] is \"luks\"; it must be one of none, aes-xts"),
+            ("frontEnd", "ublk", "parameters[frontEnd] is \"ublk\"; it must be one of auto, fuse-loop"),
+            ("poolClass", "fast pool", "parameters[poolClass]"),
             ("fsType", "btrfs", "btrfs"),
             ("csi.storage.k8s.io/fstype", "../ext4", "fstype"),
         ] {

@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use holdfast_proto::csi::*;
 use holdfast_service::topology::{NODE_KEY, ZONE_KEY};
-use holdfast_storage_core::ids::NodeName;
-use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
+use holdfast_storage_core::node_directory::NodeInfo;
 use support::fakes::SlowStore;
 use support::requests::{Controller, mk_create, mk_sized, mk_with};
 use support::world::{GIB, World};
@@ -153,7 +152,7 @@ async fn the_operator_decides_how_much_of_a_pool_is_promised() {
 async fn no_more_volumes_are_attached_to_a_node_than_it_takes() {
     const MOST: u32 = 5;
     let world = World::start(&NODES).await;
-    announce_again(&world, "a", |info| NodeInfo { volumes_max: Some(MOST), ..info }).await;
+    world.announce_again("a", |info| NodeInfo { volumes_max: Some(MOST), ..info }).await;
     let store = Arc::new(SlowStore { store: Arc::clone(&world.store), delay: SLOW });
     let controller = world.serve(store, Arc::clone(&world.groups)).await;
     let volumes = all(0..20, |n| {
@@ -186,7 +185,7 @@ async fn no_more_volumes_are_attached_to_a_node_than_it_takes() {
 async fn replicas_stand_in_as_many_zones_as_there_are_and_one_where_the_pod_will_run() {
     let world = World::start(&["a1", "a2", "a3", "b1", "c1"]).await;
     for node in ["a1", "a2", "a3", "b1", "c1"] {
-        announce_again(&world, node, |info| NodeInfo { zone: Some(node[..1].to_owned()), ..info }).await;
+        world.announce_again(node, |info| NodeInfo { zone: Some(node[..1].to_owned()), ..info }).await;
     }
     let controller = world.controller().await;
     for (n, preferred) in ["a1", "a2", "a3", "b1", "c1"].into_iter().enumerate() {
@@ -206,7 +205,7 @@ async fn replicas_stand_in_as_many_zones_as_there_are_and_one_where_the_pod_will
 #[tokio::test(flavor = "multi_thread")]
 async fn topologies_are_of_this_cluster_or_refused_by_name() {
     let world = World::start(&NODES).await;
-    announce_again(&world, "a", |info| NodeInfo { zone: Some("z1".to_owned()), ..info }).await;
+    world.announce_again("a", |info| NodeInfo { zone: Some("z1".to_owned()), ..info }).await;
     let controller = world.controller().await;
     let whole = capacity(&controller, None).await;
     let volume = controller.create(&mk_create("source")).await.unwrap();
@@ -300,9 +299,4 @@ fn mk_requirement(segments: &[(&str, &str)]) -> TopologyRequirement {
     let segments = segments.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let topology = Topology { segments };
     TopologyRequirement { requisite: vec![topology.clone()], preferred: vec![topology] }
-}
-
-async fn announce_again(world: &World, node: &str, change: impl Fn(NodeInfo) -> NodeInfo) {
-    let info = world.book.get(&NodeName(node.to_owned())).unwrap();
-    world.book.announce(change(info)).await.unwrap();
 }

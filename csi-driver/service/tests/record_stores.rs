@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use holdfast_service::{RegistryClient, SledStore};
-use holdfast_storage_core::ids::{Generation, NodeName, VolumeId};
+use holdfast_storage_core::encryption::Encryption;
+use holdfast_storage_core::ids::{Generation, KeyCheck, NodeName, Salt, VolumeId};
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{RecordStore, StoreError, Versioned};
@@ -49,12 +50,15 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
     let (a, b) =
         (registry.client(Some(&pki.identity("node-a"))), registry.client(Some(&pki.identity("node-b"))));
     let mut record = mk_record(1, "data", &["node-a"]);
+    record.encryption = Some(Encryption { salt: Salt(1), key_check: None });
     let version = registry.store.create(record.clone()).await.unwrap();
 
     a.announce(mk_node("node-a")).await.unwrap();
     assert!(matches!(b.announce(mk_node("node-a")).await, Err(StoreError::Refused(_))));
     let nowhere = NodeInfo { zone: Some("../zone".to_owned()), ..mk_node("node-a") };
     assert!(matches!(a.announce(nowhere).await, Err(StoreError::Refused(_))), "a zone is a label's value");
+    let classless = NodeInfo { pool_class: Some("fast pool".to_owned()), ..mk_node("node-a") };
+    assert!(matches!(a.announce(classless).await, Err(StoreError::Refused(_))), "and so is a pool's class");
     assert!(matches!(a.create(mk_record(2, "other", &["node-a"])).await, Err(StoreError::Refused(_))));
     assert!(matches!(a.remove(version, record.volume_id).await, Err(StoreError::Refused(_))));
 
@@ -78,10 +82,17 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
     faster.params.limits.bytes_per_s *= 2;
     let mut more = record.clone();
     more.params.replicas += 1;
-    for change in [smaller, retired, faster, more] {
+    let bound = Some(Encryption { salt: Salt(1), key_check: Some(KeyCheck(2)) });
+    let bound = VolumeRecord { encryption: bound, ..record.clone() };
+    for change in [smaller, retired, faster, more, bound.clone()] {
         assert!(matches!(a.swap(version, change).await, Err(StoreError::Refused(_))));
     }
     assert_eq!(registry.store.read(record.volume_id).await.unwrap().version, version);
+    let here = Some(NodeName("node-a".to_owned()));
+    let published = VolumeRecord { attached_to: here.clone(), ..record.clone() };
+    let version = registry.store.swap(version, published).await.unwrap();
+    let bound = VolumeRecord { attached_to: here, ..bound };
+    a.swap(version, bound).await.expect("the node that has it binds it to a key");
 
     let stranger = support::pki(&["node-a"]).identity("node-a");
     assert!(matches!(registry.client(Some(&stranger)).list().await, Err(StoreError::Unknown(_))));
@@ -198,6 +209,7 @@ fn mk_node(name: &str) -> NodeInfo {
         capacity_bytes: 10,
         available_bytes: 5,
         zone: Some("zone-1".to_owned()),
+        pool_class: Some("fast".to_owned()),
         volumes_max: Some(9),
     }
 }

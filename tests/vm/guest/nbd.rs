@@ -45,7 +45,7 @@ fn use_volume(runtime: &tokio::runtime::Runtime) -> Result<()> {
         controller.controller(|mut client| async move { client.controller_publish_volume(request).await });
     let context = named("ControllerPublishVolume", published)?.publish_context;
     let attachment = context.get("attachment").context("no attachment")?.parse()?;
-    let request = AttachRequest { volume_id: volume_id.clone(), attachment };
+    let request = AttachRequest { volume_id: volume_id.clone(), attachment, key: Vec::new() };
     named("Attach", data.data(|mut client| async move { client.attach(request).await }))?;
     let export = format!("/run/nbd/{volume_id}.sock");
     wait_until(START_TIMEOUT, || Ok(Path::new(&export).exists())).context("the export's socket")?;

@@ -378,6 +378,8 @@ impl Target {
     /// Starts what fits of the plan.
     pub(super) fn start_copies(&mut self, why: CopyFor) {
         let now = self.now_ms;
+        let rate = self.volume().map_or(0, |record| record.params.background.resync_bytes_per_s);
+        self.throttle.follow(now, rate);
         // Clients that wait for nothing but more members are not disturbed.
         let busy = self.throttle.is_busy(now) && self.gates.enough;
         let blocks_max = if busy { timers::COPY_BLOCKS_BUSY } else { timers::COPY_BLOCKS_MAX };

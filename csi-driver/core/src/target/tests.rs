@@ -1,5 +1,6 @@
 //! One test per rule, named after it. The simulation under `tests/sim` covers their interplay.
 
+mod background;
 mod catch_up;
 mod history;
 mod idle;
@@ -35,12 +36,8 @@ fn mk_bench(replicas: u128) -> Bench {
         size_bytes: 8 << 20,
         epoch_nonce: 50,
         replicas: (1..=replicas).map(|n| (ReplicaId(n), NodeName(format!("n{n}")))).collect(),
-        params: VolumeParams {
-            replicas: 3,
-            fs_type: String::new(),
-            min_in_sync: 1,
-            limits: crate::io_limits::IoLimits::default(),
-        },
+        params: VolumeParams::new(3, ""),
+        encryption: None,
         source: None,
     });
     let record = transitions::publish(&record, &node, false).unwrap();
@@ -92,6 +89,14 @@ impl Bench {
                 _ => return,
             }
         }
+    }
+
+    /// Somebody changes the parameters, and the target is told.
+    fn change_params(&mut self, change: impl FnOnce(&mut VolumeParams)) {
+        change(&mut self.store.record.params);
+        self.store.version = self.store.version.next();
+        self.job(1, Job::Reload);
+        self.store();
     }
 
     fn open(&mut self, replica: u128, cache_lost: bool) {

@@ -9,7 +9,8 @@
 //!   ^──────────────── no request for a while ──────────────┘
 //! ```
 //!
-//! Never starved: the rate does not fall below [`COPY_RATE_MIN_BYTES_PER_S`], and quiet takes a twentieth of the time.
+//! Never starved: the rate does not fall below [`COPY_RATE_MIN_BYTES_PER_S`], and quiet takes a twentieth of the time. Where
+//! the volume's parameters give a rate, copies go no faster than that, with or without a client.
 //! Times are whole milliseconds; means over many requests are finer, as their ends fall anywhere within one.
 
 use crate::timers::{
@@ -37,6 +38,8 @@ pub(super) struct Throttle {
     rate: u64,
     /// Bytes that may be copied now.
     bucket: TokenBucket,
+    /// The volume's own rate, if it has one, and what may be copied now by it.
+    cap: Option<(u64, TokenBucket)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +74,14 @@ impl Throttle {
             alone_us: None,
             rate: COPY_RATE_START_BYTES_PER_S,
             bucket: TokenBucket::new(now_ms, COPY_RATE_START_BYTES_PER_S),
+            cap: None,
+        }
+    }
+
+    /// The volume's parameters give this rate, bytes per second; 0: none.
+    pub(super) fn follow(&mut self, now_ms: u64, bytes_per_s: u64) {
+        if self.cap.as_ref().map_or(0, |(rate, _)| *rate) != bytes_per_s {
+            self.cap = (bytes_per_s > 0).then(|| (bytes_per_s, TokenBucket::new(now_ms, bytes_per_s)));
         }
     }
 
@@ -105,18 +116,23 @@ impl Throttle {
     /// Lets a copy of so many bytes start now, or says when to ask again.
     pub(super) fn take(&mut self, now_ms: u64, bytes: u64) -> Result<(), u64> {
         self.advance(now_ms);
-        match self.phase {
-            Phase::Idle => return Ok(()),
-            Phase::Quiet { since_ms } => return Err(since_ms + THROTTLE_QUIET_MS),
-            Phase::Busy { .. } => {}
+        let beside_client = match self.phase {
+            Phase::Idle => now_ms,
+            Phase::Quiet { since_ms } => since_ms + THROTTLE_QUIET_MS,
+            Phase::Busy { .. } => self.bucket.ready_at(now_ms, bytes),
+        };
+        let by_cap = self.cap.as_mut().map_or(now_ms, |(_, bucket)| bucket.ready_at(now_ms, bytes));
+        let at_ms = beside_client.max(by_cap);
+        if at_ms > now_ms {
+            return Err(at_ms);
         }
-        match self.bucket.ready_at(now_ms, bytes) {
-            at_ms if at_ms > now_ms => Err(at_ms),
-            _ => {
-                self.bucket.take(bytes);
-                Ok(())
-            }
+        if matches!(self.phase, Phase::Busy { .. }) {
+            self.bucket.take(bytes);
         }
+        if let Some((_, bucket)) = &mut self.cap {
+            bucket.take(bytes);
+        }
+        Ok(())
     }
 
     fn advance(&mut self, now_ms: u64) {
@@ -172,7 +188,12 @@ mod tests {
     /// A client that sends a request each millisecond, and copies that make each request wait `us_per_mib` longer for
     /// every MiB copied in the 10 ms before it.
     fn copied_bytes(ms: u64, alone_ms: u64, ms_per_mib: u64, client: bool) -> (u64, u64) {
+        copied_bytes_under(0, ms, alone_ms, ms_per_mib, client)
+    }
+
+    fn copied_bytes_under(cap: u64, ms: u64, alone_ms: u64, ms_per_mib: u64, client: bool) -> (u64, u64) {
         let mut throttle = Throttle::new(0);
+        throttle.follow(0, cap);
         let (mut copied, mut waited, mut requests) = (0, 0, 0);
         let mut recent = std::collections::VecDeque::from([0_u64; 10]);
         let mut ends: Vec<(u64, u64)> = Vec::new();
@@ -233,6 +254,29 @@ mod tests {
         let (copied, _) = copied_bytes(20_000, 1, 1_000, true);
         let least = 20 * COPY_RATE_MIN_BYTES_PER_S * 9 / 10;
         assert!(copied >= least, "{} MiB of at least {} in 20 s", copied >> 20, least >> 20);
+    }
+
+    #[test]
+    fn a_volume_s_own_rate_holds_with_and_without_a_client() {
+        for (cap, client) in [(2 << 20, false), (2 << 20, true), (40 << 20, false), (40 << 20, true)] {
+            let (copied, _) = copied_bytes_under(cap, 10_000, 2, 0, client);
+            // A tenth of a second at once; quiet takes a twentieth.
+            assert!(copied <= 10 * cap + cap / 10, "{cap}, {client}: {copied} bytes in 10 s");
+            assert!(copied >= 10 * cap * 8 / 10, "{cap}, {client}: {copied} bytes in 10 s");
+        }
+    }
+
+    #[test]
+    fn a_rate_is_changed_and_lifted_while_copies_go_on() {
+        let mut throttle = Throttle::new(0);
+        throttle.follow(0, 1 << 20);
+        assert_eq!(throttle.take(0, 1 << 20), Err(1_000));
+        throttle.follow(10, 1 << 20);
+        assert_eq!(throttle.take(10, 1 << 20), Err(1_000), "the same rate does not begin anew");
+        throttle.follow(10, 10 << 20);
+        assert_eq!(throttle.take(10, 1 << 20), Err(110));
+        throttle.follow(20, 0);
+        assert_eq!(throttle.take(20, 1 << 40), Ok(()));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::allocation::AllocationQuery;
 use super::machine::{TargetActor, TargetInput};
 
 /// Smallest unit that clients may use; the target completes blocks itself.
-const CLIENT_BLOCK_BYTES: u32 = 512;
+pub const CLIENT_BLOCK_BYTES: u32 = 512;
 /// Longest range of one allocation query: writes to it wait meanwhile. Clients ask on from where an answer ends.
 const STATUS_BYTES_MAX: u64 = 64 << 20;
 
@@ -49,8 +49,12 @@ impl BlockStatus for TargetDevice {
 
 /// Serves one target to local NBD clients, under any export name: the socket names the volume.
 pub struct TargetExport {
-    /// The target.
-    pub device: Arc<TargetDevice>,
+    /// What answers their I/O.
+    pub device: Arc<dyn BlockDevice>,
+    /// What tells them what is allocated.
+    pub status: Arc<dyn BlockStatus>,
+    /// Smallest unit that they may use.
+    pub block_bytes: u32,
     /// The volume is published read-only.
     pub read_only: bool,
 }
@@ -61,11 +65,11 @@ impl ExportProvider for TargetExport {
             read_only: self.read_only,
             // One state machine sees the requests of all connections: a flush covers every write answered before.
             multi_conn: true,
-            block_bytes: CLIENT_BLOCK_BYTES,
+            block_bytes: self.block_bytes,
             // Whole blocks are entries in every replica's tables.
             fast_zero: true,
-            contexts: vec![Context::allocation(Arc::clone(&self.device) as Arc<dyn BlockStatus>)],
-            ..Export::new(Arc::clone(&self.device) as Arc<dyn BlockDevice>)
+            contexts: vec![Context::allocation(Arc::clone(&self.status))],
+            ..Export::new(Arc::clone(&self.device))
         })
     }
 }

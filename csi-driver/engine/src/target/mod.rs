@@ -4,6 +4,7 @@ pub mod allocation;
 mod buffers;
 mod calls;
 pub mod device;
+mod encrypted;
 mod limited;
 pub mod link;
 pub mod machine;

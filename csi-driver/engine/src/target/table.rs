@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use holdfast_io::BlockError;
+use holdfast_storage_core::encryption::{EncryptionKind, VolumeKey};
 use holdfast_storage_core::ids::{Attachment, VolumeId};
-use holdfast_storage_core::record::VolumeRecord;
+use holdfast_storage_core::record::{FrontEndChoice, VolumeRecord};
 use holdfast_storage_core::target::{Job, JobError};
 use tokio::sync::watch;
 
+use crate::config::FrontEndKind;
 use crate::errno;
 use crate::node::NodeContext;
 
@@ -95,7 +97,7 @@ impl Volumes {
     }
 
     /// Starts the volume's target and exposes it; idempotent within one attachment, and safe to be called twice at
-    /// once.
+    /// once. An encrypted volume needs its key, which is checked before anything is started.
     ///
     /// # Errors
     /// The record says otherwise, the target does not come up, or the kernel gives no device. Nothing keeps running
@@ -104,6 +106,7 @@ impl Volumes {
         &self,
         volume_id: VolumeId,
         attachment: Attachment,
+        key: Option<VolumeKey>,
     ) -> Result<Arc<Volume>, AttachError> {
         let slot = self.slot(volume_id);
         let _wanted = Wanted::new(&slot.attaching);
@@ -115,11 +118,17 @@ impl Volumes {
                     attachment: volume.attachment,
                 });
             }
+            if volume.key_check != key.as_ref().map(VolumeKey::check) {
+                let reason = "it is attached here already, and not with this key";
+                return Err(AttachError::Key { volume: volume_id, reason });
+            }
             return volume.end().map_or(Ok(volume), Err);
         }
         let record = self.node.store.read(volume_id).await?.record;
         self.check_published(&record, attachment)?;
-        let volume = Volume::start(&self.node, volume_id, attachment, false)
+        self.check_front_end(&record)?;
+        check_key(&record, key.as_ref())?;
+        let volume = Volume::start(&self.node, volume_id, attachment, false, key.as_ref())
             .map_err(|error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() })?;
         // From here on a caller that gives up leaves nothing half done: the slot owns the volume.
         slot.put(Some(Arc::clone(&volume)));
@@ -204,7 +213,7 @@ impl Volumes {
         }
         let failed =
             |error: std::io::Error| AttachError::FrontEnd { volume: volume_id, reason: error.to_string() };
-        Ok(Volume::start(&self.node, volume_id, record.attachment, true).map_err(failed)?)
+        Ok(Volume::start(&self.node, volume_id, record.attachment, true, None).map_err(failed)?)
     }
 
     pub(super) fn attach_timeout(&self) -> Duration {
@@ -263,6 +272,16 @@ impl Volumes {
         Err(AttachError::NotPublished { volume: record.volume_id, node: node.0.clone(), attachment, found })
     }
 
+    fn check_front_end(&self, record: &VolumeRecord) -> Result<(), AttachError> {
+        match (record.params.front_end, self.node.config.front_end) {
+            (FrontEndChoice::Auto, _) | (FrontEndChoice::FuseLoop, FrontEndKind::FuseLoop) => Ok(()),
+            (FrontEndChoice::FuseLoop, FrontEndKind::None) => Err(AttachError::NoSuchFrontEnd {
+                volume: record.volume_id,
+                node: self.node.config.node.0.clone(),
+            }),
+        }
+    }
+
     pub(super) fn slot(&self, volume_id: VolumeId) -> Arc<Slot> {
         Arc::clone(self.lock().entry(volume_id).or_default())
     }
@@ -270,6 +289,20 @@ impl Volumes {
     fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A caller's mistake must not mix two keys, or plaintext and ciphertext, in one volume.
+fn check_key(record: &VolumeRecord, key: Option<&VolumeKey>) -> Result<(), AttachError> {
+    let check = record.encryption.and_then(|encryption| encryption.key_check);
+    let reason = match (record.params.encryption, key) {
+        (EncryptionKind::None, None) => return Ok(()),
+        (EncryptionKind::None, Some(_)) => "it is not encrypted, and a key came with the call",
+        (EncryptionKind::AesXts, None) => "it is encrypted, and no key came with the call",
+        (EncryptionKind::AesXts, Some(_)) if check.is_none() => "its record is bound to no key yet",
+        (EncryptionKind::AesXts, Some(key)) if check == Some(key.check()) => return Ok(()),
+        (EncryptionKind::AesXts, Some(_)) => "the key is not the one that its record is bound to",
+    };
+    Err(AttachError::Key { volume: record.volume_id, reason })
 }
 
 async fn run(volume: &Arc<Volume>, what: Job) -> Result<(), VolumeJobError> {

@@ -7,8 +7,9 @@ use std::time::Duration;
 use holdfast_frontend::{FuseLoop, FuseLoopOptions};
 use holdfast_io::thread_ring::LoneIo;
 use holdfast_io::{BlockDevice, BlockOp};
-use holdfast_nbd::Server;
-use holdfast_storage_core::ids::{Attachment, TargetId, VolumeId};
+use holdfast_nbd::{BlockStatus, Server};
+use holdfast_storage_core::encryption::{BlockCipher, VolumeKey};
+use holdfast_storage_core::ids::{Attachment, BLOCK_BYTES, KeyCheck, TargetId, VolumeId};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::target::{
     Job, JobError, Target, TargetConfig, TargetEvent, TargetState, TargetStatus,
@@ -23,7 +24,8 @@ use crate::nbd_listener;
 use crate::node::NodeContext;
 use crate::thread_runtime::ThreadRuntime;
 
-use super::device::{TargetDevice, TargetExport};
+use super::device::{CLIENT_BLOCK_BYTES, TargetDevice, TargetExport};
+use super::encrypted::EncryptedDevice;
 use super::machine::{TargetActor, TargetEnv, TargetInput, TargetMachine};
 
 /// A target that could not even flush in this time is given up; the next start reconciles.
@@ -78,6 +80,25 @@ pub enum AttachError {
         /// Where it stood.
         state: &'static str,
     },
+    /// The volume asks for a front end that this process does not have.
+    #[error(
+        "volume {volume} is to be attached by FUSE and a loop device (frontEnd fuse-loop), and the data process of node {node} \
+         was started without (--front-end none)"
+    )]
+    NoSuchFrontEnd {
+        /// The volume.
+        volume: VolumeId,
+        /// This node.
+        node: String,
+    },
+    /// The key does not fit the volume.
+    #[error("volume {volume}: {reason}")]
+    Key {
+        /// The volume.
+        volume: VolumeId,
+        /// What is wrong with it, without the key.
+        reason: &'static str,
+    },
     /// The record could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -97,6 +118,9 @@ pub struct Volume {
     pub volume_id: VolumeId,
     /// The attachment it was started for.
     pub attachment: Attachment,
+    /// Of an encrypted volume: which key it was attached with.
+    pub key_check: Option<KeyCheck>,
+    cipher: Option<Arc<BlockCipher>>,
     actor: Arc<TargetActor>,
     state: watch::Receiver<TargetState>,
     runtime: Mutex<ThreadRuntime>,
@@ -113,7 +137,8 @@ struct Outside {
 }
 
 impl Volume {
-    /// Starts a target; it is not serving yet. `detached`: for jobs on a volume that is published to nobody (R7).
+    /// Starts a target; it is not serving yet. `detached`: for jobs on a volume that is published to nobody (R7). Without the
+    /// `key` of an encrypted volume it must not be exposed.
     ///
     /// # Errors
     /// The kernel gives no thread.
@@ -122,6 +147,7 @@ impl Volume {
         volume_id: VolumeId,
         attachment: Attachment,
         detached: bool,
+        key: Option<&VolumeKey>,
     ) -> std::io::Result<Arc<Self>> {
         let id = volume_id.to_string();
         // It never waits for the local disk: when that hangs, the other replicas go on.
@@ -155,6 +181,8 @@ impl Volume {
         Ok(Arc::new(Self {
             volume_id,
             attachment,
+            key_check: key.map(VolumeKey::check),
+            cipher: key.map(|key| Arc::new(key.cipher())),
             actor,
             state,
             runtime: Mutex::new(runtime),
@@ -205,9 +233,16 @@ impl Volume {
         // Unless it grew since.
         self.actor.env.size_bytes.send_modify(|known| *known = size.max(*known));
         let target = Arc::new(TargetDevice::new(Arc::clone(&self.actor)));
-        let device: Arc<dyn BlockDevice> = Arc::clone(&target) as Arc<dyn BlockDevice>;
+        let device = self.plaintext(Arc::clone(&target) as Arc<dyn BlockDevice>);
         if let Some(dir) = &node.config.nbd_client_dir {
-            let socket = self.serve_clients(dir, &target, read_only).map_err(|e| failed(e.to_string()))?;
+            let export = TargetExport {
+                device: Arc::clone(&device),
+                // What is a hole or zeroes below is zeroes above.
+                status: target as Arc<dyn BlockStatus>,
+                block_bytes: if self.cipher.is_some() { BLOCK_BYTES as u32 } else { CLIENT_BLOCK_BYTES },
+                read_only,
+            };
+            let socket = self.serve_clients(dir, export).map_err(|e| failed(e.to_string()))?;
             self.outside().client_socket = Some(socket);
         }
         self.outside().device = Some(Arc::clone(&device));
@@ -232,14 +267,17 @@ impl Volume {
         Ok(())
     }
 
-    fn serve_clients(
-        &self,
-        dir: &Path,
-        device: &Arc<TargetDevice>,
-        read_only: bool,
-    ) -> std::io::Result<PathBuf> {
+    /// The device as clients see it.
+    fn plaintext(&self, target: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
+        match &self.cipher {
+            Some(cipher) => Arc::new(EncryptedDevice::new(target, Arc::clone(cipher))),
+            None => target,
+        }
+    }
+
+    fn serve_clients(&self, dir: &Path, export: TargetExport) -> std::io::Result<PathBuf> {
         let path = dir.join(format!("{}.sock", self.volume_id));
-        let server = Server::new(Arc::new(TargetExport { device: Arc::clone(device), read_only }));
+        let server = Server::new(Arc::new(export));
         let runtime = self.runtime();
         let _inside = runtime.handle().enter();
         let listener = listen_unix(&path)?;

@@ -118,6 +118,7 @@ impl Cluster {
         }
         DataConfig {
             zone: None,
+            pool_class: None,
             volumes_max: None,
             node: node.name.clone(),
             pool_dir: dir.join("pool"),
@@ -171,12 +172,8 @@ impl Cluster {
                 .iter()
                 .map(|n| (ReplicaId(rand::rng().random()), self.nodes[*n].name.clone()))
                 .collect(),
-            params: VolumeParams {
-                replicas: u32::try_from(nodes.len()).unwrap(),
-                fs_type: String::new(),
-                min_in_sync: 1,
-                limits: holdfast_storage_core::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(u32::try_from(nodes.len()).unwrap(), ""),
+            encryption: None,
             source: None,
         });
         for &index in nodes {

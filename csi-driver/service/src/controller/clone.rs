@@ -13,13 +13,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use holdfast_storage_core::encryption::EncryptionKind;
 use holdfast_storage_core::ids::{Lineage, NodeName, ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::placement::PlacementRequest;
 use holdfast_storage_core::record::{CloneSource, Formatted, SnapshotRecord, VolumeRecord};
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 use holdfast_storage_core::transitions::{self, NewVolume};
 use tonic::{Code, Status};
 
 use super::Inner;
+use super::create::first_replicas;
 use crate::status::{from_store, from_transition};
 use crate::volume_request::{SnapshotHandle, VolumeRequest, VolumeSource};
 
@@ -47,24 +50,21 @@ impl Inner {
         })?;
         let size_bytes = check_size(wanted, entry.size_bytes, "snapshot")?;
         let formatted = formatted(wanted, &source, &entry)?;
+        check_encryption(wanted, &source)?;
         let of_volume = matches!(from, VolumeSource::Volume(_));
         let from = CloneSource { volume: source.volume_id, snapshot, of_volume, linked: false };
         let _placing = self.placing.lock().await;
-        let replicas = wanted.params.replicas;
-        let holders = self.holder_nodes(&source, &entry, size_bytes, &BTreeSet::new()).await?;
-        let holders: Vec<NodeName> = holders.into_iter().take(replicas as usize).collect();
+        let holders = holder_nodes(&source, &entry);
+        let request = PlacementRequest { holders: holders.clone(), ..first_replicas(wanted, size_bytes) };
+        let nodes = self.choose_nodes(&request).await?;
+        let (holders, others): (Vec<NodeName>, Vec<NodeName>) =
+            nodes.into_iter().partition(|node| holders.contains(node));
         if holders.is_empty() {
             return Err(Status::unavailable(format!(
                 "no node that holds snapshot {snapshot} of volume {} answers and has {size_bytes} bytes free; repeat the call",
                 source.volume_id
             )));
         }
-        let missing = replicas.saturating_sub(u32::try_from(holders.len()).unwrap_or(u32::MAX));
-        let taken = holders.iter().cloned().collect();
-        let others = match missing {
-            0 => Vec::new(),
-            _ => self.choose_nodes(missing, size_bytes, &taken, wanted.prefer.clone()).await?,
-        };
         let mut record = transitions::create(NewVolume {
             volume_id,
             name: wanted.name.clone(),
@@ -73,6 +73,8 @@ impl Inner {
             epoch_nonce: rand::random(),
             replicas: holders.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
             params: wanted.params.clone(),
+            // Of the record in which the snapshot counts: whoever wrote anything before the cut had set the key check.
+            encryption: source.encryption,
             source: Some((from, formatted)),
         });
         for node in others {
@@ -133,34 +135,27 @@ impl Inner {
         })?;
         let holders = source.replicas.iter().filter(|(id, _)| entry.holders.contains(id));
         let by_node = holders.map(|(id, replica)| (replica.node.clone(), *id)).collect();
-        Ok(Some(CloneLayers { source, entry, by_node }))
+        Ok(Some(CloneLayers { entry, by_node }))
     }
+}
 
-    /// Nodes that hold a snapshot, answer, and have room, the roomiest first; none of them in `taken`.
-    pub(super) async fn holder_nodes(
-        &self,
-        source: &VolumeRecord,
-        snapshot: &SnapshotRecord,
-        size_bytes: u64,
-        taken: &BTreeSet<NodeName>,
-    ) -> Result<Vec<NodeName>, Status> {
-        let holders = source.replicas.iter().filter(|(id, _)| snapshot.holders.contains(id));
-        let holders: BTreeSet<&NodeName> = holders.map(|(_, replica)| &replica.node).collect();
-        let mut pools = self.free_space().await?;
-        pools.retain(|pool| {
-            holders.contains(&pool.node) && !taken.contains(&pool.node) && pool.available_bytes >= size_bytes
-        });
-        pools.sort_by(|a, b| b.available_bytes.cmp(&a.available_bytes).then_with(|| a.node.cmp(&b.node)));
-        Ok(pools.into_iter().map(|pool| pool.node).collect())
-    }
+/// Nodes with a replica that has a snapshot.
+fn holder_nodes(source: &VolumeRecord, snapshot: &SnapshotRecord) -> BTreeSet<NodeName> {
+    let holders = source.replicas.iter().filter(|(id, _)| snapshot.holders.contains(id));
+    holders.map(|(_, replica)| replica.node.clone()).collect()
 }
 
 /// Where the layers of a clone come from.
 pub(super) struct CloneLayers {
-    pub(super) source: VolumeRecord,
     pub(super) entry: SnapshotRecord,
     /// The holder on each node.
     pub(super) by_node: BTreeMap<NodeName, ReplicaId>,
+}
+
+impl CloneLayers {
+    pub(super) fn holders(&self) -> BTreeSet<NodeName> {
+        self.by_node.keys().cloned().collect()
+    }
 }
 
 /// The size of the new volume: never below what it begins with.
@@ -176,6 +171,23 @@ fn check_size(wanted: &VolumeRequest, source_bytes: u64, what: &str) -> Result<u
         (0, _) => Ok(source_bytes),
         _ => Ok(wanted.size_bytes.max(source_bytes)),
     }
+}
+
+/// The data is the source's, byte by byte.
+fn check_encryption(wanted: &VolumeRequest, source: &VolumeRecord) -> Result<(), Status> {
+    let word = |kind: EncryptionKind| match kind {
+        EncryptionKind::None => "none",
+        EncryptionKind::AesXts => "aes-xts",
+    };
+    let (theirs, ours) = (source.params.encryption, wanted.params.encryption);
+    if theirs == ours {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!(
+        "encryption \"{}\" contradicts the source, which has \"{}\"",
+        word(ours),
+        word(theirs)
+    )))
 }
 
 /// How far formatting went in what the volume begins as (R36).

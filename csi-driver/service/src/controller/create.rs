@@ -10,12 +10,15 @@
 //! A node that fails in step 2 is replaced by another: its replica stays listed as faulted, because it may have been
 //! made after all, and DeleteVolume asks that node too.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use futures::future::join_all;
 use holdfast_proto::csi::{CreateVolumeRequest, CreateVolumeResponse, Volume};
 use holdfast_proto::storage::{CreateReplicaRequest, Epoch as WireEpoch};
-use holdfast_storage_core::ids::{Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::encryption::{Encryption, EncryptionKind};
+use holdfast_storage_core::ids::{
+    Attachment, Epoch, Generation, Lineage, NodeName, ReplicaId, Salt, VolumeId,
+};
 use holdfast_storage_core::node_directory::NodeState;
 use holdfast_storage_core::placement::{NodeSpace, PlacementError, PlacementRequest, place};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
@@ -72,8 +75,7 @@ impl Inner {
 
     async fn create_record(&self, wanted: &VolumeRequest) -> Result<Versioned, Status> {
         let placing = self.placing.lock().await;
-        let (replicas, prefer) = (wanted.params.replicas, wanted.prefer.clone());
-        let nodes = self.choose_nodes(replicas, wanted.size_bytes, &BTreeSet::new(), prefer).await?;
+        let nodes = self.choose_nodes(&first_replicas(wanted, wanted.size_bytes)).await?;
         let record = new_record(wanted, nodes);
         // The next call chooses while this record is on its way to the disk, and counts it all the same.
         let _promised = self.promises.begin(&record);
@@ -82,34 +84,31 @@ impl Inner {
         Ok(Versioned { version, record })
     }
 
-    /// Nodes for further replicas, none of them in `taken`.
-    pub(super) async fn choose_nodes(
-        &self,
-        replicas: u32,
-        size_bytes: u64,
-        taken: &BTreeSet<NodeName>,
-        prefer: Option<NodeName>,
-    ) -> Result<Vec<NodeName>, Status> {
-        let request =
-            PlacementRequest { replicas, size_bytes, prefer, kept: taken.iter().cloned().collect() };
+    /// Nodes for replicas.
+    pub(super) async fn choose_nodes(&self, request: &PlacementRequest) -> Result<Vec<NodeName>, Status> {
         let choose = |pools: Vec<PoolSpace>| {
-            let space = |pool: &PoolSpace| NodeSpace {
-                name: pool.node.clone(),
-                available_bytes: pool.available_bytes,
-                zone: self.book.get(&pool.node).and_then(|info| info.zone),
-            };
-            let spaces: Vec<NodeSpace> = pools.iter().map(space).collect();
-            let others: Vec<PoolSpace> =
-                pools.into_iter().filter(|pool| !taken.contains(&pool.node)).collect();
-            place(&request, &spaces).map_err(|error| self.unplaceable(&error, &others, taken.len()))
+            let spaces = self.spaces(&pools);
+            place(request, &spaces).map_err(|error| self.unplaceable(&error, request, &spaces))
         };
-        // What was surveyed for another call will do where it suffices; nobody is refused on it.
-        if let Some(pools) = self.pools.surveyed_lately()
+        // What was surveyed for another call will do where it suffices; nobody is refused on it. A holder that did not answer
+        // then is worth being asked again.
+        if request.holders.is_empty()
+            && let Some(pools) = self.pools.surveyed_lately()
             && let Ok(nodes) = choose(self.left_of(pools).await?)
         {
             return Ok(nodes);
         }
         choose(self.free_space().await?)
+    }
+
+    /// Pools as candidates.
+    pub(super) fn spaces(&self, pools: &[PoolSpace]) -> Vec<NodeSpace> {
+        let space = |pool: &PoolSpace| {
+            let info = self.book.get(&pool.node);
+            let (zone, pool_class) = info.map_or((None, None), |info| (info.zone, info.pool_class));
+            NodeSpace { name: pool.node.clone(), available_bytes: pool.available_bytes, zone, pool_class }
+        };
+        pools.iter().map(space).collect()
     }
 
     /// What each answering pool of an active node can still promise: by its own word, and not beyond what the records leave of it.
@@ -147,27 +146,50 @@ impl Inner {
         Ok(pools)
     }
 
-    fn unplaceable(&self, error: &PlacementError, pools: &[PoolSpace], taken: usize) -> Status {
-        let mut listed: Vec<String> = pools
+    fn unplaceable(
+        &self,
+        error: &PlacementError,
+        request: &PlacementRequest,
+        spaces: &[NodeSpace],
+    ) -> Status {
+        let taken = |node: &NodeName| request.kept.contains(node) || request.excluded.contains(node);
+        let of_class = |class: Option<&str>| request.rules.admits(class);
+        let others: Vec<&NodeSpace> = spaces
+            .iter()
+            .filter(|space| !taken(&space.name) && of_class(space.pool_class.as_deref()))
+            .collect();
+        let mut listed: Vec<String> = others
             .iter()
             .take(LISTED_NODES_MAX)
-            .map(|pool| format!("{} has {} bytes free", pool.node, pool.available_bytes))
+            .map(|space| format!("{} has {} bytes free", space.name, space.available_bytes))
             .collect();
-        if pools.len() > LISTED_NODES_MAX {
-            listed.push(format!("and {} more nodes", pools.len() - LISTED_NODES_MAX));
+        if others.len() > LISTED_NODES_MAX {
+            listed.push(format!("and {} more nodes", others.len() - LISTED_NODES_MAX));
         }
+        let class = request.rules.pool_class.as_ref();
+        let class = class.map_or_else(String::new, |class| format!("of pool class \"{class}\" "));
         let listed = if listed.is_empty() { "no node answers".to_owned() } else { listed.join(", ") };
-        let sentence = format!("{error} ({listed})");
+        let sentence = format!("{error} ({class}{listed})");
+        let known = || {
+            let all = self.book.all();
+            all.iter().filter(|info| !taken(&info.name) && of_class(info.pool_class.as_deref())).count()
+        };
         match error {
             // Nodes that are known but silent, or not yet heard of, may come back.
             PlacementError::TooFewNodes { wanted, .. }
-                if self.book.is_filling() || self.book.known() >= *wanted as usize + taken =>
+                if self.book.is_filling() || known() >= *wanted as usize =>
             {
                 Status::unavailable(sentence)
             }
-            PlacementError::TooFewNodes { .. } | PlacementError::NoSpace { .. } => {
-                Status::resource_exhausted(sentence)
+            PlacementError::TooFewZones { .. } | PlacementError::NoLocalReplica(_)
+                if self.book.is_filling() =>
+            {
+                Status::unavailable(sentence)
             }
+            PlacementError::TooFewNodes { .. }
+            | PlacementError::NoSpace { .. }
+            | PlacementError::TooFewZones { .. }
+            | PlacementError::NoLocalReplica(_) => Status::resource_exhausted(sentence),
             PlacementError::NoReplicas => Status::invalid_argument(sentence),
         }
     }
@@ -254,27 +276,33 @@ impl Inner {
         let reasons = reasons.join("; ");
         tracing::warn!(volume = %record.volume_id, %reasons, "replicas could not be made; choosing other nodes");
         let _placing = self.placing.lock().await;
-        let mut taken: BTreeSet<NodeName> = record.replicas.values().map(|r| r.node.clone()).collect();
         let members = failed.keys().filter(|id| record.in_sync.contains(id)).count();
-        let mut nodes = match layers {
-            None => Vec::new(),
-            Some(layers) => {
-                self.holder_nodes(&layers.source, &layers.entry, record.size_bytes, &taken).await?
-            }
+        let stays = |id: &ReplicaId, replica: &ReplicaRecord| {
+            replica.state != ReplicaState::Faulted && !failed.contains_key(id)
         };
-        nodes.truncate(members);
-        taken.extend(nodes.iter().cloned());
-        let count = u32::try_from(failed.len() - nodes.len()).unwrap_or(u32::MAX);
-        let others = match count {
-            0 => Vec::new(),
-            _ => self.choose_nodes(count, record.size_bytes, &taken, None).await.map_err(|status| {
-                Status::unavailable(format!(
-                    "volume {}: {reasons}; and no other node can take over: {}; repeat the call",
-                    record.volume_id,
-                    status.message()
-                ))
-            })?,
+        let (kept, gone): (Vec<_>, Vec<_>) = record.replicas.iter().partition(|(id, r)| stays(id, r));
+        let nodes_of = |replicas: Vec<(&ReplicaId, &ReplicaRecord)>| -> Vec<NodeName> {
+            replicas.into_iter().map(|(_, replica)| replica.node.clone()).collect()
         };
+        let request = PlacementRequest {
+            replicas: u32::try_from(failed.len()).unwrap_or(u32::MAX),
+            size_bytes: record.size_bytes,
+            kept: nodes_of(kept),
+            excluded: nodes_of(gone),
+            holders: layers.map(CloneLayers::holders).unwrap_or_default(),
+            rules: record.params.placement.clone(),
+            ..PlacementRequest::default()
+        };
+        let chosen = self.choose_nodes(&request).await.map_err(|status| {
+            Status::unavailable(format!(
+                "volume {}: {reasons}; and no other node can take over: {}; repeat the call",
+                record.volume_id,
+                status.message()
+            ))
+        })?;
+        let (mut nodes, mut others): (Vec<_>, Vec<_>) =
+            chosen.into_iter().partition(|node| request.holders.contains(node));
+        others.extend(nodes.split_off(members.min(nodes.len())));
         for id in failed.keys() {
             record.in_sync.remove(id);
             if let Some(replica) = record.replicas.get_mut(id) {
@@ -324,6 +352,17 @@ pub(super) fn to_csi(record: &VolumeRecord) -> Volume {
     }
 }
 
+/// The replicas of a new volume.
+pub(super) fn first_replicas(wanted: &VolumeRequest, size_bytes: u64) -> PlacementRequest {
+    PlacementRequest {
+        replicas: wanted.params.replicas,
+        size_bytes,
+        prefer: wanted.prefer.clone(),
+        rules: wanted.params.placement.clone(),
+        ..PlacementRequest::default()
+    }
+}
+
 fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
     transitions::create(NewVolume {
         volume_id: VolumeId(rand::random()),
@@ -333,6 +372,10 @@ fn new_record(wanted: &VolumeRequest, nodes: Vec<NodeName>) -> VolumeRecord {
         epoch_nonce: rand::random(),
         replicas: nodes.into_iter().map(|node| (ReplicaId(rand::random()), node)).collect(),
         params: wanted.params.clone(),
+        encryption: match wanted.params.encryption {
+            EncryptionKind::None => None,
+            EncryptionKind::AesXts => Some(Encryption { salt: Salt(rand::random()), key_check: None }),
+        },
         source: None,
     })
 }

@@ -18,6 +18,7 @@ pub(super) fn mk_record() -> VolumeRecord {
         epoch_nonce: 1,
         replicas: (1..).map(ReplicaId).zip(["a", "b", "c"].map(mk_node)).collect(),
         params: parse_params(&HashMap::new(), &Access { block: true, fs_type: None }).unwrap(),
+        encryption: None,
         source: None,
     })
 }

@@ -106,7 +106,7 @@ impl Inner {
                 }
                 self.make_empty(&record, replica).await
             }
-            Step::Renew(because) => self.renew(volume, because, None).await.map(drop),
+            Step::Renew(because) => self.renew(volume, because).await.map(drop),
             Step::TakeOut(replica) => {
                 self.job(volume, Job::RemoveReplica { replica }).await?;
                 tracing::info!(%volume, %replica, "a replica is taken out, as others take its place");
@@ -128,7 +128,13 @@ impl Inner {
             let promisable_bytes = promisable(info.capacity_bytes, self.overprovision_percent);
             (
                 info.name.clone(),
-                NodeFill { name: info.name, promisable_bytes, promised_bytes: 0, zone: info.zone },
+                NodeFill {
+                    name: info.name,
+                    promisable_bytes,
+                    promised_bytes: 0,
+                    zone: info.zone,
+                    pool_class: info.pool_class,
+                },
             )
         };
         let mut fills: BTreeMap<NodeName, NodeFill> = active.map(fill).collect();
@@ -162,6 +168,7 @@ impl Inner {
             size_bytes: record.size_bytes,
             nodes: record.replicas.values().map(|replica| replica.node.clone()).collect(),
             attached_to: record.attached_to.clone(),
+            rules: record.params.placement.clone(),
         };
         let placed: Vec<Placed> = records.iter().filter(whole).map(placed).collect();
         let fills: Vec<NodeFill> = fills.values().cloned().collect();
@@ -169,7 +176,7 @@ impl Inner {
             return Ok(false);
         };
         tracing::info!(%volume, %from, %to, "a replica moves, as its node is much fuller than others");
-        self.renew(volume, Because::Rebalancing, Some(to)).await.map(|_| true)
+        self.renew(volume, Because::Rebalancing { from, to }).await.map(|_| true)
     }
 
     /// The volumes for which the last sweep wants a target to be run.

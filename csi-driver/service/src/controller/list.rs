@@ -1,6 +1,5 @@
 //! ListVolumes, GetCapacity, ValidateVolumeCapabilities: questions that change nothing.
 
-use std::cmp::Reverse;
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -11,6 +10,7 @@ use holdfast_proto::csi::{
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
 };
 use holdfast_storage_core::ids::REGION_BYTES;
+use holdfast_storage_core::placement;
 use tonic::Status;
 
 use super::Inner;
@@ -69,11 +69,9 @@ impl Inner {
                 return Ok(GetCapacityResponse::default());
             }
         }
-        let mut free: Vec<u64> =
-            self.free_space().await?.into_iter().map(|pool| pool.available_bytes).collect();
-        free.sort_by_key(|bytes| Reverse(*bytes));
+        let spaces = self.spaces(&self.free_space().await?);
         let largest =
-            free.get(params.replicas as usize - 1).copied().unwrap_or(0) / REGION_BYTES * REGION_BYTES;
+            placement::largest(&params.placement, params.replicas, &spaces) / REGION_BYTES * REGION_BYTES;
         let largest = i64::try_from(largest).unwrap_or(i64::MAX);
         Ok(GetCapacityResponse {
             available_capacity: largest,

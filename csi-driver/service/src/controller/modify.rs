@@ -14,6 +14,7 @@
 use futures::future::join_all;
 use holdfast_proto::csi::{ControllerModifyVolumeRequest, ControllerModifyVolumeResponse};
 use holdfast_storage_core::ids::{ReplicaId, VolumeId};
+use holdfast_storage_core::placement::PlacementRequest;
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::target::Job;
@@ -73,8 +74,7 @@ impl Inner {
                 .map_or(0, |wanted| (wanted as usize).saturating_sub(transitions::kept(&record).count()));
             if more > 0 {
                 let count = u32::try_from(more).unwrap_or(u32::MAX);
-                let taken = transitions::nodes_taken(&record);
-                for node in self.choose_nodes(count, record.size_bytes, &taken, None).await? {
+                for node in self.choose_nodes(&PlacementRequest::further(&record, count)).await? {
                     record = transitions::add_replica(&record, ReplicaId(rand::random()), &node)
                         .map_err(from_transition)?;
                 }

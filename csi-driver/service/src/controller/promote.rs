@@ -100,12 +100,8 @@ mod tests {
             size_bytes: 1 << 20,
             epoch_nonce: 5,
             replicas: vec![(ReplicaId(1), node.clone()), (ReplicaId(2), NodeName("b".to_owned()))],
-            params: VolumeParams {
-                replicas: 2,
-                fs_type: String::new(),
-                min_in_sync: 1,
-                limits: holdfast_storage_core::io_limits::IoLimits::default(),
-            },
+            params: VolumeParams::new(2, ""),
+            encryption: None,
             source: None,
         });
         let published = transitions::publish(&created, &node, false).unwrap();

@@ -14,6 +14,7 @@ use holdfast_proto::storage::{
     ReplaceReplicaRequest,
 };
 use holdfast_storage_core::ids::{Epoch, NodeName, ReplicaId, VolumeId};
+use holdfast_storage_core::placement::{LocalReplica, PlacementRequest};
 use holdfast_storage_core::record::{ReplicaRecord, ReplicaState, VolumeRecord};
 use holdfast_storage_core::record_store::StoreError;
 use holdfast_storage_core::target::Job;
@@ -25,7 +26,7 @@ use crate::registry_wire::parse_volume;
 use crate::status::{from_store, from_transition};
 
 /// Why a new replica is listed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Because {
     /// There are fewer than wanted.
     Missing,
@@ -34,7 +35,12 @@ pub(super) enum Because {
     /// One of them is to leave its node.
     Leaving,
     /// One of them is to go to a node that is emptier.
-    Rebalancing,
+    Rebalancing {
+        /// From where.
+        from: NodeName,
+        /// To where, if it can.
+        to: NodeName,
+    },
 }
 
 impl Inner {
@@ -50,18 +56,17 @@ impl Inner {
                 Because::Lost(id.map_err(|error| Status::invalid_argument(error.to_string()))?)
             }
         };
-        self.renew(volume, because, None).await
+        self.renew(volume, because).await
     }
 
-    /// All steps. The preferred node gets the new one, if it can.
+    /// All steps.
     pub(super) async fn renew(
         &self,
         volume: VolumeId,
         because: Because,
-        prefer: Option<NodeName>,
     ) -> Result<ReplaceReplicaReply, Status> {
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
-        let reply = match self.list_new(volume, because, prefer).await? {
+        let reply = match self.list_new(volume, &because).await? {
             None => ReplaceReplicaReply::default(),
             Some((record, new)) => {
                 let node = record.replicas[&new].node.clone();
@@ -82,8 +87,7 @@ impl Inner {
     async fn list_new(
         &self,
         volume: VolumeId,
-        because: Because,
-        prefer: Option<NodeName>,
+        because: &Because,
     ) -> Result<Option<(VolumeRecord, ReplicaId)>, Status> {
         let _placing = self.placing.lock().await;
         for _ in 0..SWAP_ATTEMPTS_MAX {
@@ -92,18 +96,17 @@ impl Inner {
                 return Ok(Some((found.record, new)));
             }
             let freed = match because {
-                Because::Lost(old) if replaced_before(&found.record, old) => return Ok(None),
+                Because::Lost(old) if replaced_before(&found.record, *old) => return Ok(None),
                 Because::Lost(old) => {
-                    transitions::fault_replica(&found.record, old).map_err(from_transition)?
+                    transitions::fault_replica(&found.record, *old).map_err(from_transition)?
                 }
-                Because::Missing | Because::Leaving | Because::Rebalancing => found.record.clone(),
+                Because::Missing | Because::Leaving | Because::Rebalancing { .. } => found.record.clone(),
             };
-            let taken = transitions::nodes_taken(&freed);
-            let nodes = self.choose_nodes(1, freed.size_bytes, &taken, prefer.clone()).await?;
+            let nodes = self.choose_nodes(&self.request(&freed, &because)).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
             let listed = match because {
-                Because::Leaving | Because::Rebalancing => transitions::add_spare(&freed, new, node),
+                Because::Leaving | Because::Rebalancing { .. } => transitions::add_spare(&freed, new, node),
                 Because::Missing | Because::Lost(_) => transitions::add_replica(&freed, new, node),
             };
             let record = listed.map_err(from_transition)?;
@@ -114,6 +117,25 @@ impl Inner {
             }
         }
         Err(Status::aborted(format!("the record of volume {volume} keeps changing; repeat the call")))
+    }
+
+    /// Where the new one may go. One that leaves counts for no zone, which the new one may stand in.
+    fn request(&self, record: &VolumeRecord, because: &Because) -> PlacementRequest {
+        let mut request = PlacementRequest::further(record, 1);
+        let leaves = |node: &NodeName| match because {
+            Because::Missing | Because::Lost(_) => false,
+            Because::Leaving => self.is_leaving(node),
+            Because::Rebalancing { from, .. } => node == from,
+        };
+        let (leaving, kept) = std::mem::take(&mut request.kept).into_iter().partition(leaves);
+        request.kept = kept;
+        let leaving: Vec<NodeName> = leaving;
+        request.excluded.extend(leaving);
+        if let Because::Rebalancing { to, .. } = because {
+            request.prefer = Some(to.clone());
+            request.rules.local_replica = LocalReplica::Preferred;
+        }
+        request
     }
 
     /// Makes a listed replica that was never in sync, empty, on its node; one that is there stays as it is. A target that has as
@@ -162,9 +184,9 @@ impl Inner {
 }
 
 /// The new replica that an earlier call listed: the old one is given up or off the list, and one was never in sync.
-fn begun_before(record: &VolumeRecord, because: Because) -> Option<ReplicaId> {
+fn begun_before(record: &VolumeRecord, because: &Because) -> Option<ReplicaId> {
     if let Because::Lost(old) = because
-        && !given_up(record, old)
+        && !given_up(record, *old)
     {
         return None;
     }

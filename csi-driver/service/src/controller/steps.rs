@@ -25,7 +25,7 @@ use holdfast_storage_core::transitions;
 use super::replace::{Because, is_whole, never_in_sync};
 
 /// What is to be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Delete what was given up, and forget it.
     Forget(ReplicaId),

@@ -1,17 +1,21 @@
 //! The record as the object holds it, and back. Nothing is left out on either way: a field that is added to the record
 //! does not compile until it is here.
 
+use holdfast_storage_core::background::Background;
+use holdfast_storage_core::encryption::{Encryption, EncryptionKind};
 use holdfast_storage_core::ids::{Attachment, Epoch, Generation, NodeName, RecordVersion};
 use holdfast_storage_core::io_limits::IoLimits;
+use holdfast_storage_core::placement::{LocalReplica, PlacementRules, ZoneRule};
 use holdfast_storage_core::record::{
-    CloneSource, Formatted, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState, RequestedSnapshot,
-    SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
+    CloneSource, Formatted, FrontEndChoice, Promotion, RECORD_FORMAT, ReplicaRecord, ReplicaState,
+    RequestedSnapshot, SnapshotRecord, SnapshotState, VolumeParams, VolumeRecord,
 };
 use holdfast_storage_core::record_store::{StoreError, Versioned};
 
 use super::objects::{
-    EpochSpec, FormattedSpec, LimitsSpec, ParamsSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec,
-    RequestedSpec, SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec,
+    BackgroundSpec, EncryptionKindSpec, EncryptionSpec, EpochSpec, FormattedSpec, FrontEndSpec, LimitsSpec,
+    LocalReplicaSpec, ParamsSpec, PlacementSpec, PromotionSpec, ReplicaSpec, ReplicaStateSpec, RequestedSpec,
+    SWAP_IDS, SnapshotSpec, SourceSpec, VolumeRecordSpec, ZoneRuleSpec,
 };
 
 /// The object's spec of a record, as a new change after the `earlier` ones (oldest first). `version` 0 is a record whose name
@@ -43,6 +47,7 @@ pub(super) fn to_spec(
         restored,
         promoted,
         formatted,
+        encryption,
         deleting,
         params,
     } = record;
@@ -82,6 +87,7 @@ pub(super) fn to_spec(
             from: from.to_string(),
         }),
         formatted: formatted_to_spec(*formatted),
+        encryption: encryption.map(encryption_to_spec),
         deleting: *deleting,
         params: params_to_spec(params)?,
     })
@@ -122,16 +128,9 @@ pub(super) fn from_spec(spec: &VolumeRecordSpec) -> Result<Versioned, StoreError
         restored: spec.restored,
         promoted: spec.promoted.as_ref().map(promotion_from_spec).transpose()?,
         formatted: formatted_from_spec(spec.formatted),
+        encryption: spec.encryption.as_ref().map(encryption_from_spec).transpose()?,
         deleting: spec.deleting,
-        params: VolumeParams {
-            replicas: small("params.replicas", spec.params.replicas)?,
-            fs_type: spec.params.fs_type.clone(),
-            min_in_sync: small("params.minInSync", spec.params.min_in_sync)?,
-            limits: IoLimits {
-                iops: counter("params.limits.iops", spec.params.limits.iops)?,
-                bytes_per_s: counter("params.limits.bytesPerS", spec.params.limits.bytes_per_s)?,
-            },
-        },
+        params: params_from_spec(&spec.params)?,
     };
     Ok(Versioned { version: RecordVersion(counter("version", spec.version)?), record })
 }
@@ -227,7 +226,11 @@ fn source_to_spec(source: &CloneSource) -> SourceSpec {
 }
 
 fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
-    let VolumeParams { replicas, fs_type, min_in_sync, limits: IoLimits { iops, bytes_per_s } } = params;
+    let VolumeParams { replicas, fs_type, min_in_sync, limits, background, placement, front_end, encryption } =
+        params;
+    let IoLimits { iops, bytes_per_s } = limits;
+    let Background { scrub_interval_s, resync_bytes_per_s } = background;
+    let seconds = |seconds: u64| number("params.background.scrub_interval_s", seconds);
     Ok(ParamsSpec {
         replicas: i64::from(*replicas),
         fs_type: fs_type.clone(),
@@ -236,7 +239,92 @@ fn params_to_spec(params: &VolumeParams) -> Result<ParamsSpec, StoreError> {
             iops: number("params.limits.iops", *iops)?,
             bytes_per_s: number("params.limits.bytes_per_s", *bytes_per_s)?,
         },
+        background: BackgroundSpec {
+            scrub_interval_s: scrub_interval_s.map(seconds).transpose()?,
+            resync_bytes_per_s: number("params.background.resync_bytes_per_s", *resync_bytes_per_s)?,
+        },
+        placement: placement_to_spec(placement),
+        front_end: match front_end {
+            FrontEndChoice::Auto => FrontEndSpec::Auto,
+            FrontEndChoice::FuseLoop => FrontEndSpec::FuseLoop,
+        },
+        encryption: match encryption {
+            EncryptionKind::None => EncryptionKindSpec::None,
+            EncryptionKind::AesXts => EncryptionKindSpec::AesXts,
+        },
     })
+}
+
+fn params_from_spec(spec: &ParamsSpec) -> Result<VolumeParams, StoreError> {
+    let seconds = |seconds: i64| counter("params.background.scrubIntervalS", seconds);
+    Ok(VolumeParams {
+        replicas: small("params.replicas", spec.replicas)?,
+        fs_type: spec.fs_type.clone(),
+        min_in_sync: small("params.minInSync", spec.min_in_sync)?,
+        limits: IoLimits {
+            iops: counter("params.limits.iops", spec.limits.iops)?,
+            bytes_per_s: counter("params.limits.bytesPerS", spec.limits.bytes_per_s)?,
+        },
+        background: Background {
+            scrub_interval_s: spec.background.scrub_interval_s.map(seconds).transpose()?,
+            resync_bytes_per_s: counter(
+                "params.background.resyncBytesPerS",
+                spec.background.resync_bytes_per_s,
+            )?,
+        },
+        placement: placement_from_spec(&spec.placement),
+        front_end: match spec.front_end {
+            FrontEndSpec::Auto => FrontEndChoice::Auto,
+            FrontEndSpec::FuseLoop => FrontEndChoice::FuseLoop,
+        },
+        encryption: match spec.encryption {
+            EncryptionKindSpec::None => EncryptionKind::None,
+            EncryptionKindSpec::AesXts => EncryptionKind::AesXts,
+        },
+    })
+}
+
+fn encryption_to_spec(encryption: Encryption) -> EncryptionSpec {
+    let Encryption { salt, key_check } = encryption;
+    EncryptionSpec { salt: salt.to_string(), key_check: key_check.map(|check| check.to_string()) }
+}
+
+fn encryption_from_spec(spec: &EncryptionSpec) -> Result<Encryption, StoreError> {
+    Ok(Encryption {
+        salt: id("encryption.salt", &spec.salt)?,
+        key_check: spec.key_check.as_deref().map(|text| id("encryption.keyCheck", text)).transpose()?,
+    })
+}
+
+fn placement_to_spec(rules: &PlacementRules) -> PlacementSpec {
+    let PlacementRules { zones, local_replica, pool_class } = rules;
+    PlacementSpec {
+        zones: match zones {
+            ZoneRule::Preferred => ZoneRuleSpec::Preferred,
+            ZoneRule::Required => ZoneRuleSpec::Required,
+        },
+        local_replica: match local_replica {
+            LocalReplica::Preferred => LocalReplicaSpec::Preferred,
+            LocalReplica::Required => LocalReplicaSpec::Required,
+            LocalReplica::None => LocalReplicaSpec::None,
+        },
+        pool_class: pool_class.clone(),
+    }
+}
+
+fn placement_from_spec(spec: &PlacementSpec) -> PlacementRules {
+    PlacementRules {
+        zones: match spec.zones {
+            ZoneRuleSpec::Preferred => ZoneRule::Preferred,
+            ZoneRuleSpec::Required => ZoneRule::Required,
+        },
+        local_replica: match spec.local_replica {
+            LocalReplicaSpec::Preferred => LocalReplica::Preferred,
+            LocalReplicaSpec::Required => LocalReplica::Required,
+            LocalReplicaSpec::None => LocalReplica::None,
+        },
+        pool_class: spec.pool_class.clone(),
+    }
 }
 
 fn source_from_spec(spec: &SourceSpec) -> Result<CloneSource, StoreError> {
@@ -312,7 +400,7 @@ fn unreadable(what: &str) -> StoreError {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use holdfast_storage_core::ids::{Lineage, ReplicaId, SnapshotId, TargetId, VolumeId};
+    use holdfast_storage_core::ids::{KeyCheck, Lineage, ReplicaId, Salt, SnapshotId, TargetId, VolumeId};
 
     use super::*;
 
@@ -372,12 +460,21 @@ mod tests {
             restored: true,
             promoted: Some(Promotion { replica: ReplicaId(1), from: Lineage(2) }),
             formatted: Formatted::Formatting,
+            encryption: Some(Encryption { salt: Salt(1), key_check: Some(KeyCheck(u128::MAX)) }),
             deleting: false,
             params: VolumeParams {
                 replicas: 3,
                 fs_type: "xfs".to_owned(),
                 min_in_sync: 2,
                 limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
+                background: Background { scrub_interval_s: Some(3_600), resync_bytes_per_s: 1 << 20 },
+                placement: PlacementRules {
+                    zones: ZoneRule::Required,
+                    local_replica: LocalReplica::None,
+                    pool_class: Some("fast".to_owned()),
+                },
+                front_end: FrontEndChoice::FuseLoop,
+                encryption: EncryptionKind::AesXts,
             },
         }
     }

@@ -80,6 +80,7 @@ impl KubernetesDirectory {
             capacity_bytes: number("capacity_bytes", node.capacity_bytes)?,
             available_bytes: number("available_bytes", node.available_bytes)?,
             zone: node.zone.clone(),
+            pool_class: node.pool_class.clone(),
             volumes_max: node.volumes_max,
             state: None,
             announced_at: Time(Timestamp::now()),
@@ -152,6 +153,7 @@ fn from_object(object: StorageNode) -> Result<(NodeInfo, Time, NodeState), Store
         capacity_bytes: counter("capacityBytes", spec.capacity_bytes)?,
         available_bytes: counter("availableBytes", spec.available_bytes)?,
         zone: spec.zone,
+        pool_class: spec.pool_class,
         volumes_max: spec.volumes_max,
     };
     let state = match spec.state {

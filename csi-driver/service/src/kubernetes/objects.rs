@@ -50,6 +50,13 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
         .message("generation and attachment never go back"),
     validation = Rule::new("(self.deleting || !oldSelf.deleting) && (self.retired || !oldSelf.retired)")
         .message("a deletion is never taken back"),
+    validation = Rule::new("has(self.encryption) == has(oldSelf.encryption)")
+        .message("a volume is encrypted from its first day, or never"),
+    validation = Rule::new(
+        "!has(oldSelf.encryption) || !has(self.encryption) || (self.encryption.salt == oldSelf.encryption.salt && \
+         (!has(oldSelf.encryption.keyCheck) || self.encryption == oldSelf.encryption))"
+    )
+    .message("salt and key check are never changed"),
     validation = Rule::new("oldSelf.pending || !self.pending").message("what exists is not unmade"),
     validation = Rule::new("self.inSync.all(r, r in self.replicas)").message("inSync names replicas only"),
     validation = Rule::new("self.replicas.all(r, r.matches('^[0-9a-f]{32}$'))").message("replicas are keyed by their ids")
@@ -113,6 +120,9 @@ pub(crate) struct VolumeRecordSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promoted: Option<PromotionSpec>,
     pub formatted: FormattedSpec,
+    /// Of an encrypted volume: what makes its key from a secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<EncryptionSpec>,
     pub deleting: bool,
     pub params: ParamsSpec,
 }
@@ -215,6 +225,82 @@ pub(crate) struct ParamsSpec {
     /// What its clients may do per second; 0 is no limit.
     #[serde(default)]
     pub limits: LimitsSpec,
+    /// How fast its background work goes.
+    #[serde(default)]
+    pub background: BackgroundSpec,
+    /// Where its replicas may be.
+    #[serde(default)]
+    pub placement: PlacementSpec,
+    #[serde(default)]
+    pub front_end: FrontEndSpec,
+    #[serde(default)]
+    pub encryption: EncryptionKindSpec,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum EncryptionKindSpec {
+    #[default]
+    None,
+    AesXts,
+}
+
+/// Of an encrypted volume; nothing in it is secret.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct EncryptionSpec {
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub salt: String,
+    /// By it the volume's key is known; set by the first stage, for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9a-f]{32}$"))]
+    pub key_check: Option<String>,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum FrontEndSpec {
+    #[default]
+    Auto,
+    FuseLoop,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PlacementSpec {
+    #[serde(default)]
+    pub zones: ZoneRuleSpec,
+    #[serde(default)]
+    pub local_replica: LocalReplicaSpec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub pool_class: Option<String>,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ZoneRuleSpec {
+    #[default]
+    Preferred,
+    Required,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum LocalReplicaSpec {
+    #[default]
+    Preferred,
+    Required,
+    None,
+}
+
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct BackgroundSpec {
+    /// Seconds between the beginnings of two passes of the scrub; 0 is never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub scrub_interval_s: Option<i64>,
+    /// Most bytes per second that are copied to a returning replica; 0 is no limit.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub resync_bytes_per_s: i64,
 }
 
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -336,6 +422,10 @@ pub(crate) struct StorageNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub zone: Option<String>,
+    /// The class of its pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub pool_class: Option<String>,
     /// Most volumes that may be attached to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]

@@ -162,13 +162,9 @@ fn mk_record(generation: u64) -> VolumeRecord {
         restored: false,
         promoted: None,
         formatted: Formatted::Never,
+        encryption: None,
         deleting: false,
-        params: VolumeParams {
-            replicas: 1,
-            fs_type: "ext4".to_owned(),
-            min_in_sync: 1,
-            limits: holdfast_storage_core::io_limits::IoLimits::default(),
-        },
+        params: VolumeParams::new(1, "ext4"),
     }
 }
 

@@ -9,6 +9,7 @@ use holdfast_proto::storage::data_client::DataClient as Client;
 use holdfast_proto::storage::{
     AttachRequest, CountAllocatedRequest, DetachRequest, GetStatusReply, GetStatusRequest,
 };
+use holdfast_storage_core::encryption::VolumeKey;
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
@@ -37,10 +38,16 @@ impl DataClient {
         Ok(Self { socket: socket.to_owned(), client: Client::new(endpoint.connect_lazy()) })
     }
 
-    /// Attaches the volume and answers its block device.
-    pub(super) async fn attach(&self, volume: VolumeId, attachment: Attachment) -> Result<PathBuf, Status> {
+    /// Attaches the volume, an encrypted one with its key, and answers its block device.
+    pub(super) async fn attach(
+        &self,
+        volume: VolumeId,
+        attachment: Attachment,
+        key: Option<&VolumeKey>,
+    ) -> Result<PathBuf, Status> {
         let mut client = self.client.clone();
-        let request = AttachRequest { volume_id: volume.to_string(), attachment: attachment.0 };
+        let key = key.map(|key| key.as_bytes().to_vec()).unwrap_or_default();
+        let request = AttachRequest { volume_id: volume.to_string(), attachment: attachment.0, key };
         let reply = self.within(ATTACH_TIMEOUT, "attach", volume, client.attach(request)).await?;
         if reply.device.is_empty() {
             return Err(Status::internal(format!(

@@ -28,7 +28,7 @@ use super::Inner;
 use crate::status::{from_store, from_transition};
 
 /// How often a swap is decided anew because another writer moved the record, or its answer was lost.
-const SWAP_ATTEMPTS_MAX: u32 = 16;
+pub(super) const SWAP_ATTEMPTS_MAX: u32 = 16;
 /// Bytes of a tool's own words that a sentence quotes.
 const QUOTED_BYTES_MAX: usize = 512;
 

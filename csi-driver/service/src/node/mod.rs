@@ -7,6 +7,7 @@ mod data_client;
 mod format;
 mod grow;
 mod health;
+mod key;
 mod mount_table;
 mod mounter;
 mod paths;
@@ -57,6 +58,8 @@ struct Inner {
     data: DataClient,
     kubelet_dir: PathBuf,
     in_flight: InFlight,
+    /// Held while a key is derived.
+    deriving: tokio::sync::Mutex<()>,
 }
 
 impl NodeService {
@@ -70,8 +73,8 @@ impl NodeService {
         })?;
         let data = DataClient::new(&config.data_socket)?;
         let NodeConfig { node, zone, volumes_max, .. } = config;
-        let inner =
-            Inner { node, zone, volumes_max, store, data, kubelet_dir, in_flight: InFlight::default() };
+        let (in_flight, deriving) = (InFlight::default(), tokio::sync::Mutex::default());
+        let inner = Inner { node, zone, volumes_max, store, data, kubelet_dir, in_flight, deriving };
         Ok(Self { inner: Arc::new(inner) })
     }
 }

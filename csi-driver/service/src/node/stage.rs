@@ -10,6 +10,7 @@ use holdfast_proto::csi::{
 use holdfast_storage_core::ids::{Attachment, VolumeId};
 use tonic::Status;
 
+use super::key::Secrets;
 use super::mount_table::{Device, Mount};
 use super::{Inner, blocking, mount_table, mounter, paths};
 use crate::controller::ATTACHMENT_KEY;
@@ -18,8 +19,9 @@ use crate::volume_request::{check_access, check_capability, existing_volume_id, 
 impl Inner {
     pub(super) async fn stage(
         &self,
-        request: NodeStageVolumeRequest,
+        mut request: NodeStageVolumeRequest,
     ) -> Result<NodeStageVolumeResponse, Status> {
+        let secrets = Secrets::new(std::mem::take(&mut request.secrets));
         let capability = request.volume_capability.as_ref();
         let capability =
             capability.ok_or_else(|| Status::invalid_argument("volume_capability is missing"))?;
@@ -33,7 +35,8 @@ impl Inner {
         let record = self.read_mine(volume, attachment).await?.record;
         check_access(&record, &access)?;
 
-        let device = self.data.attach(volume, attachment).await?;
+        let key = self.volume_key(&record, attachment, &secrets).await?;
+        let device = self.data.attach(volume, attachment, key.as_ref()).await?;
         let mut flags = match &capability.access_type {
             Some(AccessType::Mount(mount)) => mount.mount_flags.clone(),
             // The device itself is published; there is nothing to mount here.

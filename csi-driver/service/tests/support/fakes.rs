@@ -310,6 +310,7 @@ pub fn mk_info(node: &str, control_address: &str, capacity_bytes: u64) -> NodeIn
         capacity_bytes,
         available_bytes: capacity_bytes,
         zone: None,
+        pool_class: None,
         volumes_max: None,
     }
 }

@@ -29,10 +29,8 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         target_id: None,
         epoch: Epoch { number: 1, nonce: 42 },
         params: VolumeParams {
-            replicas: u32::try_from(nodes.len()).unwrap(),
-            fs_type: "ext4".to_owned(),
-            min_in_sync: 1,
             limits: holdfast_storage_core::io_limits::IoLimits { iops: 0, bytes_per_s: 1 << 40 },
+            ..VolumeParams::new(u32::try_from(nodes.len()).unwrap(), "ext4")
         },
         in_sync,
         replicas,
@@ -43,6 +41,7 @@ pub fn mk_record(id: u128, name: &str, nodes: &[&str]) -> VolumeRecord {
         restored: false,
         promoted: None,
         formatted: Formatted::Never,
+        encryption: None,
         deleting: false,
     }
 }

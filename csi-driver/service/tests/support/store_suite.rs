@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use holdfast_storage_core::ids::{Attachment, Epoch, Generation, RecordVersion, TargetId, VolumeId};
+use holdfast_storage_core::encryption::Encryption;
+use holdfast_storage_core::ids::{
+    Attachment, Epoch, Generation, KeyCheck, RecordVersion, Salt, TargetId, VolumeId,
+};
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::record_store::{RecordStore, StoreError, Versioned};
 
@@ -50,12 +53,23 @@ async fn some_swaps_are_never_allowed(store: &dyn RecordStore) {
     let mut record = mk_record(0x30, "thirty", &["node-a"]);
     record.generation = Generation(5);
     record.attachment = Attachment(5);
+    record.encryption = Some(Encryption { salt: Salt(1), key_check: None });
     let version = store.create(record.clone()).await.unwrap();
+    let with = |salt, key_check| Some(Encryption { salt: Salt(salt), key_check });
+    let bound = VolumeRecord { encryption: with(1, Some(KeyCheck(2))), ..record.clone() };
+    let resalted = VolumeRecord { encryption: with(3, Some(KeyCheck(2))), ..record.clone() };
+    assert!(matches!(store.swap(version, resalted.clone()).await, Err(StoreError::Refused(_))));
+    let version = store.swap(version, bound.clone()).await.expect("bound to a key once");
+    let record = bound;
     for forbidden in [
         VolumeRecord { name: "other".to_owned(), ..record.clone() },
         VolumeRecord { in_sync: std::collections::BTreeSet::new(), ..record.clone() },
         VolumeRecord { generation: Generation(4), ..record.clone() },
         VolumeRecord { attachment: Attachment(4), ..record.clone() },
+        VolumeRecord { encryption: None, ..record.clone() },
+        VolumeRecord { encryption: with(1, None), ..record.clone() },
+        VolumeRecord { encryption: with(1, Some(KeyCheck(4))), ..record.clone() },
+        resalted,
     ] {
         assert!(matches!(store.swap(version, forbidden).await, Err(StoreError::Refused(_))));
     }

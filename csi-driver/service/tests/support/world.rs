@@ -9,7 +9,8 @@ use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
 use holdfast_service::{ControllerService, ControllerSettings, IdentityService, NodeBook, SledStore};
-use holdfast_storage_core::node_directory::NodeStates;
+use holdfast_storage_core::ids::NodeName;
+use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo, NodeStates};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{GroupStore, RecordStore};
 use tempfile::TempDir;
@@ -88,6 +89,12 @@ impl World {
         let channel =
             Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap().connect().await.unwrap();
         Controller(ControllerClient::new(channel.clone()), channel, service)
+    }
+
+    /// A node says something else of itself from now on.
+    pub async fn announce_again(&self, node: &str, change: impl Fn(NodeInfo) -> NodeInfo) {
+        let info = self.book.get(&NodeName(node.to_owned())).unwrap();
+        self.book.announce(change(info)).await.unwrap();
     }
 
     pub fn pool(&self, node: &str) -> &FakePool {

@@ -7,11 +7,11 @@ use crate::ids::{BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES};
 use crate::target::tests::jobs::SNAPSHOT;
 use crate::timers;
 
-const AWAY: ReplicaId = ReplicaId(3);
+pub(super) const AWAY: ReplicaId = ReplicaId(3);
 
 impl Bench {
     /// Replicas lose their sessions and leave the set.
-    fn lose(&mut self, replicas: &[u128]) {
+    pub(super) fn lose(&mut self, replicas: &[u128]) {
         for replica in replicas {
             let session = self.target.peers[&ReplicaId(*replica)].session().unwrap().id;
             self.event(TargetEvent::SessionLost { session });
@@ -20,14 +20,6 @@ impl Bench {
         self.tell_all();
         // Members are opened again at once, and given up when the swap is done.
         self.actions.retain(|a| !matches!(a, TargetAction::CloseSession { .. } | TargetAction::Open(_)));
-    }
-
-    /// Somebody changes the record, and the target is told.
-    fn change_min_in_sync(&mut self, min_in_sync: u32) {
-        self.store.record.params.min_in_sync = min_in_sync;
-        self.store.version = self.store.version.next();
-        self.job(1, Job::Reload);
-        self.store();
     }
 
     fn opening(&mut self, replica: u128) -> Option<SessionId> {
@@ -39,7 +31,7 @@ impl Bench {
         }
     }
 
-    fn wait(&mut self, ms: u64) {
+    pub(super) fn wait(&mut self, ms: u64) {
         for _ in 0..ms / 100 {
             self.now_ms += 100;
             self.event(TargetEvent::Tick);
@@ -47,7 +39,10 @@ impl Bench {
         }
     }
 
-    fn control_of(&mut self, wanted: impl Fn(&Control) -> bool) -> Option<(CallId, ReplicaId, Control)> {
+    pub(super) fn control_of(
+        &mut self,
+        wanted: impl Fn(&Control) -> bool,
+    ) -> Option<(CallId, ReplicaId, Control)> {
         match self.take(|a| matches!(a, TargetAction::Control { op, .. } if wanted(op))) {
             Some(TargetAction::Control { call, replica, op, .. }) => Some((call, replica, op)),
             _ => None,
@@ -55,7 +50,7 @@ impl Bench {
     }
 
     /// Answers every question for a map of an absent replica with these blocks; `None` is void.
-    fn maps(&mut self, blocks: Option<&[(u64, u64)]>) {
+    pub(super) fn maps(&mut self, blocks: Option<&[(u64, u64)]>) {
         while let Some((call, _, Control::ReadMap(of))) =
             self.control_of(|op| matches!(op, Control::ReadMap(_)))
         {
@@ -72,7 +67,7 @@ impl Bench {
     }
 
     /// Answers the questions where data is: at the members as given, at the returning replica nowhere.
-    fn extents(&mut self, data: &[(u64, u64)]) -> usize {
+    pub(super) fn extents(&mut self, data: &[(u64, u64)]) -> usize {
         let mut asked = 0;
         while let Some((call, of, Control::ReadExtents(_))) =
             self.control_of(|op| matches!(op, Control::ReadExtents(_)))
@@ -115,7 +110,7 @@ impl Bench {
 }
 
 /// Three replicas, the third away and opened again.
-fn mk_returning() -> Bench {
+pub(super) fn mk_returning() -> Bench {
     mk_returning_with(mk_serving(3))
 }
 
@@ -163,7 +158,7 @@ fn below_min_in_sync_a_write_is_made_and_not_told_and_does_not_keep_a_replica_fr
     bench.extents(&[(0, 2048)]);
     assert_eq!(bench.copy_all(), [BlockRange::new(0, 1)], "the range of the write is free");
     assert_eq!(bench.completed(), None);
-    bench.change_min_in_sync(2);
+    bench.change_params(|params| params.min_in_sync = 2);
     assert_eq!(bench.completed(), Some(Ok(())), "the write");
     assert_eq!(bench.completed(), Some(Ok(())), "the flush");
 }

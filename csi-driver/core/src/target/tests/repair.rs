@@ -8,7 +8,7 @@ const FAILED: Result<(), IoError> = Err(IoError::Failed);
 
 impl Bench {
     /// Answers every Verify: `bad` gives for a replica the blocks that do not verify, `digest` what the others hold.
-    fn verify(&mut self, bad: &[(u128, u64)], digest: impl Fn(ReplicaId, u64) -> u64) -> usize {
+    pub(super) fn verify(&mut self, bad: &[(u128, u64)], digest: impl Fn(ReplicaId, u64) -> u64) -> usize {
         let mut asked = 0;
         while let Some(TargetAction::Control { call, replica, op: Control::Verify(range), .. }) =
             self.take(|a| matches!(a, TargetAction::Control { op: Control::Verify(_), .. }))
