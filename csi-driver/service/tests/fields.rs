@@ -1,5 +1,5 @@
-//! Each text field of each controller call, with what it must never be: missing, too long, a path, another object's id. The
-//! answer is the specification's code and names the field, and nothing is changed.
+//! Each text field of each controller call, with what it must never be: missing, too long, a path, another object's id; and each
+//! number with what it cannot be. The answer is the specification's code and names the field, and nothing is changed.
 
 // Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
@@ -269,5 +269,125 @@ async fn no_text_field_takes_what_it_must_not_be_and_nothing_is_changed() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(tried > 250, "{tried}");
+    assert_eq!(everything(&world).await, before, "something was changed");
+}
+
+type NumberCall = fn(Controller, Known, i64) -> Answer;
+
+fn mk_range(required_bytes: i64, limit_bytes: i64) -> Option<CapacityRange> {
+    Some(CapacityRange { required_bytes, limit_bytes })
+}
+
+fn sized(capacity_range: Option<CapacityRange>) -> CreateVolumeRequest {
+    CreateVolumeRequest { capacity_range, ..mk_create("sized") }
+}
+
+fn expanded(volume_id: String, capacity_range: Option<CapacityRange>) -> ControllerExpandVolumeRequest {
+    ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() }
+}
+
+fn small(number: i64) -> i32 {
+    i32::try_from(number).unwrap_or(if number < 0 { i32::MIN } else { i32::MAX })
+}
+
+/// The call, the field, the numbers that it must not have, and how it is called with one.
+fn numbers() -> Vec<(&'static str, &'static str, &'static [i64], NumberCall)> {
+    const NEGATIVE: &[i64] = &[-1, i64::MIN];
+    const NO_SIZE: &[i64] = &[-1, i64::MIN, i64::MAX];
+    const NO_MODE: &[i64] = &[-1, 0, 5, 99];
+    vec![
+        ("CreateVolume", "required_bytes", NO_SIZE, |c, _, number| {
+            call!(c.0.clone(), create_volume, sized(mk_range(number, 0)))
+        }),
+        ("CreateVolume", "limit_bytes", &[-1, i64::MIN, 1, (1 << 30) - 1], |c, _, number| {
+            call!(c.0.clone(), create_volume, sized(mk_range(1 << 30, number)))
+        }),
+        ("CreateVolume", "mode", NO_MODE, |c, _, number| {
+            let access_mode = Some(volume_capability::AccessMode { mode: small(number) });
+            let capability = VolumeCapability { access_mode, ..mk_mount("") };
+            let request = CreateVolumeRequest { volume_capabilities: vec![capability], ..mk_create("mode") };
+            call!(c.0.clone(), create_volume, request)
+        }),
+        ("ControllerPublishVolume", "mode", NO_MODE, |c, known, number| {
+            let access_mode = Some(volume_capability::AccessMode { mode: small(number) });
+            let volume_capability = Some(VolumeCapability { access_mode, ..mk_mount("") });
+            let request =
+                ControllerPublishVolumeRequest { volume_capability, ..mk_publish(&known.volume, "a") };
+            call!(c.0.clone(), controller_publish_volume, request)
+        }),
+        ("ControllerExpandVolume", "required_bytes", NO_SIZE, |c, known, number| {
+            call!(c.0.clone(), controller_expand_volume, expanded(known.volume, mk_range(number, 0)))
+        }),
+        ("ControllerExpandVolume", "limit_bytes", &[-1, i64::MIN, 1], |c, known, number| {
+            call!(c.0.clone(), controller_expand_volume, expanded(known.volume, mk_range(2 << 30, number)))
+        }),
+        ("ListVolumes", "max_entries", NEGATIVE, |c, _, number| {
+            let request = ListVolumesRequest { max_entries: small(number), starting_token: String::new() };
+            call!(c.0.clone(), list_volumes, request)
+        }),
+        ("ListSnapshots", "max_entries", NEGATIVE, |c, _, number| {
+            let request = ListSnapshotsRequest { max_entries: small(number), ..Default::default() };
+            call!(c.0.clone(), list_snapshots, request)
+        }),
+        ("ControllerListVolumeHealth", "max_entries", NEGATIVE, |c, _, number| {
+            let request =
+                ControllerListVolumeHealthRequest { max_entries: small(number), ..Default::default() };
+            call!(c.0.clone(), controller_list_volume_health, request)
+        }),
+        ("GetMetadataAllocated", "starting_offset", NO_SIZE, |c, known, starting_offset| {
+            let snapshot_id = known.snapshot;
+            let request = GetMetadataAllocatedRequest { snapshot_id, starting_offset, ..Default::default() };
+            Box::pin(async move { first(c.metadata().get_metadata_allocated(request).await?).await })
+        }),
+        ("GetMetadataAllocated", "max_results", NEGATIVE, |c, known, number| {
+            let (snapshot_id, max_results) = (known.snapshot, small(number));
+            let request = GetMetadataAllocatedRequest { snapshot_id, max_results, ..Default::default() };
+            Box::pin(async move { first(c.metadata().get_metadata_allocated(request).await?).await })
+        }),
+        ("GetMetadataDelta", "starting_offset", NO_SIZE, |c, known, starting_offset| {
+            let request = delta(known.snapshot, starting_offset, 0);
+            Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
+        }),
+        ("GetMetadataDelta", "max_results", NEGATIVE, |c, known, number| {
+            let request = delta(known.snapshot, 0, small(number));
+            Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
+        }),
+    ]
+}
+
+fn delta(snapshot: String, starting_offset: i64, max_results: i32) -> GetMetadataDeltaRequest {
+    GetMetadataDeltaRequest {
+        base_snapshot_id: snapshot.clone(),
+        target_snapshot_id: snapshot,
+        starting_offset,
+        max_results,
+        ..Default::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_number_is_taken_that_cannot_be_and_nothing_is_changed() {
+    let world = World::start(&["a", "b", "c"]).await;
+    let controller = world.controller().await;
+    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+    let snapshot = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
+    let known = Known { volume, snapshot };
+    let before = everything(&world).await;
+    let (mut tried, mut wrong) = (0, Vec::new());
+    for (rpc, field, numbers, call) in numbers() {
+        for number in numbers {
+            let answer = call(controller.clone(), known.clone(), *number).await;
+            tried += 1;
+            let right = answer.as_ref().is_err_and(|status| {
+                matches!(status.code(), Code::InvalidArgument | Code::OutOfRange)
+                    && status.message().contains(field)
+            });
+            if !right {
+                wrong.push(format!("{rpc} {field} {number}: {answer:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(tried > 35, "{tried}");
     assert_eq!(everything(&world).await, before, "something was changed");
 }
