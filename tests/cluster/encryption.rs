@@ -75,12 +75,14 @@ fn live(cluster: &Cluster, encryption: &str) -> Result<Vec<String>> {
     let root = volume.stage(cluster, "node-b")?;
     ensure!(get(&root, "first")? == first && get(&root, "second")? == content(2), "read on node-b");
     volume.expand(cluster, GROWN_BYTES)?;
-    volume.expand_on(cluster, "node-b")?;
+    volume.unstage(cluster, "node-b")?;
+    // The stage grows the file system, as the nodes here may not grow a mounted one.
+    let root = volume.stage(cluster, "node-a")?;
     ensure!(fs_bytes(&root)? > VOLUME_BYTES, "the file system did not grow");
     for number in 3..40 {
         put(&root, &format!("file-{number}"), &content(number))?;
     }
-    volume.unstage(cluster, "node-b")?;
+    volume.unstage(cluster, "node-a")?;
     let root = volume.stage(cluster, "node-c")?;
     for number in 3..40 {
         ensure!(get(&root, &format!("file-{number}"))? == content(number), "file {number} on the grown part");

@@ -404,6 +404,23 @@ mod tests {
 
     use super::*;
 
+    fn mk_params() -> VolumeParams {
+        VolumeParams {
+            replicas: 3,
+            fs_type: "xfs".to_owned(),
+            min_in_sync: 2,
+            limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
+            background: Background { scrub_interval_s: Some(3_600), resync_bytes_per_s: 1 << 20 },
+            placement: PlacementRules {
+                zones: ZoneRule::Required,
+                local_replica: LocalReplica::None,
+                pool_class: Some("fast".to_owned()),
+            },
+            front_end: FrontEndChoice::FuseLoop,
+            encryption: EncryptionKind::AesXts,
+        }
+    }
+
     fn mk_record() -> VolumeRecord {
         let left_epoch = Epoch { number: 6, nonce: u64::MAX - 1 };
         let replica = |node: &str, state| ReplicaRecord { node: NodeName(node.to_owned()), state };
@@ -462,20 +479,7 @@ mod tests {
             formatted: Formatted::Formatting,
             encryption: Some(Encryption { salt: Salt(1), key_check: Some(KeyCheck(u128::MAX)) }),
             deleting: false,
-            params: VolumeParams {
-                replicas: 3,
-                fs_type: "xfs".to_owned(),
-                min_in_sync: 2,
-                limits: IoLimits { iops: 500, bytes_per_s: 1 << 30 },
-                background: Background { scrub_interval_s: Some(3_600), resync_bytes_per_s: 1 << 20 },
-                placement: PlacementRules {
-                    zones: ZoneRule::Required,
-                    local_replica: LocalReplica::None,
-                    pool_class: Some("fast".to_owned()),
-                },
-                front_end: FrontEndChoice::FuseLoop,
-                encryption: EncryptionKind::AesXts,
-            },
+            params: mk_params(),
         }
     }
 
