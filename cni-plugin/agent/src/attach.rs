@@ -6,6 +6,7 @@
 //! Each step may be the last one before a kill; [`Attacher::reconcile`] and DEL start over from what they find.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -13,12 +14,14 @@ use std::time::Duration;
 use holdfast_dataplane::{Dataplane, Error as DataplaneError};
 use holdfast_net_core::cni::{CniError, code};
 use holdfast_net_core::objects::ObjectName;
-use holdfast_net_core::plan::{EndpointPlan, host_ifname};
+use holdfast_net_core::plan::{BridgePlan, EndpointPlan, host_ifname};
+use ipnetwork::IpNetwork;
 use tokio::sync::{Mutex, OwnedMutexGuard, RwLock};
 use tracing::{info, warn};
 
 use crate::engine::{EngineHandle, sentence};
-use crate::leases::{AttachmentKey, Lease, LeaseError, Leases};
+use crate::garbage;
+use crate::leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
 use crate::pending;
 
 /// How long ADD waits for the pod's object. After that it answers; the pod stays denied until the object appears.
@@ -32,6 +35,19 @@ pub(crate) struct AddInput {
     pub network: String,
     pub pod: Option<ObjectName>,
     pub pod_uid: String,
+    pub wanted: Wanted,
+}
+
+/// What a previous result says of an attachment.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Previous {
+    pub addresses: Vec<String>,
+    /// Destinations.
+    pub routes: Vec<String>,
+    /// Of the pod's end, where it is told.
+    pub mac: Option<String>,
+    /// The same; a later plugin of the chain may have lowered it.
+    pub mtu: Option<u32>,
 }
 
 /// Serves the verbs.
@@ -43,7 +59,7 @@ pub(crate) struct Attacher {
     /// One verb at a time for one attachment: a runtime that gave up on an ADD sends DEL while the ADD still works.
     busy: Mutex<BTreeMap<AttachmentKey, Weak<Mutex<()>>>>,
     /// GC excludes ADD and DEL (spec, "GC").
-    gc: RwLock<()>,
+    pub(crate) gc: RwLock<()>,
 }
 
 impl Attacher {
@@ -60,31 +76,27 @@ impl Attacher {
     pub(crate) async fn add(&self, input: AddInput) -> Result<Lease, CniError> {
         let _gc = self.gc.read().await;
         let _busy = self.lock(&input.key).await;
-        if pending::exists(&self.pending_dir, &input.key) {
-            self.replay(&input.key).await.map_err(|error| {
-                CniError::new(code::TRY_AGAIN_LATER, "an earlier DEL of this container is not finished")
-                    .details(error)
-            })?;
+        let unfinished = |error: String| {
+            let msg = "an earlier DEL of this container is not finished";
+            CniError::new(code::TRY_AGAIN_LATER, msg).details(error)
+        };
+        match pending::find(&self.pending_dir, &input.key) {
+            Ok(None) => {}
+            Ok(Some(record)) => self.replay(&record).await.map_err(unfinished)?,
+            Err(error) => return Err(unfinished(error.to_string())),
         }
         let Some(bridge) = self.engine.bridge() else {
             let why = self.engine.health().await.ok().and_then(|health| health.not_ready);
             return Err(CniError::new(code::TRY_AGAIN_LATER, "the node's network is not ready")
                 .details(why.unwrap_or_default()));
         };
-        let mk_lease = |sequence, addresses| Lease {
-            sequence,
-            network: input.network.clone(),
-            netns: input.netns.clone(),
-            pod: input.pod.clone(),
-            pod_uid: input.pod_uid.clone(),
-            attached: false,
-            plan: EndpointPlan::new(&input.key.container_id, &input.key.ifname, addresses, &bridge),
-            key: input.key.clone(),
-        };
-        let lease = self.leases.reserve(&input.key, mk_lease).await.map_err(|error| lease_failure(&error))?;
+        let reserved = self.leases.reserve(&input.key, &input.wanted, |sequence, addresses| {
+            mk_lease(&input, sequence, addresses, &bridge)
+        });
+        let mut lease = reserved.await.map_err(|error| lease_failure(&error))?;
         let completed = async {
-            self.complete(&lease).await?;
-            self.leases.mark_attached(&lease.key).await.map_err(|error| lease_failure(&error))
+            self.complete(&mut lease).await?;
+            self.leases.mark_attached(&lease.key, &lease.plan).await.map_err(|error| lease_failure(&error))
         };
         match completed.await {
             Ok(()) => Ok(lease),
@@ -97,9 +109,9 @@ impl Attacher {
         }
     }
 
-    async fn complete(&self, lease: &Lease) -> Result<(), CniError> {
+    async fn complete(&self, lease: &mut Lease) -> Result<(), CniError> {
         let attached = self.dataplane.attach(&lease.plan, Path::new(&lease.netns)).await;
-        attached.map_err(|error| attach_failure(&error))?;
+        lease.plan.default_routes = attached.map_err(|error| attach_failure(&error))?;
         let mut seen = self.engine.seen();
         let deadline = tokio::time::Instant::now() + POD_WAIT_MAX;
         loop {
@@ -121,23 +133,29 @@ impl Attacher {
         }
     }
 
-    /// Detaches a pod. Idempotent. Where rules cannot be applied now, a delete record keeps what is left to do, so that no
-    /// pod hangs in Terminating.
-    pub(crate) async fn del(&self, key: &AttachmentKey) -> Result<(), CniError> {
+    /// Detaches a pod. Idempotent. An attachment of another network is not touched: a runtime that undoes an ADD which was refused
+    /// because the interface exists must not take the living one away. Where rules cannot be applied now, a delete record
+    /// keeps what is left to do, so that no pod hangs in Terminating.
+    pub(crate) async fn del(&self, key: &AttachmentKey, network: &str) -> Result<(), CniError> {
         let _gc = self.gc.read().await;
         let _busy = self.lock(key).await;
+        let lease = self.leases.get(key).await;
+        if lease.is_some_and(|lease| !is_of_network(&lease, network)) {
+            info!(attachment = %key, network, "DEL names another network; nothing is done");
+            return Ok(());
+        }
         let unfinished =
             |error: String| CniError::new(code::TRY_AGAIN_LATER, "DEL did not finish").details(error);
         self.unplug(key).await.map_err(unfinished)?;
         if let Err(error) = self.settle(key).await {
             warn!(attachment = %key, %error, "the interface is gone, the lease follows when rules can be applied");
-            pending::write(&self.pending_dir, key)
+            pending::write(&self.pending_dir, key, network)
                 .map_err(|write| unfinished(format!("{error}; {write}")))?;
         }
         Ok(())
     }
 
-    async fn remove(&self, key: &AttachmentKey) -> Result<(), String> {
+    pub(crate) async fn remove(&self, key: &AttachmentKey) -> Result<(), String> {
         self.unplug(key).await?;
         self.settle(key).await
     }
@@ -162,9 +180,13 @@ impl Attacher {
     }
 
     /// Does what a delete record asks, then removes it.
-    async fn replay(&self, key: &AttachmentKey) -> Result<(), String> {
-        self.remove(key).await?;
-        info!(attachment = %key, "a delete record was replayed");
+    async fn replay(&self, record: &pending::Record) -> Result<(), String> {
+        let key = &record.key;
+        let lease = self.leases.get(key).await;
+        if lease.is_none_or(|lease| record.covers(&lease.network)) {
+            self.remove(key).await?;
+            info!(attachment = %key, "a delete record was replayed");
+        }
         pending::remove(&self.pending_dir, key).map_err(|error| format!("cannot remove the record: {error}"))
     }
 
@@ -177,14 +199,12 @@ impl Attacher {
                 return;
             }
         };
-        for key in records {
+        for key in records.into_iter().map(|record| record.key) {
             let _gc = self.gc.read().await;
             let _busy = self.lock(&key).await;
-            // An ADD may have replayed it while this one waited, and attached anew.
-            if !pending::exists(&self.pending_dir, &key) {
-                continue;
-            }
-            if let Err(error) = self.replay(&key).await {
+            // Read again: an ADD may have replayed it while this one waited, and attached anew.
+            let Ok(Some(record)) = pending::find(&self.pending_dir, &key) else { continue };
+            if let Err(error) = self.replay(&record).await {
                 warn!(attachment = %key, %error, "a delete record could not be replayed; it stays");
             }
         }
@@ -194,62 +214,34 @@ impl Attacher {
     pub(crate) async fn check(
         &self,
         key: &AttachmentKey,
+        network: &str,
         netns: &str,
-        addresses: &[String],
-        mac: Option<&str>,
+        previous: &Previous,
     ) -> Result<(), CniError> {
         let _gc = self.gc.read().await;
         let _busy = self.lock(key).await;
-        let lease = self.leases.get(key).await.ok_or_else(|| {
-            CniError::new(
-                code::UNKNOWN_CONTAINER,
-                format!("container {key} is not attached: it holds no address"),
-            )
+        let lease = self.leases.get(key).await.filter(|lease| is_of_network(lease, network));
+        let lease = lease.ok_or_else(|| {
+            let msg = format!("container {key} is not attached: it holds no address");
+            CniError::new(code::UNKNOWN_CONTAINER, msg)
         })?;
         let differs = |what: String| CniError::new(code::INTERNAL, format!("container {key}: {what}"));
-        for address in &lease.plan.addresses {
-            let listed = addresses.iter().any(|text| {
-                text.parse::<ipnetwork::IpNetwork>().is_ok_and(|network| network.ip() == *address)
-            });
-            if !listed {
-                return Err(differs(format!("its lease {address} is not in prevResult")));
+        let inside = expected_inside(&lease, previous).map_err(differs)?;
+        // Rules are mended first: a runtime may take a failed CHECK for a container that is lost for good. What is still not so was not
+        // noticed, or cannot be mended; the first look makes the second pass compare everything.
+        let mut lost = Vec::new();
+        for _ in 0..2 {
+            self.engine.sync().await.map_err(differs)?;
+            lost = self.engine.verify(key).await.map_err(differs)?;
+            if lost.is_empty() {
+                break;
             }
         }
-        if let Some(mac) = mac.filter(|mac| !mac.eq_ignore_ascii_case(&lease.plan.mac.to_string())) {
-            return Err(differs(format!("prevResult names MAC {mac}, it was given {}", lease.plan.mac)));
+        if !lost.is_empty() {
+            return Err(differs(lost.join("; ")));
         }
-        let compared = self.dataplane.check(&lease.plan, Path::new(netns)).await;
-        compared.map_err(|error| differs(sentence(&error)))?;
-        // Compares the rules with the kernel's and mends them.
-        self.engine.sync().await.map_err(differs)
-    }
-
-    /// Frees all attachments of `network` that are not valid any more. Goes on after errors; the last one is reported.
-    pub(crate) async fn collect(
-        &self,
-        network: &str,
-        valid: &BTreeSet<AttachmentKey>,
-    ) -> Result<u32, CniError> {
-        let _gc = self.gc.write().await;
-        let mut freed = 0;
-        let mut failure = None;
-        for lease in self.leases.all().await {
-            if lease.network != network || valid.contains(&lease.key) {
-                continue;
-            }
-            match self.remove(&lease.key).await {
-                Ok(()) => freed += 1,
-                Err(error) => {
-                    failure = Some(
-                        CniError::new(code::INTERNAL, format!("cannot free {}", lease.key)).details(error),
-                    );
-                }
-            }
-        }
-        if let Err(error) = self.remove_strays().await {
-            failure = Some(CniError::new(code::INTERNAL, "cannot free stray interfaces").details(error));
-        }
-        failure.map_or(Ok(freed), Err)
+        let compared = self.dataplane.check(&lease.plan, &inside, Path::new(netns)).await;
+        compared.map_err(|error| differs(sentence(&error)))
     }
 
     /// Brings leases and interfaces together after a start: a lease whose ADD did not end is undone, an interface without
@@ -263,7 +255,7 @@ impl Attacher {
             info!(attachment = %lease.key, "an ADD did not end before the last stop; it is undone");
             self.undo(&lease.key).await?;
         }
-        self.remove_strays().await
+        self.remove_strays(&BTreeSet::new()).await
     }
 
     /// [`Attacher::remove`] for a start, when rules may not be applied yet because objects are not read. Rules of before
@@ -273,19 +265,7 @@ impl Attacher {
         self.leases.release(key).await.map_err(|error| sentence(&error))
     }
 
-    async fn remove_strays(&self) -> Result<(), String> {
-        let leased: BTreeSet<String> =
-            self.leases.all().await.into_iter().map(|lease| lease.plan.host_ifname).collect();
-        for found in self.dataplane.list_endpoints().await.map_err(|error| sentence(&error))? {
-            if !leased.contains(&found.host_ifname) {
-                info!(interface = found.host_ifname, "an interface of ours has no lease; it is removed");
-                self.dataplane.detach(&found.host_ifname).await.map_err(|error| sentence(&error))?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn lock(&self, key: &AttachmentKey) -> OwnedMutexGuard<()> {
+    pub(crate) async fn lock(&self, key: &AttachmentKey) -> OwnedMutexGuard<()> {
         let lock = {
             let mut busy = self.busy.lock().await;
             // Entries of verbs that have ended hold nothing alive.
@@ -303,10 +283,68 @@ impl Attacher {
     }
 }
 
+fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, bridge: &BridgePlan) -> Lease {
+    let mut plan = EndpointPlan::new(&input.key.container_id, &input.key.ifname, addresses, bridge);
+    plan.mac = input.wanted.mac.unwrap_or(plan.mac);
+    Lease {
+        key: input.key.clone(),
+        sequence,
+        network: input.network.clone(),
+        netns: input.netns.clone(),
+        pod: input.pod.clone(),
+        pod_uid: input.pod_uid.clone(),
+        attached: false,
+        boot_id: garbage::boot_id(),
+        sandbox: garbage::sandbox_id(&input.netns),
+        plan,
+    }
+}
+
+/// `network` is empty where the caller does not know it.
+fn is_of_network(lease: &Lease, network: &str) -> bool {
+    network.is_empty() || lease.network == network
+}
+
+/// The pod's end as it should be now: as planned, but for what a later plugin of the chain changed by the previous result's own
+/// word. What that does not list any more, or never could, is as planned.
+///
+/// # Errors
+/// The previous result is not about what the lease is for.
+fn expected_inside(lease: &Lease, previous: &Previous) -> Result<EndpointPlan, String> {
+    let networks =
+        |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<IpNetwork>>();
+    let addresses = networks(&previous.addresses);
+    let is_listed = |address: &&IpAddr| addresses.iter().any(|network| network.ip() == **address);
+    if let Some(address) = lease.plan.addresses.iter().find(|address| !is_listed(address)) {
+        return Err(format!("its lease {address} is not in prevResult"));
+    }
+    let planned = lease.plan.mac.to_string();
+    if let Some(mac) = previous.mac.as_ref().filter(|mac| !mac.eq_ignore_ascii_case(&planned)) {
+        return Err(format!("prevResult names MAC {mac}, it was given {planned}"));
+    }
+    let mut inside = lease.plan.clone();
+    inside.mtu = previous.mtu.unwrap_or(inside.mtu);
+    let routes = networks(&previous.routes);
+    let has_default = |address: &IpAddr| {
+        routes.iter().any(|route| route.prefix() == 0 && route.is_ipv4() == address.is_ipv4())
+    };
+    inside.default_routes &= inside.addresses.iter().all(has_default);
+    Ok(inside)
+}
+
 fn lease_failure(error: &LeaseError) -> CniError {
+    use holdfast_net_core::ipam::AllocateError;
     match error {
         // Addresses come back as pods end, so the runtime may try again.
-        LeaseError::UsedUp(_) => CniError::new(code::TRY_AGAIN_LATER, error.to_string()),
+        LeaseError::Allocate(
+            AllocateError::UsedUp(_) | AllocateError::Taken(_) | AllocateError::HeldBack(_),
+        )
+        | LeaseError::MacTaken(_) => CniError::new(code::TRY_AGAIN_LATER, error.to_string()),
+        LeaseError::Allocate(
+            AllocateError::Foreign { .. }
+            | AllocateError::ForeignRange { .. }
+            | AllocateError::OneOfEachFamily(_),
+        ) => CniError::new(code::INVALID_CONFIG, error.to_string()),
         LeaseError::Exists(_) => {
             CniError::new(code::INVALID_ENVIRONMENT, format!("CNI_CONTAINERID, CNI_IFNAME: {error}"))
         }

@@ -134,6 +134,8 @@ pub(crate) struct Engine {
     nodes_changed: bool,
     /// A part of a reading is taken in, and its end is not.
     mid_reading: bool,
+    /// The objects could be read when they were looked at last.
+    readable: bool,
     problems: Vec<String>,
     /// Objects that are wrong, each with what is wrong; those that were good once count as they were.
     refused: BTreeMap<ObjectKey, String>,
@@ -197,6 +199,7 @@ impl Engine {
             nodes: BTreeMap::new(),
             nodes_changed: false,
             mid_reading: false,
+            readable: false,
             problems: Vec::new(),
             refused: BTreeMap::new(),
             compiler,
@@ -304,6 +307,9 @@ impl Engine {
         if !batch.complete {
             return None;
         }
+        self.readable = batch.readable;
+        // A folder that went away and came back is told by its problem, which comes and goes.
+        self.leases.set_objects(self.readable).await;
         self.problems = batch.problems;
         self.refused = batch.refused;
         self.metrics.note_objects(self.problems.len(), &self.refused);

@@ -45,6 +45,8 @@ pub struct Batch {
     /// With these, everything that the folder said at some moment is passed on. Before the first such batch nothing may be
     /// concluded from the absence of objects.
     pub complete: bool,
+    /// The folder could be read: what is told is how it is. While it cannot, objects stay as they were.
+    pub readable: bool,
     /// One sentence per file or object that is wrong. Only in a complete one.
     pub problems: Vec<String>,
     /// Those of them that are about one object, by its key. Only in a complete one.
@@ -358,7 +360,8 @@ impl Scanner {
         if self.changes.len() >= CHANGES_MAX {
             let changes = std::mem::take(&mut self.changes);
             let (problems, refused) = (Vec::new(), BTreeMap::new());
-            self.send(Batch { changes, complete: false, problems, refused, noticed: self.noticed });
+            let noticed = self.noticed;
+            self.send(Batch { changes, complete: false, readable: true, problems, refused, noticed });
             self.owes_end = true;
         }
     }
@@ -376,7 +379,8 @@ impl Scanner {
             self.told.clone_from(&problems);
             let changes = std::mem::take(&mut self.changes);
             let refused = self.files.values().flat_map(|file| file.refused.clone()).collect();
-            self.send(Batch { changes, complete: self.complete, problems, refused, noticed: self.noticed });
+            let (complete, noticed) = (self.complete, self.noticed);
+            self.send(Batch { changes, complete, readable, problems, refused, noticed });
         }
         if self.gone || self.sender.is_closed() { Err(Gone) } else { Ok(()) }
     }

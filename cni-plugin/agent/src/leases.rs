@@ -3,13 +3,25 @@
 //! A lease is on stable storage before anything in the kernel refers to it, and leaves the store only after its
 //! interface is gone: a kill at any point leaves at most a lease too many, which the next start or GC finds, never an
 //! address that two pods have.
+//!
+//! A lease that a runtime was told of leaves behind that its addresses are held back, so an agent that is killed the next moment does
+//! not hand them out early either. Rows are written in an order in which every prefix is right, because the store keeps the order: of
+//! a release first what is held back, then that the lease is gone; of a lease first itself, then that nothing is held back any
+//! more. An address with both rows is leased.
+//!
+//! ```text
+//! "CONTAINER/IFNAME"  -> the lease, JSON
+//! "/freed/ADDRESS"    -> nothing: the address is held back (no container's id begins with a slash)
+//! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use holdfast_net_core::ipam::{Allocator, RangeUsedUp};
-use holdfast_net_core::plan::EndpointPlan;
+use holdfast_net_core::ipam::{AddressRequest, AllocateError, Allocator, Quarantine, UsedUp};
+use holdfast_net_core::plan::{EndpointPlan, MacAddr};
 use holdfast_net_core::policy::Subject;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -47,6 +59,12 @@ pub struct Lease {
     pub pod_uid: String,
     /// The attachment is complete. Durable before ADD answers: a start undoes every lease without it.
     pub attached: bool,
+    /// The kernel's id of the boot in which it was attached; empty in leases of before this was kept.
+    #[serde(default)]
+    pub boot_id: String,
+    /// Device and inode of the sandbox's network namespace when it was attached.
+    #[serde(default)]
+    pub sandbox: Option<(u64, u64)>,
     /// Interfaces and addresses.
     pub plan: EndpointPlan,
 }
@@ -83,9 +101,12 @@ pub enum LeaseError {
         #[source]
         source: serde_json::Error,
     },
-    /// No address left.
+    /// No address, or not the one that was asked for.
     #[error(transparent)]
-    UsedUp(#[from] RangeUsedUp),
+    Allocate(#[from] AllocateError),
+    /// The MAC that was asked for is in use on this node.
+    #[error("the MAC {0} is another container's or the bridge's; choose another one")]
+    MacTaken(MacAddr),
     /// The attachment has a lease.
     #[error("container {0} is attached already; DEL it first")]
     Exists(AttachmentKey),
@@ -93,31 +114,83 @@ pub enum LeaseError {
 
 /// The store.
 pub struct Leases {
-    db: sled::Db,
+    flusher: Flusher,
     rows: sled::Tree,
     state: Mutex<State>,
+}
+
+/// One flush at a time, shared by all who wait for one.
+///
+/// Not sled's own `flush_async`: each call takes one of the few threads that also write what is to be flushed, so a burst of eight
+/// waits for ever (sled 0.34; `calls_for_different_containers_must_be_served_at_the_same_time`).
+struct Flusher {
+    db: sled::Db,
+    /// Rises with every call: what its caller wrote was written before.
+    asked: AtomicU64,
+    /// Calls up to this one are served.
+    served: Mutex<u64>,
+}
+
+impl Flusher {
+    fn new(db: sled::Db) -> Self {
+        Self { db, asked: AtomicU64::new(0), served: Mutex::new(0) }
+    }
+
+    /// Returns when everything that the caller wrote before is on stable storage.
+    async fn flush(&self) -> Result<(), sled::Error> {
+        let own = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut served = self.served.lock().await;
+        if *served >= own {
+            // A flush that began after the caller's writes has ended meanwhile.
+            return Ok(());
+        }
+        let up_to = self.asked.load(Ordering::SeqCst);
+        let db = self.db.clone();
+        let flushed = tokio::task::spawn_blocking(move || db.flush()).await;
+        flushed.unwrap_or_else(|error| Err(sled::Error::Io(std::io::Error::other(error))))?;
+        *served = up_to;
+        Ok(())
+    }
 }
 
 struct State {
     leases: BTreeMap<AttachmentKey, Lease>,
     allocator: Allocator,
     sequence: u64,
+    /// Addresses with a row that says they are held back. Those of ranges that the node does not have now are among them.
+    freed_rows: BTreeSet<IpAddr>,
+    /// Where [`Leases::now_ms`] begins.
+    started: Instant,
+}
+
+/// What an attachment's lease is to be like.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Its addresses.
+    pub addresses: AddressRequest,
+    /// The MAC of the pod's end, if that was asked for.
+    pub mac: Option<MacAddr>,
 }
 
 impl Leases {
-    /// Opens the store and reads all leases.
+    /// Opens the store and reads all leases. Freed addresses are held back for `quarantine`, anew from now on.
     ///
     /// # Errors
     /// Another process holds it, or it is damaged.
-    pub fn open(folder: &Path) -> Result<Self, LeaseError> {
+    pub fn open(folder: &Path, quarantine: Duration) -> Result<Self, LeaseError> {
         let path = folder.join("leases");
         let open_error = |source| LeaseError::Open { path: path.display().to_string(), source };
         // Nothing is written without a flush that is waited for.
         let db = sled::Config::new().path(&path).cache_capacity(8 << 20).open().map_err(open_error)?;
         let rows = db.open_tree("attachments")?;
         let mut leases = BTreeMap::new();
+        let mut freed_rows = BTreeSet::new();
         for row in &rows {
             let (key, value) = row?;
+            if let Some(address) = freed_address(&key) {
+                freed_rows.insert(address);
+                continue;
+            }
             let lease: Lease = serde_json::from_slice(&value).map_err(|source| LeaseError::Row {
                 key: String::from_utf8_lossy(&key).into_owned(),
                 source,
@@ -125,22 +198,36 @@ impl Leases {
             leases.insert(lease.key.clone(), lease);
         }
         let sequence = leases.values().map(|lease| lease.sequence).max().unwrap_or_default();
-        let state = State { leases, allocator: Allocator::new(&[], &[]), sequence };
-        Ok(Self { db, rows, state: Mutex::new(state) })
+        let time_ms = u64::try_from(quarantine.as_millis()).unwrap_or(u64::MAX);
+        let quarantine = Quarantine { time_ms, objects_since_ms: None };
+        let allocator = Allocator::new(&[], &[], [], quarantine);
+        let state = State { leases, allocator, sequence, freed_rows, started: Instant::now() };
+        Ok(Self { flusher: Flusher::new(db), rows, state: Mutex::new(state) })
     }
 
     /// Sets the ranges to lease from; unchanged ranges cost nothing.
     pub async fn set_ranges(&self, ranges: &[IpNetwork]) {
         let mut state = self.state.lock().await;
-        if state.allocator.ranges() != ranges {
-            let mut by_age: Vec<(u64, IpAddr)> = Vec::new();
-            for lease in state.leases.values() {
-                by_age.extend(lease.plan.addresses.iter().map(|address| (lease.sequence, *address)));
-            }
-            by_age.sort_unstable();
-            let leased: Vec<IpAddr> = by_age.into_iter().map(|(_, address)| address).collect();
-            state.allocator = Allocator::new(ranges, &leased);
+        if state.allocator.ranges() == ranges {
+            return;
         }
+        let mut by_age: Vec<(u64, IpAddr)> = Vec::new();
+        for lease in state.leases.values() {
+            by_age.extend(lease.plan.addresses.iter().map(|address| (lease.sequence, *address)));
+        }
+        by_age.sort_unstable();
+        let leased: Vec<IpAddr> = by_age.into_iter().map(|(_, address)| address).collect();
+        // The rows do not say since when; from now on is never too short.
+        let now_ms = state.now_ms();
+        let freed: Vec<(u64, IpAddr)> = state.freed_rows.iter().map(|address| (now_ms, *address)).collect();
+        state.allocator = Allocator::new(ranges, &leased, freed, state.allocator.quarantine());
+    }
+
+    /// Says whether the objects can be read: the time of what is held back counts only while they can.
+    pub async fn set_objects(&self, are_there: bool) {
+        let mut state = self.state.lock().await;
+        let now_ms = state.now_ms();
+        state.allocator.set_objects(are_there, now_ms);
     }
 
     /// Leases addresses and makes that durable. `mk_lease` completes the row for the addresses.
@@ -150,21 +237,33 @@ impl Leases {
     pub async fn reserve(
         &self,
         key: &AttachmentKey,
+        wanted: &Wanted,
         mk_lease: impl FnOnce(u64, Vec<IpAddr>) -> Lease,
     ) -> Result<Lease, LeaseError> {
         let mut state = self.state.lock().await;
         if state.leases.contains_key(key) {
             return Err(LeaseError::Exists(key.clone()));
         }
-        let addresses = state.allocator.allocate()?;
+        if let Some(mac) = wanted.mac {
+            let has_it = |lease: &Lease| [lease.plan.mac, lease.plan.gateway_mac].contains(&mac);
+            if state.leases.values().any(has_it) {
+                return Err(LeaseError::MacTaken(mac));
+            }
+        }
+        let now_ms = state.now_ms();
+        let addresses = state.allocator.allocate(&wanted.addresses, now_ms)?;
         state.sequence += 1;
         let lease = mk_lease(state.sequence, addresses);
         state.leases.insert(key.clone(), lease.clone());
+        let addresses = lease.plan.addresses.iter().copied();
+        let held: Vec<IpAddr> = addresses.filter(|address| state.freed_rows.remove(address)).collect();
         drop(state);
         let stored = async {
             self.put(&lease)?;
-            // Concurrent reservations share a flush.
-            self.db.flush_async().await.map(drop)
+            for address in held {
+                self.rows.remove(freed_key(address))?;
+            }
+            self.flusher.flush().await
         };
         if let Err(error) = stored.await {
             // The row may or may not be on disk: the address stays out of use until a start reads the truth.
@@ -174,37 +273,48 @@ impl Leases {
         Ok(lease)
     }
 
-    /// Makes durable that the attachment is complete, before ADD answers: a start after a kill then keeps what a
-    /// runtime was told.
+    /// Makes durable that the attachment is complete and how it was made, before ADD answers: a start after a kill then keeps what
+    /// a runtime was told.
     ///
     /// # Errors
     /// The store failed; whether the mark is durable is unknown.
-    pub async fn mark_attached(&self, key: &AttachmentKey) -> Result<(), LeaseError> {
+    pub async fn mark_attached(&self, key: &AttachmentKey, made: &EndpointPlan) -> Result<(), LeaseError> {
         let mut state = self.state.lock().await;
         if let Some(lease) = state.leases.get_mut(key) {
             lease.attached = true;
+            lease.plan = made.clone();
             self.put(lease)?;
         }
         drop(state);
-        self.db.flush_async().await?;
+        self.flusher.flush().await?;
         Ok(())
     }
 
     /// Gives a lease back, after its interface is gone. An unknown key is a success.
     ///
+    /// The addresses of an attachment that a runtime was told of are held back; those of an ADD that failed are free at once:
+    /// no other node ever knew them as that pod's.
+    ///
     /// # Errors
     /// The store failed; the lease stays.
     pub async fn release(&self, key: &AttachmentKey) -> Result<(), LeaseError> {
-        let known = self.state.lock().await.leases.contains_key(key);
-        if !known {
-            return Ok(());
+        let Some(lease) = self.get(key).await else { return Ok(()) };
+        let holds_back = lease.attached && self.state.lock().await.allocator.quarantine().time_ms > 0;
+        for address in lease.plan.addresses.iter().filter(|_| holds_back) {
+            self.rows.insert(freed_key(*address), &[])?;
         }
         self.rows.remove(row_key(key))?;
-        self.db.flush_async().await?;
+        self.flusher.flush().await?;
         let mut state = self.state.lock().await;
+        let now_ms = state.now_ms();
         if let Some(lease) = state.leases.remove(key) {
             for address in lease.plan.addresses {
-                state.allocator.release(address);
+                if holds_back {
+                    state.freed_rows.insert(address);
+                    state.allocator.release(address, now_ms);
+                } else {
+                    state.allocator.give_back(address);
+                }
             }
         }
         Ok(())
@@ -220,9 +330,16 @@ impl Leases {
         self.state.lock().await.leases.values().cloned().collect()
     }
 
-    /// The range without a free address, if there is one.
-    pub async fn used_up(&self) -> Option<RangeUsedUp> {
-        self.state.lock().await.allocator.used_up()
+    /// The family without a free address, if there is one.
+    pub async fn used_up(&self) -> Option<UsedUp> {
+        let mut state = self.state.lock().await;
+        let now_ms = state.now_ms();
+        state.allocator.used_up(now_ms)
+    }
+
+    /// How many freed addresses of the node's ranges are held back.
+    pub async fn held_back(&self) -> usize {
+        self.state.lock().await.allocator.held_back().count()
     }
 
     /// Waits until everything is on stable storage; for an orderly end.
@@ -230,15 +347,35 @@ impl Leases {
     /// # Errors
     /// The store failed.
     pub async fn flush(&self) -> Result<(), LeaseError> {
-        self.db.flush_async().await?;
+        self.flusher.flush().await?;
         Ok(())
     }
 
     fn put(&self, lease: &Lease) -> Result<(), sled::Error> {
-        // Plain strings, numbers and lists are always representable.
-        let text = serde_json::to_vec(lease).expect("a lease is representable as JSON");
-        self.rows.insert(row_key(&lease.key), text).map(drop)
+        self.rows.insert(row_key(&lease.key), row_of(lease)).map(drop)
     }
+}
+
+impl State {
+    /// Milliseconds on the clock of the quarantine, which no one can set.
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+fn row_of(lease: &Lease) -> Vec<u8> {
+    // Plain strings, numbers and lists are always representable.
+    serde_json::to_vec(lease).expect("a lease is representable as JSON")
+}
+
+const FREED: &str = "/freed/";
+
+fn freed_key(address: IpAddr) -> String {
+    format!("{FREED}{address}")
+}
+
+fn freed_address(key: &[u8]) -> Option<IpAddr> {
+    std::str::from_utf8(key).ok()?.strip_prefix(FREED)?.parse().ok()
 }
 
 fn row_key(key: &AttachmentKey) -> String {
@@ -265,9 +402,11 @@ mod tests {
             pod: None,
             pod_uid: String::new(),
             attached: false,
+            boot_id: String::new(),
+            sandbox: None,
             plan: EndpointPlan::new(id, "eth0", addresses, &BridgePlan::for_node("n", 1450)),
         };
-        leases.reserve(&key, mk_lease).await
+        leases.reserve(&key, &Wanted::default(), mk_lease).await
     }
 
     #[tokio::test]
@@ -275,17 +414,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let range: Vec<IpNetwork> = vec!["10.0.0.0/30".parse().unwrap()];
         let first = {
-            let leases = Leases::open(folder.path()).unwrap();
+            let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
             leases.set_ranges(&range).await;
             reserve(&leases, "a").await.unwrap()
         };
-        let leases = Leases::open(folder.path()).unwrap();
+        let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
         leases.set_ranges(&range).await;
         assert_eq!(leases.get(&mk_key("a")).await, Some(first.clone()));
         assert!(matches!(reserve(&leases, "a").await, Err(LeaseError::Exists(_))));
         let second = reserve(&leases, "b").await.unwrap();
         assert_ne!(first.plan.addresses, second.plan.addresses);
-        assert!(matches!(reserve(&leases, "c").await, Err(LeaseError::UsedUp(_))));
+        assert!(matches!(reserve(&leases, "c").await, Err(LeaseError::Allocate(_))));
         leases.release(&mk_key("a")).await.unwrap();
         leases.release(&mk_key("a")).await.unwrap();
         assert_eq!(reserve(&leases, "c").await.unwrap().plan.addresses, first.plan.addresses);
@@ -303,10 +442,10 @@ mod tests {
     #[tokio::test]
     async fn reserve_mark_and_release_are_durable_when_they_return() {
         let folder = tempfile::tempdir().unwrap();
-        let leases = Leases::open(folder.path()).unwrap();
+        let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
         leases.set_ranges(&["10.0.0.0/24".parse().unwrap()]).await;
         let found = |left: &tempfile::TempDir, id: &str| {
-            let state = Leases::open(left.path()).unwrap().state.into_inner();
+            let state = Leases::open(left.path(), Duration::ZERO).unwrap().state.into_inner();
             state.leases.get(&mk_key(id)).map(|lease| lease.attached)
         };
         // Often enough that the store's own flush every half second does not pass for ours.
@@ -314,7 +453,8 @@ mod tests {
             let id = format!("c{round}");
             reserve(&leases, &id).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), Some(false), "round {round}");
-            leases.mark_attached(&mk_key(&id)).await.unwrap();
+            let plan = leases.get(&mk_key(&id)).await.unwrap().plan;
+            leases.mark_attached(&mk_key(&id), &plan).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), Some(true), "round {round}");
             leases.release(&mk_key(&id)).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), None, "round {round}");
@@ -322,10 +462,61 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_freed_address_is_held_back_also_after_a_kill_and_one_of_a_failed_add_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let range: Vec<IpNetwork> = vec!["10.0.0.0/30".parse().unwrap()];
+        let quarantine = Duration::from_millis(300);
+        let leases = Leases::open(folder.path(), quarantine).unwrap();
+        leases.set_ranges(&range).await;
+        leases.set_objects(true).await;
+        reserve(&leases, "a").await.unwrap();
+        let told = reserve(&leases, "b").await.unwrap();
+        // Nobody was told of a: it is free at once.
+        leases.release(&mk_key("a")).await.unwrap();
+        let again = reserve(&leases, "c").await.unwrap();
+        leases.mark_attached(&mk_key("b"), &told.plan).await.unwrap();
+        leases.release(&mk_key("b")).await.unwrap();
+        assert!(matches!(reserve(&leases, "d").await, Err(LeaseError::Allocate(_))));
+        let left = killed_now(folder.path());
+
+        let after = Leases::open(left.path(), quarantine).unwrap();
+        after.set_ranges(&range).await;
+        assert_eq!(after.held_back().await, 1);
+        tokio::time::sleep(quarantine).await;
+        assert!(reserve(&after, "d").await.is_err(), "objects were not read yet");
+        after.set_objects(true).await;
+        assert!(reserve(&after, "d").await.is_err(), "the time begins with the objects");
+        tokio::time::sleep(quarantine).await;
+        let lease = reserve(&after, "d").await.unwrap();
+        assert_ne!(lease.plan.addresses, again.plan.addresses);
+        assert_eq!(after.held_back().await, 0);
+        // Its row went with the lease: the next start holds nothing back.
+        let left = killed_now(left.path());
+        let last = Leases::open(left.path(), quarantine).unwrap();
+        assert!(last.state.into_inner().freed_rows.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_burst_of_reservations_shares_flushes_and_all_of_them_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let leases = std::sync::Arc::new(Leases::open(folder.path(), Duration::ZERO).unwrap());
+        leases.set_ranges(&["10.0.0.0/24".parse().unwrap()]).await;
+        let mut all = tokio::task::JoinSet::new();
+        for number in 0..200 {
+            let leases = std::sync::Arc::clone(&leases);
+            all.spawn(async move { reserve(&leases, &format!("c{number}")).await.unwrap() });
+        }
+        let ended = tokio::time::timeout(Duration::from_secs(30), all.join_all()).await;
+        assert_eq!(ended.expect("the store is stuck").len(), 200);
+        let left = Leases::open(killed_now(folder.path()).path(), Duration::ZERO).unwrap();
+        assert_eq!(left.all().await.len(), 200, "what was answered is durable");
+    }
+
+    #[tokio::test]
     async fn a_store_that_is_held_by_another_says_so() {
         let folder = tempfile::tempdir().unwrap();
-        let _held = Leases::open(folder.path()).unwrap();
-        let Err(error) = Leases::open(folder.path()) else { panic!("opened twice") };
+        let _held = Leases::open(folder.path(), Duration::ZERO).unwrap();
+        let Err(error) = Leases::open(folder.path(), Duration::ZERO) else { panic!("opened twice") };
         assert!(error.to_string().contains("another holdfast-netd"), "{error}");
     }
 }

@@ -12,6 +12,7 @@ mod attach;
 mod engine;
 mod flows;
 mod folder;
+mod garbage;
 mod hygiene;
 mod keys;
 mod leases;
@@ -36,7 +37,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
 pub use holdfast_dataplane::share_one_heap;
-pub use leases::{AttachmentKey, Lease, LeaseError, Leases};
+pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
 pub use settings::{Mode, Settings};
 
 use attach::Attacher;
@@ -68,12 +69,13 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
         Mode::Routed => bail!("mode routed is not available yet; use --mode bridge"),
     }
     private_folder(&settings.state_dir)?;
-    let leases = Arc::new(Leases::open(&settings.state_dir)?);
+    let leases = Arc::new(Leases::open(&settings.state_dir, settings.address_quarantine)?);
     // Read beside the kernel's tables; the queue holds what comes before the engine is there.
     let batches = folder::watch(&settings.objects);
     let dataplane = Dataplane::new(Config::default()).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
+    let collect_after = settings.collect_after;
     let node: Arc<str> = settings.node.as_str().into();
     let metrics_listener = match settings.metrics {
         Some(address) => {
@@ -119,8 +121,10 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
             }
         }
     });
+    let collector = tokio::spawn(garbage::run(Arc::clone(&attacher), collect_after));
     let served = serve(listener, Service { attacher, flows, node }, stop).await;
     later.abort();
+    collector.abort();
     flows_task.abort();
     hygiene.abort();
     metrics_task.inspect(tokio::task::JoinHandle::abort);

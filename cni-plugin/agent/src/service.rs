@@ -1,11 +1,13 @@
 //! The gRPC service for the plugin and the command line.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
 use holdfast_net_core::cni::{CniError, code};
+use holdfast_net_core::ipam::AddressRequest;
 use holdfast_net_core::objects::{ObjectName, Protocol};
 use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
 use holdfast_net_core::policy::Trace;
@@ -14,10 +16,10 @@ use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_server::Agent;
 use tonic::{Request, Response, Status};
 
-use crate::attach::{AddInput, Attacher};
+use crate::attach::{AddInput, Attacher, Previous};
 use crate::engine::{LiveAnswer, Question};
 use crate::flows::{Feed, FeedError, Filter, Reader};
-use crate::leases::{AttachmentKey, Lease};
+use crate::leases::{AttachmentKey, Lease, Wanted};
 use crate::matrix::{MatrixQuestion, matrix};
 
 /// Serves [`Agent`].
@@ -49,6 +51,21 @@ fn key_of(attachment: Option<pb::Attachment>) -> Result<AttachmentKey, CniError>
     Err(CniError::new(code::INVALID_ENVIRONMENT, "CNI_CONTAINERID or CNI_IFNAME is empty or not a name"))
 }
 
+/// What an ADD asks for.
+fn wanted_of(ips: &[String], mac: &str, sets: &[pb::AddressSet]) -> Result<Wanted, CniError> {
+    let wrong = |what: &str| CniError::new(code::INVALID_CONFIG, format!("\"{what}\" is not an address"));
+    let ip = |text: &String| text.parse::<IpAddr>().map_err(|_| wrong(text));
+    let piece = |piece: &pb::AddressPiece| Ok((ip(&piece.first)?, ip(&piece.last)?));
+    let set = |set: &pb::AddressSet| set.pieces.iter().map(piece).collect::<Result<Vec<_>, CniError>>();
+    Ok(Wanted {
+        addresses: AddressRequest {
+            ips: ips.iter().map(ip).collect::<Result<_, _>>()?,
+            range_sets: sets.iter().map(set).collect::<Result<_, _>>()?,
+        },
+        mac: (!mac.is_empty()).then(|| mac.parse()).transpose().map_err(|_| wrong(mac))?,
+    })
+}
+
 fn failure(error: CniError) -> pb::Failure {
     pb::Failure { code: error.code, msg: error.msg, details: error.details }
 }
@@ -68,6 +85,7 @@ impl Service {
             network: request.network,
             pod: named.then(|| ObjectName::new(&pod.namespace, &pod.name)),
             pod_uid: pod.uid,
+            wanted: wanted_of(&request.ips, &request.mac, &request.address_sets)?,
         };
         self.attacher.add(input).await
     }
@@ -75,9 +93,14 @@ impl Service {
     async fn do_check(self, request: pb::CheckRequest) -> Result<(), CniError> {
         let key = key_of(request.attachment)?;
         let ours = |interface: &&pb::Interface| interface.name == key.ifname && !interface.sandbox.is_empty();
-        let mac = request.interfaces.iter().find(ours).map(|interface| interface.mac.clone());
-        let mac = mac.filter(|mac| !mac.is_empty());
-        self.attacher.check(&key, &request.netns, &request.addresses, mac.as_deref()).await
+        let ours = request.interfaces.iter().find(ours);
+        let previous = Previous {
+            mac: ours.map(|interface| interface.mac.clone()).filter(|mac| !mac.is_empty()),
+            mtu: ours.map(|interface| interface.mtu).filter(|mtu| *mtu > 0),
+            addresses: request.addresses,
+            routes: request.routes,
+        };
+        self.attacher.check(&key, &request.network, &request.netns, &previous).await
     }
 
     async fn do_gc(self, request: pb::GcRequest) -> Result<u32, CniError> {
@@ -212,8 +235,8 @@ fn result_of(lease: &Lease) -> pb::AddResult {
     let mut result = pb::AddResult { interfaces, ips: Vec::new(), routes: Vec::new() };
     for address in &plan.addresses {
         let (prefix, gateway, everything) = match address {
-            std::net::IpAddr::V4(_) => (32, GATEWAY_V4.to_string(), "0.0.0.0/0"),
-            std::net::IpAddr::V6(_) => (128, GATEWAY_V6.to_string(), "::/0"),
+            IpAddr::V4(_) => (32, GATEWAY_V4.to_string(), "0.0.0.0/0"),
+            IpAddr::V6(_) => (128, GATEWAY_V6.to_string(), "::/0"),
         };
         let address = format!("{address}/{prefix}");
         result.ips.push(pb::IpConfig { address, gateway: gateway.clone(), interface: 2 });
@@ -236,7 +259,10 @@ impl Agent for Service {
 
     async fn del(&self, request: Request<pb::DelRequest>) -> Result<Response<pb::DelReply>, Status> {
         let service = self.clone();
-        let verb = async move { service.attacher.del(&key_of(request.into_inner().attachment)?).await };
+        let verb = async move {
+            let request = request.into_inner();
+            service.attacher.del(&key_of(request.attachment)?, &request.network).await
+        };
         Ok(Response::new(pb::DelReply { failure: finish(verb).await.err().map(failure) }))
     }
 

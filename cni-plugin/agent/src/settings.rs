@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use holdfast_net_core::overlay::OverlaySettings;
 
@@ -33,6 +34,10 @@ pub struct Settings {
     pub uplink: Option<String>,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
+    /// How long a freed address goes to nobody: longer than any node takes to see that a pod is gone. Zero: not at all.
+    pub address_quarantine: Duration,
+    /// How long an attachment must look dead before it is freed without a runtime asking for it. Zero: never.
+    pub collect_after: Duration,
     /// Where metrics are served, without asking who reads; nowhere if `None`.
     pub metrics: Option<SocketAddr>,
 }

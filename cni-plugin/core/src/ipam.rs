@@ -1,29 +1,130 @@
 //! Address leases of one node: which addresses of its pod ranges are free.
 //!
 //! Pure: the table of leases is the agent's (sled); this is the free space beside it, rebuilt from the leases at start.
-//! A released address comes round again only after all others (next fit), so that a peer that still believes in the old
-//! owner of an address is wrong as rarely as possible. Allocating and releasing cost one look into a tree of free
-//! intervals, whatever the number of leases or the size of the range.
+//!
+//! **Promise**: an address that a runtime was told of goes to nobody else before every node that follows the objects has had
+//! the time to see that its pod is gone ([`Quarantine`]); until then they would apply the old pod's rights to the new one.
+//! Not promised: anything about a node that has been cut off from the objects for longer than that time.
+//!
+//! ```text
+//! free --allocate--> leased --release--> held back --time, while objects are there--> free
+//!   ^------------------give_back----------'  (an ADD that was never answered: nobody was told)
+//! ```
+//!
+//! Free addresses go round (next fit), so that a late believer in an old owner is wrong as rarely as possible. Each step costs
+//! one look into a tree of free intervals and one into a queue, whatever the number of leases or the size of the range.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
 
-/// No free address is left in a range.
+/// Why no address was taken. Nothing was taken then, of no family.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the address range {range} is used up: all {total} usable addresses are leased")]
-pub struct RangeUsedUp {
-    /// The range.
-    pub range: IpNetwork,
-    /// How many addresses it can lease.
+pub enum AllocateError {
+    /// No free address is left in the ranges of a family.
+    #[error(transparent)]
+    UsedUp(#[from] UsedUp),
+    /// The address that was asked for is leased.
+    #[error("the address {0} is leased to another container")]
+    Taken(IpAddr),
+    /// The address that was asked for was freed a moment ago.
+    #[error("the address {0} was freed a moment ago; other nodes may still know its old pod")]
+    HeldBack(IpAddr),
+    /// It is none that this node leases.
+    #[error("the address {address} is in none of this node's ranges ({ranges}), or names one of them")]
+    Foreign {
+        /// The address.
+        address: IpAddr,
+        /// The node's ranges.
+        ranges: String,
+    },
+    /// A range that was asked for is none of this node's.
+    #[error("the range {range} is not within this node's ranges ({ranges})")]
+    ForeignRange {
+        /// The range.
+        range: IpNetwork,
+        /// The node's ranges.
+        ranges: String,
+    },
+    /// Two addresses of one family were asked for, in `ips` or as sets of `ipRanges`.
+    #[error("{0} were asked for; an interface gets one address of each family")]
+    OneOfEachFamily(&'static str),
+}
+
+/// The ranges of a family have no free address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the address range {} is used up: {}", self.ranges, self.how())]
+pub struct UsedUp {
+    /// The ranges, as text.
+    pub ranges: String,
+    /// How many addresses they can lease.
     pub total: u128,
+    /// How many of those were freed and are held back.
+    pub held_back: usize,
+    /// Held back because the objects are away.
+    pub objects_away: bool,
+}
+
+impl UsedUp {
+    fn how(&self) -> String {
+        match (self.held_back, self.objects_away) {
+            (0, _) => format!("all {} usable addresses are leased", self.total),
+            (held, false) => format!(
+                "of {} usable addresses {held} were freed a moment ago and wait until all nodes know, the rest is leased",
+                self.total
+            ),
+            (held, true) => format!(
+                "of {} usable addresses {held} are freed, but none is given out again while objects cannot be read",
+                self.total
+            ),
+        }
+    }
+}
+
+/// What an attachment asks for beside the defaults.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AddressRequest {
+    /// These very addresses (capability `ips`), at most one of a family. The other family is allocated if `ips` has none of it.
+    pub ips: Vec<IpAddr>,
+    /// For each address to be given, the pieces that it may come from, as `first..=last` (capability `ipRanges`); at most one
+    /// set of a family. Where there is a set, families without one get no address.
+    pub range_sets: Vec<Vec<(IpAddr, IpAddr)>>,
+}
+
+/// When a freed address may be leased again.
+///
+/// It is once it has been held back for the whole time while the objects could be read. That clock starts anew whenever the objects
+/// come back: who was away as long as we were has to catch up first. It needs no clock of the day and starts anew with the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quarantine {
+    /// Milliseconds; 0 turns it off.
+    pub time_ms: u64,
+    /// Since when the objects have been there without a break, on the caller's monotonic clock; `None`: they are not.
+    pub objects_since_ms: Option<u64>,
+}
+
+impl Quarantine {
+    fn is_over(&self, freed_ms: u64, now_ms: u64) -> bool {
+        if self.time_ms == 0 {
+            return true;
+        }
+        let since = self.objects_since_ms.map(|since| since.max(freed_ms));
+        since.is_some_and(|since| now_ms.saturating_sub(since) >= self.time_ms)
+    }
 }
 
 /// The free addresses of a node's pod ranges.
 #[derive(Debug, Clone)]
 pub struct Allocator {
+    /// As they were given; one that overlaps an earlier one is not leased from.
+    given: Vec<IpNetwork>,
     ranges: Vec<Range>,
+    quarantine: Quarantine,
+    /// Freed addresses in the order of their freeing, with the time.
+    held_back: VecDeque<(u64, IpAddr)>,
+    /// The same, to look one up.
+    held: BTreeSet<IpAddr>,
 }
 
 #[derive(Debug, Clone)]
@@ -36,14 +137,29 @@ struct Range {
     free: BTreeMap<u128, u128>,
     /// Where the search goes on.
     cursor: u128,
+    /// Addresses of it that are held back.
+    held: usize,
 }
 
 impl Allocator {
-    /// The free space of `ranges` beside `leased`, whose last entry is the newest lease. Leases outside the ranges are
-    /// of an earlier configuration and take nothing.
+    /// The free space of `ranges` beside `leased`, whose last entry is the newest lease, and beside `freed`, which are held back
+    /// from `now_ms` on. Leases outside the ranges are of an earlier configuration and take nothing. Several ranges of one family
+    /// are one pool: the first that has a free address gives it. A range that shares addresses with an earlier one is left out:
+    /// each would give them away once.
     #[must_use]
-    pub fn new(ranges: &[IpNetwork], leased: &[IpAddr]) -> Self {
-        let mut ranges: Vec<Range> = ranges.iter().map(|network| Range::new(*network)).collect();
+    pub fn new(
+        ranges: &[IpNetwork],
+        leased: &[IpAddr],
+        freed: impl IntoIterator<Item = (u64, IpAddr)>,
+        quarantine: Quarantine,
+    ) -> Self {
+        let given = ranges.to_vec();
+        let mut ranges: Vec<Range> = Vec::new();
+        for network in &given {
+            if !ranges.iter().any(|earlier| overlap(&earlier.network, network)) {
+                ranges.push(Range::new(*network));
+            }
+        }
         for range in &mut ranges {
             for address in leased {
                 if let Some(value) = range.usable(*address) {
@@ -52,22 +168,105 @@ impl Allocator {
                 }
             }
         }
-        Self { ranges }
+        let mut allocator =
+            Self { given, ranges, quarantine, held_back: VecDeque::new(), held: BTreeSet::new() };
+        let leased: BTreeSet<&IpAddr> = leased.iter().collect();
+        for (freed_ms, address) in freed {
+            // One that is leased must not become free when its time is over.
+            if !leased.contains(&address) {
+                allocator.take(address);
+                allocator.hold_back(address, freed_ms);
+            }
+        }
+        allocator
     }
 
-    /// Takes one address of each range.
+    /// Takes one address of each family that there are ranges of, or what `request` says.
     ///
     /// # Errors
-    /// A range has none left; then nothing was taken.
-    pub fn allocate(&mut self) -> Result<Vec<IpAddr>, RangeUsedUp> {
-        if let Some(range) = self.ranges.iter().find(|range| range.free.is_empty()) {
-            return Err(RangeUsedUp { range: range.network, total: range.total });
+    /// [`AllocateError`]; then nothing was taken.
+    pub fn allocate(&mut self, request: &AddressRequest, now_ms: u64) -> Result<Vec<IpAddr>, AllocateError> {
+        self.free_what_is_over(now_ms);
+        let mut taken = Vec::new();
+        for v4 in [true, false] {
+            match self.allocate_family(request, v4) {
+                Ok(address) => taken.extend(address),
+                Err(error) => {
+                    taken.into_iter().for_each(|address| self.give_back(address));
+                    return Err(error);
+                }
+            }
         }
-        Ok(self.ranges.iter_mut().filter_map(Range::next).collect())
+        Ok(taken)
     }
 
-    /// Gives an address back. An address that is free already, or of no range, changes nothing.
-    pub fn release(&mut self, address: IpAddr) {
+    /// One address of a family, or none if there is to be none.
+    fn allocate_family(
+        &mut self,
+        request: &AddressRequest,
+        v4: bool,
+    ) -> Result<Option<IpAddr>, AllocateError> {
+        let mut asked = request.ips.iter().filter(|address| address.is_ipv4() == v4);
+        let mut sets =
+            request.range_sets.iter().filter(|set| set.iter().any(|(first, _)| first.is_ipv4() == v4));
+        let (asked, set) = match (asked.next(), asked.next(), sets.next(), sets.next()) {
+            (_, Some(_), ..) => return Err(AllocateError::OneOfEachFamily("two addresses of one family")),
+            (.., Some(_)) => return Err(AllocateError::OneOfEachFamily("two sets of ranges of one family")),
+            (asked, None, set, None) => (asked, set),
+        };
+        if let Some(address) = asked {
+            return self.take_asked(*address).map(Some);
+        }
+        if let Some(set) = set {
+            return self.take_within(set, v4).map(Some);
+        }
+        let has_range = self.ranges.iter().any(|range| range.network.is_ipv4() == v4);
+        if !has_range || !request.range_sets.is_empty() {
+            return Ok(None);
+        }
+        let found =
+            self.ranges.iter_mut().filter(|range| range.network.is_ipv4() == v4).find_map(Range::next);
+        found.map(Some).ok_or_else(|| self.used_up_family(v4).into())
+    }
+
+    fn take_asked(&mut self, address: IpAddr) -> Result<IpAddr, AllocateError> {
+        let Some(range) = self.ranges.iter_mut().find(|range| range.usable(address).is_some()) else {
+            return Err(AllocateError::Foreign { address, ranges: self.text_of(|_| true) });
+        };
+        let value = range.usable(address).unwrap_or_default();
+        if range.is_free(value) {
+            range.take(value);
+            return Ok(address);
+        }
+        Err(if self.held.contains(&address) {
+            AllocateError::HeldBack(address)
+        } else {
+            AllocateError::Taken(address)
+        })
+    }
+
+    /// Takes an address of the first piece that has one.
+    fn take_within(&mut self, pieces: &[(IpAddr, IpAddr)], v4: bool) -> Result<IpAddr, AllocateError> {
+        for (first, last) in pieces {
+            let range = self.ranges.iter_mut().find(|range| range.holds(*first) && range.holds(*last));
+            let Some(range) = range else {
+                // The smallest network that has both tells the reader best.
+                let range = IpNetwork::from(*first);
+                return Err(AllocateError::ForeignRange { range, ranges: self.text_of(|_| true) });
+            };
+            if let Some(address) = range.next_within(*first, *last) {
+                return Ok(address);
+            }
+        }
+        Err(self.used_up_family(v4).into())
+    }
+
+    /// Gives back an address that nobody outside was told of. It is free at once. An address that is free already, held back,
+    /// or of no range, changes nothing.
+    pub fn give_back(&mut self, address: IpAddr) {
+        if self.held.contains(&address) {
+            return;
+        }
         for range in &mut self.ranges {
             if let Some(value) = range.usable(address) {
                 range.give(value);
@@ -75,17 +274,94 @@ impl Allocator {
         }
     }
 
-    /// The range without a free address, if there is one.
-    #[must_use]
-    pub fn used_up(&self) -> Option<RangeUsedUp> {
-        let full = self.ranges.iter().find(|range| range.free.is_empty());
-        full.map(|range| RangeUsedUp { range: range.network, total: range.total })
+    /// Takes an address back that was in use. It is held back. One that is free already, or of no range, changes nothing.
+    pub fn release(&mut self, address: IpAddr, now_ms: u64) {
+        if self.quarantine.time_ms == 0 {
+            self.give_back(address);
+        } else {
+            self.hold_back(address, now_ms);
+        }
     }
 
-    /// The ranges.
+    fn hold_back(&mut self, address: IpAddr, freed_ms: u64) {
+        let Some(range) = self.ranges.iter_mut().find(|range| range.usable(address).is_some()) else {
+            return;
+        };
+        let value = range.usable(address).unwrap_or_default();
+        if !range.is_free(value) && self.held.insert(address) {
+            range.held += 1;
+            self.held_back.push_back((freed_ms, address));
+        }
+    }
+
+    fn take(&mut self, address: IpAddr) {
+        for range in &mut self.ranges {
+            if let Some(value) = range.usable(address) {
+                range.take(value);
+            }
+        }
+    }
+
+    fn free_what_is_over(&mut self, now_ms: u64) {
+        while let Some((freed_ms, address)) = self.held_back.front().copied() {
+            if !self.quarantine.is_over(freed_ms, now_ms) {
+                return;
+            }
+            self.held_back.pop_front();
+            self.held.remove(&address);
+            if let Some(range) = self.ranges.iter_mut().find(|range| range.usable(address).is_some()) {
+                range.held -= 1;
+            }
+            self.give_back(address);
+        }
+    }
+
+    /// Says whether the objects can be read, from `now_ms` on.
+    pub fn set_objects(&mut self, are_there: bool, now_ms: u64) {
+        let since = self.quarantine.objects_since_ms;
+        self.quarantine.objects_since_ms = are_there.then(|| since.unwrap_or(now_ms));
+    }
+
+    /// The rules of the quarantine as they are.
     #[must_use]
-    pub fn ranges(&self) -> Vec<IpNetwork> {
-        self.ranges.iter().map(|range| range.network).collect()
+    pub fn quarantine(&self) -> Quarantine {
+        self.quarantine
+    }
+
+    /// The freed addresses that are held back, oldest first, with the time of their freeing.
+    pub fn held_back(&self) -> impl Iterator<Item = (u64, IpAddr)> {
+        self.held_back.iter().copied()
+    }
+
+    /// The family without a free address, if there is one.
+    pub fn used_up(&mut self, now_ms: u64) -> Option<UsedUp> {
+        self.free_what_is_over(now_ms);
+        [true, false].into_iter().find_map(|v4| {
+            let mut of_family = self.ranges.iter().filter(|range| range.network.is_ipv4() == v4).peekable();
+            let has_range = of_family.peek().is_some();
+            (has_range && of_family.all(|range| range.free.is_empty())).then(|| self.used_up_family(v4))
+        })
+    }
+
+    fn used_up_family(&self, v4: bool) -> UsedUp {
+        let of_family = || self.ranges.iter().filter(move |range| range.network.is_ipv4() == v4);
+        UsedUp {
+            ranges: self.text_of(|network| network.is_ipv4() == v4),
+            total: of_family().fold(0, |sum, range| sum.saturating_add(range.total)),
+            held_back: of_family().map(|range| range.held).sum(),
+            objects_away: self.quarantine.objects_since_ms.is_none(),
+        }
+    }
+
+    fn text_of(&self, wanted: impl Fn(&IpNetwork) -> bool) -> String {
+        let ranges = self.ranges.iter().map(|range| range.network).filter(wanted);
+        ranges.map(|range| range.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The ranges as they were given.
+    #[must_use]
+    pub fn ranges(&self) -> &[IpNetwork] {
+        &self.given
     }
 }
 
@@ -107,29 +383,47 @@ impl Range {
             free.insert(first, last);
             total = last - first + 1;
         }
-        Self { network, first, last, total, free, cursor: first }
+        Self { network, first, last, total, free, cursor: first, held: 0 }
     }
 
     fn usable(&self, address: IpAddr) -> Option<u128> {
-        let value = match (self.network, address) {
-            (IpNetwork::V4(_), IpAddr::V4(address)) => u128::from(u32::from(address)),
-            (IpNetwork::V6(_), IpAddr::V6(address)) => u128::from(address),
-            _ => return None,
-        };
-        (self.first <= value && value <= self.last).then_some(value)
+        let value = number(address);
+        let is_usable =
+            self.network.is_ipv4() == address.is_ipv4() && self.first <= value && value <= self.last;
+        is_usable.then_some(value)
+    }
+
+    /// Whether the address is in the range, those included that are never leased.
+    fn holds(&self, address: IpAddr) -> bool {
+        self.network.contains(address)
+    }
+
+    fn is_free(&self, value: u128) -> bool {
+        self.free.range(..=value).next_back().is_some_and(|(_, last)| *last >= value)
     }
 
     fn next(&mut self) -> Option<IpAddr> {
-        let cursor = self.cursor;
-        // The interval that holds the cursor, else the next one, else the first one.
-        let holding =
-            self.free.range(..=cursor).next_back().filter(|(_, last)| **last >= cursor).map(|_| cursor);
-        let value = holding
-            .or_else(|| self.free.range(cursor..).next().map(|(first, _)| *first))
-            .or_else(|| self.free.first_key_value().map(|(first, _)| *first))?;
+        let value = self.at_or_after(self.cursor).or_else(|| self.at_or_after(self.first))?;
         self.take(value);
         self.cursor = value.saturating_add(1);
         Some(self.address(value))
+    }
+
+    /// Like [`Range::next`] between two addresses of the range, both included.
+    fn next_within(&mut self, first: IpAddr, last: IpAddr) -> Option<IpAddr> {
+        let (first, last) = (number(first).max(self.first), number(last).min(self.last));
+        let from = if (first..=last).contains(&self.cursor) { self.cursor } else { first };
+        let fits = |value: &u128| *value <= last;
+        let value = self.at_or_after(from).filter(fits).or_else(|| self.at_or_after(first).filter(fits))?;
+        self.take(value);
+        self.cursor = value.saturating_add(1);
+        Some(self.address(value))
+    }
+
+    /// The first free address that is not below `from`: in the interval that holds it, else the start of the next one.
+    fn at_or_after(&self, from: u128) -> Option<u128> {
+        let is_free = self.is_free(from).then_some(from);
+        is_free.or_else(|| self.free.range(from..).next().map(|(first, _)| *first))
     }
 
     fn take(&mut self, value: u128) {
@@ -173,77 +467,17 @@ impl Range {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-    use std::collections::BTreeSet;
+/// Whether two networks share addresses.
+pub(crate) fn overlap(one: &IpNetwork, other: &IpNetwork) -> bool {
+    one.contains(other.network()) || other.contains(one.network())
+}
 
-    fn mk_allocator(ranges: &[&str], leased: &[&str]) -> Allocator {
-        let ranges: Vec<IpNetwork> = ranges.iter().map(|text| text.parse().unwrap()).collect();
-        let leased: Vec<IpAddr> = leased.iter().map(|text| text.parse().unwrap()).collect();
-        Allocator::new(&ranges, &leased)
-    }
-
-    fn one(allocator: &mut Allocator) -> String {
-        allocator.allocate().unwrap()[0].to_string()
-    }
-
-    #[test]
-    fn addresses_come_in_order_and_a_released_one_comes_last() {
-        let mut allocator = mk_allocator(&["10.0.0.0/29"], &[]);
-        assert_eq!([one(&mut allocator), one(&mut allocator)], ["10.0.0.1", "10.0.0.2"]);
-        allocator.release("10.0.0.1".parse().unwrap());
-        let rest: Vec<String> = (0..5).map(|_| one(&mut allocator)).collect();
-        assert_eq!(rest, ["10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6", "10.0.0.1"]);
-        let error = allocator.allocate().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the address range 10.0.0.0/29 is used up: all 6 usable addresses are leased"
-        );
-    }
-
-    #[test]
-    fn leases_are_respected_after_a_restart_and_the_search_goes_on_after_the_newest() {
-        let mut allocator = mk_allocator(&["10.0.0.0/29"], &["10.0.0.5", "10.0.0.3", "192.0.2.1"]);
-        let rest: Vec<String> = (0..4).map(|_| one(&mut allocator)).collect();
-        assert_eq!(rest, ["10.0.0.4", "10.0.0.6", "10.0.0.1", "10.0.0.2"]);
-        assert!(allocator.used_up().is_some());
-    }
-
-    #[test]
-    fn dual_stack_takes_one_of_each_or_nothing() {
-        let mut allocator = mk_allocator(&["10.0.0.0/30", "fd00::/64"], &[]);
-        assert_eq!(allocator.allocate().unwrap().len(), 2);
-        assert_eq!(allocator.allocate().unwrap()[1].to_string(), "fd00::2");
-        assert!(allocator.allocate().is_err());
-        allocator.release("10.0.0.1".parse().unwrap());
-        assert_eq!(
-            allocator.allocate().unwrap()[1].to_string(),
-            "fd00::3",
-            "the failure took no IPv6 address"
-        );
-    }
-
-    #[test]
-    fn a_random_history_never_leases_an_address_twice() {
-        for seed in 0..200 {
-            let mut rng = StdRng::seed_from_u64(seed);
-            let mut allocator = mk_allocator(&["10.0.0.0/26"], &[]);
-            let mut held: BTreeSet<IpAddr> = BTreeSet::new();
-            for step in 0..500 {
-                if rng.random_bool(0.55) {
-                    match allocator.allocate() {
-                        Ok(addresses) => assert!(held.insert(addresses[0]), "seed {seed} step {step}"),
-                        Err(_) => assert_eq!(held.len(), 62, "seed {seed} step {step}"),
-                    }
-                } else if let Some(address) = held.iter().nth(rng.random_range(0..62)).copied() {
-                    held.remove(&address);
-                    allocator.release(address);
-                    allocator.release(address);
-                }
-            }
-        }
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(u32::from(address)),
+        IpAddr::V6(address) => u128::from(address),
     }
 }
+
+#[cfg(test)]
+mod tests;

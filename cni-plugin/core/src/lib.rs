@@ -11,6 +11,7 @@
 //! It refuses to touch anything: `holdfast-dataplane` applies plans, `holdfast-agent` keeps leases and watches objects.
 
 pub mod cni;
+pub mod garbage;
 pub mod ipam;
 pub mod objects;
 pub mod overlay;

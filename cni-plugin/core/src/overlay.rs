@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
+use crate::ipam::overlap;
 use crate::objects::Node;
 use crate::plan::{BridgePlan, NodePlan, PeerPlan, VxlanPlan, overlay_mtu, vtep_mac};
 
@@ -30,6 +31,16 @@ pub enum OverlayError {
     /// It has no range for pods.
     #[error("Node \"{0}\" has no spec.podCIDR: there are no addresses for pods")]
     NoRange(String),
+    /// Two of its ranges share addresses.
+    #[error("Node \"{node}\" has the pod ranges {other} and {range}, which overlap")]
+    Overlap {
+        /// The node.
+        node: String,
+        /// The later one.
+        range: IpNetwork,
+        /// The earlier one.
+        other: IpNetwork,
+    },
     /// It has no address to build the overlay on.
     #[error("Node \"{0}\" has no status.addresses entry of type InternalIP")]
     NoAddress(String),
@@ -69,6 +80,11 @@ pub fn plan_node(
     let own_ranges = nodes[name].pod_cidrs();
     if own_ranges.is_empty() {
         return Err(OverlayError::NoRange(name.to_owned()));
+    }
+    for (index, range) in own_ranges.iter().enumerate() {
+        if let Some(other) = own_ranges[..index].iter().find(|other| overlap(other, range)) {
+            return Err(OverlayError::Overlap { node: name.to_owned(), range: *range, other: *other });
+        }
     }
     let mut taken: Vec<(IpNetwork, String)> =
         own_ranges.iter().map(|range| (*range, name.to_owned())).collect();
@@ -114,8 +130,7 @@ fn plan_peer(
         return Err(format!("node {name} has no spec.podCIDR yet"));
     }
     for range in &ranges {
-        let overlap = |other: &IpNetwork| other.contains(range.network()) || range.contains(other.network());
-        if let Some((other, owner)) = taken.iter().find(|(other, _)| overlap(other)) {
+        if let Some((other, owner)) = taken.iter().find(|(other, _)| overlap(other, range)) {
             return Err(format!("node {name} has the range {range}, which overlaps {other} of node {owner}"));
         }
     }
@@ -185,6 +200,10 @@ mod tests {
     fn the_own_node_must_be_complete() {
         let mut nodes = mk_nodes(&[("a", "192.0.2.1", "10.1.0.0/24")]);
         let error = |nodes: &BTreeMap<String, Node>| plan_node(nodes, "a", &mk_settings(), 1500).unwrap_err();
+        let twice = ["10.1.0.0/24", "10.1.0.128/25"].map(|range| range.parse().unwrap());
+        nodes.get_mut("a").unwrap().spec.pod_cidrs = twice.to_vec();
+        assert!(error(&nodes).to_string().contains("10.1.0.0/24 and 10.1.0.128/25, which overlap"));
+        nodes.get_mut("a").unwrap().spec.pod_cidrs.clear();
         nodes.get_mut("a").unwrap().spec.pod_cidr = None;
         assert_eq!(error(&nodes), OverlayError::NoRange("a".into()));
         nodes.get_mut("a").unwrap().status.addresses.clear();

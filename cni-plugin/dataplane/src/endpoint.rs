@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use holdfast_net_core::plan::{EndpointPlan, HOST_IFNAME_PREFIX, IFNAME_LEN_MAX, MacAddr};
 use netlink_packet_route::link::{
     BridgePortState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
-    LinkInfo, LinkMessage,
+    LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
@@ -132,6 +132,31 @@ pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTre
     first_error.map_or(Ok(()), Err)
 }
 
+/// Removes pods' routes and neighbours of addresses that are not known. Goes on after a failure and returns the first one.
+pub async fn sweep(links: &Links, bridge: &str, known: &BTreeSet<IpAddr>) -> Result<usize> {
+    let Some(bridge) = links.link(bridge).await?.map(|link| link.header.index) else { return Ok(0) };
+    let is_stray = |address: &IpAddr| !known.contains(address) && !address.is_multicast();
+    let routes = links.our_routes().await?.into_iter();
+    let routes: Vec<Route> = routes
+        .filter(|route| is_stray(&route.to.ip()) && *route == pod_route(route.to.ip(), bridge))
+        .collect();
+    let neighbours = links.permanent_neighbours(bridge).await?.into_iter().map(|(address, _)| address);
+    let (mut swept, mut first_error) = (0, None);
+    for route in routes {
+        match links.delete_route(&route).await {
+            Ok(removed) => swept += usize::from(removed),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    for address in neighbours.filter(is_stray) {
+        match links.delete_neighbour(bridge, address).await {
+            Ok(removed) => swept += usize::from(removed),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    first_error.map_or(Ok(swept), Err)
+}
+
 /// The permanent neighbours of the bridge whose MAC is behind the port. One that is not seen stays with its route, until
 /// the address is leased again and both are replaced.
 async fn addresses_behind(links: &Links, bridge: u32, port: u32) -> Result<BTreeSet<IpAddr>> {
@@ -156,9 +181,10 @@ pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
     if mtu_of(&link) != Some(plan.mtu) || mac_of(&link) != Some(plan.host_mac) {
         return differs(format!("{name} has another MTU or MAC than planned"));
     }
-    if !is_isolated(&link) {
-        return differs(format!("{name} is not an isolated port"));
+    if !link.header.flags.contains(LinkFlags::Up) {
+        return differs(format!("{name} is down"));
     }
+    check_port(name, &link)?;
     if !links.bridge_entries(link.header.index).await?.contains(&plan.mac) {
         return differs(format!("the bridge lacks the forwarding entry of {}", plan.mac));
     }
@@ -184,7 +210,7 @@ pub async fn list(links: &Links) -> Result<Vec<FoundEndpoint>> {
             let attachment = alias_of(link)
                 .and_then(|alias| alias.strip_prefix("holdfast:")?.rsplit_once('/'))
                 .map(|(id, ifname)| (id.to_string(), ifname.to_string()));
-            name.starts_with(HOST_IFNAME_PREFIX)
+            (name.starts_with(HOST_IFNAME_PREFIX) || attachment.is_some())
                 .then(|| FoundEndpoint { host_ifname: name.to_string(), attachment })
         })
         .collect())
@@ -201,10 +227,23 @@ fn alias(plan: &EndpointPlan) -> String {
     alias
 }
 
-fn is_isolated(link: &LinkMessage) -> bool {
+/// The port keeps pods apart, and lets their frames through.
+fn check_port(name: &str, link: &LinkMessage) -> Result<()> {
     let is_port =
         link_infos(link).into_iter().flatten().any(|i| *i == LinkInfo::PortKind(InfoPortKind::Bridge));
-    is_port && port_data(link).contains(&InfoBridgePort::Isolated(true))
+    for (wanted, what) in [
+        (InfoBridgePort::Isolated(true), "is not an isolated port"),
+        (InfoBridgePort::Learning(false), "is a port that learns"),
+        (InfoBridgePort::UnicastFlood(false), "is a port that is flooded"),
+        (InfoBridgePort::MulticastFlood(false), "is a port that is flooded with multicast"),
+        (InfoBridgePort::BroadcastFlood(false), "is a port that is flooded with broadcast"),
+        (InfoBridgePort::State(BridgePortState::Forwarding), "is a port that does not forward"),
+    ] {
+        if !is_port || !port_data(link).contains(&wanted) {
+            return Err(Error::Differs(format!("{name} {what}")));
+        }
+    }
+    Ok(())
 }
 
 /// What the bridge says of its port; nothing if the link is none.

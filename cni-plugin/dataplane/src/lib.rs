@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
 use holdfast_net_core::policy::Lookup;
-use holdfast_net_core::ruleset::{Delta, Ruleset, pins_of};
+use holdfast_net_core::ruleset::{Delta, Pin, Ruleset, pins_of};
 
 use links::Links;
 use nft::socket::NetfilterSocket;
@@ -166,22 +166,25 @@ impl Dataplane {
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
-    /// Packets pass, as far as policy lets them, from the first one after this returns. Undoes itself on failure. Not cancellation safe: a caller that drops the future must detach.
+    /// Packets pass, as far as policy lets them, from the first one after this returns. Undoes itself on failure. Not cancellation
+    /// safe: a caller that drops the future must detach. Returns whether the pod got the planned default routes: where another
+    /// interface has one they are left to it.
     ///
     /// # Errors
-    /// [`Error::Exists`] if the sandbox has an interface of that name; [`Error::Sandbox`] if there is no sandbox; else
+    /// [`Error::Exists`] if the sandbox has an interface of that name, or another one of ours; [`Error::Sandbox`] if there is no sandbox; else
     /// what the kernel refused.
-    pub async fn attach(&self, plan: &EndpointPlan, netns: &Path) -> Result<()> {
+    pub async fn attach(&self, plan: &EndpointPlan, netns: &Path) -> Result<bool> {
         let sandbox = sandbox::open(netns)?;
         let wanted = plan.clone();
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
         let made = async {
             endpoint::make(&self.links, plan, &sandbox).await?;
-            sandbox::configure(&sandbox, plan).await?;
-            endpoint::wait_until_forwarding(&self.links, &plan.host_ifname).await
+            let has_defaults = sandbox::configure(&sandbox, plan).await?;
+            endpoint::wait_until_forwarding(&self.links, &plan.host_ifname).await?;
+            Ok(has_defaults)
         };
         match made.await {
-            Ok(()) => Ok(()),
+            Ok(has_defaults) => Ok(has_defaults),
             // Another attachment's interface of that name is not ours to remove.
             Err(error @ Error::Exists { .. }) if error.is_on_node() => Err(error),
             Err(error) => {
@@ -193,15 +196,16 @@ impl Dataplane {
         }
     }
 
-    /// Compares an attachment with the kernel: both ends, and the pins. Neighbour entries that are not seen are set again,
-    /// because the kernel cannot tell for sure that one is missing.
+    /// Compares an attachment with the kernel: both ends, and the pins. `inside` is the plan of the pod's end, which plugins that
+    /// came later may have changed. Neighbour entries that are not seen are set again, because the kernel cannot tell for sure
+    /// that one is missing.
     ///
     /// # Errors
     /// [`Error::Differs`] names the first difference; any other error says that no comparison was made.
-    pub async fn check(&self, plan: &EndpointPlan, netns: &Path) -> Result<()> {
+    pub async fn check(&self, plan: &EndpointPlan, inside: &EndpointPlan, netns: &Path) -> Result<()> {
         let sandbox = sandbox::open(netns)?;
         endpoint::check(&self.links, plan).await?;
-        sandbox::check(&sandbox, plan).await?;
+        sandbox::check(&sandbox, inside).await?;
         let pins = pins_of(plan);
         let lost = self.with_policy(move |policy| {
             policy.nft.refresh_if_changed()?;
@@ -228,7 +232,33 @@ impl Dataplane {
         removed
     }
 
-    /// All host ends of ours on the node, for garbage collection.
+    /// Sentences on what the kernel has otherwise than wanted, read element by element and without regard to notifications. What is
+    /// found makes the next change compare everything.
+    ///
+    /// # Errors
+    /// The kernel refuses to tell.
+    pub async fn differences(&self, wanted: Delta, pins: BTreeSet<Pin>) -> Result<Vec<String>> {
+        let found = with_locked(&self.reader, move |reader| reader.differences(&wanted, &pins)).await?;
+        if !found.is_empty() {
+            self.with_policy(|policy| {
+                policy.nft.distrust();
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(found)
+    }
+
+    /// Removes routes to single addresses through the bridge and permanent neighbours on it that are of none of `known`. Returns
+    /// how many. Nobody may be attaching meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel refused; the rest was removed all the same.
+    pub async fn sweep_addresses(&self, known: &BTreeSet<IpAddr>) -> Result<usize> {
+        endpoint::sweep(&self.links, &self.bridge, known).await
+    }
+
+    /// All host ends of ours on the node, for garbage collection: by name, or by alias where somebody renamed one.
     ///
     /// # Errors
     /// The kernel refuses to list.

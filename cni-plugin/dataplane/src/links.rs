@@ -208,6 +208,24 @@ impl Links {
         Ok(routes)
     }
 
+    /// The devices that default routes of a family lead through, whosever they are.
+    pub async fn default_devices(&self, v4: bool) -> Result<BTreeSet<u32>> {
+        let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let is_default = |message: &&RouteMessage| {
+            let header = &message.header;
+            header.destination_prefix_length == 0
+                && header.table == RouteHeader::RT_TABLE_MAIN
+                && header.kind == RouteType::Unicast
+        };
+        let device = |message: &RouteMessage| {
+            message.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            })
+        };
+        Ok(self.routes_of(family).await?.iter().filter(is_default).filter_map(device).collect())
+    }
+
     async fn routes_of(&self, family: AddressFamily) -> Result<Vec<RouteMessage>> {
         let mut query = RouteMessage::default();
         query.header.address_family = family;
@@ -418,13 +436,21 @@ pub fn host_route(address: IpAddr) -> IpNetwork {
 /// Writes a sysctl of the calling thread's network namespace if it differs; true if it was written. A sysctl that does
 /// not exist (IPv6 compiled out) is fine.
 pub fn set_sysctl(path: &str, value: &str) -> Result<bool> {
+    if !sysctl_differs(path, value)? {
+        return Ok(false);
+    }
     let full = format!("/proc/sys/net/{path}");
-    let error = |source| Error::Sysctl { path: full.clone(), source };
+    let written = std::fs::write(&full, value);
+    written.map(|()| true).map_err(|source| Error::Sysctl { path: full, source })
+}
+
+/// Whether a sysctl of the calling thread's network namespace is another than `value`. One that does not exist is not.
+pub fn sysctl_differs(path: &str, value: &str) -> Result<bool> {
+    let full = format!("/proc/sys/net/{path}");
     match std::fs::read_to_string(&full) {
-        Ok(current) if current.trim() == value => Ok(false),
-        Ok(_) => std::fs::write(&full, value).map(|()| true).map_err(error),
+        Ok(current) => Ok(current.trim() != value),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(error(e)),
+        Err(source) => Err(Error::Sysctl { path: full, source }),
     }
 }
 

@@ -11,17 +11,19 @@ use std::path::Path;
 use holdfast_net_core::plan::{EndpointPlan, GATEWAY_V4, GATEWAY_V6};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
+use netlink_packet_route::link::LinkFlags;
 
 use crate::error::{Error, Result};
-use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl};
+use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl, sysctl_differs};
 
 /// Opens a network namespace by its path.
 pub fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(|source| Error::Sandbox { path: path.display().to_string(), source })
 }
 
-/// Configures the pod's end, which the veth's creation already put into the sandbox.
-pub async fn configure(netns: &File, plan: &EndpointPlan) -> Result<()> {
+/// Configures the pod's end, which the veth's creation already put into the sandbox. Returns whether it got the default routes: one
+/// that another interface has is left to it.
+pub async fn configure(netns: &File, plan: &EndpointPlan) -> Result<bool> {
     let plan = plan.clone();
     visit(netns, move |links| Box::pin(async move { configure_inside(&links, &plan).await })).await
 }
@@ -33,9 +35,12 @@ pub async fn check(netns: &File, plan: &EndpointPlan) -> Result<()> {
 }
 
 /// Work to be done inside a sandbox.
-type Work<'a> = std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+type Work<'a, T> = std::pin::Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
 
-async fn visit(netns: &File, work: impl FnOnce(Links) -> Work<'static> + Send + 'static) -> Result<()> {
+async fn visit<T: Send + 'static>(
+    netns: &File,
+    work: impl FnOnce(Links) -> Work<'static, T> + Send + 'static,
+) -> Result<T> {
     let netns = netns
         .try_clone()
         .map_err(|source| Error::Sandbox { path: "given by the container runtime".into(), source })?;
@@ -48,7 +53,7 @@ async fn visit(netns: &File, work: impl FnOnce(Links) -> Work<'static> + Send + 
     result.await.unwrap_or_else(|_| Err(Error::Protocol("the sandbox thread ended without a result".into())))
 }
 
-fn enter_and_run(netns: &File, work: impl FnOnce(Links) -> Work<'static>) -> Result<()> {
+fn enter_and_run<T>(netns: &File, work: impl FnOnce(Links) -> Work<'static, T>) -> Result<T> {
     let sandbox = |source| Error::Sandbox { path: "given by the container runtime".into(), source };
     nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| sandbox(e.into()))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(sandbox)?;
@@ -58,16 +63,14 @@ fn enter_and_run(netns: &File, work: impl FnOnce(Links) -> Work<'static>) -> Res
 /// The loopback device's index, the same in every namespace.
 const LOOPBACK: u32 = 1;
 
-async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
+async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<bool> {
     let name = &plan.container_ifname;
     let index = own_link(links, name).await?;
+    let has_defaults = plan.default_routes && !has_other_defaults(links, plan, index).await?;
+    let plan = &EndpointPlan { default_routes: has_defaults, ..plan.clone() };
     links.set_up(LOOPBACK, "lo").await?;
-    // Redirects would make the pod look for its peers on the bridge, where isolated ports never answer; router
-    // advertisements have no business here.
-    for conf in ["all", name.as_str()] {
-        set_sysctl(&format!("ipv4/conf/{conf}/accept_redirects"), "0")?;
-        set_sysctl(&format!("ipv6/conf/{conf}/accept_redirects"), "0")?;
-        set_sysctl(&format!("ipv6/conf/{conf}/accept_ra"), "0")?;
+    for path in zero_sysctls(name) {
+        set_sysctl(&path, "0")?;
     }
     links.set_up(index, name).await?;
     for address in &plan.addresses {
@@ -80,7 +83,37 @@ async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
     for route in routes(plan, index) {
         links.set_route(&route).await?;
     }
-    Ok(())
+    Ok(has_defaults)
+}
+
+/// Whether another interface has a default route of one of the pod's families.
+///
+/// # Errors
+/// It is one of ours: both would go by the same gateway, and what one of them sends by the other's port is dropped there.
+async fn has_other_defaults(links: &Links, plan: &EndpointPlan, index: u32) -> Result<bool> {
+    let ours = links.our_routes().await?.into_iter().filter_map(|route| route.device);
+    if ours.into_iter().any(|device| device != index) {
+        let place = "the sandbox, and a sandbox takes one attachment of this plugin".to_string();
+        return Err(Error::Exists { ifname: "of ours".to_string(), place });
+    }
+    for gateway in gateways(plan) {
+        if links.default_devices(gateway.is_ipv4()).await?.into_iter().any(|device| device != index) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Redirects would make the pod look for its peers on the bridge, where isolated ports never answer; router advertisements have
+/// no business here.
+fn zero_sysctls(name: &str) -> impl Iterator<Item = String> {
+    ["all", name].into_iter().flat_map(|conf| {
+        [
+            format!("ipv4/conf/{conf}/accept_redirects"),
+            format!("ipv6/conf/{conf}/accept_redirects"),
+            format!("ipv6/conf/{conf}/accept_ra"),
+        ]
+    })
 }
 
 async fn check_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
@@ -94,6 +127,14 @@ async fn check_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
     }
     if mtu_of(&link) != Some(plan.mtu) {
         return differs(format!("{name} has MTU {:?} instead of {}", mtu_of(&link), plan.mtu));
+    }
+    if !link.header.flags.contains(LinkFlags::Up) {
+        return differs(format!("{name} is down in the sandbox"));
+    }
+    for path in zero_sysctls(name) {
+        if sysctl_differs(&path, "0")? {
+            return differs(format!("the sandbox's sysctl {path} is not 0"));
+        }
     }
     let index = link.header.index;
     let addresses = links.addresses(index).await?;

@@ -32,7 +32,7 @@ fn pods_on_one_node_reach_each_other_as_their_classes_say_and_nothing_is_left_be
         assert_eq!(dp.apply_node(&node_plan).await.unwrap(), 0, "a second apply writes nothing");
         for (plan, pod) in [(&plan_db, &db), (&plan_api, &api), (&plan_web, &web)] {
             dp.attach(plan, pod.path()).await.unwrap();
-            dp.check(plan, pod.path()).await.unwrap();
+            dp.check(plan, plan, pod.path()).await.unwrap();
         }
     });
     let _v4 = serve_bytes(&db, "10.77.0.2:5432");
@@ -227,9 +227,9 @@ fn a_failed_attachment_undoes_itself_and_an_existing_interface_is_refused() {
         dp.attach(&plan, pod.path()).await.unwrap();
         let again = dp.attach(&plan, pod.path()).await.unwrap_err();
         assert!(matches!(&again, Error::Exists { .. }), "{again}");
-        dp.check(&plan, pod.path()).await.unwrap();
+        dp.check(&plan, &plan, pod.path()).await.unwrap();
         pod.run("ip route del default");
-        assert!(matches!(dp.check(&plan, pod.path()).await.unwrap_err(), Error::Differs(_)));
+        assert!(matches!(dp.check(&plan, &plan, pod.path()).await.unwrap_err(), Error::Differs(_)));
         // The sandbox goes first, as when a pod's node process died.
         pod.run("ip link del eth0");
         dp.detach(&plan.host_ifname).await.unwrap();
@@ -259,7 +259,7 @@ fn passes_checks_and_lists_at_the_same_time_do_not_disturb_each_other() {
                 let (dp, plan, node_plan, path) = (dp.clone(), plan.clone(), node_plan.clone(), path.clone());
                 tokio::spawn(async move {
                     for _ in 0..20 {
-                        dp.check(&plan, &path).await.unwrap();
+                        dp.check(&plan, &plan, &path).await.unwrap();
                         assert_eq!(dp.apply_node(&node_plan).await.unwrap(), 0);
                         assert_eq!(dp.list_endpoints().await.unwrap().len(), 1);
                         // One whose caller goes away is in nobody's way either.
@@ -289,12 +289,15 @@ fn a_check_sets_a_neighbour_that_is_not_seen_and_reports_one_with_another_mac() 
         for (netns, entry) in places {
             let before = netns.run("ip neigh show nud permanent | sort");
             netns.run(&format!("ip neigh del {entry}"));
-            dp.check(&plan, pod.path()).await.unwrap();
+            dp.check(&plan, &plan, pod.path()).await.unwrap();
             assert_eq!(netns.run("ip neigh show nud permanent | sort"), before, "{entry}");
             netns.run(&format!("ip neigh replace {entry} lladdr 02:00:00:00:00:07 nud permanent"));
-            assert!(matches!(dp.check(&plan, pod.path()).await.unwrap_err(), Error::Differs(_)), "{entry}");
+            assert!(
+                matches!(dp.check(&plan, &plan, pod.path()).await.unwrap_err(), Error::Differs(_)),
+                "{entry}"
+            );
             netns.run(&format!("ip neigh del {entry}"));
-            dp.check(&plan, pod.path()).await.unwrap();
+            dp.check(&plan, &plan, pod.path()).await.unwrap();
         }
     });
 }
@@ -344,7 +347,7 @@ fn a_restarted_agent_adopts_the_rules_and_a_stale_ruleset_does_not_open_a_new_po
         assert_eq!(dp.load_ruleset().await.unwrap(), policy);
         assert_eq!(dp.apply_ruleset(&policy).await.unwrap(), Applied::default());
         assert_eq!(dp.apply_node(&node_plan).await.unwrap(), 0);
-        dp.check(&plan_s, server.path()).await.unwrap();
+        dp.check(&plan_s, &plan_s, server.path()).await.unwrap();
     });
     assert_eq!(node.netns.nft_generation(), generation, "a restart writes nothing");
 }

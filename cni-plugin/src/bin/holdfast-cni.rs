@@ -3,6 +3,7 @@
 //! while the agent is down leaves a delete record.
 
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -78,6 +79,12 @@ fn run(version: &mut String) -> Result<Option<Value>, CniError> {
 }
 
 async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
+    let wanted = config.capabilities;
+    let piece = |(first, last): (IpAddr, IpAddr)| pb::AddressPiece {
+        first: first.to_string(),
+        last: last.to_string(),
+    };
+    let set = |set: Vec<(IpAddr, IpAddr)>| pb::AddressSet { pieces: set.into_iter().map(piece).collect() };
     let request = pb::AddRequest {
         attachment: Some(attachment(&env)),
         netns: env.netns,
@@ -87,6 +94,9 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
             name: env.args.pod_name,
             uid: env.args.pod_uid,
         }),
+        ips: wanted.addresses.ips.iter().map(IpAddr::to_string).collect(),
+        mac: wanted.mac.map(String::from).unwrap_or_default(),
+        address_sets: wanted.addresses.range_sets.into_iter().map(set).collect(),
     };
     let mut client = connect(&config.agent_socket).await.map_err(try_again)?;
     let reply = client.add(request).await.map_err(|status| try_again(status.to_string()))?.into_inner();
@@ -100,7 +110,11 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
 
 /// Succeeds when the agent has detached, or when a durable record says that it will.
 async fn del(config: &NetworkConfig, env: &CniEnv) -> Result<(), CniError> {
-    let request = pb::DelRequest { attachment: Some(attachment(env)), netns: env.netns.clone() };
+    let request = pb::DelRequest {
+        attachment: Some(attachment(env)),
+        netns: env.netns.clone(),
+        network: config.name.clone(),
+    };
     let answered = match connect(&config.agent_socket).await {
         Ok(mut client) => client.del(request).await.map_err(|status| status.to_string()),
         Err(error) => Err(error),
@@ -109,7 +123,7 @@ async fn del(config: &NetworkConfig, env: &CniEnv) -> Result<(), CniError> {
         Ok(reply) => refused(reply.into_inner().failure),
         Err(down) => {
             let key = AttachmentKey { container_id: env.container_id.clone(), ifname: env.ifname.clone() };
-            pending::write(Path::new(&config.pending_dir), &key).map_err(|error| {
+            pending::write(Path::new(&config.pending_dir), &key, &config.name).map_err(|error| {
                 let what = format!(
                     "the node agent is down and no delete record can be written to {}",
                     config.pending_dir
@@ -133,6 +147,8 @@ async fn check(config: NetworkConfig, env: CniEnv) -> Result<(), CniError> {
         netns: env.netns,
         addresses: previous.ips.iter().map(|ip| ip.address.to_string()).collect(),
         interfaces: previous.interfaces.into_iter().map(interface).collect(),
+        network: config.name,
+        routes: previous.routes.iter().map(|route| route.dst.to_string()).collect(),
     };
     let mut client = connect(&config.agent_socket).await.map_err(try_again)?;
     let reply = client.check(request).await.map_err(|status| try_again(status.to_string()))?;

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
@@ -51,6 +52,13 @@ struct Args {
     /// UDP port of the overlay.
     #[arg(long, default_value_t = 4789, value_parser = clap::value_parser!(u16).range(1..))]
     vxlan_port: u16,
+    /// How many seconds a freed address goes to no other pod: longer than any node takes to see that a pod is gone. They count only
+    /// while objects can be read. 0: freed addresses may be given out at once.
+    #[arg(long, default_value_t = 30)]
+    address_quarantine_s: u32,
+    /// How many seconds an attachment must look dead before it is freed without the runtime asking for it. 0: never.
+    #[arg(long, default_value_t = 60)]
+    collect_after_s: u32,
     /// Serve metrics for Prometheus on this address and port, as /metrics, to whoever asks; not at all by default.
     #[arg(long)]
     metrics: Option<SocketAddr>,
@@ -83,6 +91,8 @@ impl From<Args> for Settings {
             mode,
             uplink: args.uplink,
             overlay,
+            address_quarantine: Duration::from_secs(args.address_quarantine_s.into()),
+            collect_after: Duration::from_secs(args.collect_after_s.into()),
             metrics: args.metrics,
         }
     }

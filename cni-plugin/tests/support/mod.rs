@@ -127,8 +127,14 @@ impl Cluster {
         );
     }
 
-    /// A node with its agent, on the underlay as 192.0.2.`number`.
+    /// A node with its agent, on the underlay as 192.0.2.`number`. Addresses are free as soon as they are freed, and nothing is
+    /// collected without being asked for.
     pub fn start_node(&self, name: &str, number: u8) -> Node {
+        self.start_node_with(name, number, &["--address-quarantine-s=0", "--collect-after-s=0"])
+    }
+
+    /// The same with other settings.
+    pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
         let netns = Netns::new();
         let port = format!("p{number}");
         run(
@@ -152,7 +158,8 @@ impl Cluster {
         netns.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"));
         netns.ip("link set eth0 up");
         let state = self.folder.path().join(name);
-        let mut node = Node { name: name.to_owned(), objects: self.objects(), netns, state, agent: None };
+        let (name, objects) = (name.to_owned(), self.objects());
+        let mut node = Node { name, objects, netns, state, settings, agent: None };
         node.start();
         node
     }
@@ -164,6 +171,7 @@ pub struct Node {
     objects: PathBuf,
     pub netns: Netns,
     pub state: PathBuf,
+    settings: &'static [&'static str],
     agent: Option<Child>,
 }
 
@@ -186,6 +194,7 @@ impl Node {
         command.args(["--node", &self.name]).arg("--objects").arg(&self.objects);
         command.arg("--state-dir").arg(self.state.join("state")).arg("--socket").arg(self.socket());
         command.arg("--pending-dir").arg(self.pending());
+        command.args(self.settings);
         // Each node has a loopback of its own.
         command.arg("--metrics").arg(format!("127.0.0.1:{METRICS_PORT}"));
         self.agent = Some(command.stderr(log).spawn().unwrap());
@@ -209,6 +218,11 @@ impl Node {
             agent.kill().unwrap();
             agent.wait().unwrap();
         }
+    }
+
+    /// The agent was killed and reaped by somebody else.
+    pub fn forget_agent(&mut self) {
+        self.agent = None;
     }
 
     /// Waits for the end of an agent that was asked to end.
@@ -265,6 +279,16 @@ impl Node {
         self.cni_with(command, id, sandbox, "", extra)
     }
 
+    /// The configuration of the network `pods`; `extra` is merged into it.
+    pub fn config(&self, extra: Value) -> Value {
+        let mut config = json!({
+            "cniVersion": "1.1.0", "name": "pods", "type": "holdfast-cni",
+            "agentSocket": self.socket(), "pendingDir": self.pending(),
+        });
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        config
+    }
+
     pub fn cni_with(
         &self,
         command: &str,
@@ -273,11 +297,7 @@ impl Node {
         args: &str,
         extra: Value,
     ) -> Result<Value, Value> {
-        let mut config = json!({
-            "cniVersion": "1.1.0", "name": "pods", "type": "holdfast-cni",
-            "agentSocket": self.socket(), "pendingDir": self.pending(),
-        });
-        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let config = self.config(extra);
         let mut variables = vec![("CNI_COMMAND", command), ("CNI_ARGS", args)];
         if !id.is_empty() {
             variables.extend([("CNI_CONTAINERID", id), ("CNI_IFNAME", "eth0")]);
@@ -301,7 +321,10 @@ impl Node {
     /// Host ends of pods on this node.
     pub fn ports(&self) -> usize {
         let links = self.netns.ip("-o link show");
-        links.lines().filter(|line| line.contains("hfv")).count()
+        links
+            .lines()
+            .filter(|line| line.split(": ").nth(1).is_some_and(|name| name.starts_with("hfv")))
+            .count()
     }
 
     /// Elements and routes that belong to pods; a revision moves on with every revoking change.

@@ -146,7 +146,7 @@ fn join(work: &Work, names: [&str; 2], address: fn(usize) -> Ipv4Addr) -> Result
 
 fn write_objects(objects: &Objects, pods: usize) -> Result<()> {
     for (index, name) in NAMES.iter().enumerate() {
-        objects.put_node(name, address(index), &format!("10.246.{index}.0/24"))?;
+        objects.put_node(name, address(index), &format!("10.{}.0.0/16", 246 + index))?;
     }
     objects.put_namespace(NAMESPACE)?;
     for index in 0..pods {

@@ -1,15 +1,18 @@
 //! What the engine is asked about its state. Nothing here changes anything.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use holdfast_net_core::objects::ObjectName;
 use holdfast_net_core::policy::{Compiler, Explanation, Party, PolicyStanding};
 use holdfast_net_core::ports::Proto;
+use holdfast_net_core::ruleset::pins_of;
 use holdfast_proto::agent as pb;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use super::{Command, Engine, EngineHandle, Why};
+use super::{Command, Engine, EngineHandle, Why, sentence};
+use crate::leases::AttachmentKey;
 use crate::metrics::Gauges;
 use crate::objects::{CLUSTER_POLICY, NETWORK_POLICY, ObjectKey};
 
@@ -34,6 +37,10 @@ pub(super) enum Ask {
     Dump(oneshot::Sender<Value>),
     /// Pods that have an address and that policies concern.
     Pods(oneshot::Sender<Vec<ObjectName>>),
+    /// Which endpoints' pods have their objects; nothing while objects cannot be read.
+    Claimed(BTreeSet<String>, oneshot::Sender<Option<BTreeSet<String>>>),
+    /// What the kernel lacks of an endpoint's policy, or has too much.
+    Verify(AttachmentKey, oneshot::Sender<Result<Vec<String>, String>>),
     /// The pods that have these addresses.
     PodsAt([IpAddr; 2], oneshot::Sender<[Option<ObjectName>; 2]>),
 }
@@ -89,6 +96,19 @@ impl EngineHandle {
         self.ask(|reply| Command::Ask(Ask::Pods(reply))).await
     }
 
+    /// Of these endpoints those whose pods' objects are there; `None` while objects cannot be read.
+    pub(crate) async fn claimed(
+        &self,
+        endpoints: BTreeSet<String>,
+    ) -> Result<Option<BTreeSet<String>>, String> {
+        self.ask(|reply| Command::Ask(Ask::Claimed(endpoints, reply))).await
+    }
+
+    /// Sentences on what the kernel lacks of an endpoint's policy or has too much, read element by element.
+    pub(crate) async fn verify(&self, key: &AttachmentKey) -> Result<Vec<String>, String> {
+        self.ask(|reply| Command::Ask(Ask::Verify(key.clone(), reply))).await.unwrap_or_else(Err)
+    }
+
     /// The pods that have these addresses, here or elsewhere.
     pub(crate) async fn pods_at(&self, addresses: [IpAddr; 2]) -> Result<[Option<ObjectName>; 2], String> {
         self.ask(|reply| Command::Ask(Ask::PodsAt(addresses, reply))).await
@@ -107,7 +127,15 @@ impl Engine {
             }
             Ask::Policies(name, reply) => _ = reply.send(self.policies(name.as_ref())),
             Ask::Gauges(reply) => _ = reply.send(self.gauges()),
-            Ask::Dump(reply) => _ = reply.send(self.dump()),
+            Ask::Dump(reply) => {
+                let held_back = self.leases.held_back().await;
+                _ = reply.send(self.dump(held_back));
+            }
+            Ask::Claimed(endpoints, reply) => _ = reply.send(self.claimed(endpoints)),
+            Ask::Verify(key, reply) => {
+                let lost = self.verify(&key).await;
+                _ = reply.send(lost);
+            }
             Ask::PodsAt(addresses, reply) => {
                 _ = reply.send(addresses.map(|address| self.compiler.pod_at(address)));
             }
@@ -188,7 +216,21 @@ impl Engine {
         }
     }
 
-    fn dump(&self) -> Value {
+    fn claimed(&self, mut endpoints: BTreeSet<String>) -> Option<BTreeSet<String>> {
+        endpoints.retain(|endpoint| self.compiler.is_known(endpoint));
+        (self.readable && self.seen.borrow().ready).then_some(endpoints)
+    }
+
+    async fn verify(&self, key: &AttachmentKey) -> Result<Vec<String>, String> {
+        let Some(lease) = self.endpoints.get(key) else {
+            return Err("its policy is not compiled: it is being detached".to_owned());
+        };
+        let wanted = self.compiler.classes_of(&lease.plan.host_ifname);
+        let found = self.dataplane.differences(wanted, pins_of(&lease.plan)).await;
+        found.map_err(|error| sentence(&error))
+    }
+
+    fn dump(&self, held_back: usize) -> Value {
         let counts = self.compiler.counts();
         json!({
             "node": self.settings.node,
@@ -201,6 +243,8 @@ impl Engine {
                 "clusterPolicies": counts.cluster_policies,
                 "problems": self.problems,
             },
+            "readable": self.readable,
+            "heldBack": held_back,
             "leases": self.endpoints.values().collect::<Vec<_>>(),
             "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
                 "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,

@@ -172,7 +172,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::process::{Command as Program, Stdio};
     use std::sync::Arc;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use holdfast_dataplane::{Config, Dataplane};
     use holdfast_net_core::objects::{ObjectChange, ObjectName};
@@ -216,10 +216,12 @@ mod tests {
             mode: Mode::Bridge,
             uplink: None,
             overlay,
+            address_quarantine: Duration::ZERO,
+            collect_after: Duration::ZERO,
             metrics: None,
         };
         let dataplane = Arc::new(Dataplane::new(Config::default()).await.unwrap());
-        let leases = Arc::new(Leases::open(&settings.state_dir).unwrap());
+        let leases = Arc::new(Leases::open(&settings.state_dir, Duration::ZERO).unwrap());
         let (_, batches) = mpsc::channel(1);
         let mut engine = Engine::new(settings, dataplane, leases, batches, Metrics::new()).await.0;
         take_in(&mut engine, mk_world()).await;
@@ -280,7 +282,8 @@ mod tests {
 
     async fn take_in(engine: &mut Engine, changes: Vec<ObjectChange>) {
         let refused = engine.refused.clone();
-        let batch = Batch { changes, complete: true, problems: Vec::new(), refused, noticed: Instant::now() };
+        let (problems, noticed) = (Vec::new(), Instant::now());
+        let batch = Batch { changes, complete: true, readable: true, problems, refused, noticed };
         engine.take_in(batch).await;
     }
 
@@ -296,6 +299,8 @@ mod tests {
             pod: Some(ObjectName::new("shop", pod)),
             pod_uid: String::new(),
             attached: true,
+            boot_id: String::new(),
+            sandbox: None,
         };
         let (reply, answer) = oneshot::channel();
         engine.handle(vec![Command::Put(Box::new(lease), reply)]).await;
@@ -438,6 +443,7 @@ mod tests {
             let part = |changes, complete| Batch {
                 changes,
                 complete,
+                readable: true,
                 problems: Vec::new(),
                 refused: BTreeMap::new(),
                 noticed: Instant::now(),

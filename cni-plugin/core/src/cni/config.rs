@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::capabilities::{Capabilities, merge_dns};
 use super::env::is_identifier;
 use super::{CniError, CniResult, CniVersion, Command, code};
 
@@ -25,8 +26,10 @@ pub struct NetworkConfig {
     pub agent_socket: String,
     /// Folder that takes delete records while the agent is down.
     pub pending_dir: String,
-    /// `dns`, handed through to the result.
+    /// `dns` with what the runtime gave in its place, handed through to the result.
     pub dns: Option<Value>,
+    /// ADD: what the runtime asks for.
+    pub capabilities: Capabilities,
     /// Result of the plugins before this one, or of the ADD that is checked.
     pub prev_result: Option<CniResult>,
     /// GC: what the runtime still uses. `None` where the key is missing.
@@ -81,21 +84,31 @@ impl NetworkConfig {
     ///
     /// # Errors
     /// Code 6 for malformed JSON, 1 for a version that is not spoken or lacks the verb, 2 for fields that ask for
-    /// what is not supported, 7 for wrong values.
+    /// what is not supported, 7 for wrong values. DEL and GC give back what there is, whatever else the configuration asks for;
+    /// DEL does not look at prevResult, so that one that was spoilt on the runtime's disk keeps no pod from ending.
     pub fn parse(command: Command, input: &[u8]) -> Result<Self, CniError> {
         let version_text = Self::peek_version(input)?;
         let version = CniVersion::parse(version_text.as_deref().unwrap_or("0.1.0"))?;
         check_verb(command, version)?;
         let raw: RawConfig = serde_json::from_slice(input).map_err(|error| decode_error(&error))?;
-        check_supported(&raw)?;
+        if !matches!(command, Command::Del | Command::Gc) {
+            check_supported(&raw)?;
+        }
         let name = raw.name.unwrap_or_default();
         if !is_identifier(&name) {
             let msg =
                 format!("the network's name \"{name}\" must be letters, digits, \"_\", \".\" and \"-\"");
             return Err(CniError::new(code::INVALID_CONFIG, msg));
         }
-        let prev_result =
-            raw.prev_result.filter(|value| !value.is_null()).map(CniResult::parse).transpose()?;
+        let prev_result = match command {
+            Command::Add | Command::Check => raw.prev_result.filter(|value| !value.is_null()),
+            Command::Del | Command::Gc | Command::Status | Command::Version => None,
+        };
+        let prev_result = prev_result.map(CniResult::parse).transpose()?;
+        let mut capabilities = Capabilities::default();
+        if command == Command::Add {
+            capabilities = Capabilities::parse(raw.runtime_config.unwrap_or_default())?;
+        }
         if command == Command::Check && prev_result.is_none() {
             return Err(CniError::new(code::INVALID_CONFIG, "prevResult is missing, CHECK needs it"));
         }
@@ -110,7 +123,8 @@ impl NetworkConfig {
             name,
             agent_socket: absolute("agentSocket", raw.agent_socket, DEFAULT_AGENT_SOCKET)?,
             pending_dir: absolute("pendingDir", raw.pending_dir, DEFAULT_PENDING_DIR)?,
-            dns: raw.dns,
+            dns: merge_dns(raw.dns, capabilities.dns.take()),
+            capabilities,
             prev_result,
             valid_attachments,
         })
@@ -140,28 +154,21 @@ fn check_verb(command: Command, version: CniVersion) -> Result<(), CniError> {
     Err(CniError::new(code::INCOMPATIBLE_VERSION, msg))
 }
 
-/// What is asked for and not given is an error, never silence.
+/// What is asked for and not given is an error, never silence. The message has key and value, as the spec wants it.
 fn check_supported(raw: &RawConfig) -> Result<(), CniError> {
-    let unsupported = |field: &str, why: &str| {
-        Err(CniError::new(code::UNSUPPORTED_FIELD, format!("{field} is not supported: {why}")))
+    let unsupported = |field: &str, value: &Value, why: &str| {
+        let msg = format!("{field} = {value} is not supported: {why}");
+        Err(CniError::new(code::UNSUPPORTED_FIELD, msg))
     };
     if raw.plugin.as_deref().unwrap_or_default().is_empty() {
         return Err(CniError::new(code::INVALID_CONFIG, "type is missing"));
     }
     if raw.ip_masq == Some(true) {
-        return unsupported("ipMasq", "the node agent decides about masquerading, not the configuration");
+        let why = "the node agent decides about masquerading, not the configuration";
+        return unsupported("ipMasq", &Value::Bool(true), why);
     }
     if let Some(ipam) = raw.ipam.as_ref().and_then(|ipam| ipam.get("type")) {
-        return unsupported(
-            "ipam.type",
-            &format!("{ipam} was asked for, but the node agent leases addresses"),
-        );
-    }
-    for (key, value) in raw.runtime_config.iter().flatten() {
-        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-        if !empty && key != "dns" && key != "cgroupPath" {
-            return unsupported(&format!("runtimeConfig.{key}"), "the plugin does not have this capability");
-        }
+        return unsupported("ipam.type", ipam, "the node agent leases addresses");
     }
     Ok(())
 }
@@ -216,7 +223,7 @@ mod tests {
             (Command::Add, 7, |v| v["name"] = json!("a b")),
             (Command::Add, 7, |v| v["agentSocket"] = json!("x.sock")),
             (Command::Add, 2, |v| v["ipam"] = json!({ "type": "host-local" })),
-            (Command::Add, 2, |v| v["runtimeConfig"] = json!({ "portMappings": [{ "hostPort": 1 }] })),
+            (Command::Add, 2, |v| v["runtimeConfig"] = json!({ "deviceID": "0000:04:00.5" })),
             (Command::Check, 7, |_| {}),
             (Command::Gc, 7, |_| {}),
         ];
@@ -228,6 +235,79 @@ mod tests {
             let error = NetworkConfig::parse(Command::Add, text.as_bytes()).unwrap_err();
             assert_eq!(error.code, code::DECODING_FAILURE, "{text}");
         }
+    }
+
+    /// Bytes changed, left out and doubled at random, and keys of one value put into another's place.
+    #[test]
+    fn whatever_comes_in_is_a_configuration_or_an_error_of_the_spec() {
+        use rand::{Rng, SeedableRng};
+        let whole = mk_config(|v| {
+            v["runtimeConfig"] = json!({
+                "ips": ["10.1.0.2/24"], "mac": "c2:11:22:33:44:55", "dns": { "servers": ["10.0.0.53"] },
+                "ipRanges": [[{ "subnet": "10.1.0.0/24", "rangeStart": "10.1.0.8", "rangeEnd": "10.1.0.9" }]],
+            });
+            v["prevResult"] = json!({
+                "cniVersion": "1.1.0", "interfaces": [{ "name": "x", "mtu": 1500 }],
+                "ips": [{ "address": "10.1.0.2/32", "interface": 0 }], "routes": [{ "dst": "::/0" }],
+            });
+            v["cni.dev/valid-attachments"] = json!([{ "containerID": "a", "ifname": "eth0" }]);
+        });
+        let values = [
+            json!(null),
+            json!(-1),
+            json!(1e300),
+            json!([]),
+            json!({}),
+            json!("x"),
+            json!([[{}]]),
+            json!(true),
+        ];
+        let commands = [Command::Add, Command::Del, Command::Check, Command::Gc, Command::Status];
+        let mut accepted = 0;
+        for seed in 0..20_000_u64 {
+            let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+            let mut value = whole.clone();
+            if rng.random_bool(0.5) {
+                let keys: Vec<String> = value.as_object().unwrap().keys().cloned().collect();
+                let (key, other) =
+                    (&keys[rng.random_range(0..keys.len())], &keys[rng.random_range(0..keys.len())]);
+                let odd = values[rng.random_range(0..values.len())].clone();
+                value[key] = if rng.random_bool(0.5) { value[other].clone() } else { odd };
+            }
+            let mut text = value.to_string().into_bytes();
+            for _ in 0..rng.random_range(0..4) {
+                let at = rng.random_range(0..text.len());
+                match rng.random_range(0..3) {
+                    0 => text[at] = rng.random(),
+                    1 => drop(text.remove(at)),
+                    _ => text.insert(at, b"{}[],:\"0"[rng.random_range(0..8)]),
+                }
+            }
+            match NetworkConfig::parse(commands[rng.random_range(0..commands.len())], &text) {
+                Ok(config) => {
+                    accepted += 1;
+                    assert!(is_identifier(&config.name), "seed {seed}");
+                }
+                Err(error) => {
+                    assert!(
+                        [1, 2, 6, 7].contains(&error.code) && !error.msg.is_empty(),
+                        "seed {seed}: {error}"
+                    );
+                }
+            }
+        }
+        assert!(accepted > 1000, "only {accepted} of 20000 were accepted: the changes are too wild");
+    }
+
+    #[test]
+    fn del_looks_at_nothing_that_it_does_not_need() {
+        let config = mk_config(|v| {
+            v["prevResult"] = json!([1, 2]);
+            v["ipMasq"] = json!(true);
+            v["runtimeConfig"] = json!({ "deviceID": "0000:04:00.5" });
+        });
+        assert_eq!(parse(Command::Del, &config).unwrap().prev_result, None);
+        assert!(parse(Command::Add, &config).is_err());
     }
 
     #[test]

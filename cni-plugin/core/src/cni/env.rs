@@ -82,7 +82,11 @@ impl CniEnv {
             container_id: value("CNI_CONTAINERID"),
             ifname: value("CNI_IFNAME"),
             netns: value("CNI_NETNS"),
-            args: CniArgs::parse(&value("CNI_ARGS"))?,
+            args: match CniArgs::parse(&value("CNI_ARGS")) {
+                // DEL goes by the container's id: it succeeds as far as it can (spec, "DEL").
+                Err(_) if command == Command::Del => CniArgs::default(),
+                parsed => parsed?,
+            },
         };
         check_container_id(&env.container_id)?;
         check_ifname(&env.ifname)?;

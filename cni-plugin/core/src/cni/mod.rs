@@ -1,11 +1,13 @@
 //! The Container Network Interface, spec versions 0.3.1 to 1.1.0: environment, configuration, results, errors.
 //! Pure: text in, values out. Nothing here looks at a path, a socket or the process environment.
 
+mod capabilities;
 mod config;
 mod env;
 mod error;
 mod result;
 
+pub use capabilities::Capabilities;
 pub use config::{DEFAULT_AGENT_SOCKET, NetworkConfig, ValidAttachment};
 pub use env::{CniArgs, CniEnv, Command};
 pub use error::{CniError, code};

@@ -147,6 +147,11 @@ impl Nft {
         Ok(self.stale)
     }
 
+    /// The kernel was found to differ without a notification: everything is compared before the next write.
+    pub fn distrust(&mut self) {
+        self.stale = true;
+    }
+
     /// Reads our tables back if somebody else changed them.
     pub fn refresh_if_changed(&mut self) -> Result<()> {
         if self.foreign_change()? {

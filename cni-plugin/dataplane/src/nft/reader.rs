@@ -10,11 +10,12 @@
 //!
 //! Each is one `send` and one `recv`. Nothing is written, and our lock for transactions is not taken.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use holdfast_net_core::policy::{Direction, Elements, Lookup, PortLookup, Trace};
 use holdfast_net_core::ports::{PortRule, Proto};
-use holdfast_net_core::ruleset::{AddrRange, ClassId, Element, IdentityId, ProfileId};
+use holdfast_net_core::ruleset::{AddrRange, ClassId, Delta, Element, IdentityId, Pin, ProfileId};
 
 use super::elements::{Data, Raw, address, octets, predecessor, successor, to_raw};
 use super::load::{MSG_GETSETELEM, damage, raw};
@@ -67,6 +68,29 @@ impl Reader {
             }
         }
         Err(Error::Protocol(format!("the rules changed during {TRIES} looks in a row; ask again")))
+    }
+
+    /// Sentences on what the kernel has otherwise than wanted: numbers of keys that have some or none, and source pins. The keys are
+    /// those of classes, identities and pairs.
+    pub fn differences(&mut self, wanted: &Delta, pins: &BTreeSet<Pin>) -> Result<Vec<String>> {
+        if let Some(reason) = damage(&mut self.socket, &self.table)? {
+            return Ok(vec![format!("the rules are not whole: {reason}")]);
+        }
+        let mut found = Vec::new();
+        for (key, value) in &wanted.keys {
+            let has = self.number(&key.element(0))?;
+            if has != *value {
+                let text = |number: Option<u32>| number.map_or("nothing".to_owned(), |n| n.to_string());
+                found.push(format!("{key:?} is {} in the kernel, not {}", text(has), text(*value)));
+            }
+        }
+        for pin in pins {
+            let Some(wanted) = to_raw(&Element::Pin(pin.clone())).into_iter().next() else { continue };
+            if self.get(&wanted)?.is_none() {
+                found.push(format!("the source pin of {} is missing", pin.address));
+            }
+        }
+        Ok(found)
     }
 
     /// Rises with every commit of anybody in this network namespace.

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Compiler, Membership};
+use super::{Compiler, Local, Membership};
 use crate::objects::ObjectName;
 use crate::policy::lookup::Direction;
-use crate::ruleset::{ClassId, IdentityId, ProfileId, Ruleset};
+use crate::ruleset::{ClassId, Delta, IdentityId, Key, ProfileId, Ruleset};
 
 /// How much there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,11 +39,7 @@ impl Compiler {
         let mut ruleset = Ruleset::default();
         for local in self.locals.values().filter(|local| !local.fresh) {
             for direction in Direction::BOTH {
-                let class = match local.membership(direction) {
-                    Membership::Open => continue,
-                    Membership::DenyAll => ClassId::DENY_ALL,
-                    Membership::In(class) => self.classes[class].number,
-                };
+                let Some(class) = self.class_of(local, direction) else { continue };
                 let classes = match direction {
                     Direction::Ingress => &mut ruleset.cls_in,
                     Direction::Egress => &mut ruleset.cls_eg,
@@ -62,6 +58,29 @@ impl Compiler {
         let profiles = self.profiles.iter().map(|(_, profile)| (profile.number, profile.allowed.rules()));
         ruleset.profiles = profiles.filter(|(_, rules)| !rules.is_empty()).collect();
         ruleset
+    }
+
+    /// The class that an endpoint's addresses have in a direction; `None`: it is open there.
+    fn class_of(&self, local: &Local, direction: Direction) -> Option<ClassId> {
+        match local.membership(direction) {
+            Membership::Open => None,
+            Membership::DenyAll => Some(ClassId::DENY_ALL),
+            Membership::In(class) => Some(self.classes[class].number),
+        }
+    }
+
+    /// What the classes of an endpoint's addresses are since the last commit, also those that they do not have. Empty for an
+    /// endpoint that is not known or was not compiled yet.
+    #[must_use]
+    pub fn classes_of(&self, endpoint: &str) -> Delta {
+        let mut delta = Delta::default();
+        let Some(local) = self.locals.get(endpoint).filter(|local| !local.fresh) else { return delta };
+        for address in &local.subject.addresses {
+            let class = |direction| self.class_of(local, direction).map(|class| class.0);
+            delta.set(Key::ClsIn(*address), class(Direction::Ingress));
+            delta.set(Key::ClsEg(*address), class(Direction::Egress));
+        }
+        delta
     }
 
     fn pairs_of(&self, direction: Direction) -> impl Iterator<Item = ((ClassId, IdentityId), ProfileId)> {

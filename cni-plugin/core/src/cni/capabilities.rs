@@ -1,0 +1,214 @@
+//! What the runtime passes in `runtimeConfig`, conventions section "Dynamic plugin specific fields".
+//!
+//! What is asked for and not given is an error. The exceptions are by name: `aliases` (names are the cluster's DNS service's
+//! business) and `cgroupPath` (nothing here is counted by cgroup) change nothing about the network.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{CniError, code};
+use crate::ipam::AddressRequest;
+use crate::plan::MacAddr;
+
+/// What one attachment asks for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Capabilities {
+    /// `ips` and `ipRanges`.
+    pub addresses: AddressRequest,
+    /// `mac`.
+    pub mac: Option<MacAddr>,
+    /// `dns` in the shape of a result.
+    pub dns: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawRange {
+    subnet: IpNetwork,
+    range_start: Option<IpAddr>,
+    range_end: Option<IpAddr>,
+}
+
+#[derive(Deserialize)]
+struct RawDns {
+    #[serde(default)]
+    servers: Vec<String>,
+    #[serde(default)]
+    searches: Vec<String>,
+    #[serde(default)]
+    options: Vec<String>,
+}
+
+impl Capabilities {
+    /// Reads `runtimeConfig`. A capability that is `null` or an empty list was not asked for.
+    ///
+    /// # Errors
+    /// Code 2 for a capability that this plugin does not have, 7 for a value that makes no sense.
+    pub(super) fn parse(runtime_config: BTreeMap<String, Value>) -> Result<Self, CniError> {
+        let mut capabilities = Self::default();
+        for (key, value) in runtime_config {
+            if value.is_null() || value.as_array().is_some_and(Vec::is_empty) {
+                continue;
+            }
+            match key.as_str() {
+                "ips" => capabilities.addresses.ips = parse_ips(&value)?,
+                "ipRanges" => capabilities.addresses.range_sets = parse_range_sets(&value)?,
+                "mac" => capabilities.mac = parse_mac(&value)?,
+                "dns" => capabilities.dns = parse_dns(&value)?,
+                "aliases" | "cgroupPath" => {}
+                _ => {
+                    let msg = format!(
+                        "runtimeConfig.{key} = {value} is not supported: the plugin does not have this capability"
+                    );
+                    return Err(CniError::new(code::UNSUPPORTED_FIELD, msg));
+                }
+            }
+        }
+        Ok(capabilities)
+    }
+}
+
+/// A value that is not what the conventions say.
+fn wrong(key: &str, value: &Value, why: &str) -> CniError {
+    CniError::new(code::INVALID_CONFIG, format!("runtimeConfig.{key} = {value}: {why}"))
+}
+
+/// Addresses with or without a prefix length. The length is not used: a pod has its address for itself.
+fn parse_ips(value: &Value) -> Result<Vec<IpAddr>, CniError> {
+    let texts: Vec<String> =
+        serde_json::from_value(value.clone()).map_err(|_| wrong("ips", value, "not a list of addresses"))?;
+    let parse = |text: &String| match text.parse::<IpNetwork>() {
+        Ok(network) => Ok(network.ip()),
+        Err(_) => Err(wrong("ips", value, &format!("\"{text}\" is not an address"))),
+    };
+    texts.iter().map(parse).collect()
+}
+
+fn parse_mac(value: &Value) -> Result<Option<MacAddr>, CniError> {
+    let text = value.as_str().ok_or_else(|| wrong("mac", value, "not a string"))?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let mac: MacAddr = text.parse().map_err(|error| wrong("mac", value, &format!("{error}")))?;
+    if mac.0[0] & 1 == 1 || mac.0 == [0; 6] {
+        return Err(wrong("mac", value, "an interface needs a unicast address"));
+    }
+    Ok(Some(mac))
+}
+
+/// As `ranges` of the plugin host-local: one set for each address to be given, each set a pool of pieces.
+fn parse_range_sets(value: &Value) -> Result<Vec<Vec<(IpAddr, IpAddr)>>, CniError> {
+    let sets: Vec<Vec<RawRange>> = serde_json::from_value(value.clone()).map_err(|error| {
+        wrong("ipRanges", value, &format!("{error}; give subnet, rangeStart and rangeEnd"))
+    })?;
+    sets.iter().map(|set| parse_range_set(set, value)).collect()
+}
+
+fn parse_range_set(set: &[RawRange], value: &Value) -> Result<Vec<(IpAddr, IpAddr)>, CniError> {
+    if set.is_empty() {
+        return Err(wrong("ipRanges", value, "a set has no range"));
+    }
+    let mut pieces = Vec::new();
+    for range in set {
+        let (first, last) = (
+            range.range_start.unwrap_or_else(|| range.subnet.network()),
+            range.range_end.unwrap_or_else(|| range.subnet.broadcast()),
+        );
+        if !range.subnet.contains(first) || !range.subnet.contains(last) || first > last {
+            return Err(wrong(
+                "ipRanges",
+                value,
+                &format!("{first} to {last} is no part of {}", range.subnet),
+            ));
+        }
+        pieces.push((first, last));
+    }
+    if pieces.iter().any(|(first, _)| first.is_ipv4() != pieces[0].0.is_ipv4()) {
+        return Err(wrong("ipRanges", value, "a set mixes IPv4 and IPv6"));
+    }
+    Ok(pieces)
+}
+
+fn parse_dns(value: &Value) -> Result<Option<Value>, CniError> {
+    let raw: RawDns = serde_json::from_value(value.clone())
+        .map_err(|_| wrong("dns", value, "give lists of strings: servers, searches, options"))?;
+    let mut dns = Map::new();
+    for (key, list) in [("nameservers", raw.servers), ("search", raw.searches), ("options", raw.options)] {
+        if !list.is_empty() {
+            dns.insert(key.to_owned(), Value::from(list));
+        }
+    }
+    Ok((!dns.is_empty()).then_some(Value::Object(dns)))
+}
+
+/// `dns` of the configuration with what the runtime says in its place, key by key.
+pub(super) fn merge_dns(configured: Option<Value>, given: Option<Value>) -> Option<Value> {
+    match (configured, given) {
+        (Some(Value::Object(mut configured)), Some(Value::Object(given))) => {
+            configured.extend(given);
+            Some(Value::Object(configured))
+        }
+        (configured, given) => given.or(configured),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(value: Value) -> Result<Capabilities, CniError> {
+        Capabilities::parse(serde_json::from_value(value).unwrap())
+    }
+
+    #[test]
+    fn each_capability_is_read() {
+        let found = parse(json!({
+            "ips": ["10.1.0.2/24", "fd00::7"],
+            "mac": "C2:11:22:33:44:55",
+            "ipRanges": [[{ "subnet": "10.1.0.0/24", "rangeStart": "10.1.0.8" }, { "subnet": "10.2.0.0/30" }]],
+            "dns": { "servers": ["10.0.0.53"], "searches": ["a.example"] },
+            "aliases": ["db"], "cgroupPath": "/x", "portMappings": [], "bandwidth": null,
+        }))
+        .unwrap();
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        assert_eq!(found.addresses.ips, [ip("10.1.0.2"), ip("fd00::7")]);
+        assert_eq!(found.mac.unwrap().to_string(), "c2:11:22:33:44:55");
+        let pieces = vec![(ip("10.1.0.8"), ip("10.1.0.255")), (ip("10.2.0.0"), ip("10.2.0.3"))];
+        assert_eq!(found.addresses.range_sets, [pieces]);
+        let configured = json!({ "nameservers": ["192.0.2.1"], "domain": "example" });
+        let merged = merge_dns(Some(configured), found.dns).unwrap();
+        assert_eq!(
+            merged,
+            json!({ "nameservers": ["10.0.0.53"], "domain": "example", "search": ["a.example"] })
+        );
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_key_and_value() {
+        for (value, code, part) in [
+            (json!({ "ips": ["10.1.0"] }), 7, "\"10.1.0\" is not an address"),
+            (json!({ "ips": "10.1.0.1" }), 7, "not a list"),
+            (json!({ "mac": "01:00:5e:00:00:01" }), 7, "unicast"),
+            (json!({ "mac": "00:00:00:00:00:00" }), 7, "unicast"),
+            (json!({ "mac": 7 }), 7, "not a string"),
+            (json!({ "mac": "x" }), 7, "not an Ethernet address"),
+            (json!({ "ipRanges": [[]] }), 7, "no range"),
+            (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24", "rangeEnd": "10.2.0.1" }]] }), 7, "no part of"),
+            (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24" }, { "subnet": "fd00::/64" }]] }), 7, "mixes"),
+            (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24", "gateway": "10.1.0.1" }]] }), 7, "gateway"),
+            (json!({ "dns": { "servers": "x" } }), 7, "lists of strings"),
+            (json!({ "infinibandGUID": "c2:11:22:33:44:55:66:77" }), 2, "c2:11:22:33:44:55:66:77"),
+            (json!({ "deviceID": "0000:04:00.5" }), 2, "runtimeConfig.deviceID"),
+        ] {
+            let error = parse(value.clone()).unwrap_err();
+            assert_eq!(error.code, code, "{value}: {error}");
+            assert!(error.msg.contains(part), "{value}: {error}");
+        }
+    }
+}
