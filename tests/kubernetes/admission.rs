@@ -38,6 +38,7 @@ fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {
     let data = bed.pod_client("holdfast-data", "node-a")?;
     let stranger = KubernetesStore::new(bed.pod_client("holdfast-data", "node-x")?);
     let node_service = KubernetesStore::new(bed.pod_client("holdfast-node", "node-a")?);
+    let operator = KubernetesDirectory::new(bed.client(ADMIN)?);
     bed.run(async {
         let directory = KubernetesDirectory::new(data.clone());
         directory.announce(mk_node("node-a")).await?;
@@ -46,7 +47,6 @@ fn a_node_changes_only_its_own(bed: &Bed) -> Result<()> {
         let decided = directory.set_node_state(node.clone(), NodeState::Draining).await;
         let reason = refused("what an operator decides about the node", decided)?;
         ensure!(reason.contains("not the node's to change"), "{reason}");
-        let operator = KubernetesDirectory::new(bed.client(ADMIN)?);
         operator.set_node_state(node.clone(), NodeState::Draining).await?;
         // What is announced is the same but for the free space, and leaves the decision as it is.
         directory.announce(NodeInfo { available_bytes: 1, zone: None, ..mk_node("node-a") }).await?;
