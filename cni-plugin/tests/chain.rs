@@ -120,7 +120,8 @@ fn tuning_bandwidth_and_portmap_follow_ours_in_every_version_that_they_speak() {
         if version >= "0.4.0" {
             let extra = json!({ "cniVersion": version, "prevResult": result });
             node.cni("CHECK", "c", Some(&sandbox.path()), extra).unwrap();
-            for (name, extra) in &chain {
+            // portmap 1.1.1 looks for rules of a family that the pod has no address of.
+            for (name, extra) in chain.iter().filter(|(name, _)| *name != "portmap") {
                 partner(&node, name, "CHECK", &sandbox, &config(name, extra, &result));
             }
         }
