@@ -102,7 +102,7 @@ impl Inner {
                 }
                 Because::Missing | Because::Leaving | Because::Rebalancing { .. } => found.record.clone(),
             };
-            let nodes = self.choose_nodes(&self.request(&freed, &because)).await?;
+            let nodes = self.choose_nodes(&self.request(&freed, because)).await?;
             let node = nodes.first().ok_or_else(|| Status::unavailable("no node can take the replica"))?;
             let new = ReplicaId(rand::random());
             let listed = match because {
