@@ -159,7 +159,7 @@ struct State {
     sequence: u64,
     /// Addresses with a row that says they are held back. Those of ranges that the node does not have now are among them.
     freed_rows: BTreeSet<IpAddr>,
-    /// Where [`Leases::now_ms`] begins.
+    /// Where its clock begins.
     started: Instant,
 }
 
