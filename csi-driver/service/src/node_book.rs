@@ -95,13 +95,6 @@ impl NodeBook {
         self.states.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
-    /// How many active nodes were ever heard of, silent ones included.
-    #[must_use]
-    pub fn known(&self) -> usize {
-        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
-        nodes.keys().filter(|name| self.state(name) == NodeState::Active).count()
-    }
-
     /// Whether nodes may exist that this book has not heard of since it was started.
     #[must_use]
     pub fn is_filling(&self) -> bool {

@@ -171,8 +171,9 @@ impl Inner {
         let listed = if listed.is_empty() { "no node answers".to_owned() } else { listed.join(", ") };
         let sentence = format!("{error} ({class}{listed})");
         let known = || {
-            let all = self.book.all();
-            all.iter().filter(|info| !taken(&info.name) && of_class(info.pool_class.as_deref())).count()
+            let mut all = self.book.all();
+            all.retain(|info| self.book.state(&info.name) == NodeState::Active && !taken(&info.name));
+            all.iter().filter(|info| of_class(info.pool_class.as_deref())).count()
         };
         match error {
             // Nodes that are known but silent, or not yet heard of, may come back.
