@@ -65,10 +65,12 @@ fn drained(cluster: &mut Cluster) -> Result<()> {
     let cold_on = nodes(cluster, &cold)?;
     cold.detach(cluster)?;
 
-    // The writer is on the node that is drained, if only it can be.
-    let device = used.attach(cluster, "node-b")?;
+    used.attach(cluster, "node-b")?;
     let used_on = nodes(cluster, &used)?;
-    let leaves = used_on.iter().rev().find(|node| cold_on.contains(*node)).context("three of four meet")?;
+    let leaves = used_on.iter().find(|node| cold_on.contains(*node)).context("three of four meet")?;
+    // The writer is on the node that is drained: its target goes on without the replica beside it.
+    used.detach(cluster)?;
+    let device = used.attach(cluster, leaves)?;
     let work = BlockWork::start(&device, BlockLedger::new(VOLUME_BLOCKS), 2)?;
     std::thread::sleep(WORK);
     let begun = Instant::now();
