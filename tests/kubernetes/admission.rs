@@ -142,8 +142,11 @@ fn the_controllers_rights_suffice(bed: &Bed) -> Result<()> {
     bed.run(async {
         store_suite::conformance(Arc::new(store)).await;
         announcing.announce(mk_node("node-a")).await?;
-        nodes.set_node_state(NodeName("node-a".to_owned()), NodeState::Removed).await?;
+        let node = NodeName("node-a".to_owned());
+        nodes.set_node_state(node.clone(), NodeState::Removed).await?;
         ensure!(nodes.node_states().await?.len() == 1);
+        // Other tests have a node of that name.
+        nodes.set_node_state(node, NodeState::Active).await?;
         Ok(())
     })
 }

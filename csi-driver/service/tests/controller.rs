@@ -1,10 +1,5 @@
 //! The controller through real gRPC on a Unix socket, with pools that obey the real rules.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -12,10 +7,11 @@ use holdfast_proto::csi::identity_client::IdentityClient;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
 use holdfast_proto::csi::*;
 use holdfast_storage_core::record::ReplicaState;
-use support::fakes::{Cut, announce};
-use support::requests::{mk_block, mk_create, mk_mode, mk_mount, mk_publish, mk_sized, mk_with};
-use support::world::{GIB, World};
 use tonic::Code;
+
+use crate::support::fakes::{Cut, announce};
+use crate::support::requests::{mk_block, mk_create, mk_mode, mk_mount, mk_publish, mk_sized, mk_with};
+use crate::support::world::{GIB, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_is_made_on_distinct_nodes_and_deleted_from_all_of_them() {

@@ -1,16 +1,12 @@
 //! What the controller makes of `encryption`: a salt for each volume, and for a clone all that its source has.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use holdfast_storage_core::encryption::Encryption;
 use holdfast_storage_core::ids::KeyCheck;
 use holdfast_storage_core::transitions::bind_key;
-use support::requests::{mk_create, mk_from_snapshot, mk_from_volume, mk_with};
-use support::world::World;
 use tonic::Code;
+
+use crate::support::requests::{mk_create, mk_from_snapshot, mk_from_volume, mk_with};
+use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_encrypted_volume_has_a_salt_of_its_own_and_is_bound_to_no_key_yet() {

@@ -1,11 +1,6 @@
 //! Each text field of each controller call, with what it must never be: missing, too long, a path, another object's id; and each
 //! number with what it cannot be. The answer is the specification's code and names the field, and nothing is changed.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
@@ -13,10 +8,11 @@ use std::time::Duration;
 use holdfast_proto::csi::volume_content_source::{SnapshotSource, Type as SourceType, VolumeSource};
 use holdfast_proto::csi::*;
 use holdfast_storage_core::ids::VolumeId;
-use support::fakes::FakePool;
-use support::requests::{Controller, mk_create, mk_mount, mk_publish};
-use support::world::World;
 use tonic::{Code, Status};
+
+use crate::support::fakes::FakePool;
+use crate::support::requests::{Controller, mk_create, mk_mount, mk_publish};
+use crate::support::world::World;
 
 type Answer = Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
 type Call = fn(Controller, Known, String) -> Answer;
@@ -28,7 +24,18 @@ const NODES_ARE_KNOWN: Duration = Duration::from_millis(6500);
 #[derive(Clone)]
 struct Known {
     volume: String,
+    /// An older snapshot of it.
+    base: String,
     snapshot: String,
+}
+
+impl Known {
+    async fn make(controller: &Controller) -> Self {
+        let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
+        let base = controller.snapshot(&volume, "older").await.unwrap().snapshot_id;
+        let snapshot = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
+        Self { volume, base, snapshot }
+    }
 }
 
 /// What a field names.
@@ -225,9 +232,8 @@ async fn everything(world: &World) -> String {
 async fn no_text_field_takes_what_it_must_not_be_and_nothing_is_changed() {
     let world = World::start(&["a", "b", "c"]).await;
     let controller = world.controller().await;
-    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
-    let snapshot = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
-    let known = Known { volume: volume.clone(), snapshot };
+    let known = Known::make(&controller).await;
+    let volume = known.volume.clone();
     let before = everything(&world).await;
     let texts = [
         String::new(),
@@ -345,20 +351,20 @@ fn numbers() -> Vec<(&'static str, &'static str, &'static [i64], NumberCall)> {
             Box::pin(async move { first(c.metadata().get_metadata_allocated(request).await?).await })
         }),
         ("GetMetadataDelta", "starting_offset", NO_SIZE, |c, known, starting_offset| {
-            let request = delta(known.snapshot, starting_offset, 0);
+            let request = delta(known, starting_offset, 0);
             Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
         }),
         ("GetMetadataDelta", "max_results", NEGATIVE, |c, known, number| {
-            let request = delta(known.snapshot, 0, small(number));
+            let request = delta(known, 0, small(number));
             Box::pin(async move { first(c.metadata().get_metadata_delta(request).await?).await })
         }),
     ]
 }
 
-fn delta(snapshot: String, starting_offset: i64, max_results: i32) -> GetMetadataDeltaRequest {
+fn delta(known: Known, starting_offset: i64, max_results: i32) -> GetMetadataDeltaRequest {
     GetMetadataDeltaRequest {
-        base_snapshot_id: snapshot.clone(),
-        target_snapshot_id: snapshot,
+        base_snapshot_id: known.base,
+        target_snapshot_id: known.snapshot,
         starting_offset,
         max_results,
         ..Default::default()
@@ -369,9 +375,7 @@ fn delta(snapshot: String, starting_offset: i64, max_results: i32) -> GetMetadat
 async fn no_number_is_taken_that_cannot_be_and_nothing_is_changed() {
     let world = World::start(&["a", "b", "c"]).await;
     let controller = world.controller().await;
-    let volume = controller.create(&mk_create("data")).await.unwrap().volume_id;
-    let snapshot = controller.snapshot(&volume, "nightly").await.unwrap().snapshot_id;
-    let known = Known { volume, snapshot };
+    let known = Known::make(&controller).await;
     let before = everything(&world).await;
     let (mut tried, mut wrong) = (0, Vec::new());
     for (rpc, field, numbers, call) in numbers() {

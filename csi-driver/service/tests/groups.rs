@@ -1,19 +1,15 @@
 //! Snapshots of several volumes at one instant through the controller, killed between any two changes.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::Arc;
 
 use holdfast_proto::csi::*;
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::transitions;
-use support::killed::{all, killed_anywhere};
-use support::requests::{Controller, mk_create};
-use support::world::World;
 use tonic::{Code, Status};
+
+use crate::support::killed::{all, killed_anywhere};
+use crate::support::requests::{Controller, mk_create};
+use crate::support::world::World;
 
 fn mk_group(name: &str, volumes: &[&str]) -> CreateVolumeGroupSnapshotRequest {
     CreateVolumeGroupSnapshotRequest {

@@ -1,17 +1,13 @@
 //! Replicas that do not come back are replaced, and what was given up is deleted once its node answers.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::time::Duration;
 
 use holdfast_storage_core::ids::ReplicaId;
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
-use support::fakes::Cut;
-use support::requests::mk_create;
-use support::world::World;
+
+use crate::support::fakes::Cut;
+use crate::support::requests::mk_create;
+use crate::support::world::World;
 
 /// From a controller's start until it judges the silence of nodes; as short as the nodes' own announcements count.
 const NODES_ARE_KNOWN: Duration = Duration::from_millis(6500);

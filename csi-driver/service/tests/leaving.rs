@@ -1,20 +1,16 @@
 //! Replicas leave nodes that drain or that were removed; what a node had that never comes back holds nothing up.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::time::Duration;
 
 use holdfast_proto::csi::DeleteVolumeRequest;
 use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{ListStorageNodesRequest, NodeState, SetNodeStateRequest, StorageNode};
 use holdfast_storage_core::record::VolumeRecord;
-use support::fakes::Cut;
-use support::requests::{Controller, mk_create, mk_sized, mk_with};
-use support::world::World;
 use tonic::{Code, Request, Status};
+
+use crate::support::fakes::Cut;
+use crate::support::requests::{Controller, mk_create, mk_sized, mk_with};
+use crate::support::world::World;
 
 /// From a controller's start until it judges the silence of nodes.
 const NODES_ARE_KNOWN: Duration = Duration::from_millis(6500);

@@ -1,11 +1,6 @@
 //! ControllerModifyVolume through the controller, killed between any two changes and repeated, with data processes that obey
 //! the record's rules. Limits that hold and replicas with data in them are tested with real data processes.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -13,11 +8,12 @@ use holdfast_storage_core::ids::{Epoch, TargetId};
 use holdfast_storage_core::io_limits::IoLimits;
 use holdfast_storage_core::record::{ReplicaState, VolumeRecord};
 use holdfast_storage_core::transitions;
-use support::fakes::Cut;
-use support::killed::killed_anywhere;
-use support::requests::{mk_create, mk_with};
-use support::world::{GIB, World};
 use tonic::Code;
+
+use crate::support::fakes::Cut;
+use crate::support::killed::killed_anywhere;
+use crate::support::requests::{mk_create, mk_with};
+use crate::support::world::{GIB, World};
 
 /// A volume with three replicas, in use on node a.
 async fn mk_used(world: &World) -> String {

@@ -1,11 +1,6 @@
 //! The node service with a real loop device, real mkfs and real mounts; only the data process is a stand-in that
 //! hands out the loop device. What a real data process adds is tested with the binary's roles.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
@@ -29,11 +24,12 @@ use holdfast_service::{NodeConfig, NodeService, SledStore};
 use holdfast_storage_core::ids::{Attachment, NodeName};
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::record_store::RecordStore;
-use support::fakes::{Cut, CutStore};
-use support::mk_record;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
+
+use crate::support::fakes::{Cut, CutStore};
+use crate::support::mk_record;
 
 const DEVICE_BYTES: u64 = 64 << 20;
 

@@ -1,10 +1,5 @@
 //! Each text field of each call of the node service with what it must never be. The data process is never asked: there is none.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -19,10 +14,11 @@ use holdfast_service::{NodeConfig, NodeService, SledStore};
 use holdfast_storage_core::ids::{Attachment, NodeName};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
-use support::mk_record;
-use support::requests::mk_mount;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
+
+use crate::support::mk_record;
+use crate::support::requests::mk_mount;
 
 type Client = NodeClient<Channel>;
 type Answer = Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;

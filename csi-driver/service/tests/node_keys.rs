@@ -1,11 +1,6 @@
 //! Which secrets stage an encrypted volume (ADR 0007): the data process, here a stand-in that writes down what it is given,
 //! hears of a volume only with the one key that its record is bound to.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -23,12 +18,13 @@ use holdfast_storage_core::encryption::{Encryption, EncryptionKind, VolumeKey};
 use holdfast_storage_core::ids::{Attachment, NodeName, Salt};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::RecordStore;
-use support::fakes::{Cut, CutStore};
-use support::mk_record;
-use support::requests::mk_block;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
+
+use crate::support::fakes::{Cut, CutStore};
+use crate::support::mk_record;
+use crate::support::requests::mk_block;
 
 const SALT: Salt = Salt(0xfeed);
 const RIGHT: &str = "the right passphrase";

@@ -1,10 +1,5 @@
 //! Many calls at the same time: all that differ succeed, twins are one, limits hold, nothing is left.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +7,11 @@ use std::time::Duration;
 use holdfast_proto::csi::*;
 use holdfast_service::topology::{NODE_KEY, ZONE_KEY};
 use holdfast_storage_core::node_directory::NodeInfo;
-use support::fakes::SlowStore;
-use support::requests::{Controller, mk_create, mk_sized, mk_with};
-use support::world::{GIB, World};
 use tonic::{Code, Status};
+
+use crate::support::fakes::SlowStore;
+use crate::support::requests::{Controller, mk_create, mk_sized, mk_with};
+use crate::support::world::{GIB, World};
 
 const MANY: usize = 100;
 const NODES: [&str; 3] = ["a", "b", "c"];

@@ -1,19 +1,15 @@
 //! Where replicas go by the rules of a StorageClass, when a volume is made, cloned and given more replicas.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use holdfast_proto::csi::*;
 use holdfast_service::topology::NODE_KEY;
 use holdfast_storage_core::node_directory::NodeInfo;
-use support::requests::{Controller, mk_create, mk_from_volume, mk_with};
-use support::world::World;
 use tonic::Code;
+
+use crate::support::requests::{Controller, mk_create, mk_from_volume, mk_with};
+use crate::support::world::World;
 
 /// From a controller's start until it takes the nodes that it knows for all that there are.
 const NODES_ARE_KNOWN: Duration = Duration::from_millis(6500);

@@ -1,11 +1,6 @@
 //! Every record store obeys the same rules: one suite, run here on sled itself and on sled behind the registry, plain and
 //! with TLS, and in the tier `kubernetes` on an API server; and what is special to each.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -17,8 +12,9 @@ use holdfast_storage_core::ids::{Generation, KeyCheck, NodeName, Salt, VolumeId}
 use holdfast_storage_core::node_directory::{NodeDirectory, NodeInfo};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::{RecordStore, StoreError, Versioned};
-use support::store_suite::conformance;
-use support::{Registry, mk_record, pki};
+
+use crate::support::store_suite::conformance;
+use crate::support::{Registry, mk_record, pki};
 
 /// Set for the child of the kill test: folder of the store it writes to.
 const CHILD_STORE: &str = "HOLDFAST_TEST_CHILD_STORE";
@@ -94,7 +90,7 @@ async fn with_tls_a_node_acts_only_for_itself_and_a_stranger_not_at_all() {
     let bound = VolumeRecord { attached_to: here, ..bound };
     a.swap(version, bound).await.expect("the node that has it binds it to a key");
 
-    let stranger = support::pki(&["node-a"]).identity("node-a");
+    let stranger = crate::support::pki(&["node-a"]).identity("node-a");
     assert!(matches!(registry.client(Some(&stranger)).list().await, Err(StoreError::Unknown(_))));
     assert!(matches!(registry.client(None).list().await, Err(StoreError::Unknown(_))));
 }

@@ -1,24 +1,20 @@
 //! Snapshots, clones, growth and groups through the controller, killed between any two changes and repeated, with data
 //! processes that obey the record's rules. What is in the snapshots is tested with real data processes.
 
-// Tests and what they share may panic.
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::{Arc, Mutex};
 
 use holdfast_proto::csi::*;
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::record::{Formatted, VolumeRecord};
 use holdfast_storage_core::transitions;
-use support::fakes::{Meanwhile, MeddledStore};
-use support::killed::{all, killed_anywhere, mk_snapshot, mk_volume};
-use support::requests::{
+use tonic::{Code, Status};
+
+use crate::support::fakes::{Meanwhile, MeddledStore};
+use crate::support::killed::{all, killed_anywhere, mk_snapshot, mk_volume};
+use crate::support::requests::{
     Controller, mk_block, mk_create, mk_from_snapshot, mk_from_volume, mk_sized, mk_with,
 };
-use support::world::{GIB, World};
-use tonic::{Code, Status};
+use crate::support::world::{GIB, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_is_one_whatever_is_killed_and_however_often_it_is_asked_for() {
