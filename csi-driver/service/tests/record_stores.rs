@@ -163,7 +163,7 @@ async fn a_killed_writer_loses_no_swap_it_answered() {
     let mut last = 0;
     for round in 0..5_u32 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "a_killed_writer_loses_no_swap_it_answered", "--nocapture"])
+            .args(["--exact", "record_stores::a_killed_writer_loses_no_swap_it_answered", "--nocapture"])
             .env(CHILD_STORE, dir.path())
             .stdout(Stdio::piped())
             .spawn()
