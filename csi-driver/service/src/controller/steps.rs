@@ -1,9 +1,10 @@
 //! What is to be done about a volume's replicas, decided on its record and on what is known of the nodes; pure.
 //!
 //! - It lists fewer replicas than wanted: one is added. Listed ones that were never in sync are made, if they were not.
-//! - A replica is out of sync, and its node is lost, or it leaves: it is given up, and a new one is listed elsewhere.
-//! - A member's node leaves: one more than wanted is listed elsewhere. Once more members than wanted are in sync the leaving
-//!   one is taken out, which is the target's work (R7). Two that leave go one after the other.
+//! - A replica is out of sync, and its node is lost: it is given up, and a new one is listed elsewhere.
+//! - A replica's node leaves: one more than wanted is listed elsewhere. Once more members than wanted are in sync the leaving
+//!   one is taken out, which is the target's work (R7); one that is not in sync is given up once as many as wanted are. Two that
+//!   leave go one after the other.
 //! - More members than wanted with no such reason, as after a ModifyVolume that nobody repeated or a drain that was taken back:
 //!   the one on the fullest node is taken out, not the one where the volume is attached. One that is too many and lost is given up.
 //! - A replica was given up, its node answers, and as many members as wanted are in sync: it is deleted and forgotten. Not
@@ -75,9 +76,14 @@ pub(super) fn steps(record: &VolumeRecord, nodes: &Nodes<'_>) -> Vec<Step> {
         if !matches!(replica.state, ReplicaState::Offline { .. }) {
             continue;
         }
-        if (nodes.lost)(&replica.node) || (nodes.leaving)(&replica.node) {
-            let missed = kept <= wanted || !is_whole(record);
-            steps.push(if missed { Step::Renew(Because::Lost(*id)) } else { Step::GiveUp(*id) });
+        let missed = kept <= wanted || !is_whole(record);
+        if (nodes.lost)(&replica.node) && missed {
+            steps.push(Step::Renew(Because::Lost(*id)));
+        } else if (nodes.lost)(&replica.node) || (nodes.leaving)(&replica.node) {
+            // One that only leaves may be back in a moment, with what it missed: it goes once another one has its place.
+            if !missed {
+                steps.push(Step::GiveUp(*id));
+            }
         } else if never_in_sync(replica) && nodes.alive.contains(&replica.node) {
             steps.push(Step::Make(*id));
         }
@@ -123,12 +129,16 @@ fn count(record: &VolumeRecord, nodes: &Nodes<'_>) -> Option<Step> {
     }
     let leaves =
         |id: &ReplicaId| record.replicas.get(id).is_some_and(|replica| (nodes.leaving)(&replica.node));
-    let leaving = record.in_sync.iter().find(|id| leaves(id));
     if record.in_sync.len() > wanted {
+        let leaving = record.in_sync.iter().find(|id| leaves(id));
         return leaving.copied().or_else(|| fullest(record, nodes)).map(Step::TakeOut);
     }
-    let coming = record.replicas.values().any(never_in_sync);
-    (leaving.is_some() && kept == wanted && !coming).then_some(Step::Renew(Because::Leaving))
+    let coming = record.replicas.iter().any(|(id, replica)| never_in_sync(replica) && !leaves(id));
+    // What is lost is replaced without one more.
+    let lost = |id: &ReplicaId| record.replicas.get(id).is_some_and(|replica| (nodes.lost)(&replica.node));
+    let leaving =
+        transitions::kept(record).any(|id| leaves(&id) && (record.in_sync.contains(&id) || !lost(&id)));
+    (leaving && kept == wanted && !coming).then_some(Step::Renew(Because::Leaving))
 }
 
 /// The member on the fullest node; the one where the volume is attached last of all.
@@ -325,7 +335,13 @@ mod tests {
         assert_eq!(decided(&record, &["a", "b", "d"], &[], &["c"]), [SPARE, Step::BringInSync]);
         drop_out(&mut record, 3);
         assert_eq!(decided(&record, &["a", "b", "d"], &[], &["c"]), [replace(3)]);
-        assert_eq!(decided(&record, &["a", "b", "c", "d"], &["c"], &[]), [replace(3)], "it leaves, too");
+        let all = ["a", "b", "c", "d"];
+        assert_eq!(decided(&record, &all, &["c"], &[]), [SPARE], "what it has may be needed until then");
+        list_spare(&mut record);
+        let made = [Step::Make(ReplicaId(4)), Step::BringInSync];
+        assert_eq!(decided(&record, &all, &["c"], &[]), made, "not given up while two are in sync");
+        rebuild_spare(&mut record);
+        assert_eq!(decided(&record, &all, &["c"], &[]), [Step::GiveUp(ReplicaId(3))]);
         let alive = BTreeSet::new();
         let (all, no) = (|_: &NodeName| true, |_: &NodeName| false);
         let told = |removed: Judge<'_>| {
