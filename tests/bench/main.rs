@@ -37,6 +37,9 @@ enum Part {
     /// Times a plugin's calls; started by `network` inside a node.
     #[command(hide = true)]
     NetworkCalls(network::CallsOptions),
+    /// Asks and answers over one connection; started by `network` inside a pod.
+    #[command(hide = true)]
+    NetworkTrips(network::TripsOptions),
     /// Connects, sends or serves; started by `policy` inside a pod.
     #[command(hide = true)]
     PolicyTraffic(policy::TrafficOptions),
@@ -62,6 +65,7 @@ fn run(part: Part) -> Result<()> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "it needs root: it makes namespaces, links and mounts");
     match part {
         Part::NetworkCalls(options) => network::run_calls(&options),
+        Part::NetworkTrips(options) => network::run_trips(&options),
         Part::PolicyTraffic(options) => policy::run_traffic(&options),
         Part::PolicyChanges(options) => policy::run_changes(&options),
         Part::Storage(options) => cleanup::end_when_interrupted().and_then(|()| storage::run(&options)),

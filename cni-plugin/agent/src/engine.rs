@@ -51,6 +51,8 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const SWEEP_AFTER: Duration = Duration::from_secs(2);
 /// After so many elements in one commit, or a first reading, memory is given back.
 const TRIM_ELEMENTS: usize = 10_000;
+/// The same after so many attachments and detachments.
+const TRIM_ENDPOINTS: usize = 32;
 /// How long so many of the last changes took is kept for people and tests.
 const DURATIONS_MAX: usize = 1000;
 
@@ -146,6 +148,8 @@ pub(crate) struct Engine {
     in_force: bool,
     /// Much was allocated and freed since memory was given back.
     owes_trim: bool,
+    /// Attachments and detachments since.
+    untrimmed: usize,
     /// How many contested addresses were reported.
     contested: usize,
     node_plan: Option<NodePlan>,
@@ -206,6 +210,7 @@ impl Engine {
             adopted: false,
             in_force: false,
             owes_trim: false,
+            untrimmed: 0,
             contested: 0,
             node_plan: None,
             node_error: None,
@@ -331,12 +336,14 @@ impl Engine {
         for command in batch {
             match command {
                 Command::Put(lease, reply) => {
+                    self.count_endpoint();
                     let endpoint = lease.plan.host_ifname.clone();
                     self.compiler.put(&endpoint, lease.subject());
                     self.endpoints.insert(lease.key.clone(), *lease);
                     puts.push((endpoint, reply));
                 }
                 Command::Forget(key, reply) => {
+                    self.count_endpoint();
                     if let Some(lease) = self.endpoints.remove(&key) {
                         self.compiler.remove(&lease.plan.host_ifname);
                     }
@@ -441,10 +448,18 @@ impl Engine {
         };
     }
 
+    /// A burst of calls leaves behind what its connections and threads used.
+    fn count_endpoint(&mut self) {
+        self.last_change = Instant::now();
+        self.untrimmed += 1;
+        self.owes_trim |= self.untrimmed >= TRIM_ENDPOINTS;
+    }
+
     /// Deletes profiles that nobody uses, when there is time.
     async fn sweep(&mut self) {
         let quiet = self.last_change.elapsed() > SWEEP_AFTER;
         if quiet && std::mem::take(&mut self.owes_trim) {
+            self.untrimmed = 0;
             let _ = tokio::task::spawn_blocking(holdfast_dataplane::trim_memory).await;
         }
         if !self.in_force || !(self.compiler.needs_sweep() || quiet && self.compiler.can_sweep()) {

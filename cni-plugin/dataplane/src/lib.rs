@@ -22,6 +22,7 @@ mod memory;
 mod nft;
 mod node;
 mod sandbox;
+mod unlink;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -36,7 +37,7 @@ use holdfast_net_core::ruleset::{Delta, Pin, Ruleset, pins_of};
 use links::Links;
 use nft::socket::NetfilterSocket;
 use nft::{Nft, Reader};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 pub use error::{Error, Result};
 pub use hygiene::Hygiene;
@@ -91,6 +92,10 @@ pub struct Applied {
     pub mended: bool,
 }
 
+/// Pods that are attached at one time; others wait. Each needs a thread inside its sandbox, and the kernel makes one link at a time
+/// anyway.
+const ATTACHING_MAX: usize = 8;
+
 /// The kernel's data path in the namespace where this was opened.
 pub struct Dataplane {
     links: Links,
@@ -101,6 +106,8 @@ pub struct Dataplane {
     /// Behind a lock of its own: whoever asks does not wait for a transaction, and no transaction waits for him.
     reader: Arc<Mutex<Reader>>,
     bridge: String,
+    /// For [`ATTACHING_MAX`].
+    attaching: Semaphore,
 }
 
 /// The policy side, behind one lock: transactions are microseconds, and one at a time is what makes them a sequence.
@@ -145,6 +152,7 @@ impl Dataplane {
             revoked,
             reader: Arc::new(Mutex::new(reader)),
             bridge,
+            attaching: Semaphore::new(ATTACHING_MAX),
         })
     }
 
@@ -175,6 +183,8 @@ impl Dataplane {
     /// what the kernel refused.
     pub async fn attach(&self, plan: &EndpointPlan, netns: &Path) -> Result<bool> {
         let sandbox = sandbox::open(netns)?;
+        // Never closed, so there is nothing to fail.
+        let _turn = self.attaching.acquire().await;
         let wanted = plan.clone();
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
         let made = async {

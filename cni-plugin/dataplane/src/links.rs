@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 
 use crate::dump::Dumps;
 use crate::error::{Error, Result};
+use crate::unlink::Unlinker;
 
 /// `rtm_protocol` of our routes, outside the range iproute2 names (`/etc/iproute2/rt_protos`).
 pub const ROUTE_PROTOCOL: u8 = 0x48;
@@ -32,6 +33,7 @@ pub const ROUTE_PROTOCOL: u8 = 0x48;
 pub struct Links {
     handle: Handle,
     dumps: Dumps,
+    unlinker: Unlinker,
     connection: JoinHandle<()>,
 }
 
@@ -69,7 +71,8 @@ impl Links {
         let (mut connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| Error::Socket { what: "open rtnetlink".to_string(), source })?;
         connection.set_forward_done(true);
-        Ok(Self { dumps: Dumps::new(handle.clone()), handle, connection: tokio::spawn(connection) })
+        let dumps = Dumps::new(handle.clone());
+        Ok(Self { dumps, handle, unlinker: Unlinker::default(), connection: tokio::spawn(connection) })
     }
 
     /// The link called `name`, if it exists.
@@ -102,10 +105,14 @@ impl Links {
         self.handle.link().set_port(message).execute().await.map_err(|e| refused(what.to_string(), e))
     }
 
-    /// Deletes a link; fine if it is gone.
+    /// Deletes a link; fine if it is gone. Nobody finds it any more when this returns; its memory is freed later.
     pub async fn delete_link(&self, index: u32, name: &str) -> Result<()> {
-        match self.handle.link().del(index).execute().await {
-            Err(error) if errno(&error) != libc::ENODEV => Err(refused(format!("delete link {name}"), error)),
+        match self.unlinker.delete(index).await {
+            Err(error) if error.raw_os_error() != Some(libc::ENODEV) => Err(Error::Link {
+                what: format!("delete link {name}"),
+                errno: error.raw_os_error().unwrap_or_default(),
+                reason: error.to_string(),
+            }),
             _ => Ok(()),
         }
     }

@@ -302,9 +302,10 @@ fn a_check_sets_a_neighbour_that_is_not_seen_and_reports_one_with_another_mac() 
     });
 }
 
-/// A port that is not in state forwarding drops what a pod sends from its first instruction.
+/// A port that is not in state forwarding drops what a pod sends from its first instruction. And a link is found nowhere once its
+/// deletion is answered, though the kernel may still be freeing it: its names are free for the next round.
 #[test]
-fn a_port_forwards_when_its_attachment_is_answered() {
+fn a_port_forwards_when_its_attachment_is_answered_and_is_gone_when_its_removal_is() {
     let node = Node::new("hft-fwd");
     let pod = Netns::new("hft-fwd-pod");
     let plan = node.endpoint(&pod, "10.77.5.2");
@@ -317,6 +318,10 @@ fn a_port_forwards_when_its_attachment_is_answered() {
         let port = node.netns.run(&format!("ip -d link show {}", plan.host_ifname));
         assert!(port.contains("state forwarding"), "round {round}: {port}");
         node.runtime.block_on(async |dp: &Dataplane| dp.detach(&plan.host_ifname).await.unwrap());
+        for netns in [&node.netns, &pod] {
+            let links = netns.run("ip -o link");
+            assert!(!links.contains("hfv") && !links.contains("eth0"), "round {round}: {links}");
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 mod calls;
 mod nodes;
 mod streams;
+mod trips;
 
 use std::time::Instant;
 
@@ -15,8 +16,10 @@ use holdfast_tests::Work;
 use holdfast_tests::cleanup::{self, Logs};
 
 use crate::figures::{self, Figure};
+use crate::node::make_sandbox;
 
 pub use calls::{CallsOptions, run_calls};
+pub use trips::{TripsOptions, run_trips};
 
 /// How much is measured.
 #[derive(Debug, Args)]
@@ -58,9 +61,17 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     let start = Instant::now();
     let tell = |text: &str| eprintln!("{:>6.1} s  {text}", start.elapsed().as_secs_f64());
     tell("starting two nodes with holdfast-netd, and two without for the peers");
-    let ours = nodes::Ours::start(work, options.pods)?;
+    let sandboxes = options.pods.max(calls::BURST);
+    let ours = nodes::Ours::start(work, sandboxes)?;
     let peer = nodes::Peer::start(work)?;
-    let mut figures = calls::compare(work, &ours, &peer, options.pods, options.rounds, &tell)?;
+    tell(&format!("making {sandboxes} sandboxes on each side"));
+    for index in 0..sandboxes {
+        make_sandbox(&ours.nodes[0], &nodes::pod_name(index))?;
+        make_sandbox(&peer.nodes[0], &nodes::pod_name(index))?;
+    }
+    let sides = calls::Sides::new(work, &ours)?;
+    let mut figures = calls::compare(&sides, &ours, &peer, options.pods, options.rounds, &tell)?;
+    figures.extend(calls::burst(&sides, &ours, &peer, options.rounds, &tell)?);
     figures.extend(streams::compare(&ours, &peer, options.rounds, options.seconds, &tell)?);
     Ok(figures)
 }

@@ -29,7 +29,7 @@ pub struct Ours {
     /// Their namespaces.
     pub nodes: Vec<Namespaces>,
     pending: Vec<PathBuf>,
-    _agents: Vec<Program>,
+    agents: Vec<Program>,
 }
 
 impl Ours {
@@ -47,12 +47,17 @@ impl Ours {
             wait_serving(node, &mut agent)?;
             agents.push(agent);
         }
-        Ok(Self { nodes, pending, _agents: agents })
+        Ok(Self { nodes, pending, agents })
     }
 
     /// The plugin's configuration on the node.
     pub fn config(&self, node: usize) -> Value {
         cni::network_config(AGENT_SOCKET, &self.pending[node].display().to_string())
+    }
+
+    /// Resident memory of the node's agent, MiB.
+    pub fn agent_rss_mib(&self, node: usize) -> Result<f64> {
+        Ok(self.agents[node].rss_mib()?.0)
     }
 
     /// Makes a pod that no policy selects.

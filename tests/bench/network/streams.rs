@@ -1,4 +1,4 @@
-//! Throughput of one TCP stream, with iperf3.
+//! The paths between two pods: throughput of one TCP stream, with iperf3, and round trips.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -10,16 +10,18 @@ use holdfast_tests::Namespaces;
 use serde_json::Value;
 
 use super::nodes::{Ours, Peer, StreamPod, veth_address, vxlan_address};
-use crate::figures::Figure;
+use super::trips;
+use crate::figures::{Figure, RatioLimit};
 
 /// The server is asked again this often, 50 ms apart, until it listens.
 const CONNECT_TRIES: usize = 40;
 
 /// Where one end of a stream runs.
-struct End<'a> {
+pub struct End<'a> {
     node: &'a Namespaces,
     netns: Option<&'a Path>,
-    address: Ipv4Addr,
+    /// Its address.
+    pub address: Ipv4Addr,
 }
 
 impl<'a> End<'a> {
@@ -27,10 +29,11 @@ impl<'a> End<'a> {
         End { node: &ours.nodes[pod.node], netns: Some(&pod.netns), address: pod.address }
     }
 
-    fn iperf3(&self) -> Command {
+    /// A command that runs there.
+    pub fn command(&self, program: &Path) -> Command {
         match self.netns {
-            Some(netns) => self.node.command_in(netns, "iperf3"),
-            None => self.node.command("iperf3"),
+            Some(netns) => self.node.command_in(netns, program),
+            None => self.node.command(program),
         }
     }
 }
@@ -51,25 +54,31 @@ pub fn compare(
     let near = ours.stream_pod(0, "stream-1")?;
     let far = ours.stream_pod(1, "stream-2")?;
     let mut figures = Vec::new();
-    for (name, server, peer_name) in [
-        ("overlay.tcp_1stream", &far, "hand-made VXLAN, no pods"),
-        ("samenode.tcp_1stream", &near, "bare veth pair"),
-    ] {
-        let (mut mine, mut theirs) = (Vec::new(), Vec::new());
-        for round in 1..=rounds {
-            tell(&format!("{name}, round {round} of {rounds}"));
-            let (client, server) = (End::of(ours, &first), End::of(ours, server));
-            mine.push(stream(&client, &server, seconds)?);
-            let (client, server) = peer_ends(peer, name);
-            theirs.push(stream(&client, &server, seconds)?);
+    for (path, server, peer_name, share) in
+        [("overlay", &far, "hand-made VXLAN, no pods", 0.97), ("samenode", &near, "bare veth pair", 0.9)]
+    {
+        for (what, unit, measure) in [
+            ("tcp_1stream", "Gbit/s", stream as fn(&End<'_>, &End<'_>, u32) -> Result<f64>),
+            ("tcp_rr", "/s", trips::rate),
+        ] {
+            let name = format!("{path}.{what}");
+            let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+            for round in 1..=rounds {
+                tell(&format!("{name}, round {round} of {rounds}"));
+                let (client, server) = (End::of(ours, &first), End::of(ours, server));
+                mine.push(measure(&client, &server, seconds)?);
+                let (client, server) = peer_ends(peer, path);
+                theirs.push(measure(&client, &server, seconds)?);
+            }
+            let figure = Figure::of_rounds(&name, unit, peer_name, &mine, &theirs);
+            figures.push(figure.with_ratio(RatioLimit::AtLeast(share)));
         }
-        figures.push(Figure::of_rounds(name, "Gbit/s", peer_name, &mine, &theirs));
     }
     Ok(figures)
 }
 
-fn peer_ends<'a>(peer: &'a Peer, name: &str) -> (End<'a>, End<'a>) {
-    if name.starts_with("overlay") {
+fn peer_ends<'a>(peer: &'a Peer, path: &str) -> (End<'a>, End<'a>) {
+    if path == "overlay" {
         let end = |index: usize| End { node: &peer.nodes[index], netns: None, address: vxlan_address(index) };
         return (end(0), end(1));
     }
@@ -83,13 +92,21 @@ fn peer_ends<'a>(peer: &'a Peer, name: &str) -> (End<'a>, End<'a>) {
 
 /// Gbit/s that the server received.
 fn stream(client: &End<'_>, server: &End<'_>, seconds: u32) -> Result<f64> {
-    let listener = server.iperf3().args(["-s", "-1"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let listener = server
+        .command(Path::new("iperf3"))
+        .args(["-s", "-1"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
     let mut listener = EndWithDrop(listener);
     let seconds = seconds.to_string();
     let address = server.address.to_string();
     let mut last = String::new();
     for _ in 0..CONNECT_TRIES {
-        let output = client.iperf3().args(["-c", &address, "-t", &seconds, "-O", "1", "-J"]).output()?;
+        let output = client
+            .command(Path::new("iperf3"))
+            .args(["-c", &address, "-t", &seconds, "-O", "1", "-J"])
+            .output()?;
         let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         if let Some(rate) = report["end"]["sum_received"]["bits_per_second"].as_f64().filter(|r| *r > 0.0) {
             listener.0.wait()?;
@@ -102,7 +119,7 @@ fn stream(client: &End<'_>, server: &End<'_>, seconds: u32) -> Result<f64> {
 }
 
 /// A child that does not outlive its use.
-struct EndWithDrop(Child);
+pub struct EndWithDrop(pub Child);
 
 impl Drop for EndWithDrop {
     fn drop(&mut self) {
