@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -248,4 +249,57 @@ fn a_newer_sandbox_of_the_same_pod_frees_the_older_one() {
     let address = address_of(&node.cni_with("ADD", "second", Some(&second.path()), args, json!({})).unwrap());
     eventually("the first is freed", || leases(&node) == 1);
     assert!(node.netns.pings(&address));
+}
+
+const CLUSTER_RANGE: &[&str] = &["--cluster-cidr=10.42.0.0/23,fd00:42::/63", "--address-quarantine-s=0"];
+
+/// The blocks that are claimed, with their nodes.
+fn claims(cluster: &Cluster) -> BTreeMap<String, String> {
+    let entries = std::fs::read_dir(cluster.objects()).unwrap().map(|entry| entry.unwrap());
+    let entries = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("podrange-"));
+    let claim = |entry: std::fs::DirEntry| {
+        let object: Value = serde_json::from_slice(&std::fs::read(entry.path()).unwrap()).unwrap();
+        let text = |key: &str| object["spec"][key].as_str().unwrap().to_owned();
+        (text("range"), text("node"))
+    };
+    entries.map(claim).collect()
+}
+
+#[test]
+fn nodes_without_a_pod_cidr_take_blocks_of_the_cluster_range_and_keep_them() {
+    let cluster = Cluster::new();
+    for (number, name) in [(1, "a"), (2, "b")] {
+        cluster.put_bare_node(name, number);
+    }
+    let mut nodes =
+        [("a", 1), ("b", 2)].map(|(name, number)| cluster.start_node_with(name, number, CLUSTER_RANGE));
+    let sandboxes = [Netns::new(), Netns::new()];
+    for ((node, sandbox), id) in nodes.iter().zip(&sandboxes).zip(["one", "two"]) {
+        eventually("the node is ready", || add(node, id, sandbox, json!({})).is_ok());
+    }
+    let claimed = claims(&cluster);
+    assert_eq!(claimed.len(), 4, "one of each family for each node: {claimed:?}");
+    let far = sandboxes[1].ip("-o -4 addr show dev eth0");
+    let far = far.split_whitespace().skip_while(|word| *word != "inet").nth(1).unwrap().replace("/32", "");
+    eventually("the other node's block is routed", || sandboxes[0].pings(&far));
+    nodes[0].kill();
+    nodes[0].start();
+    assert!(sandboxes[0].pings(&far), "after a restart");
+    assert_eq!(claims(&cluster), claimed, "found again by its name");
+
+    // Both blocks of both families are taken: a third node says so, until one of the others is gone.
+    cluster.put_bare_node("c", 3);
+    let third = cluster.start_node_with("c", 3, CLUSTER_RANGE);
+    let sandbox = Netns::new();
+    let refused = add(&third, "three", &sandbox, json!({})).unwrap_err();
+    assert_eq!(refused["code"], 11, "{refused}");
+    assert!(refused.to_string().contains("has no block left"), "{refused}");
+    let status = third.cni("STATUS", "", None, json!({})).unwrap_err();
+    assert_eq!(status["code"], 50, "{status}");
+    nodes[1].kill();
+    cluster.remove("node-b");
+    eventually("it takes them over", || add(&third, "three", &sandbox, json!({})).is_ok());
+    let owners: Vec<String> = claims(&cluster).into_values().collect();
+    assert_eq!(owners.iter().filter(|owner| *owner == "c").count(), 2, "{owners:?}");
+    assert_eq!(owners.iter().filter(|owner| *owner == "a").count(), 2, "{owners:?}");
 }

@@ -10,6 +10,7 @@
 //! one each; each waits for the commit that covers it.
 
 mod questions;
+mod ranges;
 mod why;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -20,6 +21,7 @@ use holdfast_dataplane::Dataplane;
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{BridgePlan, NodePlan};
+use holdfast_net_core::pod_ranges::PodRangeSpec;
 use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -132,6 +134,8 @@ pub(crate) struct Engine {
     seen: watch::Sender<Seen>,
     endpoints: BTreeMap<AttachmentKey, Lease>,
     nodes: BTreeMap<String, Node>,
+    /// Claimed blocks, by the names of their objects.
+    pod_ranges: BTreeMap<String, PodRangeSpec>,
     /// A Node changed, and the node's network was not planned since.
     nodes_changed: bool,
     /// A part of a reading is taken in, and its end is not.
@@ -201,6 +205,7 @@ impl Engine {
             seen,
             endpoints,
             nodes: BTreeMap::new(),
+            pod_ranges: BTreeMap::new(),
             nodes_changed: false,
             mid_reading: false,
             readable: false,
@@ -293,13 +298,8 @@ impl Engine {
     async fn absorb(&mut self, batch: Batch) -> Option<Instant> {
         for change in &batch.changes {
             match change {
-                ObjectChange::Node(name, node) => {
-                    self.nodes_changed = true;
-                    match node {
-                        Some(node) => self.nodes.insert(name.clone(), (**node).clone()),
-                        None => self.nodes.remove(name),
-                    };
-                }
+                ObjectChange::Node(name, node) => self.take_in_node(name, node.as_deref()),
+                ObjectChange::PodRange(name, range) => self.take_in_range(name, range.as_deref()),
                 ObjectChange::Namespace(..)
                 | ObjectChange::Pod(..)
                 | ObjectChange::Policy(..)
@@ -500,6 +500,7 @@ impl Engine {
 
     async fn plan_and_apply(&mut self) -> Result<(), String> {
         let text = |error: &dyn std::error::Error| sentence(error);
+        self.claim_ranges().await?;
         let node = &self.settings.node;
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
         let uplink = self.settings.uplink.as_deref();

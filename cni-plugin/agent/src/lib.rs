@@ -9,6 +9,7 @@
 //! a kill at any point a start brings leases, interfaces and rules together again ([`run`]).
 
 mod attach;
+mod claims;
 mod engine;
 mod flows;
 mod folder;

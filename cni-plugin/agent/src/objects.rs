@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use holdfast_net_core::objects::{
     ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, ObjectChange, ObjectName, Pod,
 };
+use holdfast_net_core::pod_ranges::PodRange;
 use holdfast_net_core::policy;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -18,6 +19,7 @@ pub(crate) enum Object {
     Pod(Box<Pod>),
     NetworkPolicy(Box<NetworkPolicy>),
     ClusterNetworkPolicy(Box<ClusterNetworkPolicy>),
+    PodRange(Box<PodRange>),
 }
 
 /// Names an object over all kinds.
@@ -39,6 +41,9 @@ impl std::fmt::Display for ObjectKey {
 /// Kinds of policies.
 pub(crate) const NETWORK_POLICY: &str = "NetworkPolicy";
 pub(crate) const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
+/// Kind of the claims of blocks, and its group.
+pub(crate) const POD_RANGE: &str = "PodRange";
+pub(crate) const POD_RANGE_VERSION: &str = "network.holdfast.dev/v1alpha1";
 
 /// One document of a file.
 pub(crate) enum Document {
@@ -151,6 +156,7 @@ fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, Stri
         ("v1", "Pod") => "Pod",
         ("networking.k8s.io/v1", NETWORK_POLICY) => NETWORK_POLICY,
         ("policy.networking.k8s.io/v1alpha2", CLUSTER_POLICY) => CLUSTER_POLICY,
+        (POD_RANGE_VERSION, POD_RANGE) => POD_RANGE,
         ("", _) | (_, "") => {
             return Document::Invalid(None, "a document lacks apiVersion or kind".to_owned());
         }
@@ -161,7 +167,7 @@ fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, Stri
     }
     let name = head.metadata.name.clone();
     let namespace = match kind {
-        "Node" | "Namespace" | CLUSTER_POLICY => String::new(),
+        "Node" | "Namespace" | CLUSTER_POLICY | POD_RANGE => String::new(),
         _ => ObjectName::new(&head.metadata.namespace, &name).namespace,
     };
     let key = ObjectKey { kind, name: ObjectName { namespace, name } };
@@ -187,7 +193,7 @@ fn oversized(object: &Object) -> Option<Oversized> {
             let effect = "its rules with such a peer fail closed: Accept matches nothing, Deny and Pass deny everything";
             (problem, closed, effect)
         }
-        Object::Node(_) | Object::Namespace(_) | Object::Pod(_) => return None,
+        Object::Node(_) | Object::Namespace(_) | Object::Pod(_) | Object::PodRange(_) => return None,
     };
     Some(Oversized { closed, problem: problem.to_string(), effect })
 }
@@ -202,6 +208,11 @@ fn parse_object<'de, D: serde::Deserializer<'de>>(kind: &str, from: D) -> Result
             let policy = ClusterNetworkPolicy::deserialize(from)?;
             policy::validate_cluster(&policy).map_err(D::Error::custom)?;
             Ok(Object::ClusterNetworkPolicy(Box::new(policy)))
+        }
+        POD_RANGE => {
+            let range = PodRange::deserialize(from)?;
+            range.validate().map_err(D::Error::custom)?;
+            Ok(Object::PodRange(Box::new(range)))
         }
         _ => {
             let policy = NetworkPolicy::deserialize(from)?;
@@ -221,6 +232,7 @@ impl Object {
             Self::Pod(pod) => ObjectChange::Pod(key.name.clone(), Some(pod)),
             Self::NetworkPolicy(policy) => ObjectChange::Policy(key.name.clone(), Some(policy)),
             Self::ClusterNetworkPolicy(policy) => ObjectChange::ClusterPolicy(name, Some(policy)),
+            Self::PodRange(range) => ObjectChange::PodRange(name, Some(range)),
         }
     }
 }
@@ -245,6 +257,7 @@ impl ObjectKey {
             "Namespace" => ObjectChange::Namespace(name, None),
             "Pod" => ObjectChange::Pod(ObjectName { namespace, name }, None),
             CLUSTER_POLICY => ObjectChange::ClusterPolicy(name, None),
+            POD_RANGE => ObjectChange::PodRange(name, None),
             _ => ObjectChange::Policy(ObjectName { namespace, name }, None),
         }
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use holdfast_net_core::overlay::OverlaySettings;
+use holdfast_net_core::pod_ranges::ClusterRange;
 
 /// How pods are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub struct Settings {
     pub uplink: Option<String>,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
+    /// Where nodes without `spec.podCIDR` take their ranges from; empty: they get none.
+    pub cluster_ranges: Vec<ClusterRange>,
     /// How long a freed address goes to nobody: longer than any node takes to see that a pod is gone. Zero: not at all.
     pub address_quarantine: Duration,
     /// How long an attachment must look dead before it is freed without a runtime asking for it. Zero: never.

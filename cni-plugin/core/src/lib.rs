@@ -16,6 +16,7 @@ pub mod ipam;
 pub mod objects;
 pub mod overlay;
 pub mod plan;
+pub mod pod_ranges;
 pub mod policy;
 pub mod ports;
 pub mod ruleset;

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use crate::pod_ranges::PodRange;
 use crate::ports::Proto;
 
 mod cluster_policy;
@@ -76,6 +77,8 @@ pub enum ObjectChange {
     Policy(ObjectName, Option<Box<NetworkPolicy>>),
     /// A ClusterNetworkPolicy, by name.
     ClusterPolicy(String, Option<Box<ClusterNetworkPolicy>>),
+    /// A PodRange, by name.
+    PodRange(String, Option<Box<PodRange>>),
 }
 
 /// Label that Kubernetes puts on every namespace.
@@ -91,6 +94,9 @@ pub struct Node {
     pub spec: NodeSpec,
     /// Addresses of the node.
     pub status: NodeStatus,
+    /// Ranges that it has claimed from a cluster range; none of the object.
+    #[serde(skip)]
+    pub claimed: Vec<IpNetwork>,
 }
 
 /// `spec` of a node.
@@ -126,9 +132,16 @@ pub struct NodeAddress {
 }
 
 impl Node {
-    /// `spec.podCIDRs`, or `spec.podCIDR` where the list is missing.
+    /// `spec.podCIDRs`, or `spec.podCIDR` where the list is missing, or what it has claimed where both are.
     #[must_use]
     pub fn pod_cidrs(&self) -> Vec<IpNetwork> {
+        let given = self.given_cidrs();
+        if given.is_empty() { self.claimed.clone() } else { given }
+    }
+
+    /// The ranges that the object itself names.
+    #[must_use]
+    pub fn given_cidrs(&self) -> Vec<IpNetwork> {
         if self.spec.pod_cidrs.is_empty() {
             self.spec.pod_cidr.into_iter().collect()
         } else {

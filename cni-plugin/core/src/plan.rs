@@ -265,7 +265,7 @@ pub fn host_ifname(container_id: &str, container_ifname: &str) -> String {
 /// FNV-1a over the parts, each followed by a zero byte so that ("ab","c") and ("a","bc") differ, with a final mix
 /// (from splitmix64) because FNV's high bits are weak on short input. Its values are on disk and on the wire of other
 /// nodes: never change it.
-fn stable_hash(parts: &[&str]) -> u64 {
+pub(crate) fn stable_hash(parts: &[&str]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for part in parts {
         for byte in part.bytes().chain(std::iter::once(0)) {

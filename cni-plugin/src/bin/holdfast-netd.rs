@@ -9,6 +9,8 @@ use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
 use holdfast_agent::{Mode, Settings};
 use holdfast_net_core::overlay::OverlaySettings;
+use holdfast_net_core::pod_ranges::ClusterRange;
+use ipnetwork::IpNetwork;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// What is kept: links, routes and rules; entering sandboxes; and sandboxes that are named by a process.
@@ -52,6 +54,15 @@ struct Args {
     /// UDP port of the overlay.
     #[arg(long, default_value_t = 4789, value_parser = clap::value_parser!(u16).range(1..))]
     vxlan_port: u16,
+    /// Ranges of the cluster, separated by commas: a node whose Node object has no podCIDR takes a block of each.
+    #[arg(long, value_delimiter = ',')]
+    cluster_cidr: Vec<IpNetwork>,
+    /// Prefix length of such a block, IPv4.
+    #[arg(long, default_value_t = 24)]
+    node_cidr_mask_size_ipv4: u8,
+    /// The same, IPv6.
+    #[arg(long, default_value_t = 64)]
+    node_cidr_mask_size_ipv6: u8,
     /// How many seconds a freed address goes to no other pod: longer than any node takes to see that a pod is gone. They count only
     /// while objects can be read. 0: freed addresses may be given out at once.
     #[arg(long, default_value_t = 30)]
@@ -70,8 +81,16 @@ enum ModeArg {
     Routed,
 }
 
-impl From<Args> for Settings {
-    fn from(args: Args) -> Self {
+impl Args {
+    /// # Errors
+    /// A sentence on a setting that makes no sense.
+    fn into_settings(self) -> anyhow::Result<Settings> {
+        let args = self;
+        let cluster_range = |range: &IpNetwork| {
+            let (v4, v6) = (args.node_cidr_mask_size_ipv4, args.node_cidr_mask_size_ipv6);
+            ClusterRange::new(*range, if range.is_ipv4() { v4 } else { v6 }).map_err(anyhow::Error::msg)
+        };
+        let cluster_ranges = args.cluster_cidr.iter().map(cluster_range).collect::<Result<_, _>>()?;
         let mode = match args.mode {
             ModeArg::Bridge => Mode::Bridge,
             ModeArg::Routed => Mode::Routed,
@@ -82,7 +101,7 @@ impl From<Args> for Settings {
             vni: args.vni,
             port: args.vxlan_port,
         };
-        Self {
+        Ok(Settings {
             node: args.node,
             objects: args.objects,
             state_dir: args.state_dir,
@@ -91,16 +110,17 @@ impl From<Args> for Settings {
             mode,
             uplink: args.uplink,
             overlay,
+            cluster_ranges,
             address_quarantine: Duration::from_secs(args.address_quarantine_s.into()),
             collect_after: Duration::from_secs(args.collect_after_s.into()),
             metrics: args.metrics,
-        }
+        })
     }
 }
 
 fn main() -> anyhow::Result<()> {
     holdfast_agent::share_one_heap();
-    let args = Args::parse();
+    let settings = Args::parse().into_settings()?;
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
@@ -116,7 +136,7 @@ fn main() -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        holdfast_agent::run(args.into(), stop).await
+        holdfast_agent::run(settings, stop).await
     })
 }
 

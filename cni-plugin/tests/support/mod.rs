@@ -101,6 +101,17 @@ impl Cluster {
         );
     }
 
+    /// A Node object without a range.
+    pub fn put_bare_node(&self, name: &str, number: u8) {
+        self.put(
+            &format!("node-{name}"),
+            &json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": { "name": name },
+                "status": { "addresses": [{ "type": "InternalIP", "address": format!("192.0.2.{number}") }] },
+            }),
+        );
+    }
+
     pub fn put_pod(&self, name: &str, address: &str) {
         self.put(
             &format!("pod-{name}"),

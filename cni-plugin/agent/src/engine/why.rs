@@ -216,6 +216,7 @@ mod tests {
             mode: Mode::Bridge,
             uplink: None,
             overlay,
+            cluster_ranges: Vec::new(),
             address_quarantine: Duration::ZERO,
             collect_after: Duration::ZERO,
             metrics: None,

@@ -24,6 +24,8 @@ impl Compiler {
             ObjectChange::Pod(name, pod) => self.apply_pod(name, pod.as_deref()),
             ObjectChange::Policy(name, policy) => self.apply_policy(name, policy.as_deref()),
             ObjectChange::ClusterPolicy(name, policy) => self.apply_cluster_policy(name, policy.as_deref()),
+            // Which node has an address is nothing that a policy asks.
+            ObjectChange::PodRange(..) => {}
         }
     }
 
