@@ -19,6 +19,8 @@ use crate::figures::{Figure, RatioLimit, percentile};
 pub const BURST: usize = 250;
 /// What the agent may need beside them.
 const RSS_MIB_MAX: f64 = 25.0;
+/// Leases beside which the 10,000th is taken.
+pub const LEASES: usize = 9_999;
 /// After a burst, before the agent's memory is read.
 const CALM: Duration = Duration::from_secs(4);
 const PEER_PLUGINS: &str = "/usr/lib/cni";
@@ -115,6 +117,21 @@ pub fn compare(
             Figure { ratio_limit: third[n], ..figure }
         })
         .collect())
+}
+
+/// ADD beside many leases and beside none, by turns: nobody may pay for the pods that are there. The second node has the leases.
+pub fn flatness(ours: &Ours, pods: usize, rounds: usize, tell: &dyn Fn(&str)) -> Result<Figure> {
+    let (mut first, mut last) = (Vec::new(), Vec::new());
+    for round in 1..=rounds {
+        tell(&format!("ADD beside {LEASES} leases and beside none, round {round} of {rounds}"));
+        for (index, values) in [(0, &mut first), (1, &mut last)] {
+            let plugin = Plugin { path: binaries_dir()?.join("holdfast-cni"), config: ours.config(index) };
+            let times = run_inside(&ours.nodes[index], &[plugin], pods, &[])?;
+            values.push(percentile(&times.add_ms, 50));
+        }
+    }
+    let figure = Figure::of_rounds("cni.add_10000th_vs_1st", "ms", "ours without leases", &last, &first);
+    Ok(figure.with_ratio(RatioLimit::AtMost(1.1)))
 }
 
 /// As many pods at once as a node takes: seconds until the last one is attached, and the agent's memory beside them.

@@ -67,11 +67,13 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     tell(&format!("making {sandboxes} sandboxes on each side"));
     for index in 0..sandboxes {
         make_sandbox(&ours.nodes[0], &nodes::pod_name(index))?;
+        make_sandbox(&ours.nodes[1], &nodes::pod_name(index))?;
         make_sandbox(&peer.nodes[0], &nodes::pod_name(index))?;
     }
     let sides = calls::Sides::new(work, &ours)?;
     let mut figures = calls::compare(&sides, &ours, &peer, options.pods, options.rounds, &tell)?;
     figures.extend(calls::burst(&sides, &ours, &peer, options.rounds, &tell)?);
+    figures.push(calls::flatness(&ours, options.pods, options.rounds, &tell)?);
     figures.extend(streams::compare(&ours, &peer, options.rounds, options.seconds, &tell)?);
     Ok(figures)
 }

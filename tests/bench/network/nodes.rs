@@ -1,16 +1,21 @@
 //! Two nodes of ours, and the peers' two namespaces.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use holdfast_tests::work::binaries_dir;
 use holdfast_tests::{Namespaces, Objects, Program, Work, cni};
 use serde_json::{Value, json};
 
+use super::calls::LEASES;
 use crate::node::{AGENT_SOCKET, attach, make_sandbox, shell, start_agent, wait_serving};
 
 const NAMES: [&str; 2] = ["net-a", "net-b"];
 const PEER_NAMES: [&str; 2] = ["peer-a", "peer-b"];
+/// Sandbox of the pod that is attached by hand.
+pub const PEER_POD: &str = "pod";
 /// Kubernetes namespace of the pods.
 pub const NAMESPACE: &str = "default";
 
@@ -33,7 +38,7 @@ pub struct Ours {
 }
 
 impl Ours {
-    /// Starts them; objects for `pods` pods of the first node and a policy that selects them all are in place.
+    /// Starts them; objects for `pods` pods and a policy that selects them all are in place, and [`LEASES`] leases on the second node.
     pub fn start(work: &Work, pods: usize) -> Result<Self> {
         let objects = Objects::new(work.folder("objects")?);
         write_objects(&objects, pods)?;
@@ -43,6 +48,9 @@ impl Ours {
         for (index, node) in nodes.iter().enumerate() {
             let state = work.folder(NAMES[index])?;
             pending.push(state.join("pending"));
+            if index == 1 {
+                fill_leases(&state, &range(index))?;
+            }
             let mut agent = start_agent(work, node, &state, objects.dir())?;
             wait_serving(node, &mut agent)?;
             agents.push(agent);
@@ -77,7 +85,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Makes them, with a VXLAN between them and a bare veth pair between two sandboxes of the first.
+    /// Makes them, with a VXLAN between them, a pod on each side of it, and a bare veth pair between two sandboxes of the first.
     pub fn start(work: &Work) -> Result<Self> {
         let nodes = join(work, PEER_NAMES, address)?;
         let mut by_hand = Vec::new();
@@ -91,6 +99,12 @@ impl Peer {
                 "ip link set vx0 up".to_owned(),
             ];
             for step in steps {
+                shell(node, &step)?;
+                by_hand.push(format!("{}: {step}", PEER_NAMES[index]));
+            }
+        }
+        for (index, node) in nodes.iter().enumerate() {
+            for step in pod_by_hand(index) {
                 shell(node, &step)?;
                 by_hand.push(format!("{}: {step}", PEER_NAMES[index]));
             }
@@ -116,9 +130,46 @@ pub fn vxlan_address(index: usize) -> Ipv4Addr {
     nth(Ipv4Addr::new(10, 251, 0, 1), index)
 }
 
+/// Address of the pod behind the hand-made VXLAN.
+pub fn pod_address(index: usize) -> Ipv4Addr {
+    nth(Ipv4Addr::new(10, 250, 0, 1), index)
+}
+
+/// What it takes by hand to put a pod on a node and to reach the other one: a routed veth pair, no filter, no tracking.
+fn pod_by_hand(index: usize) -> Vec<String> {
+    let (own, other) = (pod_address(index), pod_address(1 - index));
+    vec![
+        "sysctl -qw net.ipv4.ip_forward=1".to_owned(),
+        format!("ip netns add {PEER_POD}"),
+        format!("ip link add pod0 mtu 1450 type veth peer name eth0 mtu 1450 netns {PEER_POD}"),
+        "ip addr add 169.254.1.1/32 dev pod0".to_owned(),
+        "ip link set pod0 up".to_owned(),
+        format!("ip route add {own}/32 dev pod0"),
+        format!("ip -n {PEER_POD} addr add {own}/32 dev eth0"),
+        format!("ip -n {PEER_POD} link set eth0 up"),
+        format!("ip -n {PEER_POD} route add 169.254.1.1 dev eth0"),
+        format!("ip -n {PEER_POD} route add default via 169.254.1.1"),
+        format!("ip route add {other}/32 via {}", vxlan_address(1 - index)),
+    ]
+}
+
 /// Address on the bare veth pair.
 pub fn veth_address(index: usize) -> Ipv4Addr {
     nth(Ipv4Addr::new(10, 252, 0, 1), index)
+}
+
+/// The node's range for pods.
+fn range(index: usize) -> String {
+    format!("10.{}.0.0/16", 246 + index)
+}
+
+/// Fills the store of an agent that does not run.
+fn fill_leases(state: &Path, range: &str) -> Result<()> {
+    let program = binaries_dir()?.join("examples/fill_leases");
+    let output = Command::new(&program).arg(state).args([&LEASES.to_string(), range]).output();
+    let output = output.with_context(|| format!("cannot execute {}", program.display()))?;
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }
 
 /// Address of a node on its underlay.
@@ -151,7 +202,7 @@ fn join(work: &Work, names: [&str; 2], address: fn(usize) -> Ipv4Addr) -> Result
 
 fn write_objects(objects: &Objects, pods: usize) -> Result<()> {
     for (index, name) in NAMES.iter().enumerate() {
-        objects.put_node(name, address(index), &format!("10.{}.0.0/16", 246 + index))?;
+        objects.put_node(name, address(index), &range(index))?;
     }
     objects.put_namespace(NAMESPACE)?;
     for index in 0..pods {

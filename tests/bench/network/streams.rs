@@ -1,7 +1,7 @@
 //! The paths between two pods: throughput of one TCP stream, with iperf3, and round trips.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use holdfast_tests::Namespaces;
 use serde_json::Value;
 
-use super::nodes::{Ours, Peer, StreamPod, veth_address, vxlan_address};
+use super::nodes::{Ours, PEER_POD, Peer, StreamPod, pod_address, veth_address, vxlan_address};
 use super::trips;
 use crate::figures::{Figure, RatioLimit};
 
@@ -19,19 +19,19 @@ const CONNECT_TRIES: usize = 40;
 /// Where one end of a stream runs.
 pub struct End<'a> {
     node: &'a Namespaces,
-    netns: Option<&'a Path>,
+    netns: Option<PathBuf>,
     /// Its address.
     pub address: Ipv4Addr,
 }
 
 impl<'a> End<'a> {
     fn of(ours: &'a Ours, pod: &'a StreamPod) -> Self {
-        End { node: &ours.nodes[pod.node], netns: Some(&pod.netns), address: pod.address }
+        End { node: &ours.nodes[pod.node], netns: Some(pod.netns.clone()), address: pod.address }
     }
 
     /// A command that runs there.
     pub fn command(&self, program: &Path) -> Command {
-        match self.netns {
+        match &self.netns {
             Some(netns) => self.node.command_in(netns, program),
             None => self.node.command(program),
         }
@@ -54,40 +54,81 @@ pub fn compare(
     let near = ours.stream_pod(0, "stream-1")?;
     let far = ours.stream_pod(1, "stream-2")?;
     let mut figures = Vec::new();
-    for (path, server, peer_name, share) in
-        [("overlay", &far, "hand-made VXLAN, no pods", 0.97), ("samenode", &near, "bare veth pair", 0.9)]
+    for (path, server, others) in
+        [("overlay", &far, &OVERLAY_PEERS[..]), ("samenode", &near, &NODE_PEERS[..])]
     {
         for (what, unit, measure) in [
             ("tcp_1stream", "Gbit/s", stream as fn(&End<'_>, &End<'_>, u32) -> Result<f64>),
             ("tcp_rr", "/s", trips::rate),
         ] {
-            let name = format!("{path}.{what}");
-            let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+            let mut mine = Vec::new();
+            let mut theirs = vec![Vec::new(); others.len()];
             for round in 1..=rounds {
-                tell(&format!("{name}, round {round} of {rounds}"));
+                tell(&format!("{path}.{what}, round {round} of {rounds}"));
                 let (client, server) = (End::of(ours, &first), End::of(ours, server));
                 mine.push(measure(&client, &server, seconds)?);
-                let (client, server) = peer_ends(peer, path);
-                theirs.push(measure(&client, &server, seconds)?);
+                for (other, values) in others.iter().zip(&mut theirs) {
+                    values.push(measure(&other.end(peer, 0), &other.end(peer, 1), seconds)?);
+                }
             }
-            let figure = Figure::of_rounds(&name, unit, peer_name, &mine, &theirs);
-            figures.push(figure.with_ratio(RatioLimit::AtLeast(share)));
+            for (other, values) in others.iter().zip(&theirs) {
+                let name = format!("{path}.{what}{}", other.suffix);
+                let figure = Figure::of_rounds(&name, unit, other.name, &mine, values);
+                figures.push(Figure { ratio_limit: other.at_least.map(RatioLimit::AtLeast), ..figure });
+            }
         }
     }
     Ok(figures)
 }
 
-fn peer_ends<'a>(peer: &'a Peer, path: &str) -> (End<'a>, End<'a>) {
-    if path == "overlay" {
-        let end = |index: usize| End { node: &peer.nodes[index], netns: None, address: vxlan_address(index) };
-        return (end(0), end(1));
+/// A path that was made by hand.
+struct OtherPath {
+    suffix: &'static str,
+    name: &'static str,
+    at_least: Option<f64>,
+    /// Namespace of both ends inside their nodes; the nodes' own without one.
+    netns: [Option<&'static str>; 2],
+    /// Whether its ends are on two nodes.
+    two_nodes: bool,
+    address: fn(usize) -> Ipv4Addr,
+}
+
+const OVERLAY_PEERS: [OtherPath; 2] = [
+    OtherPath {
+        suffix: "",
+        name: "hand-made VXLAN, no pods",
+        at_least: Some(0.97),
+        netns: [None, None],
+        two_nodes: true,
+        address: vxlan_address,
+    },
+    OtherPath {
+        suffix: "_vs_pods",
+        name: "pods by hand on a hand-made VXLAN, no filter, no tracking",
+        at_least: None,
+        netns: [Some(PEER_POD), Some(PEER_POD)],
+        two_nodes: true,
+        address: pod_address,
+    },
+];
+
+const NODE_PEERS: [OtherPath; 1] = [OtherPath {
+    suffix: "",
+    name: "bare veth pair",
+    at_least: Some(0.9),
+    netns: [Some("v0"), Some("v1")],
+    two_nodes: false,
+    address: veth_address,
+}];
+
+impl OtherPath {
+    fn end<'a>(&self, peer: &'a Peer, index: usize) -> End<'a> {
+        End {
+            node: &peer.nodes[if self.two_nodes { index } else { 0 }],
+            netns: self.netns[index].map(|name| Path::new("/run/netns").join(name)),
+            address: (self.address)(index),
+        }
     }
-    let end = |index: usize, netns: &'static str| End {
-        node: &peer.nodes[0],
-        netns: Some(Path::new(netns)),
-        address: veth_address(index),
-    };
-    (end(0, "/run/netns/v0"), end(1, "/run/netns/v1"))
 }
 
 /// Gbit/s that the server received.
