@@ -34,9 +34,9 @@ struct Args {
     /// Folder of the plugin's delete records.
     #[arg(long, default_value = "/var/lib/holdfast/netd/pending")]
     pending_dir: PathBuf,
-    /// How pods are attached.
+    /// How new pods are attached. Those that are keep what they have.
     #[arg(long, value_enum, default_value = "bridge")]
-    mode: ModeArg,
+    attachment: AttachmentArg,
     /// Interface of the underlay; by default the one that has the node's InternalIP.
     #[arg(long)]
     uplink: Option<String>,
@@ -65,16 +65,18 @@ struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum ModeArg {
+enum AttachmentArg {
+    /// To a bridge of the node.
     Bridge,
+    /// Without a bridge: the node's end of each pod's link is its gateway.
     Routed,
 }
 
 impl From<Args> for Settings {
     fn from(args: Args) -> Self {
-        let mode = match args.mode {
-            ModeArg::Bridge => Mode::Bridge,
-            ModeArg::Routed => Mode::Routed,
+        let mode = match args.attachment {
+            AttachmentArg::Bridge => Mode::Bridge,
+            AttachmentArg::Routed => Mode::Routed,
         };
         let overlay = OverlaySettings {
             bridge: args.bridge,
