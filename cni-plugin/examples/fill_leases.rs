@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use holdfast_agent::{AttachmentKey, Lease, Leases, Wanted};
-use holdfast_net_core::plan::{BridgePlan, EndpointPlan};
+use holdfast_net_core::plan::{Attachment, BridgePlan};
 use ipnetwork::IpNetwork;
 
 // The test that includes this file has a main function of its own.
@@ -47,7 +47,7 @@ pub fn fill(folder: &Path, count: usize, range: IpNetwork) -> anyhow::Result<()>
 
 async fn lease(leases: &Leases, number: usize) -> anyhow::Result<()> {
     let key = AttachmentKey { container_id: format!("old-{number}"), ifname: "eth0".to_owned() };
-    let bridge = BridgePlan::for_node("b", 1450);
+    let attachment = Attachment::Bridge(BridgePlan::for_node("b", 1450));
     let wanted = Wanted::default();
     let reserved = leases.reserve(&key, &wanted, |sequence, addresses| Lease {
         key: key.clone(),
@@ -59,7 +59,7 @@ async fn lease(leases: &Leases, number: usize) -> anyhow::Result<()> {
         attached: false,
         boot_id: String::new(),
         sandbox: None,
-        plan: EndpointPlan::new(&key.container_id, &key.ifname, addresses, &bridge),
+        plan: attachment.endpoint(&key.container_id, &key.ifname, addresses),
     });
     let reserved = reserved.await?;
     leases.mark_attached(&key, &reserved.plan).await?;

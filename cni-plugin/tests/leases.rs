@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::{Cluster, Netns, Node, address_of, eventually};
+use support::{Cluster, Netns, Node, address_of, eventually, host_end, pod_end};
 
 fn add(node: &Node, id: &str, sandbox: &Netns, extra: Value) -> Result<Value, Value> {
     node.cni("ADD", id, Some(&sandbox.path()), extra)
@@ -97,7 +97,7 @@ fn a_runtime_may_ask_for_address_mac_and_range() {
     let fixed = json!({ "ips": ["10.42.1.77/24"], "mac": mac, "dns": { "servers": ["10.0.0.53"] } });
     let result = ask("a", &sandboxes[0], fixed.clone()).unwrap();
     assert_eq!(result["ips"][0]["address"], "10.42.1.77/32");
-    assert_eq!(result["interfaces"][2]["mac"], mac);
+    assert_eq!(result["interfaces"][pod_end(&result)]["mac"], mac);
     assert_eq!(result["dns"]["nameservers"], json!(["10.0.0.53"]));
     assert!(sandboxes[0].ip("-o link show dev eth0").contains(mac));
     assert!(node.netns.pings("10.42.1.77"), "the pin knows the MAC");
@@ -174,7 +174,7 @@ fn nothing_of_a_living_pod_is_ever_collected() {
     // Somebody renamed the host end.
     let renamed = Netns::new();
     let result = node.add("renamed", &renamed).unwrap();
-    let host_end = result["interfaces"][1]["name"].as_str().unwrap();
+    let host_end = host_end(&result);
     node.netns.ip(&format!("link set {host_end} down"));
     node.netns.ip(&format!("link set {host_end} name strange"));
     cluster.remove("pod-renamed");

@@ -50,12 +50,12 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// Starts nodes, attaches the pods and opens their sockets.
+    /// Starts nodes whose pods are attached as the agent's option `attachment` says, attaches the pods and opens their sockets.
     ///
     /// # Errors
     /// Something does not start.
-    pub fn start() -> Result<Self> {
-        let net = NetBed::start("policy", 2)?;
+    pub fn start(attachment: &str) -> Result<Self> {
+        let net = NetBed::start_with("policy", 2, &[&format!("--attachment={attachment}")])?;
         let mut bed = Self {
             net,
             attachments: BTreeMap::new(),

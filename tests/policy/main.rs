@@ -1,7 +1,7 @@
 //! Tier `policy`: the policy tables of others' lists, as our own cases, on real pods of real agents, and random policies
 //! against an oracle; every verdict is a packet that arrives or does not.
 //!
-//! One test bed serves all trials, one after another. The lists that the cases follow: Kubernetes' end-to-end list for
+//! One test bed serves all trials, one after another; a second one, in mode `routed`, a share of them after that. The lists that the cases follow: Kubernetes' end-to-end list for
 //! NetworkPolicy (48), policy-assistant's generator (230), the conformance list of the network-policy-api (92).
 
 mod bed;
@@ -31,8 +31,18 @@ use libtest_mimic::{Arguments, Trial};
 
 use crate::bed::Bed;
 
-/// The bed, once a trial has started it.
-type Shared = Arc<Mutex<Option<Bed>>>;
+/// The bed, once a trial has started it, with how its pods are attached.
+type Shared = Arc<Mutex<Option<(&'static str, Bed)>>>;
+/// What both modes must do. Policy is compiled alike and its rules are the same, so the long lists run once.
+const IN_BOTH_MODES: [(&str, fn(&mut Bed) -> Result<()>); 7] = [
+    ("a_table_without_policies_is_open", bites::everything_is_open),
+    ("rules_that_are_gone_are_a_mismatch", bites::rules_are_gone),
+    ("the_48_situations_of_kubernetes_e2e_list", e2e::run),
+    ("a_connection_through_a_service_is_judged_by_its_real_ends", services::run),
+    ("a_pod_that_starts_sends_and_gets_nothing_that_is_forbidden", no_gap::run),
+    ("a_connection_that_a_change_forbids_stops_and_another_loses_nothing", revocation::run),
+    ("conntrack_entries_that_a_change_forbids_are_deleted_and_no_others", hygiene::run),
+];
 
 fn main() -> ExitCode {
     if let Some(code) = helper::run_if_asked() {
@@ -45,7 +55,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let shared = Shared::default();
-    let trials = vec![
+    let mut trials = vec![
         trial(&shared, "a_table_without_policies_is_open", bites::everything_is_open),
         trial(&shared, "a_policy_that_an_agent_does_not_know_is_a_mismatch", bites::a_policy_left_out),
         trial(&shared, "rules_that_are_gone_are_a_mismatch", bites::rules_are_gone),
@@ -65,29 +75,50 @@ fn main() -> ExitCode {
         trial(&shared, "conntrack_entries_that_a_change_forbids_are_deleted_and_no_others", hygiene::run),
         trial(&shared, "random_policies_are_enforced_as_the_oracle_says", random::run),
     ];
+    let routed = |(name, body): &(&str, fn(&mut Bed) -> Result<()>)| {
+        trial_in(&shared, "routed", &format!("routed::{name}"), *body)
+    };
+    trials.extend(IN_BOTH_MODES.iter().map(routed));
     let conclusion = libtest_mimic::run(&arguments, trials);
     let bed = shared.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(Err(error)) = bed.map(|bed| bed.end(conclusion.has_failed())) {
+    if let Some(Err(error)) = bed.map(|(_, bed)| bed.end(conclusion.has_failed())) {
         eprintln!("the test bed: {error:#}");
         return ExitCode::FAILURE;
     }
     conclusion.exit_code()
 }
 
-/// A trial on the bed, which the first one starts. It fails with the whole chain of causes.
+/// A trial with pods on bridges.
 fn trial(shared: &Shared, name: &str, body: fn(&mut Bed) -> Result<()>) -> Trial {
+    trial_in(shared, "bridge", name, body)
+}
+
+/// A trial on the bed, which the first one starts. It fails with the whole chain of causes.
+fn trial_in(
+    shared: &Shared,
+    attachment: &'static str,
+    name: &str,
+    body: fn(&mut Bed) -> Result<()>,
+) -> Trial {
     let shared = shared.clone();
     Trial::test(name, move || {
         let mut bed = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = with_bed(&mut bed, body);
+        let outcome = with_bed(&mut bed, attachment, body);
         outcome.map_err(|error| format!("{error:#}").into())
     })
 }
 
-fn with_bed(bed: &mut Option<Bed>, body: fn(&mut Bed) -> Result<()>) -> Result<()> {
-    let bed = match bed {
+fn with_bed(
+    bed: &mut Option<(&'static str, Bed)>,
+    attachment: &'static str,
+    body: fn(&mut Bed) -> Result<()>,
+) -> Result<()> {
+    if let Some((_, other)) = bed.take_if(|(of, _)| *of != attachment) {
+        other.end(false)?;
+    }
+    let (_, bed) = match bed {
         Some(bed) => bed,
-        None => bed.insert(Bed::start()?),
+        None => bed.insert((attachment, Bed::start(attachment)?)),
     };
     body(bed)?;
     // What came too late for its own table.

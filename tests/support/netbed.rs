@@ -64,11 +64,19 @@ impl NetBed {
     /// # Errors
     /// Something does not start; what was started is ended.
     pub fn start(kind: &str, nodes: u8) -> Result<Self> {
+        Self::start_with(kind, nodes, &[])
+    }
+
+    /// The same with more arguments for the agents.
+    ///
+    /// # Errors
+    /// As for [`NetBed::start`].
+    pub fn start_with(kind: &str, nodes: u8, arguments: &[&str]) -> Result<Self> {
         cleanup::sweep_dead_runs()?;
         let work = Work::create(kind)?;
         cleanup::set_active(Some(work.dir()));
         let guard = Guard::start(work.dir())?;
-        match Self::start_in(work.clone(), nodes) {
+        match Self::start_in(work.clone(), nodes, arguments) {
             Ok(mut bed) => {
                 bed.guard = Some(guard);
                 Ok(bed)
@@ -146,7 +154,7 @@ impl NetBed {
         swept
     }
 
-    fn start_in(work: Work, nodes: u8) -> Result<Self> {
+    fn start_in(work: Work, nodes: u8, arguments: &[&str]) -> Result<Self> {
         let objects = Objects::new(work.folder("objects")?);
         let underlay = Namespaces::create("underlay", &work)?;
         for arguments in
@@ -162,7 +170,7 @@ impl NetBed {
             bed.put_node(name, index)?;
         }
         for (index, name) in (0..).zip(&names) {
-            let node = bed.start_node(name, index)?;
+            let node = bed.start_node(name, index, arguments)?;
             bed.nodes.push(node);
         }
         bed.wait_until_ready()?;
@@ -184,7 +192,7 @@ impl NetBed {
         self.objects.put(&format!("node-{name}"), &object)
     }
 
-    fn start_node(&self, name: &str, index: u8) -> Result<AgentNode> {
+    fn start_node(&self, name: &str, index: u8, more: &[&str]) -> Result<AgentNode> {
         let addresses = node_addresses(index);
         let spaces = Namespaces::create(name, &self.work)?;
         // Else the node asks for no neighbours on behalf of pods until its link-local address is known to be unique.
@@ -197,6 +205,7 @@ impl NetBed {
         let mut arguments = netd_arguments(name, &dir, &self.objects);
         // Thousands of pods start and end here, and nobody believes in the old ones: the objects are changed before that.
         arguments.push("--address-quarantine-s=0".to_owned());
+        arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
         let netd =
             start_program(&self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments, None)?;
         let pending_dir = dir.join("netd/pending").display().to_string();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use holdfast_dataplane::{Dataplane, Error as DataplaneError};
 use holdfast_net_core::cni::{CniError, code};
 use holdfast_net_core::objects::ObjectName;
-use holdfast_net_core::plan::{BridgePlan, EndpointPlan, host_ifname};
+use holdfast_net_core::plan::{Attachment, EndpointPlan, host_ifname};
 use ipnetwork::IpNetwork;
 use tokio::sync::{Mutex, OwnedMutexGuard, RwLock};
 use tracing::{info, warn};
@@ -85,13 +85,13 @@ impl Attacher {
             Ok(Some(record)) => self.replay(&record).await.map_err(unfinished)?,
             Err(error) => return Err(unfinished(error.to_string())),
         }
-        let Some(bridge) = self.engine.bridge() else {
+        let Some(attachment) = self.engine.attachment() else {
             let why = self.engine.health().await.ok().and_then(|health| health.not_ready);
             return Err(CniError::new(code::TRY_AGAIN_LATER, "the node's network is not ready")
                 .details(why.unwrap_or_default()));
         };
         let reserved = self.leases.reserve(&input.key, &input.wanted, |sequence, addresses| {
-            mk_lease(&input, sequence, addresses, &bridge)
+            mk_lease(&input, sequence, addresses, &attachment)
         });
         let mut lease = reserved.await.map_err(|error| lease_failure(&error))?;
         let completed = async {
@@ -283,8 +283,8 @@ impl Attacher {
     }
 }
 
-fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, bridge: &BridgePlan) -> Lease {
-    let mut plan = EndpointPlan::new(&input.key.container_id, &input.key.ifname, addresses, bridge);
+fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, attachment: &Attachment) -> Lease {
+    let mut plan = attachment.endpoint(&input.key.container_id, &input.key.ifname, addresses);
     plan.mac = input.wanted.mac.unwrap_or(plan.mac);
     Lease {
         key: input.key.clone(),

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use holdfast_dataplane::Dataplane;
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
-use holdfast_net_core::plan::{BridgePlan, NodePlan};
+use holdfast_net_core::plan::{Attachment, NodePlan};
 use holdfast_net_core::pod_ranges::PodRangeSpec;
 use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
@@ -31,7 +31,7 @@ use crate::folder::Batch;
 use crate::leases::{AttachmentKey, Lease, Leases};
 use crate::metrics::Metrics;
 use crate::objects::ObjectKey;
-use crate::settings::Settings;
+use crate::settings::{Mode, Settings};
 use crate::uplink;
 
 use questions::Ask;
@@ -74,7 +74,7 @@ enum Command {
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
     commands: mpsc::Sender<Command>,
-    bridge: watch::Receiver<Option<BridgePlan>>,
+    attachment: watch::Receiver<Option<Attachment>>,
     seen: watch::Receiver<Seen>,
     /// Whoever has the kernel asked holds it: one such question at a time is in the engine's way.
     alone: Arc<Mutex<()>>,
@@ -106,9 +106,9 @@ impl EngineHandle {
         self.ask(Command::Sync).await.unwrap_or_else(Err)
     }
 
-    /// The bridge, once the node's plan is applied.
-    pub(crate) fn bridge(&self) -> Option<BridgePlan> {
-        self.bridge.borrow().clone()
+    /// What new pods are attached to, once the node's plan is applied.
+    pub(crate) fn attachment(&self) -> Option<Attachment> {
+        self.attachment.borrow().clone()
     }
 
     /// Wakes on new objects.
@@ -130,7 +130,7 @@ pub(crate) struct Engine {
     leases: Arc<Leases>,
     batches: mpsc::Receiver<Batch>,
     commands: mpsc::Receiver<Command>,
-    bridge: watch::Sender<Option<BridgePlan>>,
+    attachment: watch::Sender<Option<Attachment>>,
     seen: watch::Sender<Seen>,
     endpoints: BTreeMap<AttachmentKey, Lease>,
     nodes: BTreeMap<String, Node>,
@@ -181,11 +181,11 @@ impl Engine {
         metrics: Arc<Metrics>,
     ) -> (Self, EngineHandle) {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
-        let (bridge, bridge_receiver) = watch::channel(None);
+        let (attachment, attachment_receiver) = watch::channel(None);
         let (seen, seen_receiver) = watch::channel(Seen::default());
         let handle = EngineHandle {
             commands: sender,
-            bridge: bridge_receiver,
+            attachment: attachment_receiver,
             seen: seen_receiver,
             alone: Arc::default(),
         };
@@ -201,7 +201,7 @@ impl Engine {
             leases,
             batches,
             commands,
-            bridge,
+            attachment,
             seen,
             endpoints,
             nodes: BTreeMap::new(),
@@ -505,7 +505,10 @@ impl Engine {
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
         let uplink = self.settings.uplink.as_deref();
         let mtu = uplink::mtu(uplink, address).await.map_err(|error| format!("{error:#}"))?;
-        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu)
+        // Pods stay attached as they were when the mode changes, so a bridge stays as long as it has one.
+        let needs_bridge = self.settings.mode == Mode::Bridge
+            || self.endpoints.values().any(|lease| lease.plan.bridge.is_some());
+        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu, needs_bridge)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {
             for reason in &planned.left_out {
@@ -518,7 +521,9 @@ impl Engine {
             info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
         }
         self.leases.set_ranges(&planned.plan.pod_ranges).await;
-        self.bridge.send_replace(Some(planned.plan.bridge.clone()));
+        let bridge = planned.plan.bridge.clone().filter(|_| self.settings.mode == Mode::Bridge);
+        let attachment = bridge.map_or(Attachment::Routed { mtu: planned.mtu }, Attachment::Bridge);
+        self.attachment.send_replace(Some(attachment));
         self.node_plan = Some(planned.plan);
         Ok(())
     }

@@ -65,15 +65,13 @@ const OBJECTS_WAIT_MAX: Duration = Duration::from_secs(5);
 /// # Errors
 /// The store, the data path or the socket cannot be opened.
 pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
-    match settings.mode {
-        Mode::Bridge => {}
-        Mode::Routed => bail!("mode routed is not available yet; use --mode bridge"),
-    }
     private_folder(&settings.state_dir)?;
     let leases = Arc::new(Leases::open(&settings.state_dir, settings.address_quarantine)?);
     // Read beside the kernel's tables; the queue holds what comes before the engine is there.
     let batches = folder::watch(&settings.objects);
-    let dataplane = Dataplane::new(Config::default()).await.context("cannot open the data path")?;
+    let config = Config { bridge: settings.overlay.bridge.clone(), ..Config::default() };
+    let log_group = config.log_group;
+    let dataplane = Dataplane::new(config).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
     let collect_after = settings.collect_after;
@@ -93,7 +91,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let flows = Feed::new(Arc::clone(&metrics));
     let exporter = Exporter { metrics, engine: handle.clone(), dataplane: Arc::clone(&dataplane) };
     let metrics_task = metrics_listener.map(|listener| tokio::spawn(exporter.serve(listener)));
-    let flows_task = tokio::spawn(Arc::clone(&flows).run(Config::default().log_group, handle.clone()));
+    let flows_task = tokio::spawn(Arc::clone(&flows).run(log_group, handle.clone()));
     let hygiene = tokio::spawn(hygiene::run(Arc::clone(&dataplane)));
     let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
     let engine = tokio::spawn(engine.run());

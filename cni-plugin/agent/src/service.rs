@@ -218,7 +218,7 @@ fn live_answer(answer: LiveAnswer) -> pb::LiveAnswer {
     live
 }
 
-/// The attachment as a CNI result: the bridge, the host end, the pod's end.
+/// The attachment as a CNI result: the bridge if there is one, the host end, the pod's end.
 fn result_of(lease: &Lease) -> pb::AddResult {
     let plan = &lease.plan;
     let interface = |name: &str, mac: String, sandbox: &str| pb::Interface {
@@ -227,11 +227,13 @@ fn result_of(lease: &Lease) -> pb::AddResult {
         mtu: plan.mtu,
         sandbox: sandbox.to_owned(),
     };
-    let interfaces = vec![
-        interface(&plan.bridge, plan.gateway_mac.to_string(), ""),
+    let bridge = plan.bridge.as_ref().map(|name| interface(name, plan.gateway_mac.to_string(), ""));
+    let ends = [
         interface(&plan.host_ifname, plan.host_mac.to_string(), ""),
         interface(&plan.container_ifname, plan.mac.to_string(), &lease.netns),
     ];
+    let interfaces: Vec<pb::Interface> = bridge.into_iter().chain(ends).collect();
+    let of_pod = u32::try_from(interfaces.len() - 1).unwrap_or_default();
     let mut result = pb::AddResult { interfaces, ips: Vec::new(), routes: Vec::new() };
     for address in &plan.addresses {
         let (prefix, gateway, everything) = match address {
@@ -239,7 +241,7 @@ fn result_of(lease: &Lease) -> pb::AddResult {
             IpAddr::V6(_) => (128, GATEWAY_V6.to_string(), "::/0"),
         };
         let address = format!("{address}/{prefix}");
-        result.ips.push(pb::IpConfig { address, gateway: gateway.clone(), interface: 2 });
+        result.ips.push(pb::IpConfig { address, gateway: gateway.clone(), interface: of_pod });
         if plan.default_routes {
             result.routes.push(pb::Route { dst: everything.to_owned(), gw: gateway });
         }

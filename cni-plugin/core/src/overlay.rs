@@ -53,6 +53,8 @@ pub struct PlannedNode {
     pub plan: NodePlan,
     /// This node's address on the underlay.
     pub internal_ip: IpAddr,
+    /// The MTU of pods.
+    pub mtu: u32,
     /// Other nodes that cannot be reached yet: sentences for the log.
     pub left_out: Vec<String>,
 }
@@ -66,7 +68,7 @@ pub fn internal_ip(nodes: &BTreeMap<String, Node>, name: &str) -> Result<IpAddr,
     node.internal_addresses().first().copied().ok_or_else(|| OverlayError::NoAddress(name.to_owned()))
 }
 
-/// Plans bridge, VXLAN device and the ways to all other nodes.
+/// Plans bridge (where some pod needs it), VXLAN device and the ways to all other nodes.
 ///
 /// # Errors
 /// The own node's object does not suffice. Other nodes' gaps only leave those nodes out.
@@ -75,6 +77,7 @@ pub fn plan_node(
     name: &str,
     settings: &OverlaySettings,
     uplink_mtu: u32,
+    needs_bridge: bool,
 ) -> Result<PlannedNode, OverlayError> {
     let own_address = internal_ip(nodes, name)?;
     let own_ranges = nodes[name].pod_cidrs();
@@ -97,7 +100,8 @@ pub fn plan_node(
         }
     }
     let mtu = overlay_mtu(uplink_mtu, own_address);
-    let bridge = BridgePlan { name: settings.bridge.clone(), ..BridgePlan::for_node(name, mtu) };
+    let bridge =
+        needs_bridge.then(|| BridgePlan { name: settings.bridge.clone(), ..BridgePlan::for_node(name, mtu) });
     let vxlan = VxlanPlan {
         name: settings.vxlan_device.clone(),
         vni: settings.vni,
@@ -107,7 +111,7 @@ pub fn plan_node(
         mtu,
     };
     let plan = NodePlan { bridge, vxlan: Some(vxlan), peers, pod_ranges: own_ranges };
-    Ok(PlannedNode { plan, internal_ip: own_address, left_out })
+    Ok(PlannedNode { plan, internal_ip: own_address, mtu, left_out })
 }
 
 /// Plans one peer. A range that another node has already is refused: the node first by name keeps it, so that all
@@ -170,11 +174,12 @@ mod tests {
             ("b", "192.0.2.2", "10.1.1.0/24"),
             ("c", "192.0.2.3", "10.1.2.0/24"),
         ]);
-        let planned = plan_node(&nodes, "b", &mk_settings(), 1500).unwrap();
+        let planned = plan_node(&nodes, "b", &mk_settings(), 1500, true).unwrap();
         let names: Vec<&str> = planned.plan.peers.iter().map(|peer| peer.node.as_str()).collect();
         assert_eq!(names, ["a", "c"]);
-        assert_eq!(planned.plan.bridge.mtu, 1450);
-        let back = plan_node(&nodes, "a", &mk_settings(), 1500).unwrap();
+        assert_eq!((planned.mtu, planned.plan.bridge.unwrap().mtu), (1450, 1450));
+        let back = plan_node(&nodes, "a", &mk_settings(), 1500, false).unwrap();
+        assert_eq!((back.mtu, back.plan.bridge), (1450, None));
         assert_eq!(
             back.plan.peers[0].vtep_mac,
             planned.plan.vxlan.unwrap().mac,
@@ -191,7 +196,7 @@ mod tests {
             ("d", "192.0.2.1", "10.1.3.0/24"),
         ]);
         nodes.insert("e".into(), Node::default());
-        let planned = plan_node(&nodes, "a", &mk_settings(), 1500).unwrap();
+        let planned = plan_node(&nodes, "a", &mk_settings(), 1500, true).unwrap();
         assert_eq!(planned.plan.peers.len(), 1);
         assert_eq!(planned.left_out.len(), 3, "{:?}", planned.left_out);
     }
@@ -199,7 +204,8 @@ mod tests {
     #[test]
     fn the_own_node_must_be_complete() {
         let mut nodes = mk_nodes(&[("a", "192.0.2.1", "10.1.0.0/24")]);
-        let error = |nodes: &BTreeMap<String, Node>| plan_node(nodes, "a", &mk_settings(), 1500).unwrap_err();
+        let error =
+            |nodes: &BTreeMap<String, Node>| plan_node(nodes, "a", &mk_settings(), 1500, true).unwrap_err();
         let twice = ["10.1.0.0/24", "10.1.0.128/25"].map(|range| range.parse().unwrap());
         nodes.get_mut("a").unwrap().spec.pod_cidrs = twice.to_vec();
         assert!(error(&nodes).to_string().contains("10.1.0.0/24 and 10.1.0.128/25, which overlap"));

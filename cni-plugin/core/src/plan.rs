@@ -105,8 +105,8 @@ impl TryFrom<String> for MacAddr {
 /// What one node needs besides its pods: bridge, overlay and the ways to the other nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodePlan {
-    /// The bridge of the pods.
-    pub bridge: BridgePlan,
+    /// The bridge of the pods; `None` where none is attached to it: then one of ours that is there is removed.
+    pub bridge: Option<BridgePlan>,
     /// The overlay; `None` on a node without peers or with direct routing only.
     pub vxlan: Option<VxlanPlan>,
     /// The other nodes.
@@ -130,6 +130,33 @@ impl BridgePlan {
     /// The bridge of the node called `node`.
     pub fn for_node(node: &str, mtu: u32) -> Self {
         Self { name: BRIDGE_NAME.to_string(), mac: MacAddr::derive(&["bridge", node]), mtu }
+    }
+}
+
+/// What new pods are attached to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attachment {
+    /// The bridge, each pod as an isolated port.
+    Bridge(BridgePlan),
+    /// Nothing: the host end of each pod's veth pair is its gateway.
+    Routed {
+        /// Bytes, IP packet size.
+        mtu: u32,
+    },
+}
+
+impl Attachment {
+    /// The attachment of `container_ifname` of `container_id` with `addresses`.
+    pub fn endpoint(
+        &self,
+        container_id: &str,
+        container_ifname: &str,
+        addresses: Vec<IpAddr>,
+    ) -> EndpointPlan {
+        match self {
+            Self::Bridge(bridge) => EndpointPlan::new(container_id, container_ifname, addresses, bridge),
+            Self::Routed { mtu } => EndpointPlan::routed(container_id, container_ifname, addresses, *mtu),
+        }
     }
 }
 
@@ -198,9 +225,12 @@ pub fn overlay_mtu(uplink_mtu: u32, underlay: IpAddr) -> u32 {
 
 /// A pod's attachment.
 ///
-/// Both ends are configured in full by `Dataplane::attach`: veth pair, host end in the bridge as an isolated port that
-/// learns and floods nothing, pod end with its addresses (/32, /128), link routes to the gateways, default routes
-/// through them, permanent neighbours, and the sysctls `accept_redirects=0`, `accept_ra=0`.
+/// Both ends are configured in full by `Dataplane::attach`. The pod's end is the same in both modes: its addresses (/32,
+/// /128), link routes to the gateways, default routes through them, permanent neighbours, and the sysctls
+/// `accept_redirects=0`, `accept_ra=0`. The host end is an isolated port of the bridge that learns and floods nothing, or
+/// has the gateways' addresses itself.
+///
+/// It is on disk in every lease, so a pod stays attached as it was when its node's mode changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointPlan {
     /// The container's id, for the interface alias and for messages.
@@ -211,13 +241,13 @@ pub struct EndpointPlan {
     pub host_ifname: String,
     /// MAC of the pod's end.
     pub mac: MacAddr,
-    /// MAC of the host's end; nothing is ever addressed to it.
+    /// MAC of the host's end. On a bridge nothing is ever addressed to it.
     pub host_mac: MacAddr,
     /// The pod's addresses, at most one per family is usual.
     pub addresses: Vec<IpAddr>,
-    /// The bridge to attach to.
-    pub bridge: String,
-    /// The bridge's MAC, the gateway's in the pod's permanent neighbour entries.
+    /// The bridge to attach to; `None`: routed, the host end is the gateway.
+    pub bridge: Option<String>,
+    /// The gateway's MAC in the pod's permanent neighbour entries: the bridge's, or that of the host's end.
     pub gateway_mac: MacAddr,
     /// Bytes, IP packet size.
     pub mtu: u32,
@@ -242,12 +272,37 @@ impl EndpointPlan {
             mac: MacAddr::derive(&["pod", container_id, container_ifname]),
             host_mac: MacAddr::derive(&["host", container_id, container_ifname]),
             addresses,
-            bridge: bridge.name.clone(),
+            bridge: Some(bridge.name.clone()),
             gateway_mac: bridge.mac,
             mtu: bridge.mtu,
             default_routes: true,
             extra_routes: Vec::new(),
         }
+    }
+
+    /// The same without a bridge.
+    pub fn routed(container_id: &str, container_ifname: &str, addresses: Vec<IpAddr>, mtu: u32) -> Self {
+        let host_mac = MacAddr::derive(&["host", container_id, container_ifname]);
+        Self {
+            container_id: container_id.to_string(),
+            container_ifname: container_ifname.to_string(),
+            host_ifname: host_ifname(container_id, container_ifname),
+            mac: MacAddr::derive(&["pod", container_id, container_ifname]),
+            host_mac,
+            addresses,
+            bridge: None,
+            gateway_mac: host_mac,
+            mtu,
+            default_routes: true,
+            extra_routes: Vec::new(),
+        }
+    }
+
+    /// The gateways of the pod's families, IPv4 first, with the prefix length that their addresses have.
+    pub fn gateways(&self) -> Vec<(IpAddr, u8)> {
+        let v4 = self.addresses.iter().any(IpAddr::is_ipv4).then_some((IpAddr::V4(GATEWAY_V4), 32));
+        let v6 = self.addresses.iter().any(IpAddr::is_ipv6).then_some((IpAddr::V6(GATEWAY_V6), 64));
+        v4.into_iter().chain(v6).collect()
     }
 
     /// The alias of the host end (`ip link` shows it): which attachment the interface belongs to.
@@ -299,6 +354,25 @@ mod tests {
         assert!("0a:00:00:00:00".parse::<MacAddr>().is_err());
         assert!("0a:00:00:00:00:00:00".parse::<MacAddr>().is_err());
         assert!("+a:00:00:00:00:0".parse::<MacAddr>().is_err());
+    }
+
+    /// A lease of before mode `routed` has the bridge's name as a plain string.
+    #[test]
+    fn a_plan_of_an_older_version_is_read_as_one_on_a_bridge() {
+        let bridge = BridgePlan::for_node("n", 1450);
+        let addresses = vec![IpAddr::from([10, 0, 0, 2])];
+        let old = r#"{"container_id":"c","container_ifname":"eth0","host_ifname":"hfvb4b6c2b8f2a1","mac":"0a:00:00:00:00:01",
+            "host_mac":"0a:00:00:00:00:02","addresses":["10.0.0.2"],"bridge":"hf0","gateway_mac":"0a:00:00:00:00:03",
+            "mtu":1450,"default_routes":true,"extra_routes":[]}"#;
+        let read: EndpointPlan = serde_json::from_str(old).unwrap();
+        assert_eq!(read.bridge.as_deref(), Some("hf0"));
+        for plan in [
+            EndpointPlan::new("c", "eth0", addresses.clone(), &bridge),
+            EndpointPlan::routed("c", "eth0", addresses, 1450),
+        ] {
+            let text = serde_json::to_string(&plan).unwrap();
+            assert_eq!(serde_json::from_str::<EndpointPlan>(&text).unwrap(), plan);
+        }
     }
 
     #[test]

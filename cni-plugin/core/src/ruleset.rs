@@ -57,7 +57,7 @@ pub struct AddrRange {
     pub last: IpAddr,
 }
 
-/// A port of the bridge may send frames from this MAC with this source address.
+/// A pod's port may send frames from this MAC with this source address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pin {
     /// The host end of the pod's veth pair.
@@ -66,6 +66,8 @@ pub struct Pin {
     pub mac: MacAddr,
     /// One of its addresses.
     pub address: IpAddr,
+    /// The port is no bridge's: its packets are looked at where they enter the node's own IP stack.
+    pub routed: bool,
 }
 
 /// The pins of an endpoint: its addresses, and with IPv6 the link-local address of its MAC.
@@ -75,7 +77,12 @@ pub fn pins_of(plan: &EndpointPlan) -> BTreeSet<Pin> {
         .iter()
         .copied()
         .chain(link_local)
-        .map(|address| Pin { ifname: plan.host_ifname.clone(), mac: plan.mac, address })
+        .map(|address| Pin {
+            ifname: plan.host_ifname.clone(),
+            mac: plan.mac,
+            address,
+            routed: plan.bridge.is_none(),
+        })
         .collect()
 }
 
@@ -406,7 +413,12 @@ mod tests {
         r.ident.insert(ip(2), IdentityId(1));
         r.pair_in.insert((ClassId(2), IdentityId(1)), ProfileId(1));
         r.profiles.insert(ProfileId(1), vec![PortRule::port(Proto::Tcp, 80)]);
-        r.pins.insert(Pin { ifname: "hfv1".into(), mac: MacAddr([2, 0, 0, 0, 0, 1]), address: ip(1) });
+        r.pins.insert(Pin {
+            ifname: "hfv1".into(),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            address: ip(1),
+            routed: false,
+        });
         r
     }
 

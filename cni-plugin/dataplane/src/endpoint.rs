@@ -1,4 +1,4 @@
-//! The node's side of an attachment.
+//! The node's side of an attachment: a port of the bridge, or [`crate::routed`].
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,6 +17,7 @@ use crate::FoundEndpoint;
 use crate::error::{Error, Result};
 use crate::links::{Links, Route, alias_of, host_route, mac_of, master_of, mtu_of, name_of, set_sysctl};
 use crate::node::{kind_of, link_infos};
+use crate::routed;
 
 /// Bytes of an interface alias the kernel keeps (IFALIASZ - 1).
 const ALIAS_BYTES_MAX: usize = 255;
@@ -30,19 +31,21 @@ const FORWARDING_POLL_INTERVAL: Duration = Duration::from_millis(1);
 pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
     check_name(&plan.host_ifname)?;
     check_name(&plan.container_ifname)?;
-    let bridge = links.link(&plan.bridge).await?.ok_or_else(|| Error::Link {
+    let Some(name) = &plan.bridge else {
+        let index = make_pair(links, plan, netns).await?;
+        return routed::make(links, plan, index).await;
+    };
+    let bridge = links.link(name).await?.ok_or_else(|| Error::Link {
         what: format!("attach {}", plan.host_ifname),
-        reason: format!("there is no bridge {}; apply the node plan first", plan.bridge),
+        reason: format!("there is no bridge {name}; apply the node plan first"),
         errno: libc::ENODEV,
     })?;
     let bridge = bridge.header.index;
-    make_pair(links, plan, netns).await?;
-    let link = links.link(&plan.host_ifname).await?;
-    let index = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?.header.index;
+    let index = make_pair(links, plan, netns).await?;
     // A bridge port needs no addresses of its own.
     set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
     let master = LinkUnspec::new_with_index(index).controller(bridge).build();
-    links.change_link(master, &format!("put {} into {}", plan.host_ifname, plan.bridge)).await?;
+    links.change_link(master, &format!("put {} into {name}", plan.host_ifname)).await?;
     links.set_bridge_entry(index, plan.mac).await?;
     for address in &plan.addresses {
         links.set_neighbour(bridge, *address, plan.mac).await?;
@@ -61,27 +64,32 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     links.change_link(port, &format!("set up the bridge port {}", plan.host_ifname)).await
 }
 
-/// Waits until the bridge forwards for the port. The kernel turns a port on some time after both ends are up, in a work
+/// Waits until packets pass through the host end. The kernel turns it on some time after both ends are up, in a work
 /// queue of its own, and drops what the pod or the node sends before that.
-pub async fn wait_until_forwarding(links: &Links, host_ifname: &str) -> Result<()> {
+pub async fn wait_until_open(links: &Links, plan: &EndpointPlan) -> Result<()> {
+    let host_ifname = &plan.host_ifname;
+    let forwarding = InfoBridgePort::State(BridgePortState::Forwarding);
     let deadline = Instant::now() + FORWARDING_WAIT_MAX;
     loop {
         let link = links.link(host_ifname).await?;
         let link = link.ok_or_else(|| Error::Protocol(format!("{host_ifname} vanished")))?;
-        if port_data(&link).contains(&InfoBridgePort::State(BridgePortState::Forwarding)) {
+        let is_open = match &plan.bridge {
+            Some(_) => port_data(&link).contains(&forwarding),
+            None => routed::is_open(&link),
+        };
+        if is_open {
             return Ok(());
         }
         if Instant::now() > deadline {
             let seconds = FORWARDING_WAIT_MAX.as_secs();
-            return Err(Error::Protocol(format!(
-                "the bridge port {host_ifname} did not forward within {seconds} s"
-            )));
+            return Err(Error::Protocol(format!("no packet passes through {host_ifname} after {seconds} s")));
         }
         tokio::time::sleep(FORWARDING_POLL_INTERVAL).await;
     }
 }
 
-async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
+/// Gives the host end's index.
+async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<u32> {
     let mut peer = LinkMessageBuilder::<LinkUnspec>::new()
         .name(plan.container_ifname.clone())
         .address(plan.mac.0.to_vec())
@@ -101,13 +109,17 @@ async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<(
             } else {
                 (&plan.container_ifname, "the sandbox")
             };
-            Err(Error::Exists { ifname: ifname.clone(), place: place.to_string() })
+            return Err(Error::Exists { ifname: ifname.clone(), place: place.to_string() });
         }
-        other => other,
+        other => other?,
     }
+    let link = links.link(&plan.host_ifname).await?;
+    let link = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?;
+    Ok(link.header.index)
 }
 
-/// Removes the veth pair, and routes and neighbours of `known` addresses and of those found by the pod's MAC.
+/// Removes the veth pair, and what the bridge has of it: routes and neighbours of `known` addresses and of those found by the
+/// pod's MAC.
 /// Goes on after a failure and returns the first one.
 pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTreeSet<IpAddr>) -> Result<()> {
     let bridge = links.link(bridge).await?.map(|l| l.header.index);
@@ -132,15 +144,22 @@ pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTre
     first_error.map_or(Ok(()), Err)
 }
 
-/// Removes pods' routes and neighbours of addresses that are not known. Goes on after a failure and returns the first one.
+/// Removes pods' routes and neighbours of addresses that are not known, on the bridge and on host ends. Goes on after a failure and returns the first one.
 pub async fn sweep(links: &Links, bridge: &str, known: &BTreeSet<IpAddr>) -> Result<usize> {
-    let Some(bridge) = links.link(bridge).await?.map(|link| link.header.index) else { return Ok(0) };
+    let all = links.all_links().await?.into_iter();
+    let is_pods = |link: &LinkMessage| name_of(link) == Some(bridge) || is_host_end(link);
+    let devices: BTreeSet<u32> = all.filter(is_pods).map(|link| link.header.index).collect();
     let is_stray = |address: &IpAddr| !known.contains(address) && !address.is_multicast();
     let routes = links.our_routes().await?.into_iter();
     let routes: Vec<Route> = routes
-        .filter(|route| is_stray(&route.to.ip()) && *route == pod_route(route.to.ip(), bridge))
+        .filter(|route| {
+            let device = route.device.filter(|device| devices.contains(device));
+            is_stray(&route.to.ip())
+                && device.is_some_and(|device| *route == pod_route(route.to.ip(), device))
+        })
         .collect();
-    let neighbours = links.permanent_neighbours(bridge).await?.into_iter().map(|(address, _)| address);
+    let neighbours = links.all_permanent_neighbours().await?.into_iter();
+    let neighbours = neighbours.filter(|(device, address, _)| devices.contains(device) && is_stray(address));
     let (mut swept, mut first_error) = (0, None);
     for route in routes {
         match links.delete_route(&route).await {
@@ -148,8 +167,8 @@ pub async fn sweep(links: &Links, bridge: &str, known: &BTreeSet<IpAddr>) -> Res
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    for address in neighbours.filter(is_stray) {
-        match links.delete_neighbour(bridge, address).await {
+    for (device, address, _) in neighbours {
+        match links.delete_neighbour(device, address).await {
             Ok(removed) => swept += usize::from(removed),
             Err(error) => first_error = first_error.or(Some(error)),
         }
@@ -172,11 +191,12 @@ pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
     let Some(link) = links.link(name).await? else {
         return differs(format!("{name} is missing on the node"));
     };
-    let Some(bridge) = links.link(&plan.bridge).await?.map(|b| b.header.index) else {
-        return differs(format!("the bridge {} is missing", plan.bridge));
+    let Some(on) = &plan.bridge else { return routed::check(links, plan, &link).await };
+    let Some(bridge) = links.link(on).await?.map(|b| b.header.index) else {
+        return differs(format!("the bridge {on} is missing"));
     };
     if master_of(&link) != Some(bridge) {
-        return differs(format!("{name} is not in the bridge {}", plan.bridge));
+        return differs(format!("{name} is not in the bridge {on}"));
     }
     if mtu_of(&link) != Some(plan.mtu) || mac_of(&link) != Some(plan.host_mac) {
         return differs(format!("{name} has another MTU or MAC than planned"));
@@ -204,24 +224,33 @@ pub async fn list(links: &Links) -> Result<Vec<FoundEndpoint>> {
     let all = links.all_links().await?;
     Ok(all
         .iter()
-        .filter(|link| kind_of(link) == Some(&InfoKind::Veth))
+        .filter(|link| is_host_end(link))
         .filter_map(|link| {
             let name = name_of(link)?;
-            let attachment = alias_of(link)
-                .and_then(|alias| alias.strip_prefix("holdfast:")?.rsplit_once('/'))
-                .map(|(id, ifname)| (id.to_string(), ifname.to_string()));
-            (name.starts_with(HOST_IFNAME_PREFIX) || attachment.is_some())
-                .then(|| FoundEndpoint { host_ifname: name.to_string(), attachment })
+            let attachment = attachment_of(link).map(|(id, ifname)| (id.to_string(), ifname.to_string()));
+            Some(FoundEndpoint { host_ifname: name.to_string(), attachment })
         })
         .collect())
 }
 
-fn pod_route(address: IpAddr, bridge: u32) -> Route {
-    Route { to: host_route(address), device: Some(bridge), via: None, source: None }
+/// By name, or by alias where somebody renamed it.
+fn is_host_end(link: &LinkMessage) -> bool {
+    let by_name = name_of(link).is_some_and(|name| name.starts_with(HOST_IFNAME_PREFIX));
+    kind_of(link) == Some(&InfoKind::Veth) && (by_name || attachment_of(link).is_some())
+}
+
+/// Container and interface from the alias.
+fn attachment_of(link: &LinkMessage) -> Option<(&str, &str)> {
+    alias_of(link)?.strip_prefix("holdfast:")?.rsplit_once('/')
+}
+
+/// The node's route to a pod: through the bridge, or its own host end.
+pub fn pod_route(address: IpAddr, device: u32) -> Route {
+    Route { to: host_route(address), device: Some(device), via: None, source: None }
 }
 
 /// The alias as the kernel can keep it; a longer container id is cut, and garbage collection then goes by name.
-fn alias(plan: &EndpointPlan) -> String {
+pub fn alias(plan: &EndpointPlan) -> String {
     let mut alias = plan.alias();
     alias.truncate(ALIAS_BYTES_MAX);
     alias

@@ -21,6 +21,7 @@ mod links;
 mod memory;
 mod nft;
 mod node;
+mod routed;
 mod sandbox;
 mod unlink;
 
@@ -164,13 +165,13 @@ impl Dataplane {
         self.with_policy(|policy| Ok(policy.nft.applied().clone())).await
     }
 
-    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned. Returns the number of writes, 0 when
+    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned; a bridge that no pod needs goes. Returns the number of writes, 0 when
     /// all was as planned.
     ///
     /// # Errors
     /// The kernel refuses a step; those before it stay, the next call goes on.
     pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
-        node::apply(&self.links, plan).await
+        node::apply(&self.links, plan, &self.bridge).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
@@ -190,7 +191,7 @@ impl Dataplane {
         let made = async {
             endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
-            endpoint::wait_until_forwarding(&self.links, &plan.host_ifname).await?;
+            endpoint::wait_until_open(&self.links, plan).await?;
             Ok(has_defaults)
         };
         match made.await {
@@ -259,8 +260,8 @@ impl Dataplane {
         Ok(found)
     }
 
-    /// Removes routes to single addresses through the bridge and permanent neighbours on it that are of none of `known`. Returns
-    /// how many. Nobody may be attaching meanwhile.
+    /// Removes routes to single addresses through the bridge or a host end, and permanent neighbours there, that are of none of
+    /// `known`. Returns how many. Nobody may be attaching meanwhile.
     ///
     /// # Errors
     /// What the kernel refused; the rest was removed all the same.

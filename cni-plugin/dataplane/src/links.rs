@@ -263,14 +263,20 @@ impl Links {
     /// write takes the table's lock. So what is not listed is a reason to set it, never to call it missing: use
     /// [`Links::hold_neighbour`].
     pub async fn permanent_neighbours(&self, index: u32) -> Result<Vec<(IpAddr, MacAddr)>> {
+        let all = self.all_permanent_neighbours().await?.into_iter();
+        Ok(all.filter(|(of, ..)| *of == index).map(|(_, address, mac)| (address, mac)).collect())
+    }
+
+    /// The same of all links, with the link.
+    pub async fn all_permanent_neighbours(&self) -> Result<Vec<(u32, IpAddr, MacAddr)>> {
         let mut found = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let messages = self.neighbour_messages(family, "list neighbours").await?;
             found.extend(
                 messages
                     .iter()
-                    .filter(|m| m.header.ifindex == index && m.header.state == NeighbourState::Permanent)
-                    .filter_map(|m| Some((neighbour_address(m)?, neighbour_mac(m)?))),
+                    .filter(|m| m.header.state == NeighbourState::Permanent)
+                    .filter_map(|m| Some((m.header.ifindex, neighbour_address(m)?, neighbour_mac(m)?))),
             );
         }
         Ok(found)

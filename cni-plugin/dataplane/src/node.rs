@@ -12,7 +12,7 @@ use netlink_packet_route::link::{
 use rtnetlink::{LinkBridge, LinkVxlan};
 
 use crate::error::{Error, Result};
-use crate::links::{Fdb, Links, Route, set_sysctl};
+use crate::links::{Fdb, Links, Route, master_of, set_sysctl};
 
 /// What the kernel module `br_netfilter` adds, if it is there: bridged packets pass the IP hooks on their way through the
 /// bridge. A packet to a Service whose server is a pod of this node would then be translated inside the bridge, and bridged
@@ -21,16 +21,20 @@ use crate::links::{Fdb, Links, Route, set_sysctl};
 const BRIDGE_FILTERS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
 
 /// Makes the node as planned; returns the number of writes.
-pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
+///
+/// `bridge` is the name of the bridge that is ours, and removed where the plan has none.
+pub async fn apply(links: &Links, plan: &NodePlan, bridge: &str) -> Result<usize> {
     let mut writes = 0;
     writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
     if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
         writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
     }
-    for name in BRIDGE_FILTERS {
-        writes += usize::from(set_sysctl(&format!("bridge/{name}"), "0")?);
-    }
-    writes += apply_bridge(links, &plan.bridge).await?;
+    // Either of the two turns it on; other interfaces keep their own.
+    writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
+    writes += match &plan.bridge {
+        Some(plan) => apply_bridge(links, plan).await?,
+        None => usize::from(remove_unused_bridge(links, bridge).await?),
+    };
     let mut routes: BTreeSet<Route> = BTreeSet::new();
     for range in &plan.pod_ranges {
         // Without it a packet to an address that no pod has would leave by the default route.
@@ -81,8 +85,25 @@ async fn apply_vtep_addresses(links: &Links, index: u32, pod_ranges: &[IpNetwork
     Ok(writes)
 }
 
+/// Removes the bridge of that name, if it has the pods' gateway and no port: what a time in mode `bridge` left.
+async fn remove_unused_bridge(links: &Links, name: &str) -> Result<bool> {
+    let Some(link) = links.link(name).await?.filter(|link| kind_of(link) == Some(&InfoKind::Bridge)) else {
+        return Ok(false);
+    };
+    let index = link.header.index;
+    let is_ours = links.addresses(index).await?.contains(&(IpAddr::V4(GATEWAY_V4), 32));
+    if !is_ours || links.all_links().await?.iter().any(|link| master_of(link) == Some(index)) {
+        return Ok(false);
+    }
+    links.delete_link(index, name).await?;
+    Ok(true)
+}
+
 async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
     let mut writes = 0;
+    for name in BRIDGE_FILTERS {
+        writes += usize::from(set_sysctl(&format!("bridge/{name}"), "0")?);
+    }
     let link = match links.link(&plan.name).await? {
         Some(link) => link,
         None => {
@@ -108,8 +129,6 @@ async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
     writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
     // All pod traffic leaves where it came in; hosts need not be told so.
     writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
-    // Either of the two turns it on; other interfaces keep their own.
-    writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     let present = links.addresses(index).await?;
     for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {
@@ -190,7 +209,7 @@ async fn apply_peers(links: &Links, index: u32, plan: &NodePlan) -> Result<usize
     Ok(writes)
 }
 
-/// Routes through the overlay and the unreachable ones; the pods' own routes go by the bridge and stay.
+/// Routes through the overlay and the unreachable ones; the pods' own routes go by other devices and stay.
 async fn apply_routes(links: &Links, device: Option<u32>, wanted: &BTreeSet<Route>) -> Result<usize> {
     let mut writes = 0;
     let present: BTreeSet<Route> =

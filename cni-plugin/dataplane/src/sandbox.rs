@@ -8,7 +8,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::path::Path;
 
-use holdfast_net_core::plan::{EndpointPlan, GATEWAY_V4, GATEWAY_V6};
+use holdfast_net_core::plan::EndpointPlan;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::LinkFlags;
@@ -158,10 +158,8 @@ async fn own_link(links: &Links, name: &str) -> Result<u32> {
         .ok_or_else(|| Error::Protocol(format!("{name} vanished from the sandbox while it was set up")))
 }
 
-fn gateways(plan: &EndpointPlan) -> Vec<IpAddr> {
-    let v4 = plan.addresses.iter().any(IpAddr::is_ipv4).then_some(IpAddr::V4(GATEWAY_V4));
-    let v6 = plan.addresses.iter().any(IpAddr::is_ipv6).then_some(IpAddr::V6(GATEWAY_V6));
-    v4.into_iter().chain(v6).collect()
+fn gateways(plan: &EndpointPlan) -> impl Iterator<Item = IpAddr> {
+    plan.gateways().into_iter().map(|(address, _)| address)
 }
 
 fn routes(plan: &EndpointPlan, index: u32) -> Vec<Route> {

@@ -36,9 +36,9 @@ struct Args {
     /// Folder of the plugin's delete records.
     #[arg(long, default_value = "/var/lib/holdfast/netd/pending")]
     pending_dir: PathBuf,
-    /// How pods are attached.
+    /// How new pods are attached. Those that are keep what they have.
     #[arg(long, value_enum, default_value = "bridge")]
-    mode: ModeArg,
+    attachment: AttachmentArg,
     /// Interface of the underlay; by default the one that has the node's InternalIP.
     #[arg(long)]
     uplink: Option<String>,
@@ -76,8 +76,10 @@ struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum ModeArg {
+enum AttachmentArg {
+    /// To a bridge of the node.
     Bridge,
+    /// Without a bridge: the node's end of each pod's link is its gateway.
     Routed,
 }
 
@@ -91,9 +93,9 @@ impl Args {
             ClusterRange::new(*range, if range.is_ipv4() { v4 } else { v6 }).map_err(anyhow::Error::msg)
         };
         let cluster_ranges = args.cluster_cidr.iter().map(cluster_range).collect::<Result<_, _>>()?;
-        let mode = match args.mode {
-            ModeArg::Bridge => Mode::Bridge,
-            ModeArg::Routed => Mode::Routed,
+        let mode = match args.attachment {
+            AttachmentArg::Bridge => Mode::Bridge,
+            AttachmentArg::Routed => Mode::Routed,
         };
         let overlay = OverlaySettings {
             bridge: args.bridge,

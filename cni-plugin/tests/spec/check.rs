@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::support::{Cluster, Netns, Node, eventually};
+use super::support::{Cluster, Netns, Node, eventually, host_end, is_routed, pod_device, pod_end};
 use super::{add, mk_node};
 
 struct Bed {
@@ -36,7 +36,7 @@ impl Bed {
     }
 
     fn host_end(&self) -> String {
-        self.result["interfaces"][1]["name"].as_str().unwrap().to_owned()
+        host_end(&self.result).to_owned()
     }
 }
 
@@ -50,7 +50,7 @@ fn check_must_consult_the_previous_result() {
     other["ips"][0]["address"] = json!("10.42.1.77/32");
     assert!(bed.check_with(other).unwrap_err()["msg"].as_str().unwrap().contains("not in prevResult"));
     let mut other = bed.result.clone();
-    other["interfaces"][2]["mac"] = json!("0a:00:00:00:00:07");
+    other["interfaces"][pod_end(&bed.result)]["mac"] = json!("0a:00:00:00:00:07");
     assert!(bed.check_with(other).unwrap_err()["msg"].as_str().unwrap().contains("names MAC"));
 }
 
@@ -61,7 +61,7 @@ fn check_must_allow_for_changes_by_a_later_plugin_that_the_previous_result_tells
     bed.sandbox.ip("link set eth0 mtu 1300");
     bed.refuses("MTU");
     let mut later = bed.result.clone();
-    later["interfaces"][2]["mtu"] = json!(1300);
+    later["interfaces"][pod_end(&bed.result)]["mtu"] = json!(1300);
     assert!(
         bed.check_with(later.clone()).unwrap_err()["msg"].as_str().unwrap().contains("route to 0.0.0.0/0")
     );
@@ -89,39 +89,45 @@ fn check_should_fail_when_something_that_the_result_does_not_tell_is_wrong() {
     let bed = Bed::new();
     let host = bed.host_end();
     let address = super::support::address_of(&bed.result);
-    for (take, put, part) in [
-        (
-            format!("link set {host} type bridge_slave isolated off"),
-            format!("link set {host} type bridge_slave isolated on"),
-            "isolated",
-        ),
-        (
-            format!("link set {host} type bridge_slave learning on"),
-            format!("link set {host} type bridge_slave learning off"),
-            "learns",
-        ),
-        (
-            format!("link set {host} type bridge_slave flood on"),
-            format!("link set {host} type bridge_slave flood off"),
-            "flooded",
-        ),
+    let device = pod_device(&bed.result);
+    let mut cases = vec![
         (
             format!("route del {address}"),
-            format!("route add {address} dev hf0 proto 72 scope link"),
+            format!("route add {address} dev {device} proto 72 scope link"),
             "lacks the route",
         ),
         (
-            format!("neigh replace {address} lladdr 0a:00:00:00:00:07 dev hf0 nud permanent"),
+            format!("neigh replace {address} lladdr 0a:00:00:00:00:07 dev {device} nud permanent"),
             String::new(),
             "neighbour",
         ),
-    ] {
+    ];
+    // What only one of the modes has goes ahead: the last case is not put right.
+    let of_port = |change: &str| format!("link set {host} type bridge_slave {change}");
+    let own = if is_routed() {
+        vec![(format!("link set {host} mtu 1300"), format!("link set {host} mtu 1450"), "another MTU")]
+    } else {
+        [
+            ("isolated off", "isolated on", "isolated"),
+            ("learning on", "learning off", "learns"),
+            ("flood on", "flood off", "flooded"),
+        ]
+        .map(|(wrong, right, part)| (of_port(wrong), of_port(right), part))
+        .to_vec()
+    };
+    cases.splice(0..0, own);
+    for (take, put, part) in cases {
         bed.node.netns.ip(&take);
         bed.refuses(part);
         if !put.is_empty() {
             bed.node.netns.ip(&put);
             bed.check().unwrap();
         }
+    }
+    if is_routed() {
+        let bed = Bed::new();
+        bed.node.netns.ip(&format!("addr del 169.254.1.1/32 dev {}", bed.host_end()));
+        bed.refuses("gateway's address");
     }
 }
 
@@ -142,6 +148,14 @@ fn check_should_fail_when_the_container_is_generally_unreachable() {
     let bed = Bed::new();
     bed.node.netns.ip(&format!("link set {} down", bed.host_end()));
     bed.refuses("is down");
+    let bed = Bed::new();
+    if is_routed() {
+        bed.node.netns.ip("link add other type bridge");
+        bed.node.netns.ip(&format!("link set {} master other", bed.host_end()));
+        bed.refuses("port of another interface");
+        return;
+    }
+    bed.node.netns.ip(&format!("link set {} down", bed.host_end()));
     bed.node.netns.ip(&format!("link set {} up", bed.host_end()));
     eventually("it forwards", || bed.check().is_ok());
     bed.node.netns.ip(&format!("link set {} nomaster", bed.host_end()));
@@ -170,9 +184,9 @@ fn check_should_fail_when_the_daemon_that_connectivity_depends_on_is_down() {
 #[test]
 fn check_should_find_firewall_rules_that_are_missing() {
     let bed = Bed::new();
-    for what in
-        ["flush set bridge holdfast pin4", "delete table inet holdfast", "flush chain inet holdfast forward"]
-    {
+    let pins =
+        if is_routed() { "flush set inet holdfast pin_routed4" } else { "flush set bridge holdfast pin4" };
+    for what in [pins, "delete table inet holdfast", "flush chain inet holdfast forward"] {
         let mut command = bed.node.netns.exec("nft");
         assert!(command.args(what.split(' ')).status().unwrap().success());
         bed.check().unwrap();

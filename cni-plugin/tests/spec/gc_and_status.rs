@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::support::{Cluster, Netns, address_of, eventually};
+use super::support::{Cluster, Netns, address_of, eventually, pod_device};
 use super::{add, mk_node};
 
 fn valid(ids: &[&str]) -> Value {
@@ -37,14 +37,15 @@ fn gc_should_free_every_attachment_that_is_not_in_the_list_and_no_other() {
 fn gc_should_remove_what_belongs_to_no_attachment_at_all() {
     let (_cluster, node) = mk_node();
     let sandbox = Netns::new();
-    add(&node, "c", &sandbox).unwrap();
+    let result = add(&node, "c", &sandbox).unwrap();
+    let device = pod_device(&result);
     let clean = node.pod_state();
     let left_over = "0a:00:00:00:00:07";
     for command in [
         "link add hfv0123456789ab type veth peer name hfleft",
         "link set hfv0123456789ab alias holdfast:gone/eth0",
-        "route add 10.42.1.99 dev hf0 proto 72 scope link",
-        &format!("neigh add 10.42.1.99 lladdr {left_over} dev hf0 nud permanent"),
+        &format!("route add 10.42.1.99 dev {device} proto 72 scope link"),
+        &format!("neigh add 10.42.1.99 lladdr {left_over} dev {device} nud permanent"),
     ] {
         node.netns.ip(command);
     }

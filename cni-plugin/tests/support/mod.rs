@@ -17,6 +17,16 @@ pub const METRICS_PORT: u16 = 9480;
 
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
+/// Whether pods are attached without a bridge: the suites run once more as modules of `routed.rs`.
+pub fn is_routed() -> bool {
+    module_path!().starts_with("routed::")
+}
+
+/// The mode of this run, as the agent's option has it.
+pub fn attachment() -> &'static str {
+    if is_routed() { "routed" } else { "bridge" }
+}
+
 /// A network namespace that lives as long as this value.
 pub struct Netns {
     pub name: String,
@@ -25,7 +35,9 @@ pub struct Netns {
 impl Netns {
     pub fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests make network namespaces: run them as root");
-        let name = format!("hft{}-{}", std::process::id(), NAMES.fetch_add(1, Ordering::Relaxed));
+        // Several copies of this module, each counting for itself, are in the program of mode `routed`.
+        let number = NAMES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hft{}-{}-{number}", std::process::id(), module_path!().len());
         run("ip", &["netns", "add", &name]);
         run("ip", &["-n", &name, "link", "set", "lo", "up"]);
         Self { name }
@@ -170,7 +182,7 @@ impl Cluster {
         netns.ip("link set eth0 up");
         let state = self.folder.path().join(name);
         let (name, objects) = (name.to_owned(), self.objects());
-        let mut node = Node { name, objects, netns, state, settings, agent: None };
+        let mut node = Node { name, objects, netns, state, settings, attachment: attachment(), agent: None };
         node.start();
         node
     }
@@ -183,6 +195,8 @@ pub struct Node {
     pub netns: Netns,
     pub state: PathBuf,
     settings: &'static [&'static str],
+    /// Its mode from the next start on.
+    pub attachment: &'static str,
     agent: Option<Child>,
 }
 
@@ -205,7 +219,7 @@ impl Node {
         command.args(["--node", &self.name]).arg("--objects").arg(&self.objects);
         command.arg("--state-dir").arg(self.state.join("state")).arg("--socket").arg(self.socket());
         command.arg("--pending-dir").arg(self.pending());
-        command.args(self.settings);
+        command.args(self.settings).args(["--attachment", self.attachment]);
         // Each node has a loopback of its own.
         command.arg("--metrics").arg(format!("127.0.0.1:{METRICS_PORT}"));
         self.agent = Some(command.stderr(log).spawn().unwrap());
@@ -394,6 +408,25 @@ pub fn plugin(netns: Option<&Netns>, variables: &[(&str, &str)], input: &str) ->
 pub fn address_of(result: &Value) -> String {
     let text = result["ips"][0]["address"].as_str().unwrap();
     text.split('/').next().unwrap().to_owned()
+}
+
+/// Where the pod's end is in the interfaces of a result.
+pub fn pod_end(result: &Value) -> usize {
+    let interfaces = result["interfaces"].as_array().unwrap();
+    interfaces
+        .iter()
+        .position(|interface| interface["sandbox"] != Value::Null && interface["sandbox"] != "")
+        .unwrap()
+}
+
+/// The name of the interface on the node.
+pub fn host_end(result: &Value) -> &str {
+    result["interfaces"][pod_end(result) - 1]["name"].as_str().unwrap()
+}
+
+/// Where the node's route to the pod leads.
+pub fn pod_device(result: &Value) -> &str {
+    if is_routed() { host_end(result) } else { "hf0" }
 }
 
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

@@ -124,7 +124,12 @@ impl Agent {
 fn pinned(ruleset: &Ruleset, world: &World) -> Ruleset {
     let mut ruleset = ruleset.clone();
     for address in world.subjects.iter().flat_map(|subject| &subject.addresses) {
-        let pin = Pin { ifname: "hfv".to_owned(), mac: MacAddr([2, 0, 0, 0, 0, 1]), address: *address };
+        let pin = Pin {
+            ifname: "hfv".to_owned(),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            address: *address,
+            routed: false,
+        };
         ruleset.pins.insert(pin);
     }
     ruleset

@@ -137,7 +137,8 @@ fn pinned(pin: &Pin) -> Raw {
     key.extend_from_slice(&pin.mac.0);
     key.extend_from_slice(&[0, 0]);
     key.extend_from_slice(&octets(pin.address));
-    Raw::new(by_family(pin.address, "pin4", "pin6"), key, Data::None)
+    let (v4, v6) = if pin.routed { ("pin_routed4", "pin_routed6") } else { ("pin4", "pin6") };
+    Raw::new(by_family(pin.address, v4, v6), key, Data::None)
 }
 
 /// Puts the kernel's elements together again. Elements nobody of us wrote (another shape) are left out and counted, so
@@ -187,7 +188,10 @@ fn add_raw(ruleset: &mut Ruleset, raw: &Raw) -> Option<()> {
             ruleset.profiles.entry(id).or_default().push(rule);
         }
         ("pin4" | "pin6", Data::None) => {
-            ruleset.pins.insert(pin_of(&raw.key)?);
+            ruleset.pins.insert(pin_of(&raw.key, false)?);
+        }
+        ("pin_routed4" | "pin_routed6", Data::None) => {
+            ruleset.pins.insert(pin_of(&raw.key, true)?);
         }
         _ => return None,
     }
@@ -257,13 +261,14 @@ fn profile_rule(from: &[u8], to: &[u8]) -> Option<(ProfileId, PortRule)> {
     (id == id_to).then_some((ProfileId(id), rule))
 }
 
-fn pin_of(key: &[u8]) -> Option<Pin> {
+fn pin_of(key: &[u8], routed: bool) -> Option<Pin> {
     let name = key.get(..16)?;
     let end = name.iter().position(|b| *b == 0).unwrap_or(16);
     Some(Pin {
         ifname: std::str::from_utf8(&name[..end]).ok()?.to_string(),
         mac: MacAddr(key.get(16..22)?.try_into().ok()?),
         address: address(key.get(24..)?)?,
+        routed,
     })
 }
 
@@ -282,11 +287,14 @@ mod tests {
             r.cls_in.insert(ip(a), ClassId(n));
             r.cls_eg.insert(ip(a), ClassId(n + 10));
             r.ident.insert(ip(a), IdentityId(n + 20));
-            r.pins.insert(Pin {
-                ifname: "hfv0123456789ab".into(),
-                mac: MacAddr([2, 0, 0, 0, 0, 9]),
-                address: ip(a),
-            });
+            for routed in [false, true] {
+                r.pins.insert(Pin {
+                    ifname: "hfv0123456789ab".into(),
+                    mac: MacAddr([2, 0, 0, 0, 0, 9]),
+                    address: ip(a),
+                    routed,
+                });
+            }
         }
         for (first, last, n) in [
             ("10.1.0.0", "10.1.255.255", 5),

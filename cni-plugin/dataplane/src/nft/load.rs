@@ -100,8 +100,11 @@ pub fn damage(socket: &mut NetfilterSocket, table: &str) -> Result<Option<String
 /// Packets dropped by policy, and by the source pin.
 pub fn denied(socket: &mut NetfilterSocket, table: &str) -> Result<(u64, u64)> {
     let found = found_rules(socket, table)?;
-    let of = |chain: &str| found.iter().filter(|f| f.chain.name == chain).filter_map(|f| f.packets).sum();
-    Ok((of("deny"), of("pin")))
+    let of = |chain: &str| -> u64 {
+        found.iter().filter(|f| f.chain.name == chain).filter_map(|f| f.packets).sum()
+    };
+    let pinned: u64 = ["pin", "pin_routed"].into_iter().map(of).sum();
+    Ok((of("deny"), pinned))
 }
 
 /// A rule of ours as the kernel has it.

@@ -317,11 +317,14 @@ mod tests {
             r.cls_in.insert(ip(a), ClassId(n));
             r.cls_eg.insert(ip(a), ClassId(n));
             r.ident.insert(ip(a), IdentityId(n));
-            r.pins.insert(Pin {
-                ifname: "hfv0123456789ab".into(),
-                mac: MacAddr([2, 0, 0, 0, 0, 9]),
-                address: ip(a),
-            });
+            for routed in [false, true] {
+                r.pins.insert(Pin {
+                    ifname: "hfv0123456789ab".into(),
+                    mac: MacAddr([2, 0, 0, 0, 0, 9]),
+                    address: ip(a),
+                    routed,
+                });
+            }
         }
         for (first, last, n) in [
             ("10.1.0.0", "10.1.255.255", 5),

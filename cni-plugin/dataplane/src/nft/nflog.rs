@@ -515,7 +515,7 @@ mod tests {
         // Only a pinned address has connections that can be revoked.
         let mut rules = Ruleset::default();
         let (ifname, mac) = ("hfv0123456789ab".into(), MacAddr([2, 0, 0, 0, 0, 9]));
-        rules.pins.insert(Pin { ifname, mac, address: ip("127.0.0.1") });
+        rules.pins.insert(Pin { ifname, mac, address: ip("127.0.0.1"), routed: false });
         nft.apply(&rules).unwrap();
         let mut log = FlowLog::open(Config::default().log_group).unwrap();
         let server = UdpSocket::bind("127.0.0.2:5001").unwrap();

@@ -8,6 +8,7 @@
 //!   pickup: the same for the reversed reading of a TCP packet that opens nothing
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
+//!   pin_routed (hook prerouting): what pin does, for ports that are no bridge's
 //! ```
 //!
 //! `forward` and `input` end with a log of new connections (rate-limited, like that of denied packets) and the mark of the
@@ -23,7 +24,7 @@ use super::wire::host32;
 use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
 
 /// Version of this skeleton, part of every rule's comment.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Packets per second that each of the two logs passes on, so that a reader costs few of the new connections per second.
 const LOG_PER_SECOND: u64 = 100;
 
@@ -170,12 +171,12 @@ const fn cidr_map(name: &'static str, key: &'static [Type]) -> SetDef {
     SetDef { table: Table::Inet, name, key, value: Value::Mark, interval: true }
 }
 
-const fn pin(name: &'static str, key: &'static [Type]) -> SetDef {
-    SetDef { table: Table::Bridge, name, key, value: Value::None, interval: false }
+const fn pin(table: Table, name: &'static str, key: &'static [Type]) -> SetDef {
+    SetDef { table, name, key, value: Value::None, interval: false }
 }
 
 /// All sets and maps.
-pub const SETS: [SetDef; 13] = [
+pub const SETS: [SetDef; 15] = [
     map("cls_in4", &[Type::Ipv4]),
     map("cls_in6", &[Type::Ipv6]),
     map("cls_eg4", &[Type::Ipv4]),
@@ -193,8 +194,10 @@ pub const SETS: [SetDef; 13] = [
         value: Value::Verdict,
         interval: true,
     },
-    pin("pin4", &[Type::IfName, Type::Ether, Type::Ipv4]),
-    pin("pin6", &[Type::IfName, Type::Ether, Type::Ipv6]),
+    pin(Table::Bridge, "pin4", &[Type::IfName, Type::Ether, Type::Ipv4]),
+    pin(Table::Bridge, "pin6", &[Type::IfName, Type::Ether, Type::Ipv6]),
+    pin(Table::Inet, "pin_routed4", &[Type::IfName, Type::Ether, Type::Ipv4]),
+    pin(Table::Inet, "pin_routed6", &[Type::IfName, Type::Ether, Type::Ipv6]),
 ];
 
 /// The definition of the set called `name`.
@@ -210,6 +213,9 @@ pub struct Hook {
     /// Priority, lower is earlier.
     pub priority: i32,
 }
+
+/// Prerouting, before conntrack: what is dropped there leaves no entry.
+const PIN_HOOK: Hook = Hook { number: 0, priority: -300 };
 
 /// A chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,7 +233,7 @@ const fn chain(name: &'static str, hook: Option<Hook>) -> ChainDef {
 }
 
 /// All chains, those that are jumped to first.
-pub const CHAINS: [ChainDef; 11] = [
+pub const CHAINS: [ChainDef; 12] = [
     chain("deny_log", None),
     chain("deny", None),
     chain("stateless", None),
@@ -239,7 +245,8 @@ pub const CHAINS: [ChainDef; 11] = [
     // NF_INET_FORWARD after DNAT, before SNAT; NF_INET_LOCAL_IN.
     chain("forward", Some(Hook { number: 2, priority: 0 })),
     chain("input", Some(Hook { number: 1, priority: 0 })),
-    ChainDef { table: Table::Bridge, name: "pin", hook: Some(Hook { number: 0, priority: -300 }) },
+    ChainDef { table: Table::Bridge, name: "pin", hook: Some(PIN_HOOK) },
+    chain("pin_routed", Some(PIN_HOOK)),
 ];
 
 /// A rule; `revision` says whether it carries the policy revision and is replaced by a revoking change.
@@ -278,6 +285,7 @@ pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
         "deny" => fixed(deny()),
         "deny_log" => fixed(deny_log(params.log_group)),
         "pin" => fixed(pin_rules()),
+        "pin_routed" => fixed(pin_routed_rules()),
         _ => Vec::new(),
     }
 }
@@ -517,27 +525,54 @@ const ETH_IPV4: [u8; 2] = [0x08, 0x00];
 const ETH_ARP: [u8; 2] = [0x08, 0x06];
 const ETH_IPV6: [u8; 2] = [0x86, 0xdd];
 
-fn pin_rules() -> Vec<Vec<Expr>> {
-    // The interface name fills R0..R3, the MAC R4..R5, the address follows at R6.
-    let (mac, address) = (Reg::new(4), Reg::new(6));
-    let pinned = |ethertype: [u8; 2], mac_at: (Base, u32), addr_at: u32, len: u32, set: &'static str| {
+/// The interface name fills R0..R3, the MAC R4..R5, the address follows at R6.
+const PIN_MAC: Reg = Reg::new(4);
+const PIN_ADDRESS: Reg = Reg::new(6);
+
+/// By prefix, not by a set of ports: one of ours without pins sends nothing.
+fn of_no_pod() -> Vec<Expr> {
+    vec![
+        Expr::MetaLoad(Meta::IifName, R0),
+        Expr::Cmp(R0, Cmp::Neq, HOST_IFNAME_PREFIX.as_bytes().to_vec()),
+        Expr::Verdict(Verdict::Accept),
+    ]
+}
+
+/// The same for ports that the node's own IP stack has. ARP does not come by: what a pod says there counts on its own port only.
+fn pin_routed_rules() -> Vec<Vec<Expr>> {
+    let pinned = |family: u8, at: u32, len: u32, set: &'static str| {
         vec![
-            Expr::Payload(Base::Link, 12, 2, R0),
-            Expr::Cmp(R0, Cmp::Eq, ethertype.to_vec()),
+            Expr::MetaLoad(Meta::NfProto, R0),
+            Expr::Cmp(R0, Cmp::Eq, vec![family]),
             Expr::MetaLoad(Meta::IifName, R0),
-            Expr::Payload(mac_at.0, mac_at.1, 6, mac),
-            Expr::Payload(Base::Network, addr_at, len, address),
+            Expr::Payload(Base::Link, 6, 6, PIN_MAC),
+            Expr::Payload(Base::Network, at, len, PIN_ADDRESS),
             Expr::Contains(set, R0),
             Expr::Verdict(Verdict::Accept),
         ]
     };
     vec![
-        // By prefix, not by a set of ports: one of ours without pins sends nothing.
+        of_no_pod(),
+        pinned(NFPROTO_IPV4, 12, 4, "pin_routed4"),
+        pinned(NFPROTO_IPV6, 8, 16, "pin_routed6"),
+        vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
+    ]
+}
+
+fn pin_rules() -> Vec<Vec<Expr>> {
+    let pinned = |ethertype: [u8; 2], mac_at: (Base, u32), addr_at: u32, len: u32, set: &'static str| {
         vec![
+            Expr::Payload(Base::Link, 12, 2, R0),
+            Expr::Cmp(R0, Cmp::Eq, ethertype.to_vec()),
             Expr::MetaLoad(Meta::IifName, R0),
-            Expr::Cmp(R0, Cmp::Neq, HOST_IFNAME_PREFIX.as_bytes().to_vec()),
+            Expr::Payload(mac_at.0, mac_at.1, 6, PIN_MAC),
+            Expr::Payload(Base::Network, addr_at, len, PIN_ADDRESS),
+            Expr::Contains(set, R0),
             Expr::Verdict(Verdict::Accept),
-        ],
+        ]
+    };
+    vec![
+        of_no_pod(),
         pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4"),
         pinned(ETH_ARP, (Base::Network, 8), 14, 4, "pin4"),
         pinned(ETH_IPV6, (Base::Link, 6), 8, 16, "pin6"),

@@ -13,9 +13,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use holdfast_dataplane::{Config, Dataplane};
-use holdfast_net_core::plan::{BridgePlan, EndpointPlan, NodePlan};
+use holdfast_net_core::plan::{Attachment, BridgePlan, EndpointPlan, NodePlan};
 use holdfast_net_core::ports::{PortRule, Proto};
 use holdfast_net_core::ruleset::{ClassId, IdentityId, ProfileId, Ruleset, pins_of};
+
+/// Whether pods are attached without a bridge: the suite runs once more as a module of `routed`.
+pub fn is_routed() -> bool {
+    module_path!().starts_with("routed::")
+}
 
 /// A named network namespace; deleted with the value.
 pub struct Netns {
@@ -131,19 +136,37 @@ impl NodeRuntime {
 pub struct Node {
     pub netns: Netns,
     pub runtime: NodeRuntime,
-    pub bridge: BridgePlan,
+    pub attachment: Attachment,
 }
 
 impl Node {
     pub fn new(name: &str) -> Self {
         let netns = Netns::new(name);
         let runtime = NodeRuntime::start(&netns);
-        Self { netns, runtime, bridge: BridgePlan::for_node(name, 1450) }
+        let attachment = if is_routed() {
+            Attachment::Routed { mtu: 1450 }
+        } else {
+            Attachment::Bridge(BridgePlan::for_node(name, 1450))
+        };
+        Self { netns, runtime, attachment }
+    }
+
+    /// The bridge of its plan.
+    pub fn bridge(&self) -> Option<BridgePlan> {
+        match &self.attachment {
+            Attachment::Bridge(bridge) => Some(bridge.clone()),
+            Attachment::Routed { .. } => None,
+        }
+    }
+
+    /// Where its route to a pod leads.
+    pub fn pod_device(&self, plan: &EndpointPlan) -> String {
+        self.bridge().map_or_else(|| plan.host_ifname.clone(), |bridge| bridge.name)
     }
 
     pub fn alone_plan(&self) -> NodePlan {
         NodePlan {
-            bridge: self.bridge.clone(),
+            bridge: self.bridge(),
             vxlan: None,
             peers: vec![],
             pod_ranges: vec!["fd99::/64".parse().unwrap()],
@@ -152,7 +175,7 @@ impl Node {
 
     pub fn endpoint(&self, pod: &Netns, address: &str) -> EndpointPlan {
         let addresses = address.split(',').map(|a| a.parse().unwrap()).collect();
-        EndpointPlan::new(pod.name(), "eth0", addresses, &self.bridge)
+        self.attachment.endpoint(pod.name(), "eth0", addresses)
     }
 }
 

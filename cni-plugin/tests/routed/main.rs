@@ -1,0 +1,15 @@
+//! The suites of the CNI verbs, leases and kills once more, in mode `routed`; and what is about both modes. On the real
+//! binaries, a real agent and a real kernel. Needs root.
+
+// Helpers of a test may panic like the test itself.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../cni.rs"]
+mod cni;
+#[path = "../crash/main.rs"]
+mod crash;
+#[path = "../leases.rs"]
+mod leases;
+mod mode_change;
+#[path = "../spec/main.rs"]
+mod spec;
