@@ -20,6 +20,7 @@ mod prober;
 mod random;
 mod revocation;
 mod services;
+mod torture;
 mod world;
 
 use std::process::ExitCode;
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let shared = Shared::default();
-    let trials = vec![
+    let mut trials = vec![
         trial(&shared, "a_table_without_policies_is_open", bites::everything_is_open),
         trial(&shared, "a_policy_that_an_agent_does_not_know_is_a_mismatch", bites::a_policy_left_out),
         trial(&shared, "rules_that_are_gone_are_a_mismatch", bites::rules_are_gone),
@@ -65,6 +66,13 @@ fn main() -> ExitCode {
         trial(&shared, "conntrack_entries_that_a_change_forbids_are_deleted_and_no_others", hygiene::run),
         trial(&shared, "random_policies_are_enforced_as_the_oracle_says", random::run),
     ];
+    // On nodes of its own, and before the shared bed: an interrupt ends the bed that started last.
+    trials.insert(
+        0,
+        Trial::test("a_network_of_three_nodes_survives_kills_cuts_tampering_and_churn", || {
+            torture::run().map_err(|error| format!("{error:#}").into())
+        }),
+    );
     let conclusion = libtest_mimic::run(&arguments, trials);
     let bed = shared.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(Err(error)) = bed.map(|bed| bed.end(conclusion.has_failed())) {
