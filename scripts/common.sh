@@ -62,7 +62,8 @@ need_cluster_packages() {
 need_test_packages() {
     need_debian nbdinfo=libnbd-bin nbdcopy=libnbd-bin qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils fio=fio \
         nbdkit=nbdkit qemu-storage-daemon=qemu-system-common \
-        ping=iputils-ping pgrep=procps xfs_repair=xfsprogs /usr/lib/cni/portmap=containernetworking-plugins iptables=iptables
+        ping=iputils-ping pgrep=procps xfs_repair=xfsprogs /usr/lib/cni/portmap=containernetworking-plugins iptables=iptables \
+        busybox=busybox-static containerd=containerd runc=runc podman=podman
 }
 
 # What the tier vm uses beside that. Without the kernel its tests are skipped, with the reason.

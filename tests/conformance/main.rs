@@ -2,6 +2,7 @@
 
 mod csi_sanity;
 mod manifests;
+mod runtimes;
 
 use std::process::ExitCode;
 
@@ -20,5 +21,6 @@ fn main() -> ExitCode {
     }
     let mut trials = manifests::trials();
     trials.extend(csi_sanity::trials());
+    trials.extend(runtimes::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

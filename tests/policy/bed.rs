@@ -55,7 +55,8 @@ impl Bed {
     /// # Errors
     /// Something does not start.
     pub fn start(attachment: &str) -> Result<Self> {
-        let net = NetBed::start_with("policy", 2, &[&format!("--attachment={attachment}")])?;
+        let settings = ["--address-quarantine-s=0", &format!("--attachment={attachment}")];
+        let net = NetBed::start_with("policy", 2, &settings)?;
         let mut bed = Self {
             net,
             attachments: BTreeMap::new(),

@@ -20,6 +20,7 @@ mod prober;
 mod random;
 mod revocation;
 mod services;
+mod torture;
 mod world;
 
 use std::process::ExitCode;
@@ -79,6 +80,13 @@ fn main() -> ExitCode {
         trial_in(&shared, "routed", &format!("routed::{name}"), *body)
     };
     trials.extend(IN_BOTH_MODES.iter().map(routed));
+    // On nodes of its own, and before the shared bed: an interrupt ends the bed that started last.
+    trials.insert(
+        0,
+        Trial::test("a_network_of_three_nodes_survives_kills_cuts_tampering_and_churn", || {
+            torture::run().map_err(|error| format!("{error:#}").into())
+        }),
+    );
     let conclusion = libtest_mimic::run(&arguments, trials);
     let bed = shared.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(Err(error)) = bed.map(|(_, bed)| bed.end(conclusion.has_failed())) {

@@ -534,7 +534,10 @@ fn open_node() -> Result<Sockets> {
 }
 
 /// Raw sockets of protocol 255 only send, headers and all.
-fn open_senders() -> Result<[OwnedFd; 2]> {
+///
+/// # Errors
+/// They cannot be opened.
+pub fn open_senders() -> Result<[OwnedFd; 2]> {
     let sender = |family| opened(family, SockType::Raw, SockProtocol::Raw);
     Ok([sender(AddressFamily::Inet)?, sender(AddressFamily::Inet6)?])
 }

@@ -127,9 +127,11 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
 /// Where a tool cannot be had, each test that needs it says so.
 fn build_tools(tier: &str) -> Result<()> {
     let skips = match tier {
-        "conformance" => [go_tools::csi_sanity()?.err(), None],
-        "kubernetes" => [go_tools::etcd()?.err(), go_tools::kube_apiserver()?.err()],
-        _ => [None, None],
+        "conformance" => {
+            vec![go_tools::csi_sanity()?.err(), go_tools::cnitool()?.err(), go_tools::cni_plugins()?.err()]
+        }
+        "kubernetes" => vec![go_tools::etcd()?.err(), go_tools::kube_apiserver()?.err()],
+        _ => Vec::new(),
     };
     for skip in skips.into_iter().flatten() {
         println!("not built: {}", skip.0);

@@ -2,7 +2,8 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -80,7 +81,20 @@ pub fn network_config(agent_socket: &str, pending_dir: &str) -> Value {
 /// # Errors
 /// It cannot be executed; its own failures are answers.
 pub fn execute(node: &Namespaces, call: &Call<'_>, stdin: &str) -> Result<Answer> {
-    let mut command = node.command(plugin_path()?);
+    answer(node.command(plugin_path()?), call, stdin)
+}
+
+/// The same, but the plugin gets SIGKILL after a time, unless it ended before.
+///
+/// # Errors
+/// As for [`execute`].
+pub fn execute_killed(node: &Namespaces, call: &Call<'_>, stdin: &str, after: Duration) -> Result<Answer> {
+    let mut command = node.command("timeout");
+    command.args(["--signal=KILL", &format!("{:.4}", after.as_secs_f64())]).arg(plugin_path()?);
+    answer(command, call, stdin)
+}
+
+fn answer(mut command: Command, call: &Call<'_>, stdin: &str) -> Result<Answer> {
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     let path = plugin_path()?.parent().unwrap_or(Path::new("/")).to_path_buf();
     command.env("CNI_PATH", path);

@@ -44,8 +44,8 @@ impl fmt::Display for Skip {
 struct Tool {
     /// The program, and its folder in `tests/conformance`.
     name: &'static str,
-    /// Path of the Go package with its `main`.
-    package: &'static str,
+    /// Path of the Go package with its `main`. Of several, the programs lie in a folder of the tool's name.
+    packages: &'static [&'static str],
     /// Module whose version names the program.
     module: &'static str,
     /// Go variable that holds the version the program tells, where it cannot find it out itself.
@@ -54,7 +54,7 @@ struct Tool {
 
 const CSI_SANITY: Tool = Tool {
     name: "csi-sanity",
-    package: "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
+    packages: &["github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity"],
     module: "github.com/kubernetes-csi/csi-test/v5",
     version_variable: None,
 };
@@ -63,22 +63,40 @@ const CSI_SANITY_1_12: Tool = Tool { name: "csi-sanity-1.12", ..CSI_SANITY };
 
 const CSI_SANITY_1_5: Tool = Tool {
     name: "csi-sanity-1.5",
-    package: "github.com/kubernetes-csi/csi-test/v4/cmd/csi-sanity",
+    packages: &["github.com/kubernetes-csi/csi-test/v4/cmd/csi-sanity"],
     module: "github.com/kubernetes-csi/csi-test/v4",
     version_variable: None,
 };
 
 const KUBE_APISERVER: Tool = Tool {
     name: "kube-apiserver",
-    package: "k8s.io/kubernetes/cmd/kube-apiserver",
+    packages: &["k8s.io/kubernetes/cmd/kube-apiserver"],
     module: "k8s.io/kubernetes",
     version_variable: Some("k8s.io/component-base/version.gitVersion"),
 };
 
 const ETCD: Tool = Tool {
     name: "etcd",
-    package: "go.etcd.io/etcd/server/v3",
+    packages: &["go.etcd.io/etcd/server/v3"],
     module: "go.etcd.io/etcd/server/v3",
+    version_variable: None,
+};
+
+const CNITOOL: Tool = Tool {
+    name: "cnitool",
+    packages: &["github.com/containernetworking/cni/cnitool"],
+    module: "github.com/containernetworking/cni",
+    version_variable: None,
+};
+
+const CNI_PLUGINS: Tool = Tool {
+    name: "cni-plugins",
+    packages: &[
+        "github.com/containernetworking/plugins/plugins/meta/tuning",
+        "github.com/containernetworking/plugins/plugins/meta/bandwidth",
+        "github.com/containernetworking/plugins/plugins/meta/portmap",
+    ],
+    module: "github.com/containernetworking/plugins",
     version_variable: None,
 };
 
@@ -122,6 +140,22 @@ pub fn etcd() -> Result<Result<PathBuf, Skip>> {
     ETCD.given_or_built()
 }
 
+/// The CNI project's own runtime.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn cnitool() -> Result<Result<PathBuf, Skip>> {
+    CNITOOL.program()
+}
+
+/// A folder with the reference plugins `tuning`, `bandwidth` and `portmap`, of a version that speaks CNI 1.1.0.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn cni_plugins() -> Result<Result<PathBuf, Skip>> {
+    CNI_PLUGINS.program()
+}
+
 impl Tool {
     fn given_or_built(&self) -> Result<Result<PathBuf, Skip>> {
         let Some(folder) = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty()) else {
@@ -145,9 +179,9 @@ impl Tool {
         let program = cache.join(format!("{}-{version}-{:08x}", self.name, crc32c::crc32c(&pins)));
         // Held over look and build, so that of several checkouts only one builds.
         let _lock = lock(&cache.join(format!("{}.lock", self.name)))?;
-        if program.is_file() {
+        if program.exists() {
             // What is used is not what goes first.
-            File::options().append(true).open(&program)?.set_modified(SystemTime::now())?;
+            File::open(&program)?.set_modified(SystemTime::now())?;
             return Ok(Ok(program));
         }
         if !command_exists("go") {
@@ -178,6 +212,9 @@ impl Tool {
             flags.push_str(&format!(" -X {variable}={version}"));
         }
         let output = unfinished.as_os_str();
+        if self.packages.len() > 1 {
+            fs::create_dir_all(&unfinished)?;
+        }
         let arguments = [OsStr::new("-ldflags"), OsStr::new(&flags), OsStr::new("-o"), output];
         run_within(BUILD_TIMEOUT, self.go("build", arguments).env("GOPROXY", "off"))?;
         fs::rename(&unfinished, program)?;
@@ -187,7 +224,7 @@ impl Tool {
 
     fn go<A: AsRef<OsStr>>(&self, verb: &str, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new("go");
-        command.arg(verb).args(arguments).arg(self.package).current_dir(self.module_folder());
+        command.arg(verb).args(arguments).args(self.packages).current_dir(self.module_folder());
         command.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly -buildvcs=false").env_remove("GOWORK");
         if std::env::var_os("HOME").is_none() && std::env::var_os("GOCACHE").is_none() {
             let cache = cache_folder();
@@ -244,7 +281,7 @@ fn remove_old_versions(cache: &Path, name: &str) -> Result<()> {
             continue;
         }
         if path.extension().is_some_and(|end| end == "tmp") {
-            fs::remove_file(&path)?;
+            remove_any(&path)?;
         } else {
             kept.push((fs::metadata(&path)?.modified()?, path));
         }
@@ -252,9 +289,13 @@ fn remove_old_versions(cache: &Path, name: &str) -> Result<()> {
     kept.sort();
     let surplus = kept.len().saturating_sub(KEPT_VERSIONS_MAX);
     for (_, path) in kept.drain(..surplus) {
-        fs::remove_file(path)?;
+        remove_any(&path)?;
     }
     Ok(())
+}
+
+fn remove_any(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 #[cfg(test)]
@@ -271,10 +312,11 @@ mod tests {
 
     #[test]
     fn every_tool_is_pinned_by_a_module_of_its_own() {
-        for tool in [CSI_SANITY, CSI_SANITY_1_12, CSI_SANITY_1_5, KUBE_APISERVER, ETCD] {
+        for tool in [CSI_SANITY, CSI_SANITY_1_12, CSI_SANITY_1_5, KUBE_APISERVER, ETCD, CNITOOL, CNI_PLUGINS]
+        {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();
             assert!(version_of(tool.module, &pins).is_some_and(|v| v.starts_with('v')), "{}", tool.name);
-            assert!(tool.package.starts_with(tool.module), "{}", tool.name);
+            assert!(tool.packages.iter().all(|package| package.starts_with(tool.module)), "{}", tool.name);
         }
     }
 

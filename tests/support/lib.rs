@@ -44,6 +44,7 @@ pub mod process;
 pub mod raw_volume;
 pub mod report;
 pub mod story;
+pub mod traces;
 pub mod work;
 
 pub use certs::Authority;
@@ -53,6 +54,6 @@ pub use ledger::{Comparison, Ledger};
 pub use namespaces::Namespaces;
 pub use node::Node;
 pub use objects::Objects;
-pub use probe::{Matrix, Reach};
+pub use probe::{Matrix, Reach, probe};
 pub use process::{Program, ProgramSpec};
 pub use work::Work;

@@ -29,6 +29,8 @@ pub struct NetBed {
     pub objects: Objects,
     work: Work,
     underlay: Namespaces,
+    /// Of every agent, beside those that say where things are.
+    netd_settings: Vec<String>,
     guard: Option<Guard>,
 }
 
@@ -64,19 +66,20 @@ impl NetBed {
     /// # Errors
     /// Something does not start; what was started is ended.
     pub fn start(kind: &str, nodes: u8) -> Result<Self> {
-        Self::start_with(kind, nodes, &[])
+        // Thousands of pods start and end here, and nobody believes in the old ones: the objects are changed before that.
+        Self::start_with(kind, nodes, &["--address-quarantine-s=0"])
     }
 
-    /// The same with more arguments for the agents.
+    /// The same with other settings of the agents.
     ///
     /// # Errors
     /// As for [`NetBed::start`].
-    pub fn start_with(kind: &str, nodes: u8, arguments: &[&str]) -> Result<Self> {
+    pub fn start_with(kind: &str, nodes: u8, netd_settings: &[&str]) -> Result<Self> {
         cleanup::sweep_dead_runs()?;
         let work = Work::create(kind)?;
         cleanup::set_active(Some(work.dir()));
         let guard = Guard::start(work.dir())?;
-        match Self::start_in(work.clone(), nodes, arguments) {
+        match Self::start_in(work.clone(), nodes, netd_settings) {
             Ok(mut bed) => {
                 bed.guard = Some(guard);
                 Ok(bed)
@@ -88,6 +91,38 @@ impl NetBed {
                 Err(error)
             }
         }
+    }
+
+    /// Where the run's files are.
+    #[must_use]
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// Where the nodes' cables end, each at a port `p-NODE` of one bridge.
+    #[must_use]
+    pub fn underlay(&self) -> &Namespaces {
+        &self.underlay
+    }
+
+    /// Writes a node's object again, which a test removed.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn put_node_again(&self, node: usize) -> Result<()> {
+        self.put_node(&self.nodes[node].name, u8::try_from(node)?)
+    }
+
+    /// Executes ADD for a sandbox and kills the plugin after a time, unless it ended before; the runtime's DEL must follow.
+    ///
+    /// # Errors
+    /// It cannot be executed.
+    pub fn add_killed(&self, attachment: &Attachment, after: std::time::Duration) -> Result<()> {
+        let netns = inside_path(&attachment.container_id).display().to_string();
+        let (container_id, args) = (&attachment.container_id, &attachment.args);
+        let call = Call { command: "ADD", container_id, netns: &netns, ifname: "eth0", args };
+        let node = &self.nodes[attachment.node];
+        cni::execute_killed(&node.spaces, &call, &node.network_config().to_string(), after).map(drop)
     }
 
     /// Makes a sandbox and executes ADD for a pod whose object is in the folder.
@@ -135,9 +170,17 @@ impl NetBed {
     /// # Errors
     /// The plugin's sentence, or what went wrong around it.
     pub fn detach(&self, attachment: &Attachment) -> Result<()> {
-        self.call("DEL", attachment)?;
+        self.delete(attachment)?;
         let spaces = &self.nodes[attachment.node].spaces;
         spaces.run("ip", &["netns", "delete", &attachment.container_id]).map(drop)
+    }
+
+    /// Executes DEL and leaves the sandbox.
+    ///
+    /// # Errors
+    /// The plugin's sentence.
+    pub fn delete(&self, attachment: &Attachment) -> Result<()> {
+        self.call("DEL", attachment).map(drop)
     }
 
     /// Ends everything and checks that nothing is left.
@@ -154,7 +197,7 @@ impl NetBed {
         swept
     }
 
-    fn start_in(work: Work, nodes: u8, arguments: &[&str]) -> Result<Self> {
+    fn start_in(work: Work, nodes: u8, netd_settings: &[&str]) -> Result<Self> {
         let objects = Objects::new(work.folder("objects")?);
         let underlay = Namespaces::create("underlay", &work)?;
         for arguments in
@@ -162,7 +205,8 @@ impl NetBed {
         {
             run(underlay.network_command("ip").args(arguments))?;
         }
-        let mut bed = Self { nodes: Vec::new(), objects, work, underlay, guard: None };
+        let netd_settings = netd_settings.iter().map(|setting| (*setting).to_owned()).collect();
+        let mut bed = Self { nodes: Vec::new(), objects, work, underlay, netd_settings, guard: None };
         // Every agent shall find the whole list of nodes at its start.
         let names: Vec<String> =
             (0..nodes).map(|index| format!("node-{}", char::from(b'a' + index))).collect();
@@ -170,7 +214,7 @@ impl NetBed {
             bed.put_node(name, index)?;
         }
         for (index, name) in (0..).zip(&names) {
-            let node = bed.start_node(name, index, arguments)?;
+            let node = bed.start_node(name, index)?;
             bed.nodes.push(node);
         }
         bed.wait_until_ready()?;
@@ -192,7 +236,7 @@ impl NetBed {
         self.objects.put(&format!("node-{name}"), &object)
     }
 
-    fn start_node(&self, name: &str, index: u8, more: &[&str]) -> Result<AgentNode> {
+    fn start_node(&self, name: &str, index: u8) -> Result<AgentNode> {
         let addresses = node_addresses(index);
         let spaces = Namespaces::create(name, &self.work)?;
         // Else the node asks for no neighbours on behalf of pods until its link-local address is known to be unique.
@@ -203,9 +247,7 @@ impl NetBed {
         spaces.run("ip", &["addr", "add", &v6, "dev", "eth0", "nodad"])?;
         let dir = self.work.folder(name)?;
         let mut arguments = netd_arguments(name, &dir, &self.objects);
-        // Thousands of pods start and end here, and nobody believes in the old ones: the objects are changed before that.
-        arguments.push("--address-quarantine-s=0".to_owned());
-        arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
+        arguments.extend(self.netd_settings.iter().cloned());
         let netd =
             start_program(&self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments, None)?;
         let pending_dir = dir.join("netd/pending").display().to_string();
@@ -221,7 +263,7 @@ impl NetBed {
 
     fn call(&self, verb: &str, attachment: &Attachment) -> Result<Value> {
         let node = &self.nodes[attachment.node];
-        let mut config = cni::network_config(NETD_SOCKET, &node.pending_dir);
+        let mut config = node.network_config();
         if verb == "DEL" {
             config["prevResult"] = attachment.result.clone();
         }
@@ -234,7 +276,28 @@ impl NetBed {
     }
 }
 
+impl Attachment {
+    /// Name of its end on the node, once ADD has succeeded.
+    #[must_use]
+    pub fn host_ifname(&self) -> Option<&str> {
+        let names = self.result["interfaces"].as_array()?.iter().filter_map(|entry| entry["name"].as_str());
+        names.into_iter().find(|name| name.starts_with("hfv"))
+    }
+}
+
 impl AgentNode {
+    /// The network configuration that a runtime on this node hands to the plugin.
+    #[must_use]
+    pub fn network_config(&self) -> Value {
+        cni::network_config(NETD_SOCKET, &self.pending_dir)
+    }
+
+    /// Where the plugin leaves delete records.
+    #[must_use]
+    pub fn pending_dir(&self) -> &Path {
+        Path::new(&self.pending_dir)
+    }
+
     /// Waits until the agent can attach pods, after its start or a restart.
     ///
     /// # Errors
@@ -242,7 +305,7 @@ impl AgentNode {
     pub fn wait(&mut self) -> Result<()> {
         let path = self.spaces.host_path(NETD_SOCKET);
         wait_for_socket(&mut self.netd, &path)?;
-        let config = cni::network_config(NETD_SOCKET, &self.pending_dir).to_string();
+        let config = self.network_config().to_string();
         let status = Call { command: "STATUS", container_id: "", netns: "", ifname: "", args: "" };
         wait_until(READY_TIMEOUT, || {
             cni::execute(&self.spaces, &status, &config)?.result()?;

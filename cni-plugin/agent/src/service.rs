@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
-use holdfast_net_core::cni::{CniError, code};
+use holdfast_net_core::cni::{CniError, check_attachment, code, is_identifier};
 use holdfast_net_core::ipam::AddressRequest;
 use holdfast_net_core::objects::{ObjectName, Protocol};
 use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
@@ -21,6 +21,11 @@ use crate::engine::{LiveAnswer, Question};
 use crate::flows::{Feed, FeedError, Filter, Reader};
 use crate::leases::{AttachmentKey, Lease, Wanted};
 use crate::matrix::{MatrixQuestion, matrix};
+
+/// Longest name of a network, a pod or its namespace: Kubernetes' own limit for names of objects.
+const NAME_BYTES_MAX: usize = 253;
+/// Longest path of a sandbox: the kernel's PATH_MAX without the end.
+const PATH_BYTES_MAX: usize = 4095;
 
 /// Serves [`Agent`].
 #[derive(Clone)]
@@ -44,11 +49,25 @@ async fn finish<T: Send + 'static>(
 fn key_of(attachment: Option<pb::Attachment>) -> Result<AttachmentKey, CniError> {
     let attachment = attachment.unwrap_or_default();
     let key = AttachmentKey { container_id: attachment.container_id, ifname: attachment.ifname };
-    let valid = |text: &str| !text.is_empty() && !text.contains(['/', '\0']) && !text.starts_with('.');
-    if valid(&key.container_id) && valid(&key.ifname) {
-        return Ok(key);
+    check_attachment(&key.container_id, &key.ifname)?;
+    Ok(key)
+}
+
+/// What the plugin checks too; the socket may be asked by others.
+fn check_add(request: &pb::AddRequest) -> Result<(), CniError> {
+    let wrong = |what: String| Err(CniError::new(code::INVALID_CONFIG, what));
+    if !is_identifier(&request.network) || request.network.len() > NAME_BYTES_MAX {
+        return wrong("the network's name must be letters, digits, \"_\", \".\" and \"-\"".to_owned());
     }
-    Err(CniError::new(code::INVALID_ENVIRONMENT, "CNI_CONTAINERID or CNI_IFNAME is empty or not a name"))
+    if !request.netns.starts_with('/') || request.netns.len() > PATH_BYTES_MAX || request.netns.contains('\0')
+    {
+        return Err(CniError::new(code::INVALID_ENVIRONMENT, "CNI_NETNS is not an absolute path"));
+    }
+    let pod = request.pod.clone().unwrap_or_default();
+    if [&pod.namespace, &pod.name, &pod.uid].iter().any(|text| text.len() > NAME_BYTES_MAX) {
+        return wrong(format!("the pod's name or uid is longer than {NAME_BYTES_MAX} bytes"));
+    }
+    Ok(())
 }
 
 /// What an ADD asks for.
@@ -76,6 +95,7 @@ fn internal(text: String) -> CniError {
 
 impl Service {
     async fn do_add(self, request: pb::AddRequest) -> Result<Lease, CniError> {
+        check_add(&request)?;
         let key = key_of(request.attachment)?;
         let pod = request.pod.unwrap_or_default();
         let named = !pod.name.is_empty();
@@ -104,9 +124,10 @@ impl Service {
     }
 
     async fn do_gc(self, request: pb::GcRequest) -> Result<u32, CniError> {
-        let valid: Result<BTreeSet<AttachmentKey>, CniError> =
-            request.valid.into_iter().map(|attachment| key_of(Some(attachment))).collect();
-        self.attacher.collect(&request.network, &valid?).await
+        // Only compared with what is held: a name that no attachment of ours can have is no reason to keep garbage.
+        let key = |it: pb::Attachment| AttachmentKey { container_id: it.container_id, ifname: it.ifname };
+        let valid: BTreeSet<AttachmentKey> = request.valid.into_iter().map(key).collect();
+        self.attacher.collect(&request.network, &valid).await
     }
 
     async fn do_status(self) -> Result<(), CniError> {

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use holdfast_net_core::plan::EndpointPlan;
@@ -16,9 +17,18 @@ use netlink_packet_route::link::LinkFlags;
 use crate::error::{Error, Result};
 use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl, sysctl_differs};
 
-/// Opens a network namespace by its path.
+/// Opens a network namespace by its path. What else may lie there is not waited for (a FIFO would keep an open waiting for ever), and
+/// fails when it is entered. The node's own is refused: its own routes would be taken for a pod's.
 pub fn open(path: &Path) -> Result<File> {
-    File::open(path).map_err(|source| Error::Sandbox { path: path.display().to_string(), source })
+    let refused = |source| Error::Sandbox { path: path.display().to_string(), source };
+    let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(refused)?;
+    let id = |found: std::fs::Metadata| (found.dev(), found.ino());
+    let own = std::fs::metadata("/proc/self/ns/net").map(id).map_err(refused)?;
+    if file.metadata().map(id).map_err(refused)? == own {
+        return Err(refused(std::io::Error::other("it is the node's own network namespace")));
+    }
+    Ok(file)
 }
 
 /// Configures the pod's end, which the veth's creation already put into the sandbox. Returns whether it got the default routes: one

@@ -88,8 +88,7 @@ impl CniEnv {
                 parsed => parsed?,
             },
         };
-        check_container_id(&env.container_id)?;
-        check_ifname(&env.ifname)?;
+        check_attachment(&env.container_id, &env.ifname)?;
         // DEL must succeed without a namespace (spec, "DEL").
         if env.netns.is_empty() && command != Command::Del {
             return Err(invalid("CNI_NETNS", "is not set"));
@@ -119,14 +118,30 @@ impl CniArgs {
                 _ => {}
             }
         }
-        if args.pod_namespace.is_empty() != args.pod_name.is_empty() {
-            return Err(invalid("CNI_ARGS", "names only one of K8S_POD_NAMESPACE and K8S_POD_NAME"));
+        if args.pod_name.is_empty() && !args.pod_namespace.is_empty() {
+            return Err(invalid("CNI_ARGS", "names K8S_POD_NAMESPACE without K8S_POD_NAME"));
+        }
+        if !args.pod_name.is_empty() && args.pod_namespace.is_empty() {
+            // podman passes its container's name and nothing else. As everywhere in Kubernetes that is a name in `default`: were it
+            // no pod at all, no policy would apply to it.
+            DEFAULT_NAMESPACE.clone_into(&mut args.pod_namespace);
         }
         Ok(args)
     }
 }
 
-/// Spec: an alphanumeric character followed by alphanumerics, `_`, `.` or `-`.
+/// Whether an attachment can have this container's id and this interface's name.
+///
+/// # Errors
+/// Code 4, with the variable and what is wrong with it.
+pub fn check_attachment(container_id: &str, ifname: &str) -> Result<(), CniError> {
+    check_container_id(container_id)?;
+    check_ifname(ifname)
+}
+
+/// Where a pod is that is named without a namespace.
+const DEFAULT_NAMESPACE: &str = "default";
+
 fn check_container_id(id: &str) -> Result<(), CniError> {
     if id.is_empty() {
         return Err(invalid("CNI_CONTAINERID", "is not set"));
@@ -151,7 +166,9 @@ fn check_ifname(name: &str) -> Result<(), CniError> {
     Ok(())
 }
 
-pub(super) fn is_identifier(text: &str) -> bool {
+/// Spec: an alphanumeric character followed by alphanumerics, `_`, `.` or `-`.
+#[must_use]
+pub fn is_identifier(text: &str) -> bool {
     let first = text.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
     first && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
 }
@@ -194,7 +211,7 @@ mod tests {
             ("CNI_NETNS", ""),
             ("CNI_NETNS", "relative"),
             ("CNI_ARGS", "K8S_POD_NAME"),
-            ("CNI_ARGS", "K8S_POD_NAME=a"),
+            ("CNI_ARGS", "K8S_POD_NAMESPACE=a"),
         ];
         for (name, value) in cases {
             let pairs: Vec<_> = FULL.iter().map(|&(k, v)| (k, if k == name { value } else { v })).collect();
@@ -202,6 +219,12 @@ mod tests {
             assert_eq!(error.code, code::INVALID_ENVIRONMENT, "{name}={value}");
             assert!(error.msg.contains(name), "{error}");
         }
+    }
+
+    #[test]
+    fn a_pod_without_a_namespace_is_in_the_default_one() {
+        let args = CniArgs::parse("IgnoreUnknown=1;K8S_POD_NAME=web").unwrap();
+        assert_eq!((args.pod_namespace.as_str(), args.pod_name.as_str()), ("default", "web"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod result;
 
 pub use capabilities::Capabilities;
 pub use config::{DEFAULT_AGENT_SOCKET, NetworkConfig, ValidAttachment};
-pub use env::{CniArgs, CniEnv, Command};
+pub use env::{CniArgs, CniEnv, Command, check_attachment, is_identifier};
 pub use error::{CniError, code};
 pub use result::{CniInterface, CniIp, CniResult, CniRoute};
 
