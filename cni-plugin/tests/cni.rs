@@ -417,3 +417,30 @@ fn the_agent_gives_up_privileges_and_its_socket_is_private() {
         assert!(line.ends_with(&kept), "{line}");
     }
 }
+
+#[test]
+fn a_namespace_that_vanishes_in_mid_add_is_an_error_of_the_spec_or_none_and_leaves_nothing() {
+    let cluster = Cluster::new();
+    cluster.put_node("a", 1, "10.42.1.0/26");
+    let node = cluster.start_node("a", 1);
+    let clean = node.pod_state();
+    for round in 0..16_u64 {
+        let sandbox = Netns::new();
+        let path = sandbox.path();
+        let added = std::thread::scope(|scope| {
+            let add = scope.spawn(|| node.cni("ADD", "c", Some(&path), json!({})));
+            std::thread::sleep(Duration::from_micros(600 * round));
+            drop(sandbox);
+            add.join().unwrap()
+        });
+        if let Err(error) = added {
+            assert!([4, 11, 999].contains(&error["code"].as_i64().unwrap()), "round {round}: {error}");
+            let said = format!("{}{}", error["msg"], error["details"]);
+            assert!(["CNI_NETNS", "namespace", "vanished"].iter().any(|word| said.contains(word)), "{error}");
+        }
+        node.del("c").unwrap();
+        assert_eq!(node.ports(), 0, "round {round}: {}", node.log());
+        assert_eq!(node.pod_state(), clean, "round {round}");
+        assert_eq!(node.dump()["leases"], json!([]), "round {round}");
+    }
+}
