@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use holdfast_net_core::nat::MasqueradeSettings;
 use holdfast_net_core::overlay::OverlaySettings;
 
 /// How pods are attached.
@@ -34,6 +35,8 @@ pub struct Settings {
     pub uplink: Option<String>,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
+    /// Whose traffic leaves the cluster with the node's address as source.
+    pub masquerade: MasqueradeSettings,
     /// How long a freed address goes to nobody: longer than any node takes to see that a pod is gone. Zero: not at all.
     pub address_quarantine: Duration,
     /// How long an attachment must look dead before it is freed without a runtime asking for it. Zero: never.

@@ -8,7 +8,9 @@ use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
 use holdfast_agent::{Mode, Settings};
+use holdfast_net_core::nat::{MasqueradeMode, MasqueradeSettings};
 use holdfast_net_core::overlay::OverlaySettings;
+use ipnetwork::IpNetwork;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// What is kept: links, routes and rules; entering sandboxes; and sandboxes that are named by a process.
@@ -52,6 +54,13 @@ struct Args {
     /// UDP port of the overlay.
     #[arg(long, default_value_t = 4789, value_parser = clap::value_parser!(u16).range(1..))]
     vxlan_port: u16,
+    /// Whose packets leave the node with its own address as source: pods' to destinations outside all pod ranges and other than nodes'
+    /// InternalIPs, the same and those to other nodes (for networks that drop what comes from a pod's address), or nobody's.
+    #[arg(long, value_enum, default_value = "outside")]
+    masquerade: MasqueradeArg,
+    /// Destinations that see pods' own addresses besides: separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
+    masquerade_exempt: Vec<IpNetwork>,
     /// How many seconds a freed address goes to no other pod: longer than any node takes to see that a pod is gone. They count only
     /// while objects can be read. 0: freed addresses may be given out at once.
     #[arg(long, default_value_t = 30)]
@@ -68,6 +77,23 @@ struct Args {
 enum ModeArg {
     Bridge,
     Routed,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MasqueradeArg {
+    Outside,
+    Nodes,
+    Off,
+}
+
+impl From<MasqueradeArg> for MasqueradeMode {
+    fn from(arg: MasqueradeArg) -> Self {
+        match arg {
+            MasqueradeArg::Outside => Self::Outside,
+            MasqueradeArg::Nodes => Self::Nodes,
+            MasqueradeArg::Off => Self::Off,
+        }
+    }
 }
 
 impl From<Args> for Settings {
@@ -91,6 +117,7 @@ impl From<Args> for Settings {
             mode,
             uplink: args.uplink,
             overlay,
+            masquerade: MasqueradeSettings { mode: args.masquerade.into(), exempt: args.masquerade_exempt },
             address_quarantine: Duration::from_secs(args.address_quarantine_s.into()),
             collect_after: Duration::from_secs(args.collect_after_s.into()),
             metrics: args.metrics,

@@ -216,6 +216,7 @@ mod tests {
             mode: Mode::Bridge,
             uplink: None,
             overlay,
+            masquerade: Default::default(),
             address_quarantine: Duration::ZERO,
             collect_after: Duration::ZERO,
             metrics: None,

@@ -8,6 +8,7 @@
 //!   pickup: the same for the reversed reading of a TCP packet that opens nothing
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
+//!   hostports*, masquerade: see `nat`
 //! ```
 //!
 //! `forward` and `input` end with a log of new connections (rate-limited, like that of denied packets) and the mark of the
@@ -19,11 +20,12 @@
 //! their elements, in one transaction.
 
 use super::expr::{Base, Cmp, Ct, Dir, Expr, Meta, Reg, Verdict};
+use super::nat;
 use super::wire::host32;
 use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
 
 /// Version of this skeleton, part of every rule's comment.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Packets per second that each of the two logs passes on, so that a reader costs few of the new connections per second.
 const LOG_PER_SECOND: u64 = 100;
 
@@ -145,6 +147,8 @@ pub enum Value {
     Mark,
     /// A verdict.
     Verdict,
+    /// An address of this type and a port.
+    Socket(Type),
 }
 
 /// A set or map of the skeleton.
@@ -175,7 +179,7 @@ const fn pin(name: &'static str, key: &'static [Type]) -> SetDef {
 }
 
 /// All sets and maps.
-pub const SETS: [SetDef; 13] = [
+pub const SETS: [SetDef; 23] = [
     map("cls_in4", &[Type::Ipv4]),
     map("cls_in6", &[Type::Ipv6]),
     map("cls_eg4", &[Type::Ipv4]),
@@ -195,6 +199,16 @@ pub const SETS: [SetDef; 13] = [
     },
     pin("pin4", &[Type::IfName, Type::Ether, Type::Ipv4]),
     pin("pin6", &[Type::IfName, Type::Ether, Type::Ipv6]),
+    nat::SETS[0],
+    nat::SETS[1],
+    nat::SETS[2],
+    nat::SETS[3],
+    nat::SETS[4],
+    nat::SETS[5],
+    nat::SETS[6],
+    nat::SETS[7],
+    nat::SETS[8],
+    nat::SETS[9],
 ];
 
 /// The definition of the set called `name`.
@@ -209,6 +223,12 @@ pub struct Hook {
     pub number: u32,
     /// Priority, lower is earlier.
     pub priority: i32,
+    /// `filter` or `nat`.
+    pub kind: &'static str,
+}
+
+const fn filter(number: u32, priority: i32) -> Option<Hook> {
+    Some(Hook { number, priority, kind: "filter" })
 }
 
 /// A chain.
@@ -227,7 +247,7 @@ const fn chain(name: &'static str, hook: Option<Hook>) -> ChainDef {
 }
 
 /// All chains, those that are jumped to first.
-pub const CHAINS: [ChainDef; 11] = [
+pub const CHAINS: [ChainDef; 15] = [
     chain("deny_log", None),
     chain("deny", None),
     chain("stateless", None),
@@ -237,9 +257,13 @@ pub const CHAINS: [ChainDef; 11] = [
     chain("ingress_back", None),
     chain("pickup", None),
     // NF_INET_FORWARD after DNAT, before SNAT; NF_INET_LOCAL_IN.
-    chain("forward", Some(Hook { number: 2, priority: 0 })),
-    chain("input", Some(Hook { number: 1, priority: 0 })),
-    ChainDef { table: Table::Bridge, name: "pin", hook: Some(Hook { number: 0, priority: -300 }) },
+    chain("forward", filter(2, 0)),
+    chain("input", filter(1, 0)),
+    ChainDef { table: Table::Bridge, name: "pin", hook: filter(0, -300) },
+    nat::CHAINS[0],
+    nat::CHAINS[1],
+    nat::CHAINS[2],
+    nat::CHAINS[3],
 ];
 
 /// A rule; `revision` says whether it carries the policy revision and is replaced by a revoking change.
@@ -278,7 +302,7 @@ pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
         "deny" => fixed(deny()),
         "deny_log" => fixed(deny_log(params.log_group)),
         "pin" => fixed(pin_rules()),
-        _ => Vec::new(),
+        _ => fixed(nat::rules(chain)),
     }
 }
 
@@ -455,8 +479,10 @@ fn bounce(reg: Reg) -> [Expr; 3] {
     [Expr::MetaSet(Meta::Mark, reg), Expr::MetaLoad(Meta::Mark, reg), Expr::MetaSet(Meta::Mark, SPARE)]
 }
 
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
+/// `NFPROTO_IPV4`
+pub const NFPROTO_IPV4: u8 = 2;
+/// `NFPROTO_IPV6`
+pub const NFPROTO_IPV6: u8 = 10;
 const ICMPV6: u8 = 58;
 /// Router and neighbour solicitation and advertisement (RFC 4861).
 const ND_FIRST: u8 = 133;
@@ -538,7 +564,12 @@ fn pin_rules() -> Vec<Vec<Expr>> {
             Expr::Cmp(R0, Cmp::Neq, HOST_IFNAME_PREFIX.as_bytes().to_vec()),
             Expr::Verdict(Verdict::Accept),
         ],
-        pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4"),
+        // The node's loopback may be a source on the pods' bridge (host ports), so it must never be a destination there.
+        [
+            vec![Expr::Payload(Base::Network, 16, 1, R0), Expr::Cmp(R0, Cmp::Neq, vec![127])],
+            pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4"),
+        ]
+        .concat(),
         pinned(ETH_ARP, (Base::Network, 8), 14, 4, "pin4"),
         pinned(ETH_IPV6, (Base::Link, 6), 8, 16, "pin6"),
         vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
