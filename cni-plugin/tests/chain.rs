@@ -10,11 +10,10 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Stdio;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::{Cluster, Netns, Node, address_of, eventually};
+use support::{Cluster, Netns, Node, address_of, eventually, inside};
 
 const PARTNERS: &str = "/usr/lib/cni";
 const HOST_PORT: u16 = 8080;
@@ -48,15 +47,6 @@ fn partner(node: &Node, name: &str, verb: &str, sandbox: &Netns, config: &Value)
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{verb} of {name}: {text}");
     text
-}
-
-/// Runs `work` on a thread inside a namespace.
-fn inside<T: Send + 'static>(netns: &Netns, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
-    let file = std::fs::File::open(netns.path()).unwrap();
-    std::thread::spawn(move || {
-        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        work()
-    })
 }
 
 /// Whether a server in `sandbox` is reached from a namespace at `address`.

@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use holdfast_dataplane::{Dataplane, Error as DataplaneError};
 use holdfast_net_core::cni::{CniError, code};
+use holdfast_net_core::nat::PortMapping;
 use holdfast_net_core::objects::ObjectName;
 use holdfast_net_core::plan::{Attachment, EndpointPlan, host_ifname};
+use holdfast_net_core::ports::Proto;
 use ipnetwork::IpNetwork;
 use tokio::sync::{Mutex, OwnedMutexGuard, RwLock};
 use tracing::{info, warn};
@@ -60,6 +62,8 @@ pub(crate) struct Attacher {
     busy: Mutex<BTreeMap<AttachmentKey, Weak<Mutex<()>>>>,
     /// GC excludes ADD and DEL (spec, "GC").
     pub(crate) gc: RwLock<()>,
+    /// UDP port of the overlay.
+    overlay_port: u16,
 }
 
 impl Attacher {
@@ -68,8 +72,10 @@ impl Attacher {
         leases: Arc<Leases>,
         engine: EngineHandle,
         pending_dir: PathBuf,
+        overlay_port: u16,
     ) -> Self {
-        Self { dataplane, leases, engine, pending_dir, busy: Mutex::default(), gc: RwLock::default() }
+        let (busy, gc) = (Mutex::default(), RwLock::default());
+        Self { dataplane, leases, engine, pending_dir, busy, gc, overlay_port }
     }
 
     /// Attaches a pod.
@@ -84,6 +90,12 @@ impl Attacher {
             Ok(None) => {}
             Ok(Some(record)) => self.replay(&record).await.map_err(unfinished)?,
             Err(error) => return Err(unfinished(error.to_string())),
+        }
+        // It would take what comes from the other nodes away from the overlay.
+        let overlay = |port: &PortMapping| (port.proto, port.host_port) == (Proto::Udp, self.overlay_port);
+        if let Some(port) = input.wanted.host_ports.iter().copied().find(overlay) {
+            let msg = format!("the host port {port} is the overlay's; choose another one");
+            return Err(CniError::new(code::INVALID_CONFIG, msg));
         }
         let Some(attachment) = self.engine.attachment() else {
             let why = self.engine.health().await.ok().and_then(|health| health.not_ready);
@@ -286,6 +298,7 @@ impl Attacher {
 fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, attachment: &Attachment) -> Lease {
     let mut plan = attachment.endpoint(&input.key.container_id, &input.key.ifname, addresses);
     plan.mac = input.wanted.mac.unwrap_or(plan.mac);
+    plan.host_ports.clone_from(&input.wanted.host_ports);
     Lease {
         key: input.key.clone(),
         sequence,
@@ -339,12 +352,14 @@ fn lease_failure(error: &LeaseError) -> CniError {
         LeaseError::Allocate(
             AllocateError::UsedUp(_) | AllocateError::Taken(_) | AllocateError::HeldBack(_),
         )
-        | LeaseError::MacTaken(_) => CniError::new(code::TRY_AGAIN_LATER, error.to_string()),
+        | LeaseError::MacTaken(_)
+        | LeaseError::HostPortTaken { .. } => CniError::new(code::TRY_AGAIN_LATER, error.to_string()),
         LeaseError::Allocate(
             AllocateError::Foreign { .. }
             | AllocateError::ForeignRange { .. }
             | AllocateError::OneOfEachFamily(_),
-        ) => CniError::new(code::INVALID_CONFIG, error.to_string()),
+        )
+        | LeaseError::HostPortFamily(_) => CniError::new(code::INVALID_CONFIG, error.to_string()),
         LeaseError::Exists(_) => {
             CniError::new(code::INVALID_ENVIRONMENT, format!("CNI_CONTAINERID, CNI_IFNAME: {error}"))
         }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use holdfast_dataplane::Dataplane;
+use holdfast_net_core::nat::{self, MasqueradeRanges};
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{Attachment, NodePlan};
@@ -157,6 +158,8 @@ pub(crate) struct Engine {
     /// How many contested addresses were reported.
     contested: usize,
     node_plan: Option<NodePlan>,
+    /// Of the node list that was planned last.
+    masquerade: Option<MasqueradeRanges>,
     node_error: Option<String>,
     rules_error: Option<String>,
     left_out: Vec<String>,
@@ -218,6 +221,7 @@ impl Engine {
             untrimmed: 0,
             contested: 0,
             node_plan: None,
+            masquerade: None,
             node_error: None,
             rules_error: Some(NOT_READ.to_owned()),
             left_out: Vec::new(),
@@ -425,7 +429,13 @@ impl Engine {
         let mut ruleset = self.compiler.ruleset();
         for lease in self.endpoints.values() {
             ruleset.pins.extend(pins_of(&lease.plan));
+            ruleset.nat.insert(&lease.plan);
         }
+        ruleset.nat.masquerade = match &self.masquerade {
+            Some(ranges) => ranges.clone(),
+            // Those of an earlier run, until the node list says more.
+            None => self.dataplane.load_ruleset().await?.nat.masquerade,
+        };
         self.dataplane.apply_ruleset(&ruleset).await
     }
 
@@ -520,6 +530,9 @@ impl Engine {
         if writes > 0 {
             info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
         }
+        let ranges = nat::masquerade(&self.settings.masquerade, &self.nodes, &planned.plan.pod_ranges);
+        self.dataplane.set_masquerade(ranges.clone()).await.map_err(|error| text(&error))?;
+        self.masquerade = Some(ranges);
         self.leases.set_ranges(&planned.plan.pod_ranges).await;
         let bridge = planned.plan.bridge.clone().filter(|_| self.settings.mode == Mode::Bridge);
         let attachment = bridge.map_or(Attachment::Routed { mtu: planned.mtu }, Attachment::Bridge);

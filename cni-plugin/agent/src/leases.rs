@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use holdfast_net_core::ipam::{AddressRequest, AllocateError, Allocator, Quarantine, UsedUp};
+use holdfast_net_core::nat::PortMapping;
+use holdfast_net_core::objects::ObjectName;
 use holdfast_net_core::plan::{EndpointPlan, MacAddr};
 use holdfast_net_core::policy::Subject;
 use ipnetwork::IpNetwork;
@@ -54,7 +56,7 @@ pub struct Lease {
     /// Path of the sandbox when it was attached.
     pub netns: String,
     /// Pod that was named, with its uid.
-    pub pod: Option<holdfast_net_core::objects::ObjectName>,
+    pub pod: Option<ObjectName>,
     /// K8S_POD_UID; may be empty.
     pub pod_uid: String,
     /// The attachment is complete. Durable before ADD answers: a start undoes every lease without it.
@@ -107,6 +109,19 @@ pub enum LeaseError {
     /// The MAC that was asked for is in use on this node.
     #[error("the MAC {0} is another container's or the bridge's; choose another one")]
     MacTaken(MacAddr),
+    /// A host port that was asked for is another attachment's.
+    #[error("the host port {port} is container {holder}'s{}", .pod.as_ref().map(|pod| format!(" (pod {pod})")).unwrap_or_default())]
+    HostPortTaken {
+        /// The one that has it.
+        port: PortMapping,
+        /// Whose it is.
+        holder: AttachmentKey,
+        /// The holder's pod.
+        pod: Option<ObjectName>,
+    },
+    /// The pod has no address of the family of the node's address.
+    #[error("the host port {0} cannot lead to the pod: it has no address of that family")]
+    HostPortFamily(PortMapping),
     /// The attachment has a lease.
     #[error("container {0} is attached already; DEL it first")]
     Exists(AttachmentKey),
@@ -170,6 +185,8 @@ pub struct Wanted {
     pub addresses: AddressRequest,
     /// The MAC of the pod's end, if that was asked for.
     pub mac: Option<MacAddr>,
+    /// Ports of the node that lead to it; on the node only once.
+    pub host_ports: Vec<PortMapping>,
 }
 
 impl Leases {
@@ -250,8 +267,15 @@ impl Leases {
                 return Err(LeaseError::MacTaken(mac));
             }
         }
+        state.are_free(&wanted.host_ports)?;
         let now_ms = state.now_ms();
         let addresses = state.allocator.allocate(&wanted.addresses, now_ms)?;
+        let has_family =
+            |host_ip: IpAddr| addresses.iter().any(|address| address.is_ipv4() == host_ip.is_ipv4());
+        if let Some(port) = wanted.host_ports.iter().find(|port| !port.host_ip.is_none_or(has_family)) {
+            addresses.into_iter().for_each(|address| state.allocator.give_back(address));
+            return Err(LeaseError::HostPortFamily(*port));
+        }
         state.sequence += 1;
         let lease = mk_lease(state.sequence, addresses);
         state.leases.insert(key.clone(), lease.clone());
@@ -357,6 +381,20 @@ impl Leases {
 }
 
 impl State {
+    /// Whether no lease has any of these host ports.
+    fn are_free(&self, host_ports: &[PortMapping]) -> Result<(), LeaseError> {
+        for port in host_ports {
+            let holder = self.leases.values().find_map(|lease| {
+                Some((lease, lease.plan.host_ports.iter().find(|held| held.overlaps(port))?))
+            });
+            if let Some((lease, held)) = holder {
+                let (holder, pod) = (lease.key.clone(), lease.pod.clone());
+                return Err(LeaseError::HostPortTaken { port: *held, holder, pod });
+            }
+        }
+        Ok(())
+    }
+
     /// Milliseconds on the clock of the quarantine, which no one can set.
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)

@@ -74,7 +74,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let dataplane = Dataplane::new(config).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
     let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
-    let collect_after = settings.collect_after;
+    let (collect_after, overlay_port) = (settings.collect_after, settings.overlay.port);
     let node: Arc<str> = settings.node.as_str().into();
     let metrics_listener = match settings.metrics {
         Some(address) => {
@@ -93,7 +93,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let metrics_task = metrics_listener.map(|listener| tokio::spawn(exporter.serve(listener)));
     let flows_task = tokio::spawn(Arc::clone(&flows).run(log_group, handle.clone()));
     let hygiene = tokio::spawn(hygiene::run(Arc::clone(&dataplane)));
-    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir));
+    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir, overlay_port));
     let engine = tokio::spawn(engine.run());
     attacher
         .reconcile()

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use futures::Stream;
 use holdfast_net_core::cni::{CniError, check_attachment, code, is_identifier};
 use holdfast_net_core::ipam::AddressRequest;
+use holdfast_net_core::nat::PortMapping;
 use holdfast_net_core::objects::{ObjectName, Protocol};
 use holdfast_net_core::plan::{GATEWAY_V4, GATEWAY_V6};
 use holdfast_net_core::policy::Trace;
@@ -71,7 +72,8 @@ fn check_add(request: &pb::AddRequest) -> Result<(), CniError> {
 }
 
 /// What an ADD asks for.
-fn wanted_of(ips: &[String], mac: &str, sets: &[pb::AddressSet]) -> Result<Wanted, CniError> {
+fn wanted_of(request: &pb::AddRequest) -> Result<Wanted, CniError> {
+    let pb::AddRequest { ips, mac, address_sets: sets, .. } = request;
     let wrong = |what: &str| CniError::new(code::INVALID_CONFIG, format!("\"{what}\" is not an address"));
     let ip = |text: &String| text.parse::<IpAddr>().map_err(|_| wrong(text));
     let piece = |piece: &pb::AddressPiece| Ok((ip(&piece.first)?, ip(&piece.last)?));
@@ -82,6 +84,21 @@ fn wanted_of(ips: &[String], mac: &str, sets: &[pb::AddressSet]) -> Result<Wante
             range_sets: sets.iter().map(set).collect::<Result<_, _>>()?,
         },
         mac: (!mac.is_empty()).then(|| mac.parse()).transpose().map_err(|_| wrong(mac))?,
+        host_ports: request.port_mappings.iter().map(port_mapping).collect::<Result<_, _>>()?,
+    })
+}
+
+fn port_mapping(mapping: &pb::PortMapping) -> Result<PortMapping, CniError> {
+    let wrong = || CniError::new(code::INVALID_CONFIG, format!("{mapping:?} is no port mapping"));
+    let port = |number| u16::try_from(number).ok().filter(|port| *port > 0).ok_or_else(wrong);
+    let proto = Proto::ALL.into_iter().find(|proto| proto.to_string() == mapping.protocol);
+    let address = &mapping.host_ip;
+    let address = (!address.is_empty()).then(|| address.parse::<IpAddr>()).transpose();
+    Ok(PortMapping {
+        proto: proto.ok_or_else(wrong)?,
+        host_ip: address.map_err(|_| wrong())?,
+        host_port: port(mapping.host_port)?,
+        container_port: port(mapping.container_port)?,
     })
 }
 
@@ -96,6 +113,7 @@ fn internal(text: String) -> CniError {
 impl Service {
     async fn do_add(self, request: pb::AddRequest) -> Result<Lease, CniError> {
         check_add(&request)?;
+        let wanted = wanted_of(&request)?;
         let key = key_of(request.attachment)?;
         let pod = request.pod.unwrap_or_default();
         let named = !pod.name.is_empty();
@@ -105,7 +123,7 @@ impl Service {
             network: request.network,
             pod: named.then(|| ObjectName::new(&pod.namespace, &pod.name)),
             pod_uid: pod.uid,
-            wanted: wanted_of(&request.ips, &request.mac, &request.address_sets)?,
+            wanted,
         };
         self.attacher.add(input).await
     }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use holdfast_net_core::nat::MasqueradeSettings;
 use holdfast_net_core::overlay::OverlaySettings;
 use holdfast_net_core::pod_ranges::ClusterRange;
 
@@ -37,6 +38,8 @@ pub struct Settings {
     pub overlay: OverlaySettings,
     /// Where nodes without `spec.podCIDR` take their ranges from; empty: they get none.
     pub cluster_ranges: Vec<ClusterRange>,
+    /// Whose traffic leaves the cluster with the node's address as source.
+    pub masquerade: MasqueradeSettings,
     /// How long a freed address goes to nobody: longer than any node takes to see that a pod is gone. Zero: not at all.
     pub address_quarantine: Duration,
     /// How long an attachment must look dead before it is freed without a runtime asking for it. Zero: never.

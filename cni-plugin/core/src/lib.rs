@@ -13,6 +13,7 @@
 pub mod cni;
 pub mod garbage;
 pub mod ipam;
+pub mod nat;
 pub mod objects;
 pub mod overlay;
 pub mod plan;

@@ -11,6 +11,8 @@ use std::str::FromStr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use crate::nat::PortMapping;
+
 /// The pods' IPv4 gateway: the same link-local address on every node, so a pod's routes never depend on its node.
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The pods' IPv6 gateway.
@@ -255,6 +257,9 @@ pub struct EndpointPlan {
     pub default_routes: bool,
     /// More ranges to reach through the gateway (CNI `routes`).
     pub extra_routes: Vec<IpNetwork>,
+    /// Ports of the node that lead to the pod.
+    #[serde(default)]
+    pub host_ports: Vec<PortMapping>,
 }
 
 impl EndpointPlan {
@@ -277,6 +282,7 @@ impl EndpointPlan {
             mtu: bridge.mtu,
             default_routes: true,
             extra_routes: Vec::new(),
+            host_ports: Vec::new(),
         }
     }
 
@@ -295,6 +301,7 @@ impl EndpointPlan {
             mtu,
             default_routes: true,
             extra_routes: Vec::new(),
+            host_ports: Vec::new(),
         }
     }
 

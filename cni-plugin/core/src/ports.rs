@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// A transport protocol of Kubernetes policies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Proto {
     /// TCP, the API's default.
     Tcp,

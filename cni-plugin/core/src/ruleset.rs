@@ -22,6 +22,7 @@ mod revocation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use crate::nat::{self, Nat, NatElement};
 use crate::plan::{EndpointPlan, MacAddr};
 use crate::ports::{PortRule, normalise};
 
@@ -106,11 +107,13 @@ pub struct Ruleset {
     pub profiles: BTreeMap<ProfileId, Vec<PortRule>>,
     /// The source pins of the local pods' ports.
     pub pins: BTreeSet<Pin>,
+    /// Address translation.
+    pub nat: Nat,
 }
 
 impl Ruleset {
-    /// What pins the endpoint's sources and denies it everything, both directions, unless it already has a class there:
-    /// the state of a pod whose policies are not known.
+    /// What pins the endpoint's sources, leads its host ports to it, and denies it everything, both directions, unless it already has a
+    /// class there: the state of a pod whose policies are not known.
     #[must_use]
     pub fn quarantine(&self, plan: &EndpointPlan) -> Changes {
         let mut changes = Changes::default();
@@ -123,25 +126,29 @@ impl Ruleset {
                 changes.add.push(Element::ClsEg(*address, ClassId::DENY_ALL));
             }
         }
+        self.nat.attach(plan, &mut changes);
         changes
     }
 
-    /// What removes the pins of `host_ifname` and the classes of the addresses that no other port has. It revokes: an
+    /// What removes the pins of `host_ifname`, and the classes and host ports of the addresses that no other port has. It revokes: an
     /// address may be handed out again while entries of the old pod's connections live on.
     #[must_use]
     pub fn forget_port(&self, host_ifname: &str) -> Changes {
         let (gone, kept): (Vec<&Pin>, Vec<&Pin>) =
             self.pins.iter().partition(|pin| pin.ifname == host_ifname);
         let mut changes = Changes { revokes: !gone.is_empty(), ..Changes::default() };
+        let mut addresses = BTreeSet::new();
         for pin in gone {
             changes.remove.push(Element::Pin(pin.clone()));
             if kept.iter().any(|other| other.address == pin.address) {
                 continue;
             }
+            addresses.insert(pin.address);
             let (ingress, egress) = (self.cls_in.get(&pin.address), self.cls_eg.get(&pin.address));
             changes.remove.extend(ingress.map(|class| Element::ClsIn(pin.address, *class)));
             changes.remove.extend(egress.map(|class| Element::ClsEg(pin.address, *class)));
         }
+        self.nat.forget(&addresses, &mut changes);
         changes
     }
 
@@ -201,6 +208,8 @@ pub enum Element {
     Profile(ProfileId, PortRule),
     /// A source pin.
     Pin(Pin),
+    /// Of address translation.
+    Nat(NatElement),
 }
 
 /// What an element is for; an element is a key with its value.
@@ -307,6 +316,7 @@ impl Ruleset {
                 }
             }
             Element::Pin(pin) => drop(self.pins.remove(pin)),
+            Element::Nat(element) => self.nat.take_out(element),
         }
     }
 
@@ -331,6 +341,7 @@ impl Ruleset {
             Element::Pin(pin) => {
                 self.pins.insert(pin.clone());
             }
+            Element::Nat(element) => self.nat.put_in(element),
         }
     }
 }
@@ -366,6 +377,7 @@ pub fn diff(old: &Ruleset, new: &Ruleset) -> Changes {
     diff_profiles(old, new, &mut changes);
     changes.remove.extend(old.pins.difference(&new.pins).cloned().map(Element::Pin));
     changes.add.extend(new.pins.difference(&old.pins).cloned().map(Element::Pin));
+    nat::diff(&old.nat, &new.nat, &mut changes);
     changes.revokes = revocation::revokes(old, new, &changes);
     changes
 }

@@ -16,6 +16,7 @@
 mod dump;
 mod endpoint;
 mod error;
+mod host_ports;
 mod hygiene;
 mod links;
 mod memory;
@@ -31,10 +32,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use holdfast_net_core::nat::{HostSocket, MasqueradeRanges, PodSocket, translations_of};
 use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
 use holdfast_net_core::policy::Lookup;
 use holdfast_net_core::ruleset::{Delta, Pin, Ruleset, pins_of};
 
+use host_ports::Change;
 use links::Links;
 use nft::socket::NetfilterSocket;
 use nft::{Nft, Reader};
@@ -189,6 +192,7 @@ impl Dataplane {
         let wanted = plan.clone();
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
         let made = async {
+            self.flush_host_ports(translations_of(plan), Change::Appeared).await?;
             endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
             endpoint::wait_until_open(&self.links, plan).await?;
@@ -236,11 +240,46 @@ impl Dataplane {
     pub async fn detach(&self, host_ifname: &str) -> Result<()> {
         let name = host_ifname.to_string();
         let known = self.with_policy(move |policy| Ok(policy.addresses_of(&name))).await?;
+        let addresses = known.clone();
+        let host_ports =
+            self.with_policy(move |policy| Ok(policy.nft.applied().nat.leading_to(&addresses))).await?;
         let removed = endpoint::remove(&self.links, &self.bridge, host_ifname, &known).await;
         let name = host_ifname.to_string();
         // Last, so that the pins outlive the link.
         self.with_policy(move |policy| policy.forget(&name)).await?;
+        self.flush_host_ports(host_ports, Change::Gone).await?;
         removed
+    }
+
+    /// See [`host_ports`].
+    async fn flush_host_ports(
+        &self,
+        host_ports: BTreeMap<HostSocket, PodSocket>,
+        change: Change,
+    ) -> Result<()> {
+        if host_ports.is_empty() {
+            return Ok(());
+        }
+        let own = self.links.own_addresses().await?;
+        let flushed =
+            with_locked(&self.conntrack, move |socket| host_ports::flush(socket, &host_ports, change, &own));
+        let flushed = flushed.await?;
+        if flushed > 0 {
+            tracing::info!(flushed, ?change, "stale conntrack entries of host ports are deleted");
+        }
+        Ok(())
+    }
+
+    /// Sets whose traffic is masqueraded; writes nothing when that is so already.
+    ///
+    /// # Errors
+    /// [`Error::Nft`] if the kernel refuses: nothing was changed.
+    pub async fn set_masquerade(&self, ranges: MasqueradeRanges) -> Result<()> {
+        self.with_policy(move |policy| {
+            let changes = policy.nft.applied().nat.masquerade_changes(&ranges);
+            policy.nft.change(&changes).map(drop)
+        })
+        .await
     }
 
     /// Sentences on what the kernel has otherwise than wanted, read element by element and without regard to notifications. What is
@@ -248,8 +287,14 @@ impl Dataplane {
     ///
     /// # Errors
     /// The kernel refuses to tell.
-    pub async fn differences(&self, wanted: Delta, pins: BTreeSet<Pin>) -> Result<Vec<String>> {
-        let found = with_locked(&self.reader, move |reader| reader.differences(&wanted, &pins)).await?;
+    pub async fn differences(
+        &self,
+        wanted: Delta,
+        pins: BTreeSet<Pin>,
+        host_ports: BTreeMap<HostSocket, PodSocket>,
+    ) -> Result<Vec<String>> {
+        let read = with_locked(&self.reader, move |reader| reader.differences(&wanted, &pins, &host_ports));
+        let found = read.await?;
         if !found.is_empty() {
             self.with_policy(|policy| {
                 policy.nft.distrust();
@@ -383,10 +428,13 @@ async fn with_locked<S: Send + 'static, T: Send + 'static>(
 
 impl Policy {
     fn quarantine(&mut self, plan: EndpointPlan) -> Result<()> {
-        if pins_of(&plan).is_subset(&self.nft.applied().pins) {
+        let applied = self.nft.applied();
+        let leads_there =
+            |(socket, pod): (HostSocket, PodSocket)| applied.nat.host_ports.get(&socket) == Some(&pod);
+        if pins_of(&plan).is_subset(&applied.pins) && translations_of(&plan).into_iter().all(leads_there) {
             return Ok(());
         }
-        let changes = self.nft.applied().quarantine(&plan);
+        let changes = applied.quarantine(&plan);
         self.nft.change(&changes)?;
         self.quarantined.insert(plan.host_ifname.clone(), plan);
         Ok(())

@@ -129,6 +129,8 @@ async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
     writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
     // All pod traffic leaves where it came in; hosts need not be told so.
     writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
+    // The node's loopback reaches host ports: it is a source here before it is masqueraded. The pin keeps pods from sending to it.
+    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/route_localnet", plan.name), "1")?);
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     let present = links.addresses(index).await?;
     for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {

@@ -77,6 +77,8 @@ fn sysctls(plan: &EndpointPlan) -> Vec<(String, &'static str)> {
         // A pod that sends to itself by its gateway need not be told so, and the node takes no routes from a pod.
         (format!("ipv4/conf/{name}/send_redirects"), "0"),
         (format!("ipv4/conf/{name}/accept_redirects"), "0"),
+        // The node's loopback reaches host ports: it is a source here before it is masqueraded. The pin keeps pods from sending to it.
+        (format!("ipv4/conf/{name}/route_localnet"), "1"),
     ];
     if plan.addresses.iter().any(IpAddr::is_ipv6) {
         // fe80::1 is the only link-local address: none is generated from the MAC.

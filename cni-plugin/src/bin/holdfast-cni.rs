@@ -13,6 +13,7 @@ use holdfast_net_core::cni::{
     CURRENT_VERSION, CniEnv, CniError, CniInterface, CniIp, CniResult, CniRoute, Command, NetworkConfig,
     code, version_reply,
 };
+use holdfast_net_core::nat::PortMapping;
 use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_client::AgentClient;
 use serde_json::Value;
@@ -97,6 +98,7 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
         ips: wanted.addresses.ips.iter().map(IpAddr::to_string).collect(),
         mac: wanted.mac.map(String::from).unwrap_or_default(),
         address_sets: wanted.addresses.range_sets.into_iter().map(set).collect(),
+        port_mappings: wanted.host_ports.iter().map(port_mapping).collect(),
     };
     let mut client = connect(&config.agent_socket).await.map_err(try_again)?;
     let reply = client.add(request).await.map_err(|status| try_again(status.to_string()))?.into_inner();
@@ -106,6 +108,15 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
     let mut result = result_of(result)?;
     result.dns = config.dns;
     Ok(result.chained_after(config.prev_result).to_version(config.version))
+}
+
+fn port_mapping(mapping: &PortMapping) -> pb::PortMapping {
+    pb::PortMapping {
+        protocol: mapping.proto.to_string(),
+        host_ip: mapping.host_ip.map(|address| address.to_string()).unwrap_or_default(),
+        host_port: mapping.host_port.into(),
+        container_port: mapping.container_port.into(),
+    }
 }
 
 /// Succeeds when the agent has detached, or when a durable record says that it will.

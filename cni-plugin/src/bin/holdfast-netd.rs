@@ -8,6 +8,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
 use holdfast_agent::{Mode, Settings};
+use holdfast_net_core::nat::{MasqueradeMode, MasqueradeSettings};
 use holdfast_net_core::overlay::OverlaySettings;
 use holdfast_net_core::pod_ranges::ClusterRange;
 use ipnetwork::IpNetwork;
@@ -63,6 +64,13 @@ struct Args {
     /// The same, IPv6.
     #[arg(long, default_value_t = 64)]
     node_cidr_mask_size_ipv6: u8,
+    /// Whose packets leave the node with its own address as source: pods' to destinations outside all pod ranges and other than nodes'
+    /// InternalIPs, the same and those to other nodes (for networks that drop what comes from a pod's address), or nobody's.
+    #[arg(long, value_enum, default_value = "outside")]
+    masquerade: MasqueradeArg,
+    /// Destinations that see pods' own addresses besides: separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
+    masquerade_exempt: Vec<IpNetwork>,
     /// How many seconds a freed address goes to no other pod: longer than any node takes to see that a pod is gone. They count only
     /// while objects can be read. 0: freed addresses may be given out at once.
     #[arg(long, default_value_t = 30)]
@@ -81,6 +89,23 @@ enum AttachmentArg {
     Bridge,
     /// Without a bridge: the node's end of each pod's link is its gateway.
     Routed,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MasqueradeArg {
+    Outside,
+    Nodes,
+    Off,
+}
+
+impl From<MasqueradeArg> for MasqueradeMode {
+    fn from(arg: MasqueradeArg) -> Self {
+        match arg {
+            MasqueradeArg::Outside => Self::Outside,
+            MasqueradeArg::Nodes => Self::Nodes,
+            MasqueradeArg::Off => Self::Off,
+        }
+    }
 }
 
 impl Args {
@@ -113,6 +138,7 @@ impl Args {
             uplink: args.uplink,
             overlay,
             cluster_ranges,
+            masquerade: MasqueradeSettings { mode: args.masquerade.into(), exempt: args.masquerade_exempt },
             address_quarantine: Duration::from_secs(args.address_quarantine_s.into()),
             collect_after: Duration::from_secs(args.collect_after_s.into()),
             metrics: args.metrics,

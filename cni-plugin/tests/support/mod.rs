@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use holdfast_proto::agent::agent_client::AgentClient;
@@ -14,6 +15,8 @@ use serde_json::{Value, json};
 
 /// Where an agent serves metrics, on its node's loopback.
 pub const METRICS_PORT: u16 = 9480;
+
+pub mod sockets;
 
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
@@ -150,14 +153,8 @@ impl Cluster {
         );
     }
 
-    /// A node with its agent, on the underlay as 192.0.2.`number`. Addresses are free as soon as they are freed, and nothing is
-    /// collected without being asked for.
-    pub fn start_node(&self, name: &str, number: u8) -> Node {
-        self.start_node_with(name, number, &["--address-quarantine-s=0", "--collect-after-s=0"])
-    }
-
-    /// The same with other settings.
-    pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
+    /// A host on the underlay that is no node, as 192.0.2.`number` and 2001:db8::`number`.
+    pub fn outside(&self, number: u8) -> Netns {
         let netns = Netns::new();
         let port = format!("p{number}");
         run(
@@ -179,7 +176,24 @@ impl Cluster {
         );
         self.underlay.ip(&format!("link set {port} master br0 up"));
         netns.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"));
+        netns.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"));
+        // An interface that still looks for duplicates of its address asks for no neighbours.
+        let mut sysctl = netns.exec("sh");
+        sysctl.args(["-c", "echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad"]);
+        assert!(sysctl.status().unwrap().success());
         netns.ip("link set eth0 up");
+        netns
+    }
+
+    /// A node with its agent, on the underlay as 192.0.2.`number`. Addresses are free as soon as they are freed, and nothing is
+    /// collected without being asked for.
+    pub fn start_node(&self, name: &str, number: u8) -> Node {
+        self.start_node_with(name, number, &["--address-quarantine-s=0", "--collect-after-s=0"])
+    }
+
+    /// The same with other settings.
+    pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
+        let netns = self.outside(number);
         let state = self.folder.path().join(name);
         let (name, objects) = (name.to_owned(), self.objects());
         let mut node = Node { name, objects, netns, state, settings, attachment: attachment(), agent: None };
@@ -402,6 +416,15 @@ pub fn plugin(netns: Option<&Netns>, variables: &[(&str, &str)], input: &str) ->
     assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
     let value = if text.is_empty() { Value::Null } else { serde_json::from_str(&text).expect(&text) };
     if output.status.success() { Ok(value) } else { Err(value) }
+}
+
+/// Runs `work` on a thread inside a namespace.
+pub fn inside<T: Send + 'static>(netns: &Netns, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let file = std::fs::File::open(netns.path()).unwrap();
+    std::thread::spawn(move || {
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        work()
+    })
 }
 
 /// The first address of a result, without its prefix length.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use holdfast_net_core::nat::translations_of;
 use holdfast_net_core::objects::ObjectName;
 use holdfast_net_core::policy::{Compiler, Explanation, Party, PolicyStanding};
 use holdfast_net_core::ports::Proto;
@@ -226,7 +227,8 @@ impl Engine {
             return Err("its policy is not compiled: it is being detached".to_owned());
         };
         let wanted = self.compiler.classes_of(&lease.plan.host_ifname);
-        let found = self.dataplane.differences(wanted, pins_of(&lease.plan)).await;
+        let found =
+            self.dataplane.differences(wanted, pins_of(&lease.plan), translations_of(&lease.plan)).await;
         found.map_err(|error| sentence(&error))
     }
 

@@ -217,6 +217,7 @@ mod tests {
             uplink: None,
             overlay,
             cluster_ranges: Vec::new(),
+            masquerade: Default::default(),
             address_quarantine: Duration::ZERO,
             collect_after: Duration::ZERO,
             metrics: None,

@@ -12,7 +12,9 @@ use serde_json::{Map, Value};
 
 use super::{CniError, code};
 use crate::ipam::AddressRequest;
+use crate::nat::PortMapping;
 use crate::plan::MacAddr;
+use crate::ports::Proto;
 
 /// What one attachment asks for.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -23,6 +25,8 @@ pub struct Capabilities {
     pub mac: Option<MacAddr>,
     /// `dns` in the shape of a result.
     pub dns: Option<Value>,
+    /// `portMappings`.
+    pub host_ports: Vec<PortMapping>,
 }
 
 #[derive(Deserialize)]
@@ -43,6 +47,19 @@ struct RawDns {
     options: Vec<String>,
 }
 
+/// Keys that are not known are passed over, as runtimes have put some of their own there.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawMapping {
+    #[serde(default)]
+    host_port: i64,
+    #[serde(default)]
+    container_port: i64,
+    protocol: Option<String>,
+    #[serde(default, rename = "hostIP")]
+    host_ip: String,
+}
+
 impl Capabilities {
     /// Reads `runtimeConfig`. A capability that is `null` or an empty list was not asked for.
     ///
@@ -59,6 +76,7 @@ impl Capabilities {
                 "ipRanges" => capabilities.addresses.range_sets = parse_range_sets(&value)?,
                 "mac" => capabilities.mac = parse_mac(&value)?,
                 "dns" => capabilities.dns = parse_dns(&value)?,
+                "portMappings" => capabilities.host_ports = parse_port_mappings(&value)?,
                 "aliases" | "cgroupPath" => {}
                 _ => {
                     let msg = format!(
@@ -133,6 +151,61 @@ fn parse_range_set(set: &[RawRange], value: &Value) -> Result<Vec<(IpAddr, IpAdd
     Ok(pieces)
 }
 
+fn parse_port_mappings(value: &Value) -> Result<Vec<PortMapping>, CniError> {
+    let raws: Vec<RawMapping> = serde_json::from_value(value.clone())
+        .map_err(|error| wrong("portMappings", value, &error.to_string()))?;
+    let mut mappings: Vec<PortMapping> = Vec::new();
+    for (index, raw) in raws.iter().enumerate() {
+        let mapping = parse_port_mapping(index, raw)?;
+        if mappings.contains(&mapping) {
+            continue;
+        }
+        let differs = |other: &&PortMapping| other.container_port != mapping.container_port;
+        if let Some(other) = mappings.iter().filter(|other| other.overlaps(&mapping)).find(differs) {
+            let why = format!(
+                "{other} leads to two ports, {} and {}",
+                other.container_port, mapping.container_port
+            );
+            return Err(wrong("portMappings", value, &why));
+        }
+        mappings.push(mapping);
+    }
+    Ok(mappings)
+}
+
+fn parse_port_mapping(index: usize, raw: &RawMapping) -> Result<PortMapping, CniError> {
+    let field = |name: &str| format!("portMappings[{index}].{name}");
+    let port = |name: &str, number: i64| match u16::try_from(number) {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(wrong(&field(name), &Value::from(number), "not a port from 1 to 65535")),
+    };
+    let named = raw.protocol.as_deref().filter(|text| !text.is_empty()).unwrap_or("tcp");
+    let proto = Proto::ALL.into_iter().find(|proto| proto.to_string() == named.to_ascii_lowercase());
+    let proto =
+        proto.ok_or_else(|| wrong(&field("protocol"), &Value::from(named), "none of tcp, udp and sctp"))?;
+    let text = Value::from(raw.host_ip.as_str());
+    let host_ip = (!raw.host_ip.is_empty()).then(|| raw.host_ip.parse::<IpAddr>()).transpose();
+    let host_ip = host_ip.map_err(|_| wrong(&field("hostIP"), &text, "not an address"))?;
+    if let Some(address) = host_ip {
+        if address.is_multicast() {
+            return Err(wrong(&field("hostIP"), &text, "a multicast address is no node's"));
+        }
+        if address.is_ipv6() && address.is_loopback() {
+            let key = field("hostIP");
+            let msg = format!(
+                "runtimeConfig.{key} = {text} is not supported: the kernel sends nothing from ::1 to a pod"
+            );
+            return Err(CniError::new(code::UNSUPPORTED_FIELD, msg));
+        }
+    }
+    Ok(PortMapping {
+        proto,
+        host_ip,
+        host_port: port("hostPort", raw.host_port)?,
+        container_port: port("containerPort", raw.container_port)?,
+    })
+}
+
 fn parse_dns(value: &Value) -> Result<Option<Value>, CniError> {
     let raw: RawDns = serde_json::from_value(value.clone())
         .map_err(|_| wrong("dns", value, "give lists of strings: servers, searches, options"))?;
@@ -190,6 +263,25 @@ mod tests {
     }
 
     #[test]
+    fn port_mappings_are_read_once_each_with_tcp_and_all_addresses_where_nothing_is_said() {
+        let found = parse(json!({ "portMappings": [
+            { "hostPort": 8080, "containerPort": 80 },
+            { "hostPort": 8080, "containerPort": 80, "protocol": "TCP", "hostIP": "", "name": "web" },
+            { "hostPort": 53, "containerPort": 5353, "protocol": "udp", "hostIP": "192.0.2.1" },
+        ] }))
+        .unwrap();
+        let mapping = |proto, host_ip: Option<&str>, host_port, container_port| PortMapping {
+            proto,
+            host_ip: host_ip.map(|text| text.parse().unwrap()),
+            host_port,
+            container_port,
+        };
+        let expected =
+            [mapping(Proto::Tcp, None, 8080, 80), mapping(Proto::Udp, Some("192.0.2.1"), 53, 5353)];
+        assert_eq!(found.host_ports, expected);
+    }
+
+    #[test]
     fn wrong_values_are_named_with_key_and_value() {
         for (value, code, part) in [
             (json!({ "ips": ["10.1.0"] }), 7, "\"10.1.0\" is not an address"),
@@ -203,6 +295,37 @@ mod tests {
             (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24" }, { "subnet": "fd00::/64" }]] }), 7, "mixes"),
             (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24", "gateway": "10.1.0.1" }]] }), 7, "gateway"),
             (json!({ "dns": { "servers": "x" } }), 7, "lists of strings"),
+            (json!({ "portMappings": 7 }), 7, "runtimeConfig.portMappings = 7"),
+            (
+                json!({ "portMappings": [{ "hostPort": 0, "containerPort": 80 }] }),
+                7,
+                "runtimeConfig.portMappings[0].hostPort = 0",
+            ),
+            (json!({ "portMappings": [{ "hostPort": 65536, "containerPort": 80 }] }), 7, "hostPort = 65536"),
+            (json!({ "portMappings": [{ "hostPort": 80, "containerPort": -1 }] }), 7, "containerPort = -1"),
+            (json!({ "portMappings": [{ "hostPort": 80 }] }), 7, "containerPort = 0"),
+            (
+                json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80, "protocol": "dccp" }] }),
+                7,
+                "portMappings[0].protocol = \"dccp\"",
+            ),
+            (
+                json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80, "hostIP": "x" }] }),
+                7,
+                "portMappings[0].hostIP = \"x\"",
+            ),
+            (
+                json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80, "hostIP": "::1" }] }),
+                2,
+                "portMappings[0].hostIP = \"::1\"",
+            ),
+            (
+                json!({ "portMappings": [
+                    { "hostPort": 80, "containerPort": 80 }, { "hostPort": 80, "containerPort": 81, "hostIP": "192.0.2.1" },
+                ] }),
+                7,
+                "leads to two ports, 80 and 81",
+            ),
             (json!({ "infinibandGUID": "c2:11:22:33:44:55:66:77" }), 2, "c2:11:22:33:44:55:66:77"),
             (json!({ "deviceID": "0000:04:00.5" }), 2, "runtimeConfig.deviceID"),
         ] {

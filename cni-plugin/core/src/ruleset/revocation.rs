@@ -32,6 +32,8 @@ fn removal_revokes(old: &Ruleset, new: &Ruleset, element: &Element) -> bool {
         Element::Profile(id, _) => used_profile(old, *id) && narrows(old, new, *id, Some(id)),
         // Its address may be handed out again while entries of the old pod's connections live on.
         Element::Pin(_) => true,
+        // A translation is made at a connection's first packet; what lives keeps it, and policy judges its pod's own port.
+        Element::Nat(_) => false,
     }
 }
 
@@ -87,7 +89,7 @@ impl<'a> Additions<'a> {
             Element::PairEg(class, identity, profile) => {
                 self.pair_narrows(Direction::Egress, *class, *identity, *profile)
             }
-            Element::Profile(..) | Element::Pin(_) => false,
+            Element::Profile(..) | Element::Pin(_) | Element::Nat(_) => false,
         }
     }
 

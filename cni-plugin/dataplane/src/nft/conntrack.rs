@@ -73,6 +73,8 @@ pub struct Connection {
     pub server: IpAddr,
     /// Where.
     pub server_port: u16,
+    /// Whom the client dialled, before destination NAT.
+    pub dialled: (IpAddr, u16),
     /// Its protocol; entries of others are not read.
     pub proto: Proto,
     /// The ct mark.
@@ -136,32 +138,38 @@ pub fn delete<'a>(socket: &mut NetfilterSocket, entries: impl Iterator<Item = &'
     if buffer.len() == 0 {
         return Ok(0);
     }
-    socket.send_each(&buffer, "delete forbidden conntrack entries")
+    socket.send_each(&buffer, "delete conntrack entries")
 }
 
 fn connection(attrs: Attrs<'_>) -> Option<Connection> {
     let [original, reply] = [attrs.nested(CTA_TUPLE_ORIG)?, attrs.nested(CTA_TUPLE_REPLY)?];
-    let (client, number, client_port) = source(original)?;
-    let (server, _, server_port) = source(reply)?;
+    let (client, number, client_port) = end(original, SOURCE)?;
+    let (dialled, _, dialled_port) = end(original, DESTINATION)?;
+    let (server, _, server_port) = end(reply, SOURCE)?;
     let proto = Proto::from_number(number)?;
     let mark = attrs.u32(CTA_MARK).unwrap_or(0);
-    Some(Connection { client, client_port, server, server_port, proto, mark })
+    let dialled = (dialled, dialled_port);
+    Some(Connection { client, client_port, server, server_port, dialled, proto, mark })
 }
 
-/// Source address, protocol and source port of a tuple.
-fn source(tuple: Attrs<'_>) -> Option<(IpAddr, u8, u16)> {
+/// The attributes of one end of a tuple: IPv4 address, IPv6 address, port.
+type End = [u16; 3];
+/// CTA_IP_V4_SRC, CTA_IP_V6_SRC, CTA_PROTO_SRC_PORT
+const SOURCE: End = [1, 3, 2];
+/// CTA_IP_V4_DST, CTA_IP_V6_DST, CTA_PROTO_DST_PORT
+const DESTINATION: End = [2, 4, 3];
+
+/// Address, protocol and port of one end of a tuple.
+fn end(tuple: Attrs<'_>, [ip_v4, ip_v6, port]: End) -> Option<(IpAddr, u8, u16)> {
     const CTA_TUPLE_IP: u16 = 1;
     const CTA_TUPLE_PROTO: u16 = 2;
-    const CTA_IP_V4_SRC: u16 = 1;
-    const CTA_IP_V6_SRC: u16 = 3;
     const CTA_PROTO_NUM: u16 = 1;
-    const CTA_PROTO_SRC_PORT: u16 = 2;
     let ip = tuple.nested(CTA_TUPLE_IP)?;
-    let address = match (ip.find(CTA_IP_V4_SRC), ip.find(CTA_IP_V6_SRC)) {
+    let address = match (ip.find(ip_v4), ip.find(ip_v6)) {
         (Some(v4), _) => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(v4).ok()?)),
         (None, v6) => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(v6?).ok()?)),
     };
     let proto = tuple.nested(CTA_TUPLE_PROTO)?;
-    let port = u16::from_be_bytes(proto.find(CTA_PROTO_SRC_PORT)?.try_into().ok()?);
+    let port = u16::from_be_bytes(proto.find(port)?.try_into().ok()?);
     Some((address, *proto.find(CTA_PROTO_NUM)?.first()?, port))
 }

@@ -2,10 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use holdfast_net_core::nat::NatElement;
 use holdfast_net_core::plan::MacAddr;
 use holdfast_net_core::ports::{PortRule, Proto};
 use holdfast_net_core::ruleset::{AddrRange, ClassId, Element, IdentityId, Pin, ProfileId, Ruleset};
 
+use super::nat;
 use super::wire::{from_host32, host32};
 
 /// What an element of the kernel yields.
@@ -15,6 +17,8 @@ pub enum Data {
     None,
     /// A number.
     Mark(u32),
+    /// An address and a port.
+    Socket(Vec<u8>),
     /// `return` of the profile map: allowed.
     Allow,
     /// `goto deny`, the profile map's catch-all.
@@ -37,7 +41,8 @@ pub struct Raw {
 }
 
 impl Raw {
-    fn new(set: &'static str, key: Vec<u8>, data: Data) -> Self {
+    /// An element of a key alone.
+    pub fn new(set: &'static str, key: Vec<u8>, data: Data) -> Self {
         Self { set, key, key_end: None, data, interval_end: false }
     }
 
@@ -68,11 +73,12 @@ pub fn to_raw(element: &Element) -> Vec<Raw> {
         Element::ClsIn(a, c) => vec![by_address(*a, "cls_in4", "cls_in6", c.0)],
         Element::ClsEg(a, c) => vec![by_address(*a, "cls_eg4", "cls_eg6", c.0)],
         Element::Ident(a, i) => vec![by_address(*a, "ident4", "ident6", i.0)],
-        Element::Cidr(range, i) => cidr(range, *i),
+        Element::Cidr(range, i) => range_raws(range, ["cidr4", "cidr6"], Data::Mark(i.0)),
         Element::PairIn(c, i, p) => vec![pair("pair_in", *c, *i, *p)],
         Element::PairEg(c, i, p) => vec![pair("pair_eg", *c, *i, *p)],
         Element::Profile(id, rule) => vec![profile(*id, rule)],
         Element::Pin(pin) => vec![pinned(pin)],
+        Element::Nat(element) => nat::to_raw(element),
     }
 }
 
@@ -80,9 +86,10 @@ fn by_address(address: IpAddr, v4: &'static str, v6: &'static str, number: u32) 
     Raw::new(by_family(address, v4, v6), octets(address), Data::Mark(number))
 }
 
-fn cidr(range: &AddrRange, identity: IdentityId) -> Vec<Raw> {
-    let set = by_family(range.first, "cidr4", "cidr6");
-    let mut raws = vec![Raw::new(set, octets(range.first), Data::Mark(identity.0))];
+/// The two elements of a range, of the set of its family.
+pub fn range_raws(range: &AddrRange, [v4, v6]: [&'static str; 2], data: Data) -> Vec<Raw> {
+    let set = by_family(range.first, v4, v6);
+    let mut raws = vec![Raw::new(set, octets(range.first), data)];
     // A range up to the highest address has no end element: there is no address after it.
     if let Some(after) = successor(range.last) {
         let mut end = Raw::new(set, octets(after), Data::None);
@@ -149,11 +156,14 @@ pub fn from_raw(raws: &[Raw]) -> (Ruleset, usize) {
     let mut ranges: Vec<(&'static str, IpAddr, Option<u32>)> = Vec::new();
     for raw in raws {
         match raw.set {
-            "cidr4" | "cidr6" => match (address(&raw.key), raw.interval_end, &raw.data) {
-                (Some(a), true, _) => ranges.push((raw.set, a, None)),
-                (Some(a), false, Data::Mark(n)) => ranges.push((raw.set, a, Some(*n))),
-                _ => strange += 1,
-            },
+            "cidr4" | "cidr6" | "own4" | "own6" | "exempt4" | "exempt6" => {
+                match (address(&raw.key), raw.interval_end, &raw.data) {
+                    (Some(a), true, _) => ranges.push((raw.set, a, None)),
+                    (Some(a), false, Data::Mark(n)) => ranges.push((raw.set, a, Some(*n))),
+                    (Some(a), false, Data::None) => ranges.push((raw.set, a, Some(0))),
+                    _ => strange += 1,
+                }
+            }
             _ => strange += usize::from(add_raw(&mut ruleset, raw).is_none()),
         }
     }
@@ -193,7 +203,7 @@ fn add_raw(ruleset: &mut Ruleset, raw: &Raw) -> Option<()> {
         ("pin_routed4" | "pin_routed6", Data::None) => {
             ruleset.pins.insert(pin_of(&raw.key, true)?);
         }
-        _ => return None,
+        _ => return nat::add_raw(&mut ruleset.nat, raw),
     }
     Some(())
 }
@@ -203,30 +213,35 @@ fn add_ranges(ruleset: &mut Ruleset, mut ranges: Vec<(&'static str, IpAddr, Opti
     // At one address an end sorts before a start: adjacent ranges.
     ranges.sort_by_key(|(set, a, n)| (*set, *a, n.is_some()));
     let mut strange = 0;
-    let mut open: Option<(IpAddr, u32)> = None;
-    let mut close = |open: &mut Option<(IpAddr, u32)>, last: Option<IpAddr>| {
-        if let (Some((first, n)), Some(last)) = (open.take(), last) {
-            ruleset.cidr.insert(AddrRange { first, last }, IdentityId(n));
+    let mut open: Option<(&'static str, IpAddr, u32)> = None;
+    let mut close = |open: &mut Option<(&'static str, IpAddr, u32)>, last: Option<IpAddr>| {
+        let Some((set, first, n)) = open.take() else { return };
+        // Without an end it reaches to the highest address.
+        let highest = match first {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::BROADCAST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from(u128::MAX)),
+        };
+        let range = AddrRange { first, last: last.unwrap_or(highest) };
+        match set {
+            "own4" | "own6" => ruleset.nat.put_in(&NatElement::Own(range)),
+            "exempt4" | "exempt6" => ruleset.nat.put_in(&NatElement::Exempt(range)),
+            _ => drop(ruleset.cidr.insert(range, IdentityId(n))),
         }
     };
-    for (_, at, start) in ranges {
-        if open.is_some_and(|(first, _)| first.is_ipv4() != at.is_ipv4()) {
-            close(&mut open, Some(IpAddr::V4(Ipv4Addr::BROADCAST)));
+    for (set, at, start) in ranges {
+        if open.is_some_and(|(of, ..)| of != set) {
+            close(&mut open, None);
         }
         match start {
             None => close(&mut open, predecessor(at)),
             Some(n) => {
                 strange += usize::from(open.is_some());
                 close(&mut open, predecessor(at));
-                open = Some((at, n));
+                open = Some((set, at, n));
             }
         }
     }
-    let highest = match open {
-        Some((IpAddr::V4(_), _)) => IpAddr::V4(Ipv4Addr::BROADCAST),
-        _ => IpAddr::V6(Ipv6Addr::from(u128::MAX)),
-    };
-    close(&mut open, Some(highest));
+    close(&mut open, None);
     strange
 }
 
@@ -315,6 +330,7 @@ mod tests {
                 PortRule::port(Proto::Sctp, 80),
             ],
         );
+        r.nat = crate::nft::nat::tests::mk_nat();
         r.pair_in.insert((ClassId(2), IdentityId::ANY), ProfileId(2));
         r.pair_eg.insert((ClassId(3), IdentityId(5)), ProfileId(1));
         let changes = holdfast_net_core::ruleset::diff(&Ruleset::default(), &r);

@@ -187,6 +187,12 @@ pub enum Expr {
     Limit(u64),
     /// NFLOG with a prefix.
     Log(u16, &'static str),
+    /// The destination's kind of route (`fib daddr type`) to register.
+    FibType(Reg),
+    /// Destination translation of a family to address and port in registers.
+    Dnat(u8, Reg, Reg),
+    /// Source translation to an address of the interface that the packet leaves by; flags are `NF_NAT_RANGE_*`.
+    Masquerade(u32),
 }
 
 impl Expr {
@@ -210,6 +216,9 @@ impl Expr {
             Expr::Counter => "counter",
             Expr::Limit(..) => "limit",
             Expr::Log(..) => "log",
+            Expr::FibType(..) => "fib",
+            Expr::Dnat(..) => "nat",
+            Expr::Masquerade(..) => "masq",
         }
     }
 
@@ -279,6 +288,24 @@ impl Expr {
             Expr::Log(group, prefix) => {
                 out.string(2, prefix);
                 out.attr(1, &group.to_be_bytes());
+            }
+            Expr::FibType(reg) => {
+                out.be32(1, reg.0);
+                // NFT_FIB_RESULT_ADDRTYPE of NFTA_FIB_F_DADDR.
+                out.be32(2, 3);
+                out.be32(3, 2);
+            }
+            Expr::Dnat(family, address, port) => {
+                // NFT_NAT_DNAT
+                out.be32(1, 1);
+                out.be32(2, u32::from(*family));
+                out.be32(3, address.0);
+                out.be32(5, port.0);
+            }
+            Expr::Masquerade(flags) => {
+                if *flags != 0 {
+                    out.be32(1, *flags);
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use holdfast_net_core::ruleset::Ruleset;
 
 use super::elements::{Data, Raw, from_raw};
 use super::program::{RuleRef, comment};
-use super::skeleton::{CHAINS, ChainDef, Params, SETS, SetDef, Table, rules};
+use super::skeleton::{CHAINS, ChainDef, Params, SETS, SetDef, Table, Value, rules};
 use super::socket::{NetfilterSocket, nft_message};
 use super::wire::{Attrs, Message, from_host32};
 use crate::error::Result;
@@ -224,6 +224,7 @@ pub fn raw(def: &'static SetDef, element: Attrs<'_>) -> Option<Raw> {
     let data = match element.nested(2) {
         None => Data::None,
         Some(data) => match (data.find(1), data.nested(2)) {
+            (Some(socket), _) if matches!(def.value, Value::Socket(_)) => Data::Socket(socket.to_vec()),
             (Some(mark), _) => Data::Mark(from_host32(mark.try_into().ok()?)),
             (None, Some(verdict)) if verdict.u32(1) == Some(VERDICT_RETURN) => Data::Allow,
             (None, Some(verdict)) if verdict.string(2) == Some("deny") => Data::Deny,

@@ -4,6 +4,7 @@ pub(crate) mod conntrack;
 mod elements;
 mod expr;
 mod load;
+mod nat;
 mod nflog;
 mod program;
 mod reader;
@@ -341,6 +342,7 @@ mod tests {
         );
         r.pair_in.insert((ClassId(2), IdentityId::ANY), ProfileId(2));
         r.pair_eg.insert((ClassId(3), IdentityId(5)), ProfileId(1));
+        r.nat = super::nat::tests::mk_nat();
         r
     }
 
@@ -364,6 +366,14 @@ mod tests {
                 "10.1.0.0/16 : 0x00000005",
                 "\"hfv0123456789ab\" . 02:00:00:00:00:09 . 10.0.0.1",
                 "ct mark & 0x00ff0000 == 0x00010000 accept",
+                "tcp . 8080 : 10.0.0.1 . 80",
+                "192.0.2.1 . udp . 53 : 10.0.0.1 . 5353",
+                "sctp . 8080 : fd00::1 . 80",
+                "elements = { 10.0.0.1 . 10.0.0.1 }",
+                "elements = { 10.0.0.0/16, 255.0.0.0/8 }",
+                "type nat hook prerouting priority dstnat",
+                "fib daddr type local",
+                "masquerade fully-random",
             ] {
                 assert!(text.contains(piece), "missing {piece:?}");
             }
@@ -431,6 +441,9 @@ mod tests {
                 &["flush", "chain", "inet", "holdfast", "ingress"],
                 &["delete", "element", "inet", "holdfast", "ident4", "{ 10.0.0.1 }"],
                 &["add", "element", "inet", "holdfast", "ident4", "{ 10.0.0.77 : 0x5 }"],
+                &["flush", "map", "inet", "holdfast", "hostport4"],
+                &["flush", "set", "inet", "holdfast", "exempt4"],
+                &["flush", "chain", "inet", "holdfast", "masquerade"],
             ] {
                 nft_text(tamper);
                 assert!(nft.foreign_change().unwrap(), "{tamper:?} went unnoticed");

@@ -4,7 +4,9 @@ use holdfast_net_core::ruleset::{Changes, Ruleset, diff};
 
 use super::elements::{Data, Raw, to_raw};
 use super::expr::Verdict;
-use super::skeleton::{CHAINS, ChainDef, Params, Rule, SETS, SetDef, Table, VERSION, Value, rules, set};
+use super::skeleton::{
+    CHAINS, ChainDef, Params, Rule, SETS, SetDef, Table, Type, VERSION, Value, rules, set,
+};
 use super::socket::Batch;
 use super::wire::{ATTR_BYTES_MAX, Buffer, F_APPEND, F_CREATE, F_REPLACE, host32};
 
@@ -134,7 +136,7 @@ fn encode_chain(out: &mut Buffer, table: &str, def: &ChainDef) {
         });
         // NF_ACCEPT: what no rule decides is none of our pods' traffic.
         out.be32(5, 1);
-        out.string(7, "filter");
+        out.string(7, hook.kind);
     }
 }
 
@@ -158,12 +160,16 @@ fn encode_set(out: &mut Buffer, table: &str, def: &SetDef, id: u32) {
     match def.value {
         Value::None => {}
         Value::Mark => {
-            out.be32(6, super::skeleton::Type::Mark.number());
+            out.be32(6, Type::Mark.number());
             out.be32(7, 4);
         }
         Value::Verdict => {
             out.be32(6, TYPE_VERDICT);
             out.be32(7, 0);
+        }
+        Value::Socket(address) => {
+            out.be32(6, (address.number() << TYPE_BITS) | Type::Port.number());
+            out.be32(7, address.len() + Type::Port.len().next_multiple_of(4));
         }
     }
     out.be32(10, id);
@@ -248,6 +254,7 @@ pub fn encode_element(out: &mut Buffer, raw: &Raw, with_data: bool) {
         match raw.data {
             Data::None => {}
             Data::Mark(n) => out.nest(2, |out| out.attr(1, &host32(n))),
+            Data::Socket(ref value) => out.nest(2, |out| out.attr(1, value)),
             Data::Allow => out.nest(2, |out| out.nest(2, |out| Verdict::Return.encode(out))),
             Data::Deny => out.nest(2, |out| out.nest(2, |out| Verdict::Goto("deny").encode(out))),
         }

@@ -10,15 +10,17 @@
 //!
 //! Each is one `send` and one `recv`. Nothing is written, and our lock for transactions is not taken.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use holdfast_net_core::nat::{HostSocket, NatElement, PodSocket};
 use holdfast_net_core::policy::{Direction, Elements, Lookup, PortLookup, Trace};
 use holdfast_net_core::ports::{PortRule, Proto};
 use holdfast_net_core::ruleset::{AddrRange, ClassId, Delta, Element, IdentityId, Pin, ProfileId};
 
 use super::elements::{Data, Raw, address, octets, predecessor, successor, to_raw};
 use super::load::{MSG_GETSETELEM, damage, raw};
+use super::nat;
 use super::program::encode_element;
 use super::skeleton::set;
 use super::socket::{NetfilterSocket, nft_message};
@@ -71,8 +73,13 @@ impl Reader {
     }
 
     /// Sentences on what the kernel has otherwise than wanted: numbers of keys that have some or none, and source pins. The keys are
-    /// those of classes, identities and pairs.
-    pub fn differences(&mut self, wanted: &Delta, pins: &BTreeSet<Pin>) -> Result<Vec<String>> {
+    /// those of classes, identities and pairs. `host_ports` must lead where they are said to.
+    pub fn differences(
+        &mut self,
+        wanted: &Delta,
+        pins: &BTreeSet<Pin>,
+        host_ports: &BTreeMap<HostSocket, PodSocket>,
+    ) -> Result<Vec<String>> {
         if let Some(reason) = damage(&mut self.socket, &self.table)? {
             return Ok(vec![format!("the rules are not whole: {reason}")]);
         }
@@ -88,6 +95,17 @@ impl Reader {
             let Some(wanted) = to_raw(&Element::Pin(pin.clone())).into_iter().next() else { continue };
             if self.get(&wanted)?.is_none() {
                 found.push(format!("the source pin of {} is missing", pin.address));
+            }
+        }
+        for (socket, pod) in host_ports {
+            let elements = [NatElement::HostPort(*socket, *pod), NatElement::Hairpin(pod.address)];
+            for wanted in elements.iter().flat_map(nat::to_raw) {
+                if self.get(&wanted)?.is_none_or(|raw| raw.data != wanted.data) {
+                    found.push(format!(
+                        "the host port {socket} does not lead to the pod: {} lacks it",
+                        wanted.set
+                    ));
+                }
             }
         }
         Ok(found)
@@ -124,7 +142,7 @@ impl Reader {
         match self.get(&wanted)?.map(|found| found.data) {
             None => Ok(None),
             Some(Data::Mark(number)) => Ok(Some(number)),
-            Some(Data::None | Data::Allow | Data::Deny) => {
+            Some(Data::None | Data::Socket(_) | Data::Allow | Data::Deny) => {
                 Err(Error::Protocol(format!("an element of {} has no number", wanted.set)))
             }
         }
@@ -211,7 +229,7 @@ impl Elements for Reader {
             match self.get(&wanted)?.map(|found| found.data) {
                 Some(Data::Allow) => return Ok(PortLookup::Allow),
                 Some(Data::Deny) => return Ok(PortLookup::Deny),
-                Some(Data::None | Data::Mark(_)) => {
+                Some(Data::None | Data::Mark(_) | Data::Socket(_)) => {
                     return Err(Error::Protocol("an element of profile has no verdict".into()));
                 }
                 None => {}
@@ -223,8 +241,6 @@ impl Elements for Reader {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use holdfast_net_core::ruleset::Ruleset;
 
     use super::super::Nft;

@@ -9,6 +9,7 @@
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
 //!   pin_routed (hook prerouting): what pin does, for ports that are no bridge's
+//!   hostports*, masquerade: see `nat`
 //! ```
 //!
 //! `forward` and `input` end with a log of new connections (rate-limited, like that of denied packets) and the mark of the
@@ -20,6 +21,7 @@
 //! their elements, in one transaction.
 
 use super::expr::{Base, Cmp, Ct, Dir, Expr, Meta, Reg, Verdict};
+use super::nat;
 use super::wire::host32;
 use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
 
@@ -146,6 +148,8 @@ pub enum Value {
     Mark,
     /// A verdict.
     Verdict,
+    /// An address of this type and a port.
+    Socket(Type),
 }
 
 /// A set or map of the skeleton.
@@ -176,7 +180,7 @@ const fn pin(table: Table, name: &'static str, key: &'static [Type]) -> SetDef {
 }
 
 /// All sets and maps.
-pub const SETS: [SetDef; 15] = [
+pub const SETS: [SetDef; 25] = [
     map("cls_in4", &[Type::Ipv4]),
     map("cls_in6", &[Type::Ipv6]),
     map("cls_eg4", &[Type::Ipv4]),
@@ -198,6 +202,16 @@ pub const SETS: [SetDef; 15] = [
     pin(Table::Bridge, "pin6", &[Type::IfName, Type::Ether, Type::Ipv6]),
     pin(Table::Inet, "pin_routed4", &[Type::IfName, Type::Ether, Type::Ipv4]),
     pin(Table::Inet, "pin_routed6", &[Type::IfName, Type::Ether, Type::Ipv6]),
+    nat::SETS[0],
+    nat::SETS[1],
+    nat::SETS[2],
+    nat::SETS[3],
+    nat::SETS[4],
+    nat::SETS[5],
+    nat::SETS[6],
+    nat::SETS[7],
+    nat::SETS[8],
+    nat::SETS[9],
 ];
 
 /// The definition of the set called `name`.
@@ -212,10 +226,16 @@ pub struct Hook {
     pub number: u32,
     /// Priority, lower is earlier.
     pub priority: i32,
+    /// `filter` or `nat`.
+    pub kind: &'static str,
+}
+
+const fn filter(number: u32, priority: i32) -> Option<Hook> {
+    Some(Hook { number, priority, kind: "filter" })
 }
 
 /// Prerouting, before conntrack: what is dropped there leaves no entry.
-const PIN_HOOK: Hook = Hook { number: 0, priority: -300 };
+const PIN_HOOK: Option<Hook> = filter(0, -300);
 
 /// A chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,7 +253,7 @@ const fn chain(name: &'static str, hook: Option<Hook>) -> ChainDef {
 }
 
 /// All chains, those that are jumped to first.
-pub const CHAINS: [ChainDef; 12] = [
+pub const CHAINS: [ChainDef; 16] = [
     chain("deny_log", None),
     chain("deny", None),
     chain("stateless", None),
@@ -243,10 +263,14 @@ pub const CHAINS: [ChainDef; 12] = [
     chain("ingress_back", None),
     chain("pickup", None),
     // NF_INET_FORWARD after DNAT, before SNAT; NF_INET_LOCAL_IN.
-    chain("forward", Some(Hook { number: 2, priority: 0 })),
-    chain("input", Some(Hook { number: 1, priority: 0 })),
-    ChainDef { table: Table::Bridge, name: "pin", hook: Some(PIN_HOOK) },
-    chain("pin_routed", Some(PIN_HOOK)),
+    chain("forward", filter(2, 0)),
+    chain("input", filter(1, 0)),
+    ChainDef { table: Table::Bridge, name: "pin", hook: PIN_HOOK },
+    chain("pin_routed", PIN_HOOK),
+    nat::CHAINS[0],
+    nat::CHAINS[1],
+    nat::CHAINS[2],
+    nat::CHAINS[3],
 ];
 
 /// A rule; `revision` says whether it carries the policy revision and is replaced by a revoking change.
@@ -286,7 +310,7 @@ pub fn rules(chain: &str, params: Params) -> Vec<Rule> {
         "deny_log" => fixed(deny_log(params.log_group)),
         "pin" => fixed(pin_rules()),
         "pin_routed" => fixed(pin_routed_rules()),
-        _ => Vec::new(),
+        _ => fixed(nat::rules(chain)),
     }
 }
 
@@ -463,8 +487,10 @@ fn bounce(reg: Reg) -> [Expr; 3] {
     [Expr::MetaSet(Meta::Mark, reg), Expr::MetaLoad(Meta::Mark, reg), Expr::MetaSet(Meta::Mark, SPARE)]
 }
 
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
+/// `NFPROTO_IPV4`
+pub const NFPROTO_IPV4: u8 = 2;
+/// `NFPROTO_IPV6`
+pub const NFPROTO_IPV6: u8 = 10;
 const ICMPV6: u8 = 58;
 /// Router and neighbour solicitation and advertisement (RFC 4861).
 const ND_FIRST: u8 = 133;
@@ -538,7 +564,12 @@ fn of_no_pod() -> Vec<Expr> {
     ]
 }
 
-/// The same for ports that the node's own IP stack has. ARP does not come by: what a pod says there counts on its own port only.
+/// The node's loopback may be a source on the pods' side (host ports), so it must never be a destination there.
+fn not_to_loopback(pinned: Vec<Expr>) -> Vec<Expr> {
+    [vec![Expr::Payload(Base::Network, 16, 1, R0), Expr::Cmp(R0, Cmp::Neq, vec![127])], pinned].concat()
+}
+
+/// The same as in the bridge for ports that the node's own IP stack has. ARP does not come by: what a pod says there counts on its own port only.
 fn pin_routed_rules() -> Vec<Vec<Expr>> {
     let pinned = |family: u8, at: u32, len: u32, set: &'static str| {
         vec![
@@ -553,7 +584,7 @@ fn pin_routed_rules() -> Vec<Vec<Expr>> {
     };
     vec![
         of_no_pod(),
-        pinned(NFPROTO_IPV4, 12, 4, "pin_routed4"),
+        not_to_loopback(pinned(NFPROTO_IPV4, 12, 4, "pin_routed4")),
         pinned(NFPROTO_IPV6, 8, 16, "pin_routed6"),
         vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
     ]
@@ -573,7 +604,7 @@ fn pin_rules() -> Vec<Vec<Expr>> {
     };
     vec![
         of_no_pod(),
-        pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4"),
+        not_to_loopback(pinned(ETH_IPV4, (Base::Link, 6), 12, 4, "pin4")),
         pinned(ETH_ARP, (Base::Network, 8), 14, 4, "pin4"),
         pinned(ETH_IPV6, (Base::Link, 6), 8, 16, "pin6"),
         vec![Expr::Counter, Expr::Verdict(Verdict::Drop)],
