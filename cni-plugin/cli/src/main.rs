@@ -20,6 +20,9 @@ use tonic::transport::{Channel, Endpoint};
 /// A process that serves answers well within this.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// An answer about ten thousand policies, or about as many leases, takes some MiB.
+const REPLY_BYTES_MAX: usize = 64 << 20;
+
 /// Looks into volumes and network policy of this node, and decides about the cluster's nodes and replicas.
 #[derive(Parser)]
 #[command(name = "holdfast", version)]
@@ -96,7 +99,8 @@ async fn run(part: Part) -> anyhow::Result<ExitCode> {
 }
 
 async fn dump(socket: &str) -> anyhow::Result<ExitCode> {
-    let mut client = AgentClient::new(connect(socket, "node agent").await?);
+    let client = AgentClient::new(connect(socket, "node agent").await?);
+    let mut client = client.max_decoding_message_size(REPLY_BYTES_MAX);
     println!("{}", client.dump(agent_pb::DumpRequest {}).await.map_err(refusal)?.into_inner().json);
     Ok(ExitCode::SUCCESS)
 }

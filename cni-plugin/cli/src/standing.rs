@@ -9,10 +9,7 @@ use holdfast_proto::agent as pb;
 use holdfast_proto::agent::agent_client::AgentClient;
 use serde_json::{Value, json};
 
-use crate::{connect, in_brackets, refusal};
-
-/// An answer about ten thousand policies takes some two MiB.
-const REPLY_BYTES_MAX: usize = 64 << 20;
+use crate::{REPLY_BYTES_MAX, connect, in_brackets, refusal};
 
 /// What is asked.
 #[derive(Debug, Args)]

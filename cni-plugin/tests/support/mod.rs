@@ -309,7 +309,8 @@ impl Node {
         });
         runtime.block_on(async {
             let endpoint = tonic::transport::Endpoint::from_static("http://agent");
-            calls(AgentClient::new(endpoint.connect_with_connector(connector).await.unwrap())).await
+            let client = AgentClient::new(endpoint.connect_with_connector(connector).await.unwrap());
+            calls(client.max_decoding_message_size(64 << 20)).await
         })
     }
 
