@@ -18,8 +18,14 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// Where it serves, inside the node.
 pub const AGENT_SOCKET: &str = "/run/holdfast/netd.sock";
 
-/// Starts the agent of a node; its name is the node's.
-pub fn start_agent(work: &Work, node: &Namespaces, state: &Path, objects: &Path) -> Result<Program> {
+/// Starts the agent of a node, whose name is the node's, with `more` arguments.
+pub fn start_agent(
+    work: &Work,
+    node: &Namespaces,
+    state: &Path,
+    objects: &Path,
+    more: &[String],
+) -> Result<Program> {
     let name = format!("{}-netd", node.name());
     let log = work.folder("logs")?.join(format!("{name}.log"));
     let mut template = node.command(binaries_dir()?.join("holdfast-netd"));
@@ -28,7 +34,8 @@ pub fn start_agent(work: &Work, node: &Namespaces, state: &Path, objects: &Path)
         .arg(format!("--objects={}", objects.display()))
         .arg(format!("--state-dir={}", state.display()))
         .arg(format!("--pending-dir={}", state.join("pending").display()))
-        .arg(format!("--socket={AGENT_SOCKET}"));
+        .arg(format!("--socket={AGENT_SOCKET}"))
+        .args(more);
     let command = maker(&template, Vec::new());
     Program::start(ProgramSpec { name, log, command })
 }

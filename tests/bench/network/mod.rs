@@ -33,6 +33,9 @@ pub struct Options {
     /// How often each side is measured; the median counts.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// How ours attaches pods: bridge or routed.
+    #[arg(long, default_value = "bridge")]
+    attachment: String,
     /// How long each stream runs, after one second to warm up.
     #[arg(long, default_value_t = 3)]
     seconds: u32,
@@ -62,7 +65,7 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     let tell = |text: &str| eprintln!("{:>6.1} s  {text}", start.elapsed().as_secs_f64());
     tell("starting two nodes with holdfast-netd, and two without for the peers");
     let sandboxes = options.pods.max(calls::BURST);
-    let ours = nodes::Ours::start(work, sandboxes)?;
+    let ours = nodes::Ours::start(work, sandboxes, &options.attachment)?;
     let peer = nodes::Peer::start(work)?;
     tell(&format!("making {sandboxes} sandboxes on each side"));
     for index in 0..sandboxes {

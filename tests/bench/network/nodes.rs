@@ -39,7 +39,7 @@ pub struct Ours {
 
 impl Ours {
     /// Starts them; objects for `pods` pods and a policy that selects them all are in place, and [`LEASES`] leases on the second node.
-    pub fn start(work: &Work, pods: usize) -> Result<Self> {
+    pub fn start(work: &Work, pods: usize, attachment: &str) -> Result<Self> {
         let objects = Objects::new(work.folder("objects")?);
         write_objects(&objects, pods)?;
         let nodes = join(work, NAMES, address)?;
@@ -51,7 +51,8 @@ impl Ours {
             if index == 1 {
                 fill_leases(&state, &range(index))?;
             }
-            let mut agent = start_agent(work, node, &state, objects.dir())?;
+            let mut agent =
+                start_agent(work, node, &state, objects.dir(), &[format!("--attachment={attachment}")])?;
             wait_serving(node, &mut agent)?;
             agents.push(agent);
         }

@@ -57,7 +57,7 @@ impl PolicyNode {
         let objects = work.folder(&format!("{name}-objects"))?;
         World { policies: 0, peers: 0, ..*world }.write(&objects, name, ADDRESS)?;
         let state = work.folder(name)?;
-        let mut agent = start_agent(work, &spaces, &state, &objects)?;
+        let mut agent = start_agent(work, &spaces, &state, &objects, &[])?;
         wait_serving(&spaces, &mut agent)?;
         let config = cni::network_config(AGENT_SOCKET, &state.join("pending").display().to_string());
         let add = |pod: &str| -> Result<(PathBuf, Ipv4Addr)> {
