@@ -15,6 +15,7 @@ use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::FoundEndpoint;
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::links::{Links, Route, alias_of, host_route, mac_of, master_of, mtu_of, name_of, set_sysctl};
 use crate::node::{kind_of, link_infos};
 
@@ -39,6 +40,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     make_pair(links, plan, netns).await?;
     let link = links.link(&plan.host_ifname).await?;
     let index = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?.header.index;
+    limits::apply(links, plan, index).await?;
     // A bridge port needs no addresses of its own.
     set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
     let master = LinkUnspec::new_with_index(index).controller(bridge).build();
@@ -120,6 +122,7 @@ pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTre
         }
         first_error = links.delete_link(index, host_ifname).await.err();
     }
+    first_error = first_error.or(limits::remove(links, host_ifname).await.err());
     for address in addresses {
         let Some(bridge) = bridge else { break };
         for result in [
@@ -185,6 +188,7 @@ pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
         return differs(format!("{name} is down"));
     }
     check_port(name, &link)?;
+    limits::check(links, plan, link.header.index).await?;
     if !links.bridge_entries(link.header.index).await?.contains(&plan.mac) {
         return differs(format!("the bridge lacks the forwarding entry of {}", plan.mac));
     }
