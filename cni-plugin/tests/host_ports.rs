@@ -5,7 +5,8 @@
 
 mod support;
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -330,4 +331,70 @@ fn no_pod_reaches_what_the_node_serves_on_its_loopback() {
     a.kill();
     nft(&a, "delete table bridge holdfast");
     assert!(arrives(), "the test sends nothing that the pin could stop");
+}
+
+/// CRC32c, as SCTP has it (RFC 9260, appendix A).
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(!0_u32, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
+}
+
+const SCTP: u8 = 132;
+
+/// An IPv4 packet with an SCTP INIT (RFC 9260, section 3.3.2). The kernel completes the IP header.
+fn mk_init(from: Ipv4Addr, to: Ipv4Addr, port: u16) -> Vec<u8> {
+    let mut sctp = [&4000_u16.to_be_bytes()[..], &port.to_be_bytes(), &[0; 8]].concat();
+    sctp.extend([1, 0, 0, 20, 0, 0, 0, 7, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 9]);
+    let sum = crc32c(&sctp).to_le_bytes();
+    sctp[8..12].copy_from_slice(&sum);
+    let mut packet = vec![0x45, 0, 0, 52, 0, 0, 0, 0, 64, SCTP, 0, 0];
+    packet.extend(from.octets());
+    packet.extend(to.octets());
+    packet.extend(sctp);
+    packet
+}
+
+/// This kernel may have no SCTP sockets: an INIT is sent and looked for as a packet.
+#[test]
+fn an_sctp_packet_is_led_to_the_pod_with_a_right_checksum() {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, socket,
+    };
+    let (cluster, a, _b) = mk_cluster();
+    cluster.put_pod("one", "");
+    let (one, outside) = (Netns::new(), cluster.outside(100));
+    let mapping = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "SCTP" }]);
+    add(&a, "one", &one, mapping).unwrap();
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let capture = inside(&one, move || {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let all = socket(AddressFamily::Packet, SockType::Datagram, flags, SockProtocol::EthAll).unwrap();
+        ready.send(()).unwrap();
+        let mut packet = [0; 256];
+        for _ in 0..300 {
+            let length = recv(all.as_raw_fd(), &mut packet, MsgFlags::empty()).unwrap_or(0);
+            if length >= 52 && packet[9] == SCTP {
+                return Some(packet[..length].to_vec());
+            }
+            if length == 0 {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        None
+    });
+    is_ready.recv().unwrap();
+    let sent = inside(&outside, || {
+        let flags = SockFlag::empty();
+        let raw = socket(AddressFamily::Inet, SockType::Raw, flags, SockProtocol::Raw).unwrap();
+        let packet = mk_init([192, 0, 2, 100].into(), [192, 0, 2, 1].into(), 8080);
+        sendto(raw.as_raw_fd(), &packet, &SockaddrIn::new(192, 0, 2, 1, 0), MsgFlags::empty()).unwrap();
+    });
+    sent.join().unwrap();
+    let packet = capture.join().unwrap().expect("the INIT reaches the pod");
+    assert_eq!(packet[12..16], [192, 0, 2, 100], "the client's address");
+    let mut sctp = packet[20..].to_vec();
+    assert_eq!(sctp[2..4], 80_u16.to_be_bytes(), "the pod's port");
+    let sum: [u8; 4] = sctp[8..12].try_into().unwrap();
+    sctp[8..12].fill(0);
+    assert_eq!(u32::from_le_bytes(sum), crc32c(&sctp));
 }

@@ -102,6 +102,9 @@ impl Attacher {
             return Err(CniError::new(code::TRY_AGAIN_LATER, "the node's network is not ready")
                 .details(why.unwrap_or_default()));
         };
+        if let Some(why) = input.wanted.bandwidth.too_small_for(bridge.mtu) {
+            return Err(CniError::new(code::INVALID_CONFIG, format!("runtimeConfig.{why}")));
+        }
         let reserved = self.leases.reserve(&input.key, &input.wanted, |sequence, addresses| {
             mk_lease(&input, sequence, addresses, &attachment)
         });
@@ -299,6 +302,7 @@ fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, attachment:
     let mut plan = attachment.endpoint(&input.key.container_id, &input.key.ifname, addresses);
     plan.mac = input.wanted.mac.unwrap_or(plan.mac);
     plan.host_ports.clone_from(&input.wanted.host_ports);
+    plan.bandwidth = input.wanted.bandwidth;
     Lease {
         key: input.key.clone(),
         sequence,

@@ -92,6 +92,10 @@ impl Attacher {
             info!(interface = found.host_ifname, "an interface of ours has no lease; it is removed");
             self.dataplane.detach(&found.host_ifname).await.map_err(|error| sentence(&error))?;
         }
+        let limits = self.dataplane.sweep_limits(&names).await.map_err(|error| sentence(&error))?;
+        if limits > 0 {
+            info!(limits, "interfaces that limited the rate of pods that are gone were removed");
+        }
         if kept_stray {
             // Its addresses are not known here.
             return Ok(());

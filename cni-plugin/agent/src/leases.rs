@@ -20,6 +20,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use holdfast_net_core::bandwidth::Bandwidth;
 use holdfast_net_core::ipam::{AddressRequest, AllocateError, Allocator, Quarantine, UsedUp};
 use holdfast_net_core::nat::PortMapping;
 use holdfast_net_core::objects::ObjectName;
@@ -187,6 +188,8 @@ pub struct Wanted {
     pub mac: Option<MacAddr>,
     /// Ports of the node that lead to it; on the node only once.
     pub host_ports: Vec<PortMapping>,
+    /// Limits of its rate.
+    pub bandwidth: Bandwidth,
 }
 
 impl Leases {

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use holdfast_net_core::bandwidth::{Bandwidth, Rate};
 use holdfast_net_core::cni::{CniError, check_attachment, code, is_identifier};
 use holdfast_net_core::ipam::AddressRequest;
 use holdfast_net_core::nat::PortMapping;
@@ -85,6 +86,19 @@ fn wanted_of(request: &pb::AddRequest) -> Result<Wanted, CniError> {
         },
         mac: (!mac.is_empty()).then(|| mac.parse()).transpose().map_err(|_| wrong(mac))?,
         host_ports: request.port_mappings.iter().map(port_mapping).collect::<Result<_, _>>()?,
+        bandwidth: bandwidth(request.bandwidth.unwrap_or_default())?,
+    })
+}
+
+fn bandwidth(limits: pb::Bandwidth) -> Result<Bandwidth, CniError> {
+    let rate = |rate: u64, burst: u64| match (rate, Rate::new(rate, burst)) {
+        (0, _) => Ok(None),
+        (_, Some(rate)) => Ok(Some(rate)),
+        (_, None) => Err(CniError::new(code::INVALID_CONFIG, format!("{limits:?} are no limits"))),
+    };
+    Ok(Bandwidth {
+        ingress: rate(limits.ingress_rate, limits.ingress_burst)?,
+        egress: rate(limits.egress_rate, limits.egress_burst)?,
     })
 }
 

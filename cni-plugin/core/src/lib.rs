@@ -10,6 +10,7 @@
 //!
 //! It refuses to touch anything: `holdfast-dataplane` applies plans, `holdfast-agent` keeps leases and watches objects.
 
+pub mod bandwidth;
 pub mod cni;
 pub mod garbage;
 pub mod ipam;

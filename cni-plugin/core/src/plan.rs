@@ -11,6 +11,7 @@ use std::str::FromStr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Bandwidth;
 use crate::nat::PortMapping;
 
 /// The pods' IPv4 gateway: the same link-local address on every node, so a pod's routes never depend on its node.
@@ -260,6 +261,9 @@ pub struct EndpointPlan {
     /// Ports of the node that lead to the pod.
     #[serde(default)]
     pub host_ports: Vec<PortMapping>,
+    /// Limits of its rate.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }
 
 impl EndpointPlan {
@@ -283,6 +287,7 @@ impl EndpointPlan {
             default_routes: true,
             extra_routes: Vec::new(),
             host_ports: Vec::new(),
+            bandwidth: Bandwidth::default(),
         }
     }
 
@@ -302,6 +307,7 @@ impl EndpointPlan {
             default_routes: true,
             extra_routes: Vec::new(),
             host_ports: Vec::new(),
+            bandwidth: Bandwidth::default(),
         }
     }
 

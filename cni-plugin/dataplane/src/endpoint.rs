@@ -15,6 +15,7 @@ use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::FoundEndpoint;
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::links::{Links, Route, alias_of, host_route, mac_of, master_of, mtu_of, name_of, set_sysctl};
 use crate::node::{kind_of, link_infos};
 use crate::routed;
@@ -33,6 +34,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     check_name(&plan.container_ifname)?;
     let Some(name) = &plan.bridge else {
         let index = make_pair(links, plan, netns).await?;
+        limits::apply(links, plan, index).await?;
         return routed::make(links, plan, index).await;
     };
     let bridge = links.link(name).await?.ok_or_else(|| Error::Link {
@@ -42,6 +44,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     })?;
     let bridge = bridge.header.index;
     let index = make_pair(links, plan, netns).await?;
+    limits::apply(links, plan, index).await?;
     // A bridge port needs no addresses of its own.
     set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
     let master = LinkUnspec::new_with_index(index).controller(bridge).build();
@@ -132,6 +135,7 @@ pub async fn remove(links: &Links, bridge: &str, host_ifname: &str, known: &BTre
         }
         first_error = links.delete_link(index, host_ifname).await.err();
     }
+    first_error = first_error.or(limits::remove(links, host_ifname).await.err());
     for address in addresses {
         let Some(bridge) = bridge else { break };
         for result in [
@@ -191,6 +195,7 @@ pub async fn check(links: &Links, plan: &EndpointPlan) -> Result<()> {
     let Some(link) = links.link(name).await? else {
         return differs(format!("{name} is missing on the node"));
     };
+    limits::check(links, plan, link.header.index).await?;
     let Some(on) = &plan.bridge else { return routed::check(links, plan, &link).await };
     let Some(bridge) = links.link(on).await?.map(|b| b.header.index) else {
         return differs(format!("the bridge {on} is missing"));

@@ -18,6 +18,7 @@ mod endpoint;
 mod error;
 mod host_ports;
 mod hygiene;
+mod limits;
 mod links;
 mod memory;
 mod nft;
@@ -312,6 +313,15 @@ impl Dataplane {
     /// What the kernel refused; the rest was removed all the same.
     pub async fn sweep_addresses(&self, known: &BTreeSet<IpAddr>) -> Result<usize> {
         endpoint::sweep(&self.links, &self.bridge, known).await
+    }
+
+    /// Removes interfaces that limit the rate of host ends other than `known`, which nobody else may do. Returns how many. Nobody may be
+    /// attaching meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub async fn sweep_limits(&self, known: &BTreeSet<String>) -> Result<usize> {
+        limits::sweep(&self.links, known).await
     }
 
     /// All host ends of ours on the node, for garbage collection: by name, or by alias where somebody renamed one.

@@ -75,6 +75,16 @@ impl Links {
         Ok(Self { dumps, handle, unlinker: Unlinker::default(), connection: tokio::spawn(connection) })
     }
 
+    /// The connection, for requests of other kinds.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Its dumps.
+    pub fn dumps(&self) -> &Dumps {
+        &self.dumps
+    }
+
     /// The link called `name`, if it exists.
     pub async fn link(&self, name: &str) -> Result<Option<LinkMessage>> {
         let mut stream = Box::pin(self.handle.link().get().match_name(name).execute());
@@ -583,7 +593,8 @@ fn absent_or(
     }
 }
 
-fn refused(what: String, error: rtnetlink::Error) -> Error {
+/// A refusal of rtnetlink; `what` was tried.
+pub fn refused(what: String, error: rtnetlink::Error) -> Error {
     let errno = errno(&error);
     let reason = match &error {
         rtnetlink::Error::NetlinkError(message) => message.to_io().to_string(),

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use holdfast_agent::{AttachmentKey, pending};
+use holdfast_net_core::bandwidth::{Bandwidth, Rate};
 use holdfast_net_core::cni::{
     CURRENT_VERSION, CniEnv, CniError, CniInterface, CniIp, CniResult, CniRoute, Command, NetworkConfig,
     code, version_reply,
@@ -99,6 +100,7 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
         mac: wanted.mac.map(String::from).unwrap_or_default(),
         address_sets: wanted.addresses.range_sets.into_iter().map(set).collect(),
         port_mappings: wanted.host_ports.iter().map(port_mapping).collect(),
+        bandwidth: Some(bandwidth(wanted.bandwidth)),
     };
     let mut client = connect(&config.agent_socket).await.map_err(try_again)?;
     let reply = client.add(request).await.map_err(|status| try_again(status.to_string()))?.into_inner();
@@ -108,6 +110,13 @@ async fn add(config: NetworkConfig, env: CniEnv) -> Result<Value, CniError> {
     let mut result = result_of(result)?;
     result.dns = config.dns;
     Ok(result.chained_after(config.prev_result).to_version(config.version))
+}
+
+fn bandwidth(limits: Bandwidth) -> pb::Bandwidth {
+    let parts = |rate: Option<Rate>| rate.map_or((0, 0), |rate| (rate.bits_per_s, rate.burst_bits));
+    let ((ingress_rate, ingress_burst), (egress_rate, egress_burst)) =
+        (parts(limits.ingress), parts(limits.egress));
+    pb::Bandwidth { ingress_rate, ingress_burst, egress_rate, egress_burst }
 }
 
 fn port_mapping(mapping: &PortMapping) -> pb::PortMapping {

@@ -32,6 +32,15 @@ struct Bed {
     links: String,
 }
 
+/// What the victim asks for: all that leaves something outside its namespace.
+fn wanted() -> Value {
+    let ports = json!([{ "hostPort": 8080, "containerPort": 80 }, { "hostPort": 53, "containerPort": 53, "protocol": "udp" }]);
+    let limits = json!({
+        "ingressRate": 80_000_000, "ingressBurst": 800_000, "egressRate": 80_000_000, "egressBurst": 800_000,
+    });
+    json!({ "runtimeConfig": { "portMappings": ports, "bandwidth": limits } })
+}
+
 /// How a runtime goes on after a failure.
 #[derive(Debug, Clone, Copy)]
 enum Remedy {
@@ -56,7 +65,7 @@ impl Bed {
     }
 
     fn add(&self) -> Result<Value, Value> {
-        self.node.cni("ADD", "victim", Some(&self.sandbox.path()), json!({}))
+        self.node.cni("ADD", "victim", Some(&self.sandbox.path()), wanted())
     }
 
     /// The plugin, killed before its nth system call.
@@ -67,7 +76,7 @@ impl Bed {
         command.envs([("CNI_COMMAND", verb), ("CNI_CONTAINERID", "victim"), ("CNI_IFNAME", "eth0")]);
         command.env("CNI_NETNS", self.sandbox.path());
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        kill_program_at(command, &self.node.config(json!({})).to_string(), nth)
+        kill_program_at(command, &self.node.config(wanted()).to_string(), nth)
     }
 
     fn go_on(&self, remedy: Remedy) {
@@ -93,6 +102,7 @@ impl Bed {
         assert_eq!(leases[0]["key"]["container_id"], "bystander", "{case}");
         assert_eq!(node.ports(), 1, "{case}: {}", node.log());
         assert_eq!(node.pod_state(), self.clean, "{case}");
+        assert!(!node.netns.ip("-o link show").contains(": hfb"), "{case}: the interface of a limit");
         assert_eq!(self.sandbox.ip("-o link show"), self.links, "{case}");
         assert!(is_empty(&node.pending()), "{case}");
         assert_eq!(self.references(), [""; 0], "{case}");

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{CniError, code};
+use crate::bandwidth::{Bandwidth, Rate};
 use crate::ipam::AddressRequest;
 use crate::nat::PortMapping;
 use crate::plan::MacAddr;
@@ -27,6 +28,8 @@ pub struct Capabilities {
     pub dns: Option<Value>,
     /// `portMappings`.
     pub host_ports: Vec<PortMapping>,
+    /// `bandwidth`.
+    pub bandwidth: Bandwidth,
 }
 
 #[derive(Deserialize)]
@@ -45,6 +48,16 @@ struct RawDns {
     searches: Vec<String>,
     #[serde(default)]
     options: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[derive(Default)]
+struct RawBandwidth {
+    ingress_rate: u64,
+    ingress_burst: u64,
+    egress_rate: u64,
+    egress_burst: u64,
 }
 
 /// Keys that are not known are passed over, as runtimes have put some of their own there.
@@ -76,6 +89,7 @@ impl Capabilities {
                 "ipRanges" => capabilities.addresses.range_sets = parse_range_sets(&value)?,
                 "mac" => capabilities.mac = parse_mac(&value)?,
                 "dns" => capabilities.dns = parse_dns(&value)?,
+                "bandwidth" => capabilities.bandwidth = parse_bandwidth(&value)?,
                 "portMappings" => capabilities.host_ports = parse_port_mappings(&value)?,
                 "aliases" | "cgroupPath" => {}
                 _ => {
@@ -206,6 +220,31 @@ fn parse_port_mapping(index: usize, raw: &RawMapping) -> Result<PortMapping, Cni
     })
 }
 
+/// Bits per second and bits. A rate of 0 with a burst of 0 is no limit, as runtimes write it.
+fn parse_bandwidth(value: &Value) -> Result<Bandwidth, CniError> {
+    let raw: RawBandwidth = serde_json::from_value(value.clone()).map_err(|error| {
+        wrong("bandwidth", value, &format!("{error}; give rates in bits per second, bursts in bits"))
+    })?;
+    let rate = |name: &str, rate: u64, burst: u64| match (rate, burst) {
+        (0, 0) => Ok(None),
+        (0, _) | (_, 0) => {
+            let why = format!("{name}Rate and {name}Burst go together");
+            Err(wrong("bandwidth", value, &why))
+        }
+        _ => match Rate::new(rate, burst) {
+            Some(rate) => Ok(Some(rate)),
+            None => {
+                let why = format!("{name}Rate must be at least 8, {name}Burst from 8 to 34359738367");
+                Err(wrong("bandwidth", value, &why))
+            }
+        },
+    };
+    Ok(Bandwidth {
+        ingress: rate("ingress", raw.ingress_rate, raw.ingress_burst)?,
+        egress: rate("egress", raw.egress_rate, raw.egress_burst)?,
+    })
+}
+
 fn parse_dns(value: &Value) -> Result<Option<Value>, CniError> {
     let raw: RawDns = serde_json::from_value(value.clone())
         .map_err(|_| wrong("dns", value, "give lists of strings: servers, searches, options"))?;
@@ -282,6 +321,16 @@ mod tests {
     }
 
     #[test]
+    fn limits_are_read_for_each_direction() {
+        let found = parse(json!({ "bandwidth": {
+            "ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 0, "egressBurst": 0,
+        } }))
+        .unwrap();
+        let expected = Bandwidth { ingress: Rate::new(8_000_000, 800_000), egress: None };
+        assert_eq!(found.bandwidth, expected);
+    }
+
+    #[test]
     fn wrong_values_are_named_with_key_and_value() {
         for (value, code, part) in [
             (json!({ "ips": ["10.1.0"] }), 7, "\"10.1.0\" is not an address"),
@@ -295,6 +344,16 @@ mod tests {
             (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24" }, { "subnet": "fd00::/64" }]] }), 7, "mixes"),
             (json!({ "ipRanges": [[{ "subnet": "10.1.0.0/24", "gateway": "10.1.0.1" }]] }), 7, "gateway"),
             (json!({ "dns": { "servers": "x" } }), 7, "lists of strings"),
+            (json!({ "bandwidth": { "ingressRate": 800 } }), 7, "ingressRate and ingressBurst go together"),
+            (json!({ "bandwidth": { "egressBurst": 800 } }), 7, "egressRate and egressBurst go together"),
+            (
+                json!({ "bandwidth": { "egressRate": -1, "egressBurst": 8 } }),
+                7,
+                "runtimeConfig.bandwidth = {",
+            ),
+            (json!({ "bandwidth": { "egressRate": 7, "egressBurst": 8 } }), 7, "at least 8"),
+            (json!({ "bandwidth": { "egressRate": 8, "egressBurst": 1u64 << 35 } }), 7, "34359738367"),
+            (json!({ "bandwidth": { "unshapedSubnets": ["::/0"] } }), 7, "unshapedSubnets"),
             (json!({ "portMappings": 7 }), 7, "runtimeConfig.portMappings = 7"),
             (
                 json!({ "portMappings": [{ "hostPort": 0, "containerPort": 80 }] }),

@@ -10,7 +10,7 @@ mod program;
 mod reader;
 mod skeleton;
 pub(crate) mod socket;
-mod wire;
+pub(crate) mod wire;
 
 use holdfast_net_core::ruleset::{Changes, Element, Ruleset, diff};
 

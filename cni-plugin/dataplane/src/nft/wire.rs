@@ -44,6 +44,18 @@ pub fn from_host32(bytes: [u8; 4]) -> u32 {
     u32::from_ne_bytes(bytes)
 }
 
+/// Host byte order, 64 bits.
+#[expect(clippy::host_endian_bytes, reason = "the kernel reads these fields in host byte order")]
+pub fn host64(value: u64) -> [u8; 8] {
+    value.to_ne_bytes()
+}
+
+/// The inverse of [`host64`].
+#[expect(clippy::host_endian_bytes, reason = "the kernel writes these fields in host byte order")]
+pub fn from_host64(bytes: [u8; 8]) -> u64 {
+    u64::from_ne_bytes(bytes)
+}
+
 /// Host byte order, 16 bits.
 #[expect(clippy::host_endian_bytes, reason = "the kernel reads these fields in host byte order")]
 fn host16(value: u16) -> [u8; 2] {
