@@ -488,11 +488,11 @@ impl Engine {
         let node = &self.settings.node;
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
         let uplink = self.settings.uplink.as_deref();
-        let mtu = uplink::mtu(uplink, address).await.map_err(|error| format!("{error:#}"))?;
+        let uplink = uplink::find(uplink, address).await.map_err(|error| format!("{error:#}"))?;
         // Pods stay attached as they were when the mode changes, so a bridge stays as long as it has one.
         let needs_bridge = self.settings.mode == Mode::Bridge
             || self.endpoints.values().any(|lease| lease.plan.bridge.is_some());
-        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu, needs_bridge)
+        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, &uplink, needs_bridge)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {
             for reason in &planned.left_out {

@@ -30,7 +30,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
+use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan, VXLAN_NAME};
 use holdfast_net_core::policy::Lookup;
 use holdfast_net_core::ruleset::{Delta, Pin, Ruleset, pins_of};
 
@@ -55,6 +55,8 @@ pub struct Config {
     pub log_group: u16,
     /// The bridge of the pods.
     pub bridge: String,
+    /// The VXLAN device.
+    pub vxlan_device: String,
 }
 
 impl Default for Config {
@@ -64,6 +66,7 @@ impl Default for Config {
             ct_mark_mask: 0x00ff_0000,
             log_group: 4807,
             bridge: BRIDGE_NAME.to_string(),
+            vxlan_device: VXLAN_NAME.to_string(),
         }
     }
 }
@@ -101,7 +104,7 @@ pub struct Dataplane {
     revoked: Arc<Notify>,
     /// Behind a lock of its own: whoever asks does not wait for a transaction, and no transaction waits for him.
     reader: Arc<Mutex<Reader>>,
-    bridge: String,
+    ours: node::Ours,
 }
 
 /// The policy side, behind one lock: transactions are microseconds, and one at a time is what makes them a sequence.
@@ -125,7 +128,7 @@ impl Dataplane {
     /// The settings make no sense, or the kernel refuses: no privilege, no nf_tables.
     pub async fn new(config: Config) -> Result<Self> {
         let links = Links::open()?;
-        let bridge = config.bridge.clone();
+        let ours = node::Ours { bridge: config.bridge.clone(), vxlan_device: config.vxlan_device.clone() };
         // A new thread begins in the namespace of the one that starts it.
         let open = move || Ok((NetfilterSocket::open()?, Reader::open(&config.table)?, Nft::open(config)?));
         let opened = tokio::task::spawn_blocking(open).await;
@@ -145,7 +148,7 @@ impl Dataplane {
             conntrack: Arc::new(Mutex::new(conntrack)),
             revoked,
             reader: Arc::new(Mutex::new(reader)),
-            bridge,
+            ours,
         })
     }
 
@@ -157,13 +160,13 @@ impl Dataplane {
         self.with_policy(|policy| Ok(policy.nft.applied().clone())).await
     }
 
-    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned; a bridge that no pod needs goes. Returns the number of writes, 0 when
+    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned; a bridge or an overlay that the plan lacks goes. Returns the number of writes, 0 when
     /// all was as planned.
     ///
     /// # Errors
     /// The kernel refuses a step; those before it stay, the next call goes on.
     pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
-        node::apply(&self.links, plan, &self.bridge).await
+        node::apply(&self.links, plan, &self.ours).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
@@ -226,7 +229,7 @@ impl Dataplane {
     pub async fn detach(&self, host_ifname: &str) -> Result<()> {
         let name = host_ifname.to_string();
         let known = self.with_policy(move |policy| Ok(policy.addresses_of(&name))).await?;
-        let removed = endpoint::remove(&self.links, &self.bridge, host_ifname, &known).await;
+        let removed = endpoint::remove(&self.links, &self.ours.bridge, host_ifname, &known).await;
         let name = host_ifname.to_string();
         // Last, so that the pins outlive the link.
         self.with_policy(move |policy| policy.forget(&name)).await?;
@@ -256,7 +259,7 @@ impl Dataplane {
     /// # Errors
     /// What the kernel refused; the rest was removed all the same.
     pub async fn sweep_addresses(&self, known: &BTreeSet<IpAddr>) -> Result<usize> {
-        endpoint::sweep(&self.links, &self.bridge, known).await
+        endpoint::sweep(&self.links, &self.ours.bridge, known).await
     }
 
     /// All host ends of ours on the node, for garbage collection: by name, or by alias where somebody renamed one.

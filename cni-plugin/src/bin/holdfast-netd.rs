@@ -8,7 +8,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
 use holdfast_agent::{Mode, Settings};
-use holdfast_net_core::overlay::OverlaySettings;
+use holdfast_net_core::overlay::{OverlaySettings, Routing};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// What is kept: links, routes and rules; entering sandboxes; and sandboxes that are named by a process.
@@ -40,6 +40,9 @@ struct Args {
     /// Interface of the underlay; by default the one that has the node's InternalIP.
     #[arg(long)]
     uplink: Option<String>,
+    /// How packets go to pods of other nodes. The same on all nodes.
+    #[arg(long, value_enum, default_value = "vxlan")]
+    overlay: OverlayArg,
     /// Name of the bridge.
     #[arg(long, default_value = "hf0")]
     bridge: String,
@@ -72,6 +75,16 @@ enum AttachmentArg {
     Routed,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum OverlayArg {
+    /// Through a VXLAN device.
+    Vxlan,
+    /// By plain routes only: nodes that share no link are left out.
+    Direct,
+    /// By plain routes to nodes on the same link, through a VXLAN device to others.
+    Auto,
+}
+
 impl From<Args> for Settings {
     fn from(args: Args) -> Self {
         let mode = match args.attachment {
@@ -83,6 +96,11 @@ impl From<Args> for Settings {
             vxlan_device: args.vxlan_device,
             vni: args.vni,
             port: args.vxlan_port,
+            routing: match args.overlay {
+                OverlayArg::Vxlan => Routing::Vxlan,
+                OverlayArg::Direct => Routing::Direct,
+                OverlayArg::Auto => Routing::Auto,
+            },
         };
         Self {
             node: args.node,

@@ -147,6 +147,31 @@ impl Cluster {
 
     /// The same with other settings.
     pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
+        self.start_node_on(name, number, settings, &[&format!("addr add 192.0.2.{number}/24 dev eth0")])
+    }
+
+    /// Makes the underlay a router with these addresses; it has no services.
+    pub fn route_underlay(&self, addresses: &[&str]) {
+        for address in addresses {
+            self.underlay.ip(&format!("addr add {address} dev br0"));
+        }
+        let mut command = self.underlay.exec("sh");
+        command.args([
+            "-c",
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/br0/send_redirects; \
+            echo 0 > /proc/sys/net/ipv4/conf/all/send_redirects",
+        ]);
+        assert!(command.status().unwrap().success());
+    }
+
+    /// The same with other addresses and routes: arguments of `ip`, executed in the node.
+    pub fn start_node_on(
+        &self,
+        name: &str,
+        number: u8,
+        settings: &'static [&'static str],
+        commands: &[&str],
+    ) -> Node {
         let netns = Netns::new();
         let port = format!("p{number}");
         run(
@@ -167,8 +192,10 @@ impl Cluster {
             ],
         );
         self.underlay.ip(&format!("link set {port} master br0 up"));
-        netns.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"));
         netns.ip("link set eth0 up");
+        for command in commands {
+            netns.ip(command);
+        }
         let state = self.folder.path().join(name);
         let (name, objects) = (name.to_owned(), self.objects());
         let mut node = Node { name, objects, netns, state, settings, attachment: attachment(), agent: None };
@@ -397,6 +424,18 @@ pub fn plugin(netns: Option<&Netns>, variables: &[(&str, &str)], input: &str) ->
 pub fn address_of(result: &Value) -> String {
     let text = result["ips"][0]["address"].as_str().unwrap();
     text.split('/').next().unwrap().to_owned()
+}
+
+/// Runs `work` on a thread inside a namespace.
+pub fn inside<T: Send + 'static>(
+    netns: &Netns,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    let file = std::fs::File::open(netns.path()).unwrap();
+    std::thread::spawn(move || {
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        work()
+    })
 }
 
 /// Where the pod's end is in the interfaces of a result.

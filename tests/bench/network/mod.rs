@@ -4,6 +4,7 @@
 //! input, timed from the start of the process to its end, by a process inside the node.
 
 mod calls;
+mod many_nodes;
 mod nodes;
 mod streams;
 
@@ -62,5 +63,6 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     let peer = nodes::Peer::start(work)?;
     let mut figures = calls::compare(work, &ours, &peer, options.pods, options.rounds, &tell)?;
     figures.extend(streams::compare(&ours, &peer, options.rounds, options.seconds, &tell)?);
+    figures.push(many_nodes::measure(&ours, &tell)?);
     Ok(figures)
 }

@@ -28,6 +28,8 @@ pub struct StreamPod {
 pub struct Ours {
     /// Their namespaces.
     pub nodes: Vec<Namespaces>,
+    /// What their agents watch.
+    pub objects: Objects,
     pending: Vec<PathBuf>,
     _agents: Vec<Program>,
 }
@@ -47,7 +49,7 @@ impl Ours {
             wait_serving(node, &mut agent)?;
             agents.push(agent);
         }
-        Ok(Self { nodes, pending, _agents: agents })
+        Ok(Self { nodes, objects, pending, _agents: agents })
     }
 
     /// The plugin's configuration on the node.
