@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use holdfast_dataplane::Dataplane;
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
-use holdfast_net_core::plan::{Attachment, NodePlan};
+use holdfast_net_core::plan::{Attachment, EndpointPlan, NodePlan};
 use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -503,6 +503,11 @@ impl Engine {
         let writes = self.dataplane.apply_node(&planned.plan).await.map_err(|error| text(&error))?;
         if writes > 0 {
             info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
+        }
+        let attached: Vec<EndpointPlan> = self.endpoints.values().map(|lease| lease.plan.clone()).collect();
+        let writes = self.dataplane.hold_routed(&attached).await.map_err(|error| text(&error))?;
+        if writes > 0 {
+            warn!(writes, "somebody changed the node's ends of pods' links; they are as planned again");
         }
         self.leases.set_ranges(&planned.plan.pod_ranges).await;
         let bridge = planned.plan.bridge.clone().filter(|_| self.settings.mode == Mode::Bridge);

@@ -169,6 +169,15 @@ impl Dataplane {
         node::apply(&self.links, plan, &self.ours).await
     }
 
+    /// Makes the node's side of those of `plans` that have no bridge as planned. Returns the number of writes. One that is being
+    /// detached meanwhile is fine.
+    ///
+    /// # Errors
+    /// What the kernel refused; the rest was made all the same.
+    pub async fn hold_routed(&self, plans: &[EndpointPlan]) -> Result<usize> {
+        routed::hold_all(&self.links, plans).await
+    }
+
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
     /// Packets pass, as far as policy lets them, from the first one after this returns. Undoes itself on failure. Not cancellation
     /// safe: a caller that drops the future must detach. Returns whether the pod got the planned default routes: where another
