@@ -102,7 +102,7 @@ impl Attacher {
             return Err(CniError::new(code::TRY_AGAIN_LATER, "the node's network is not ready")
                 .details(why.unwrap_or_default()));
         };
-        if let Some(why) = input.wanted.bandwidth.too_small_for(bridge.mtu) {
+        if let Some(why) = input.wanted.bandwidth.too_small_for(attachment.mtu()) {
             return Err(CniError::new(code::INVALID_CONFIG, format!("runtimeConfig.{why}")));
         }
         let reserved = self.leases.reserve(&input.key, &input.wanted, |sequence, addresses| {

@@ -21,7 +21,7 @@ use holdfast_dataplane::Dataplane;
 use holdfast_net_core::nat::{self, MasqueradeRanges};
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
-use holdfast_net_core::plan::{Attachment, NodePlan};
+use holdfast_net_core::plan::{Attachment, EndpointPlan, NodePlan};
 use holdfast_net_core::pod_ranges::PodRangeSpec;
 use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
@@ -514,11 +514,11 @@ impl Engine {
         let node = &self.settings.node;
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
         let uplink = self.settings.uplink.as_deref();
-        let mtu = uplink::mtu(uplink, address).await.map_err(|error| format!("{error:#}"))?;
+        let uplink = uplink::find(uplink, address).await.map_err(|error| format!("{error:#}"))?;
         // Pods stay attached as they were when the mode changes, so a bridge stays as long as it has one.
         let needs_bridge = self.settings.mode == Mode::Bridge
             || self.endpoints.values().any(|lease| lease.plan.bridge.is_some());
-        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu, needs_bridge)
+        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, &uplink, needs_bridge)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {
             for reason in &planned.left_out {
@@ -529,6 +529,11 @@ impl Engine {
         let writes = self.dataplane.apply_node(&planned.plan).await.map_err(|error| text(&error))?;
         if writes > 0 {
             info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
+        }
+        let attached: Vec<EndpointPlan> = self.endpoints.values().map(|lease| lease.plan.clone()).collect();
+        let writes = self.dataplane.hold_routed(&attached).await.map_err(|error| text(&error))?;
+        if writes > 0 {
+            warn!(writes, "somebody changed the node's ends of pods' links; they are as planned again");
         }
         let ranges = nat::masquerade(&self.settings.masquerade, &self.nodes, &planned.plan.pod_ranges);
         self.dataplane.set_masquerade(ranges.clone()).await.map_err(|error| text(&error))?;

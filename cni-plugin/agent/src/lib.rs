@@ -69,7 +69,11 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let leases = Arc::new(Leases::open(&settings.state_dir, settings.address_quarantine)?);
     // Read beside the kernel's tables; the queue holds what comes before the engine is there.
     let batches = folder::watch(&settings.objects);
-    let config = Config { bridge: settings.overlay.bridge.clone(), ..Config::default() };
+    let config = Config {
+        bridge: settings.overlay.bridge.clone(),
+        vxlan_device: settings.overlay.vxlan_device.clone(),
+        ..Config::default()
+    };
     let log_group = config.log_group;
     let dataplane = Dataplane::new(config).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);

@@ -1,46 +1,69 @@
-//! The MTU of the interface that carries the overlay.
+//! The interface that carries the overlay.
 
 use std::net::IpAddr;
 
 use anyhow::{Context, anyhow};
 use futures::TryStreamExt;
-use netlink_packet_route::address::AddressAttribute;
+use holdfast_net_core::overlay::Uplink;
+use ipnetwork::IpNetwork;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::LinkAttribute;
 
-/// MTU of the named interface, or of the one that has `internal_ip`.
-pub(crate) async fn mtu(name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<u32> {
+/// The named interface, or the one that has `internal_ip`.
+pub(crate) async fn find(name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<Uplink> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open rtnetlink")?;
     let connection = tokio::spawn(connection);
-    let found = find(&handle, name, internal_ip).await;
+    let found = read(&handle, name, internal_ip).await;
     connection.abort();
     found
 }
 
-async fn find(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<u32> {
+async fn read(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<Uplink> {
+    let addresses: Vec<(u32, IpNetwork)> = handle
+        .address()
+        .get()
+        .execute()
+        .try_filter_map(|message| futures::future::ready(Ok(network_of(&message))))
+        .try_collect()
+        .await
+        .context("cannot list addresses")?;
     let request = if let Some(name) = name {
         handle.link().get().match_name(name.to_owned())
     } else {
-        handle.link().get().match_index(index_of(handle, internal_ip).await?)
+        let owner = addresses.iter().find(|(_, network)| network.ip() == internal_ip);
+        let (index, _) = owner.ok_or_else(|| {
+            anyhow!("no interface has the InternalIP {internal_ip}; set --uplink or correct the Node object")
+        })?;
+        handle.link().get().match_index(*index)
     };
     let link = request.execute().try_next().await.context("cannot read the uplink")?;
     let link = link.ok_or_else(|| anyhow!("the uplink does not exist"))?;
-    let mtu = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    });
-    mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))
-}
-
-async fn index_of(handle: &rtnetlink::Handle, address: IpAddr) -> anyhow::Result<u32> {
-    let mut addresses = handle.address().get().execute();
-    while let Some(entry) = addresses.try_next().await.context("cannot list addresses")? {
-        let ours = entry.attributes.iter().any(|attribute| match attribute {
-            AddressAttribute::Address(found) | AddressAttribute::Local(found) => *found == address,
-            _ => false,
-        });
-        if ours {
-            return Ok(entry.header.index);
+    let (mut mtu, mut name) = (None, None);
+    for attribute in link.attributes {
+        match attribute {
+            LinkAttribute::Mtu(bytes) => mtu = Some(bytes),
+            LinkAttribute::IfName(text) => name = Some(text),
+            _ => {}
         }
     }
-    Err(anyhow!("no interface has the InternalIP {address}; set --uplink or correct the Node object"))
+    let of_link = addresses.into_iter().filter(|(index, _)| *index == link.header.index);
+    Ok(Uplink {
+        name: name.ok_or_else(|| anyhow!("the kernel did not tell the uplink's name"))?,
+        mtu: mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))?,
+        networks: of_link.map(|(_, network)| network).collect(),
+    })
+}
+
+/// Interface, address and prefix length; the local end's, where another one is told, too.
+fn network_of(message: &AddressMessage) -> Option<(u32, IpNetwork)> {
+    let (mut local, mut address) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(own) => local = Some(*own),
+            AddressAttribute::Address(other) => address = Some(*other),
+            _ => {}
+        }
+    }
+    let network = IpNetwork::new(local.or(address)?, message.header.prefix_len).ok()?;
+    Some((message.header.index, network))
 }

@@ -1,4 +1,4 @@
-//! The node plan: a pure function of the node list and of the uplink's MTU.
+//! The node plan: a pure function of the node list and of the uplink.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -20,6 +20,38 @@ pub struct OverlaySettings {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
+    /// How packets go to pods of other nodes.
+    pub routing: Routing,
+}
+
+/// How packets go to pods of other nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routing {
+    /// Through the overlay, to all of them.
+    Vxlan,
+    /// By plain routes, as far as nodes share a link; other nodes are left out. There is no overlay.
+    Direct,
+    /// By plain routes to nodes on the same link, through the overlay to all others.
+    Auto,
+}
+
+/// The interface of the underlay, as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uplink {
+    /// Its name.
+    pub name: String,
+    /// Bytes, IP packet size.
+    pub mtu: u32,
+    /// Its addresses with their prefix lengths: what is within them is on its link.
+    pub networks: Vec<IpNetwork>,
+}
+
+impl Uplink {
+    /// Whether another node's address is on its link.
+    #[must_use]
+    pub fn is_on_link(&self, address: IpAddr) -> bool {
+        self.networks.iter().any(|network| network.contains(address) && network.ip() != address)
+    }
 }
 
 /// A node list from which no plan can be made.
@@ -76,7 +108,7 @@ pub fn plan_node(
     nodes: &BTreeMap<String, Node>,
     name: &str,
     settings: &OverlaySettings,
-    uplink_mtu: u32,
+    uplink: &Uplink,
     needs_bridge: bool,
 ) -> Result<PlannedNode, OverlayError> {
     let own_address = internal_ip(nodes, name)?;
@@ -91,26 +123,37 @@ pub fn plan_node(
     }
     let mut taken: Vec<(IpNetwork, String)> =
         own_ranges.iter().map(|range| (*range, name.to_owned())).collect();
+    let direct_through = match settings.routing {
+        Routing::Vxlan => None,
+        Routing::Direct | Routing::Auto => Some(uplink),
+    };
     let mut peers = Vec::new();
     let mut left_out = Vec::new();
     for (peer_name, node) in nodes.iter().filter(|(other, _)| *other != name) {
-        match plan_peer(peer_name, node, own_address, &mut taken) {
+        match plan_peer(peer_name, node, own_address, direct_through, &mut taken) {
+            Ok(peer) if settings.routing == Routing::Direct && peer.overlaid().next().is_some() => {
+                left_out.push(format!("node {peer_name} has no InternalIP on the link of {}", uplink.name));
+            }
             Ok(peer) => peers.push(peer),
             Err(reason) => left_out.push(reason),
         }
     }
-    let mtu = overlay_mtu(uplink_mtu, own_address);
+    let mtu = match settings.routing {
+        Routing::Direct => uplink.mtu,
+        // The same with and without peers behind the overlay: it must not change because a node comes or goes.
+        Routing::Vxlan | Routing::Auto => overlay_mtu(uplink.mtu, own_address),
+    };
     let bridge =
         needs_bridge.then(|| BridgePlan { name: settings.bridge.clone(), ..BridgePlan::for_node(name, mtu) });
-    let vxlan = VxlanPlan {
+    let vxlan = (settings.routing != Routing::Direct).then(|| VxlanPlan {
         name: settings.vxlan_device.clone(),
         vni: settings.vni,
         port: settings.port,
         local: own_address,
         mac: vtep_mac(name, own_address),
         mtu,
-    };
-    let plan = NodePlan { bridge, vxlan: Some(vxlan), peers, pod_ranges: own_ranges };
+    });
+    let plan = NodePlan { bridge, vxlan, uplink: uplink.name.clone(), peers, pod_ranges: own_ranges };
     Ok(PlannedNode { plan, internal_ip: own_address, mtu, left_out })
 }
 
@@ -120,6 +163,7 @@ fn plan_peer(
     name: &str,
     node: &Node,
     own_address: IpAddr,
+    direct_through: Option<&Uplink>,
     taken: &mut Vec<(IpNetwork, String)>,
 ) -> Result<PeerPlan, String> {
     let same_family = |address: &IpAddr| address.is_ipv4() == own_address.is_ipv4();
@@ -139,7 +183,21 @@ fn plan_peer(
         }
     }
     taken.extend(ranges.iter().map(|range| (*range, name.to_owned())));
-    Ok(PeerPlan::new(name, underlay, ranges))
+    let mut peer = PeerPlan::new(name, underlay, ranges);
+    if let Some(uplink) = direct_through {
+        let addresses = node.internal_addresses().into_iter();
+        let on_link: Vec<IpAddr> = addresses.filter(|address| uplink.is_on_link(*address)).collect();
+        let with_hop = |range: &IpNetwork| Some((*range, direct_hop(range, &on_link)?));
+        peer.direct = peer.pod_ranges.iter().filter_map(with_hop).collect();
+    }
+    Ok(peer)
+}
+
+/// The peer's address that a range of its pods is reached by. IPv4 goes by IPv6 where there is no other (RFC 5549); the
+/// kernel has no route the other way round.
+fn direct_hop(range: &IpNetwork, on_link: &[IpAddr]) -> Option<IpAddr> {
+    let of = |v4: bool| on_link.iter().copied().find(|address| address.is_ipv4() == v4);
+    of(range.is_ipv4()).or_else(|| if range.is_ipv4() { of(false) } else { None })
 }
 
 #[cfg(test)]
@@ -160,7 +218,63 @@ mod tests {
     }
 
     fn mk_settings() -> OverlaySettings {
-        OverlaySettings { bridge: "hf0".into(), vxlan_device: "hf.vx".into(), vni: 4807, port: 4789 }
+        OverlaySettings {
+            bridge: "hf0".into(),
+            vxlan_device: "hf.vx".into(),
+            vni: 4807,
+            port: 4789,
+            routing: Routing::Vxlan,
+        }
+    }
+
+    fn mk_uplink(networks: &[&str]) -> Uplink {
+        let networks = networks.iter().map(|network| network.parse().unwrap()).collect();
+        Uplink { name: "eth0".into(), mtu: 1500, networks }
+    }
+
+    fn plan_with(nodes: &BTreeMap<String, Node>, routing: Routing, networks: &[&str]) -> PlannedNode {
+        let settings = OverlaySettings { routing, ..mk_settings() };
+        plan_node(nodes, "a", &settings, &mk_uplink(networks), true).unwrap()
+    }
+
+    #[test]
+    fn peers_on_the_link_are_reached_directly_if_that_is_asked_for() {
+        let nodes = mk_nodes(&[
+            ("a", "192.0.2.1", "10.1.0.0/24"),
+            ("b", "192.0.2.2", "10.1.1.0/24"),
+            ("c", "198.51.100.3", "10.1.2.0/24"),
+        ]);
+        let direct = |planned: &PlannedNode| -> Vec<usize> {
+            planned.plan.peers.iter().map(|peer| peer.direct.len()).collect()
+        };
+        let auto = plan_with(&nodes, Routing::Auto, &["192.0.2.1/24"]);
+        assert_eq!((direct(&auto), auto.mtu, auto.plan.vxlan.is_some()), (vec![1, 0], 1450, true));
+        let hop: IpAddr = "192.0.2.2".parse().unwrap();
+        assert_eq!(auto.plan.peers[0].direct.values().next(), Some(&hop));
+        let vxlan = plan_with(&nodes, Routing::Vxlan, &["192.0.2.1/24"]);
+        assert_eq!(direct(&vxlan), [0, 0]);
+        // As cloud networks hand addresses out: nothing is on the link.
+        assert_eq!(direct(&plan_with(&nodes, Routing::Auto, &["192.0.2.1/32"])), [0, 0]);
+        let only = plan_with(&nodes, Routing::Direct, &["192.0.2.1/24"]);
+        assert_eq!((direct(&only), only.mtu, only.plan.vxlan.is_none()), (vec![1], 1500, true));
+        assert_eq!(only.left_out, ["node c has no InternalIP on the link of eth0"]);
+    }
+
+    #[test]
+    fn a_range_goes_directly_by_an_address_of_its_family_and_ipv4_by_ipv6_if_need_be() {
+        let mut nodes = mk_nodes(&[("a", "192.0.2.1", "10.1.0.0/24"), ("b", "192.0.2.2", "10.1.1.0/24")]);
+        let ranges = ["10.1.1.0/24", "fd00:1::/64"].map(|range| range.parse().unwrap());
+        nodes.get_mut("b").unwrap().spec.pod_cidrs = ranges.to_vec();
+        let networks = ["192.0.2.1/24", "fd00:9::1/64"];
+        let hops = |nodes: &BTreeMap<String, Node>, networks: &[&str]| {
+            let planned = plan_with(nodes, Routing::Auto, networks);
+            ranges.map(|range| planned.plan.peers[0].direct.get(&range).map(ToString::to_string))
+        };
+        assert_eq!(hops(&nodes, &networks), [Some("192.0.2.2".into()), None], "IPv6 goes by the overlay");
+        let v6 = NodeAddress { kind: "InternalIP".into(), address: "fd00:9::2".into() };
+        nodes.get_mut("b").unwrap().status.addresses.push(v6);
+        assert_eq!(hops(&nodes, &networks), [Some("192.0.2.2".into()), Some("fd00:9::2".into())]);
+        assert_eq!(hops(&nodes, &["fd00:9::1/64"]), [Some("fd00:9::2".into()), Some("fd00:9::2".into())]);
     }
 
     fn mk_nodes(list: &[(&str, &str, &str)]) -> BTreeMap<String, Node> {
@@ -174,11 +288,11 @@ mod tests {
             ("b", "192.0.2.2", "10.1.1.0/24"),
             ("c", "192.0.2.3", "10.1.2.0/24"),
         ]);
-        let planned = plan_node(&nodes, "b", &mk_settings(), 1500, true).unwrap();
+        let planned = plan_node(&nodes, "b", &mk_settings(), &mk_uplink(&[]), true).unwrap();
         let names: Vec<&str> = planned.plan.peers.iter().map(|peer| peer.node.as_str()).collect();
         assert_eq!(names, ["a", "c"]);
         assert_eq!((planned.mtu, planned.plan.bridge.unwrap().mtu), (1450, 1450));
-        let back = plan_node(&nodes, "a", &mk_settings(), 1500, false).unwrap();
+        let back = plan_node(&nodes, "a", &mk_settings(), &mk_uplink(&[]), false).unwrap();
         assert_eq!((back.mtu, back.plan.bridge), (1450, None));
         assert_eq!(
             back.plan.peers[0].vtep_mac,
@@ -196,7 +310,7 @@ mod tests {
             ("d", "192.0.2.1", "10.1.3.0/24"),
         ]);
         nodes.insert("e".into(), Node::default());
-        let planned = plan_node(&nodes, "a", &mk_settings(), 1500, true).unwrap();
+        let planned = plan_node(&nodes, "a", &mk_settings(), &mk_uplink(&[]), true).unwrap();
         assert_eq!(planned.plan.peers.len(), 1);
         assert_eq!(planned.left_out.len(), 3, "{:?}", planned.left_out);
     }
@@ -204,8 +318,9 @@ mod tests {
     #[test]
     fn the_own_node_must_be_complete() {
         let mut nodes = mk_nodes(&[("a", "192.0.2.1", "10.1.0.0/24")]);
-        let error =
-            |nodes: &BTreeMap<String, Node>| plan_node(nodes, "a", &mk_settings(), 1500, true).unwrap_err();
+        let error = |nodes: &BTreeMap<String, Node>| {
+            plan_node(nodes, "a", &mk_settings(), &mk_uplink(&[]), true).unwrap_err()
+        };
         let twice = ["10.1.0.0/24", "10.1.0.128/25"].map(|range| range.parse().unwrap());
         nodes.get_mut("a").unwrap().spec.pod_cidrs = twice.to_vec();
         assert!(error(&nodes).to_string().contains("10.1.0.0/24 and 10.1.0.128/25, which overlap"));

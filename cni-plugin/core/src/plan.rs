@@ -4,6 +4,7 @@
 //! difference. Everything that can be derived (names, MACs, next hops) is derived here, deterministically, so that a
 //! restart or a reboot yields the same plan and peers never hold a stale MAC.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -110,8 +111,10 @@ impl TryFrom<String> for MacAddr {
 pub struct NodePlan {
     /// The bridge of the pods; `None` where none is attached to it: then one of ours that is there is removed.
     pub bridge: Option<BridgePlan>,
-    /// The overlay; `None` on a node without peers or with direct routing only.
+    /// The overlay; `None` on a node without peers or with direct routes only: then a device of ours that is there is removed.
     pub vxlan: Option<VxlanPlan>,
+    /// The interface of the underlay, which direct routes lead through.
+    pub uplink: String,
     /// The other nodes.
     pub peers: Vec<PeerPlan>,
     /// Ranges of this node's own pods; an address of them that no pod has is unreachable rather than sent elsewhere.
@@ -149,6 +152,15 @@ pub enum Attachment {
 }
 
 impl Attachment {
+    /// Bytes, IP packet size.
+    #[must_use]
+    pub fn mtu(&self) -> u32 {
+        match self {
+            Self::Bridge(bridge) => bridge.mtu,
+            Self::Routed { mtu } => *mtu,
+        }
+    }
+
     /// The attachment of `container_ifname` of `container_id` with `addresses`.
     pub fn endpoint(
         &self,
@@ -191,12 +203,20 @@ pub struct PeerPlan {
     pub vtep_mac: MacAddr,
     /// Its pods' ranges.
     pub pod_ranges: Vec<IpNetwork>,
+    /// Those of them that are reached without the overlay, with the peer's address that is on the uplink's link.
+    pub direct: BTreeMap<IpNetwork, IpAddr>,
 }
 
 impl PeerPlan {
     /// The peer called `node` at `underlay`.
     pub fn new(node: &str, underlay: IpAddr, pod_ranges: Vec<IpNetwork>) -> Self {
-        Self { node: node.to_string(), underlay, vtep_mac: vtep_mac(node, underlay), pod_ranges }
+        let vtep_mac = vtep_mac(node, underlay);
+        Self { node: node.to_string(), underlay, vtep_mac, pod_ranges, direct: BTreeMap::new() }
+    }
+
+    /// The ranges that are reached through the overlay.
+    pub fn overlaid(&self) -> impl Iterator<Item = &IpNetwork> {
+        self.pod_ranges.iter().filter(|range| !self.direct.contains_key(range))
     }
 
     /// The on-link next hop for this peer's ranges of `range`'s family.

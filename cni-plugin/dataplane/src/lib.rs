@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use holdfast_net_core::nat::{HostSocket, MasqueradeRanges, PodSocket, translations_of};
-use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan};
+use holdfast_net_core::plan::{BRIDGE_NAME, EndpointPlan, NodePlan, VXLAN_NAME};
 use holdfast_net_core::policy::Lookup;
 use holdfast_net_core::ruleset::{Delta, Pin, Ruleset, pins_of};
 
@@ -60,6 +60,8 @@ pub struct Config {
     pub log_group: u16,
     /// The bridge of the pods.
     pub bridge: String,
+    /// The VXLAN device.
+    pub vxlan_device: String,
 }
 
 impl Default for Config {
@@ -69,6 +71,7 @@ impl Default for Config {
             ct_mark_mask: 0x00ff_0000,
             log_group: 4807,
             bridge: BRIDGE_NAME.to_string(),
+            vxlan_device: VXLAN_NAME.to_string(),
         }
     }
 }
@@ -110,7 +113,7 @@ pub struct Dataplane {
     revoked: Arc<Notify>,
     /// Behind a lock of its own: whoever asks does not wait for a transaction, and no transaction waits for him.
     reader: Arc<Mutex<Reader>>,
-    bridge: String,
+    ours: node::Ours,
     /// For [`ATTACHING_MAX`].
     attaching: Semaphore,
 }
@@ -136,7 +139,7 @@ impl Dataplane {
     /// The settings make no sense, or the kernel refuses: no privilege, no nf_tables.
     pub async fn new(config: Config) -> Result<Self> {
         let links = Links::open()?;
-        let bridge = config.bridge.clone();
+        let ours = node::Ours { bridge: config.bridge.clone(), vxlan_device: config.vxlan_device.clone() };
         // A new thread begins in the namespace of the one that starts it.
         let open = move || Ok((NetfilterSocket::open()?, Reader::open(&config.table)?, Nft::open(config)?));
         let opened = tokio::task::spawn_blocking(open).await;
@@ -156,7 +159,7 @@ impl Dataplane {
             conntrack: Arc::new(Mutex::new(conntrack)),
             revoked,
             reader: Arc::new(Mutex::new(reader)),
-            bridge,
+            ours,
             attaching: Semaphore::new(ATTACHING_MAX),
         })
     }
@@ -169,13 +172,22 @@ impl Dataplane {
         self.with_policy(|policy| Ok(policy.nft.applied().clone())).await
     }
 
-    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned; a bridge that no pod needs goes. Returns the number of writes, 0 when
+    /// Makes bridge, overlay, routes, neighbours and forwarding entries as planned; a bridge or an overlay that the plan lacks goes. Returns the number of writes, 0 when
     /// all was as planned.
     ///
     /// # Errors
     /// The kernel refuses a step; those before it stay, the next call goes on.
     pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
-        node::apply(&self.links, plan, &self.bridge).await
+        node::apply(&self.links, plan, &self.ours).await
+    }
+
+    /// Makes the node's side of those of `plans` that have no bridge as planned. Returns the number of writes. One that is being
+    /// detached meanwhile is fine.
+    ///
+    /// # Errors
+    /// What the kernel refused; the rest was made all the same.
+    pub async fn hold_routed(&self, plans: &[EndpointPlan]) -> Result<usize> {
+        routed::hold_all(&self.links, plans).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
@@ -244,7 +256,7 @@ impl Dataplane {
         let addresses = known.clone();
         let host_ports =
             self.with_policy(move |policy| Ok(policy.nft.applied().nat.leading_to(&addresses))).await?;
-        let removed = endpoint::remove(&self.links, &self.bridge, host_ifname, &known).await;
+        let removed = endpoint::remove(&self.links, &self.ours.bridge, host_ifname, &known).await;
         let name = host_ifname.to_string();
         // Last, so that the pins outlive the link.
         self.with_policy(move |policy| policy.forget(&name)).await?;
@@ -312,7 +324,7 @@ impl Dataplane {
     /// # Errors
     /// What the kernel refused; the rest was removed all the same.
     pub async fn sweep_addresses(&self, known: &BTreeSet<IpAddr>) -> Result<usize> {
-        endpoint::sweep(&self.links, &self.bridge, known).await
+        endpoint::sweep(&self.links, &self.ours.bridge, known).await
     }
 
     /// Removes interfaces that limit the rate of host ends other than `known`, which nobody else may do. Returns how many. Nobody may be

@@ -168,7 +168,7 @@ impl Links {
     }
 
     /// Link, address and prefix length.
-    async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr, u8)>> {
+    pub async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr, u8)>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let found = self.dumps.run(request, "list addresses").await?;
         let address = |message: &RouteNetlinkMessage| {

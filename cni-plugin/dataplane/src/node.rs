@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, NodePlan, VxlanPlan};
+use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, MacAddr, NodePlan, VxlanPlan};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::{
@@ -22,8 +22,8 @@ const BRIDGE_FILTERS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip
 
 /// Makes the node as planned; returns the number of writes.
 ///
-/// `bridge` is the name of the bridge that is ours, and removed where the plan has none.
-pub async fn apply(links: &Links, plan: &NodePlan, bridge: &str) -> Result<usize> {
+/// `ours` names the devices that are ours, and removed where the plan has none.
+pub async fn apply(links: &Links, plan: &NodePlan, ours: &Ours) -> Result<usize> {
     let mut writes = 0;
     writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
     if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
@@ -33,30 +33,70 @@ pub async fn apply(links: &Links, plan: &NodePlan, bridge: &str) -> Result<usize
     writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
     writes += match &plan.bridge {
         Some(plan) => apply_bridge(links, plan).await?,
-        None => usize::from(remove_unused_bridge(links, bridge).await?),
+        None => usize::from(remove_unused_bridge(links, &ours.bridge).await?),
     };
     let mut routes: BTreeSet<Route> = BTreeSet::new();
     for range in &plan.pod_ranges {
         // Without it a packet to an address that no pod has would leave by the default route.
         routes.insert(Route { to: *range, device: None, via: None, source: None });
     }
-    let mut device = None;
-    if let Some(vxlan) = &plan.vxlan {
-        let (index, done) = apply_vxlan(links, vxlan).await?;
-        writes += done + apply_vtep_addresses(links, index, &plan.pod_ranges).await?;
-        device = Some(index);
-        for peer in &plan.peers {
-            routes.extend(peer.pod_ranges.iter().map(|range| Route {
-                to: *range,
-                device: Some(index),
-                via: Some(peer.next_hop(range)),
-                source: vtep_address(&plan.pod_ranges, range.is_ipv4()),
-            }));
-        }
-        writes += apply_peers(links, index, plan).await?;
+    routes.extend(direct_routes(links, plan).await?);
+    let Some(vxlan) = &plan.vxlan else {
+        // Routes first: a peer whose route now leads another way is never without one.
+        writes += apply_routes(links, &routes).await?;
+        writes += usize::from(remove_vxlan(links, &ours.vxlan_device).await?);
+        return Ok(writes);
+    };
+    let (index, done) = apply_vxlan(links, vxlan).await?;
+    writes += done + apply_vtep_addresses(links, index, &plan.pod_ranges).await?;
+    for peer in &plan.peers {
+        routes.extend(peer.overlaid().map(|range| Route {
+            to: *range,
+            device: Some(index),
+            via: Some(peer.next_hop(range)),
+            source: vtep_address(&plan.pod_ranges, range.is_ipv4()),
+        }));
     }
-    writes += apply_routes(links, device, &routes).await?;
+    // What routes need is there before them, and goes after them.
+    let found = Peers::of(links, index).await?;
+    let wanted = Peers::planned(plan);
+    writes += found.add_missing(links, index, &wanted).await?;
+    writes += apply_routes(links, &routes).await?;
+    writes += found.remove_stale(links, index, &wanted).await?;
     Ok(writes)
+}
+
+/// Names of the devices that are ours.
+#[derive(Debug, Clone)]
+pub struct Ours {
+    /// The bridge.
+    pub bridge: String,
+    /// The VXLAN device.
+    pub vxlan_device: String,
+}
+
+/// Routes to peers on the uplink's link.
+async fn direct_routes(links: &Links, plan: &NodePlan) -> Result<Vec<Route>> {
+    let hops: Vec<(&IpNetwork, &IpAddr)> = plan.peers.iter().flat_map(|peer| &peer.direct).collect();
+    if hops.is_empty() {
+        return Ok(Vec::new());
+    }
+    let uplink = links.link(&plan.uplink).await?.ok_or_else(|| Error::Link {
+        what: format!("set routes through {}", plan.uplink),
+        reason: "there is no such interface".to_string(),
+        errno: libc::ENODEV,
+    })?;
+    let device = Some(uplink.header.index);
+    let route = |(to, via): (&IpNetwork, &IpAddr)| Route { to: *to, device, via: Some(*via), source: None };
+    Ok(hops.into_iter().map(route).collect())
+}
+
+/// Removes what a time with an overlay left.
+async fn remove_vxlan(links: &Links, name: &str) -> Result<bool> {
+    let found = links.link(name).await?.filter(|link| kind_of(link) == Some(&InfoKind::Vxlan));
+    let Some(link) = found else { return Ok(false) };
+    links.delete_link(link.header.index, name).await?;
+    Ok(true)
 }
 
 /// The source of the node's own packets to remote pods: the address that names its pod range, which no pod gets.
@@ -167,7 +207,9 @@ async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
                 .learning(false);
             let message = match plan.local {
                 IpAddr::V4(local) => builder.local(local),
-                IpAddr::V6(local) => builder.local6(local),
+                // Sent with checksums, since an IPv6 header has none and by default receivers drop what has none
+                // (RFC 8200, 8.1); received without, as RFC 7348 has others send it.
+                IpAddr::V6(local) => builder.local6(local).udp_zero_csum6_tx(false).udp_zero_csum6_rx(true),
             };
             links.add_link(message.build(), &format!("make the VXLAN device {}", plan.name)).await?;
             writes += 1;
@@ -182,40 +224,68 @@ async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
 }
 
 /// Neighbours and forwarding entries of the VXLAN device: nothing learned, nothing left over.
-async fn apply_peers(links: &Links, index: u32, plan: &NodePlan) -> Result<usize> {
-    let mut writes = 0;
-    let neighbours: BTreeSet<(IpAddr, _)> = plan
-        .peers
-        .iter()
-        .flat_map(|peer| peer.pod_ranges.iter().map(|range| (peer.next_hop(range), peer.vtep_mac)))
-        .collect();
-    let present: BTreeSet<(IpAddr, _)> = links.permanent_neighbours(index).await?.into_iter().collect();
-    let wanted_addresses: BTreeSet<IpAddr> = neighbours.iter().map(|(address, _)| *address).collect();
-    for (address, mac) in neighbours.difference(&present) {
-        links.set_neighbour(index, *address, *mac).await?;
-        writes += 1;
-    }
-    for (address, _) in present.iter().filter(|(a, _)| !wanted_addresses.contains(a) && !a.is_multicast()) {
-        writes += usize::from(links.delete_neighbour(index, *address).await?);
-    }
-    let entries: BTreeSet<Fdb> =
-        plan.peers.iter().map(|peer| Fdb { mac: peer.vtep_mac, to: peer.underlay }).collect();
-    let present: BTreeSet<Fdb> = links.vxlan_entries(index).await?.into_iter().collect();
-    for stale in present.difference(&entries) {
-        writes += usize::from(links.delete_vxlan_entry(index, *stale).await?);
-    }
-    for entry in entries.difference(&present) {
-        links.set_vxlan_entry(index, *entry).await?;
-        writes += 1;
-    }
-    Ok(writes)
+struct Peers {
+    neighbours: BTreeSet<(IpAddr, MacAddr)>,
+    entries: BTreeSet<Fdb>,
 }
 
-/// Routes through the overlay and the unreachable ones; the pods' own routes go by other devices and stay.
-async fn apply_routes(links: &Links, device: Option<u32>, wanted: &BTreeSet<Route>) -> Result<usize> {
+impl Peers {
+    async fn of(links: &Links, index: u32) -> Result<Self> {
+        let neighbours = links.permanent_neighbours(index).await?.into_iter();
+        let neighbours = neighbours.filter(|(address, _)| !address.is_multicast()).collect();
+        Ok(Self { neighbours, entries: links.vxlan_entries(index).await?.into_iter().collect() })
+    }
+
+    fn planned(plan: &NodePlan) -> Self {
+        let overlaid = || plan.peers.iter().filter(|peer| peer.overlaid().next().is_some());
+        let neighbours = overlaid()
+            .flat_map(|peer| peer.overlaid().map(|range| (peer.next_hop(range), peer.vtep_mac)))
+            .collect();
+        let entries = overlaid().map(|peer| Fdb { mac: peer.vtep_mac, to: peer.underlay }).collect();
+        Self { neighbours, entries }
+    }
+
+    async fn add_missing(&self, links: &Links, index: u32, wanted: &Self) -> Result<usize> {
+        let mut writes = 0;
+        for (address, mac) in wanted.neighbours.difference(&self.neighbours) {
+            links.set_neighbour(index, *address, *mac).await?;
+            writes += 1;
+        }
+        // A peer that moved keeps its MAC or not; a MAC has one destination, so an old one goes first.
+        let new: BTreeSet<MacAddr> =
+            wanted.entries.difference(&self.entries).map(|entry| entry.mac).collect();
+        for stale in self.entries.difference(&wanted.entries).filter(|entry| new.contains(&entry.mac)) {
+            writes += usize::from(links.delete_vxlan_entry(index, *stale).await?);
+        }
+        for entry in wanted.entries.difference(&self.entries) {
+            links.set_vxlan_entry(index, *entry).await?;
+            writes += 1;
+        }
+        Ok(writes)
+    }
+
+    async fn remove_stale(&self, links: &Links, index: u32, wanted: &Self) -> Result<usize> {
+        let mut writes = 0;
+        let kept: BTreeSet<IpAddr> = wanted.neighbours.iter().map(|(address, _)| *address).collect();
+        for (address, _) in self.neighbours.iter().filter(|(address, _)| !kept.contains(address)) {
+            writes += usize::from(links.delete_neighbour(index, *address).await?);
+        }
+        for stale in self.entries.difference(&wanted.entries) {
+            writes += usize::from(links.delete_vxlan_entry(index, *stale).await?);
+        }
+        Ok(writes)
+    }
+}
+
+/// Routes to other nodes, which all have a next hop, and the unreachable ones; the pods' own routes have none and stay.
+async fn apply_routes(links: &Links, wanted: &BTreeSet<Route>) -> Result<usize> {
     let mut writes = 0;
-    let present: BTreeSet<Route> =
-        links.our_routes().await?.into_iter().filter(|r| r.device.is_none() || r.device == device).collect();
+    let present: BTreeSet<Route> = links
+        .our_routes()
+        .await?
+        .into_iter()
+        .filter(|route| route.device.is_none() || route.via.is_some())
+        .collect();
     let wanted_to: BTreeSet<_> = wanted.iter().map(|r| r.to).collect();
     for stale in present.difference(wanted) {
         // A route that only changes is replaced below, never missing in between.
@@ -266,7 +336,11 @@ fn vxlan_as_planned(link: &LinkMessage, plan: &VxlanPlan) -> bool {
     let Some(data) = data else { return false };
     let local = match plan.local {
         IpAddr::V4(local) => data.contains(&InfoVxlan::Local(local)),
-        IpAddr::V6(local) => data.contains(&InfoVxlan::Local6(local)),
+        IpAddr::V6(local) => {
+            data.contains(&InfoVxlan::Local6(local))
+                && data.contains(&InfoVxlan::UDPZeroCsumTX(false))
+                && data.contains(&InfoVxlan::UDPZeroCsumRX(true))
+        }
     };
     local
         && data.contains(&InfoVxlan::Id(plan.vni))

@@ -5,14 +5,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use holdfast_net_core::plan::EndpointPlan;
+use holdfast_net_core::plan::{EndpointPlan, MacAddr};
 use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage, State};
 use rtnetlink::LinkUnspec;
 
 use crate::endpoint::{alias, pod_route};
 use crate::error::{Error, Result};
-use crate::links::{Links, mac_of, master_of, mtu_of, set_sysctl, sysctl_differs};
+use crate::links::{Links, Route, mac_of, master_of, mtu_of, name_of, set_sysctl, sysctl_differs};
 
 /// Configures the host end, which has the index `index`, and sets it up. Until the pod's end is up nothing passes.
 pub async fn make(links: &Links, plan: &EndpointPlan, index: u32) -> Result<()> {
@@ -68,6 +68,78 @@ pub async fn check(links: &Links, plan: &EndpointPlan, link: &LinkMessage) -> Re
         }
     }
     Ok(())
+}
+
+/// What the kernel has of all host ends, read once.
+struct Seen {
+    addresses: BTreeSet<(u32, IpAddr, u8)>,
+    neighbours: BTreeSet<(u32, IpAddr, MacAddr)>,
+    routes: BTreeSet<Route>,
+}
+
+/// Makes the node's side of the routed ones of `plans` as planned; returns the number of writes. One whose interface is gone is left
+/// alone: with it went the pod's end, and nothing here can tell a lost pair from a pod that ended.
+///
+/// # Errors
+/// The first thing that the kernel refused; all others were held all the same.
+pub async fn hold_all(links: &Links, plans: &[EndpointPlan]) -> Result<usize> {
+    if !plans.iter().any(|plan| plan.bridge.is_none()) {
+        return Ok(0);
+    }
+    let all = links.all_links().await?;
+    let seen = Seen {
+        addresses: links.all_addresses().await?.into_iter().collect(),
+        neighbours: links.all_permanent_neighbours().await?.into_iter().collect(),
+        routes: links.our_routes().await?.into_iter().collect(),
+    };
+    let (mut writes, mut first_error) = (0, None);
+    for plan in plans.iter().filter(|plan| plan.bridge.is_none()) {
+        let found = all.iter().find(|link| name_of(link) == Some(&plan.host_ifname));
+        let Some(link) = found else { continue };
+        match hold(links, plan, link, &seen).await {
+            Ok(done) => writes += done,
+            // A pod that ends meanwhile takes its interface along.
+            Err(error) if links.link(&plan.host_ifname).await.is_ok_and(|link| link.is_some()) => {
+                first_error = first_error.or(Some(error));
+            }
+            Err(_) => {}
+        }
+    }
+    first_error.map_or(Ok(writes), Err)
+}
+
+async fn hold(links: &Links, plan: &EndpointPlan, link: &LinkMessage, seen: &Seen) -> Result<usize> {
+    let index = link.header.index;
+    let mut writes = 0;
+    for (path, value) in sysctls(plan) {
+        writes += usize::from(set_sysctl(&path, value)?);
+    }
+    if master_of(link).is_some() {
+        let alone = LinkUnspec::new_with_index(index).nocontroller().build();
+        links.change_link(alone, &format!("take {} out of a bridge", plan.host_ifname)).await?;
+        writes += 1;
+    }
+    // With the interface down or changed, routes went that the look may still show.
+    let changed = links.align_link(link, &plan.host_ifname, plan.mtu, plan.host_mac).await?;
+    writes += changed;
+    for (gateway, prefix) in plan.gateways() {
+        if !seen.addresses.contains(&(index, gateway, prefix)) {
+            links.add_address(index, gateway, prefix, AddressScope::Link).await?;
+            writes += 1;
+        }
+    }
+    for address in &plan.addresses {
+        if changed > 0 || !seen.neighbours.contains(&(index, *address, plan.mac)) {
+            links.set_neighbour(index, *address, plan.mac).await?;
+            writes += 1;
+        }
+        let route = pod_route(*address, index);
+        if changed > 0 || !seen.routes.contains(&route) {
+            links.set_route(&route).await?;
+            writes += 1;
+        }
+    }
+    Ok(writes)
 }
 
 /// Paths below `/proc/sys/net` and values.

@@ -97,6 +97,7 @@ fn pods_on_two_nodes_meet_over_vxlan_and_policy_holds_there() {
                 mac: vtep_mac(name[own], underlay[own]),
                 mtu: 1450,
             }),
+            uplink: "up0".into(),
             peers: vec![PeerPlan::new(name[other], underlay[other], ranges(other + 1))],
             pod_ranges: ranges(own + 1),
         };

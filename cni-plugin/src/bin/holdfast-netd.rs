@@ -9,7 +9,7 @@ use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
 use holdfast_agent::{Mode, Settings};
 use holdfast_net_core::nat::{MasqueradeMode, MasqueradeSettings};
-use holdfast_net_core::overlay::OverlaySettings;
+use holdfast_net_core::overlay::{OverlaySettings, Routing};
 use holdfast_net_core::pod_ranges::ClusterRange;
 use ipnetwork::IpNetwork;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,6 +43,9 @@ struct Args {
     /// Interface of the underlay; by default the one that has the node's InternalIP.
     #[arg(long)]
     uplink: Option<String>,
+    /// How packets go to pods of other nodes. The same on all nodes.
+    #[arg(long, value_enum, default_value = "vxlan")]
+    overlay: OverlayArg,
     /// Name of the bridge.
     #[arg(long, default_value = "hf0")]
     bridge: String,
@@ -108,6 +111,16 @@ impl From<MasqueradeArg> for MasqueradeMode {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum OverlayArg {
+    /// Through a VXLAN device.
+    Vxlan,
+    /// By plain routes only: nodes that share no link are left out.
+    Direct,
+    /// By plain routes to nodes on the same link, through a VXLAN device to others.
+    Auto,
+}
+
 impl Args {
     /// # Errors
     /// A sentence on a setting that makes no sense.
@@ -127,6 +140,11 @@ impl Args {
             vxlan_device: args.vxlan_device,
             vni: args.vni,
             port: args.vxlan_port,
+            routing: match args.overlay {
+                OverlayArg::Vxlan => Routing::Vxlan,
+                OverlayArg::Direct => Routing::Direct,
+                OverlayArg::Auto => Routing::Auto,
+            },
         };
         Ok(Settings {
             node: args.node,

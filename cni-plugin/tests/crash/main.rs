@@ -283,7 +283,7 @@ fn kill_agent_everywhere(verb: &str) {
     println!(
         "{verb}: the agent was killed before each of {killed} calls that change something, {dirty} left something"
     );
-    assert!(killed > 15 && dirty > 0, "{killed} calls were seen, {dirty} left something");
+    assert!(killed > 10 && dirty > 0, "{killed} calls were seen, {dirty} left something");
 }
 
 #[test]

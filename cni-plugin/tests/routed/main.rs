@@ -10,6 +10,7 @@ mod cni;
 mod crash;
 #[path = "../leases.rs"]
 mod leases;
+mod mending;
 mod mode_change;
 #[path = "../spec/main.rs"]
 mod spec;

@@ -155,6 +155,54 @@ impl Cluster {
 
     /// A host on the underlay that is no node, as 192.0.2.`number` and 2001:db8::`number`.
     pub fn outside(&self, number: u8) -> Netns {
+        let netns = self.plug_in(number);
+        netns.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"));
+        netns.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"));
+        netns
+    }
+
+    /// A node with its agent, on the underlay as 192.0.2.`number`. Addresses are free as soon as they are freed, and nothing is
+    /// collected without being asked for.
+    pub fn start_node(&self, name: &str, number: u8) -> Node {
+        self.start_node_with(name, number, &["--address-quarantine-s=0", "--collect-after-s=0"])
+    }
+
+    /// The same with other settings.
+    pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
+        self.start_in(self.outside(number), name, settings)
+    }
+
+    /// Makes the underlay a router with these addresses; it has no services.
+    pub fn route_underlay(&self, addresses: &[&str]) {
+        for address in addresses {
+            self.underlay.ip(&format!("addr add {address} dev br0"));
+        }
+        let mut command = self.underlay.exec("sh");
+        command.args([
+            "-c",
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/br0/send_redirects; \
+            echo 0 > /proc/sys/net/ipv4/conf/all/send_redirects",
+        ]);
+        assert!(command.status().unwrap().success());
+    }
+
+    /// The same with other addresses and routes: arguments of `ip`, executed in the node.
+    pub fn start_node_on(
+        &self,
+        name: &str,
+        number: u8,
+        settings: &'static [&'static str],
+        commands: &[&str],
+    ) -> Node {
+        let netns = self.plug_in(number);
+        for command in commands {
+            netns.ip(command);
+        }
+        self.start_in(netns, name, settings)
+    }
+
+    /// A namespace whose eth0 is on the underlay and up, without addresses.
+    fn plug_in(&self, number: u8) -> Netns {
         let netns = Netns::new();
         let port = format!("p{number}");
         run(
@@ -175,8 +223,6 @@ impl Cluster {
             ],
         );
         self.underlay.ip(&format!("link set {port} master br0 up"));
-        netns.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"));
-        netns.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"));
         // An interface that still looks for duplicates of its address asks for no neighbours.
         let mut sysctl = netns.exec("sh");
         sysctl.args(["-c", "echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad"]);
@@ -185,15 +231,7 @@ impl Cluster {
         netns
     }
 
-    /// A node with its agent, on the underlay as 192.0.2.`number`. Addresses are free as soon as they are freed, and nothing is
-    /// collected without being asked for.
-    pub fn start_node(&self, name: &str, number: u8) -> Node {
-        self.start_node_with(name, number, &["--address-quarantine-s=0", "--collect-after-s=0"])
-    }
-
-    /// The same with other settings.
-    pub fn start_node_with(&self, name: &str, number: u8, settings: &'static [&'static str]) -> Node {
-        let netns = self.outside(number);
+    fn start_in(&self, netns: Netns, name: &str, settings: &'static [&'static str]) -> Node {
         let state = self.folder.path().join(name);
         let (name, objects) = (name.to_owned(), self.objects());
         let mut node = Node { name, objects, netns, state, settings, attachment: attachment(), agent: None };
@@ -432,6 +470,18 @@ pub fn inside<T: Send + 'static>(netns: &Netns, work: impl FnOnce() -> T + Send 
 pub fn address_of(result: &Value) -> String {
     let text = result["ips"][0]["address"].as_str().unwrap();
     text.split('/').next().unwrap().to_owned()
+}
+
+/// Runs `work` on a thread inside a namespace.
+pub fn inside<T: Send + 'static>(
+    netns: &Netns,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    let file = std::fs::File::open(netns.path()).unwrap();
+    std::thread::spawn(move || {
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        work()
+    })
 }
 
 /// Where the pod's end is in the interfaces of a result.

@@ -4,6 +4,7 @@
 //! input, timed from the start of the process to its end, by a process inside the node.
 
 mod calls;
+mod many_nodes;
 mod nodes;
 mod streams;
 mod trips;
@@ -78,5 +79,6 @@ fn measure_all(work: &Work, options: &Options) -> Result<Vec<Figure>> {
     figures.extend(calls::burst(&sides, &ours, &peer, options.rounds, &tell)?);
     figures.push(calls::flatness(&ours, options.pods, options.rounds, &tell)?);
     figures.extend(streams::compare(&ours, &peer, options.rounds, options.seconds, &tell)?);
+    figures.push(many_nodes::measure(&ours, &tell)?);
     Ok(figures)
 }

@@ -33,6 +33,8 @@ pub struct StreamPod {
 pub struct Ours {
     /// Their namespaces.
     pub nodes: Vec<Namespaces>,
+    /// What their agents watch.
+    pub objects: Objects,
     pending: Vec<PathBuf>,
     agents: Vec<Program>,
 }
@@ -56,7 +58,7 @@ impl Ours {
             wait_serving(node, &mut agent)?;
             agents.push(agent);
         }
-        Ok(Self { nodes, pending, agents })
+        Ok(Self { nodes, objects, pending, agents })
     }
 
     /// The plugin's configuration on the node.

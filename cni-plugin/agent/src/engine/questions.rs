@@ -250,6 +250,7 @@ impl Engine {
             "leases": self.endpoints.values().collect::<Vec<_>>(),
             "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
                 "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,
+                "direct": peer.direct,
             })).collect::<Vec<_>>(),
             "leftOut": self.left_out,
             "rules": {

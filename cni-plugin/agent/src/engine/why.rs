@@ -176,7 +176,7 @@ mod tests {
 
     use holdfast_dataplane::{Config, Dataplane};
     use holdfast_net_core::objects::{ObjectChange, ObjectName};
-    use holdfast_net_core::overlay::OverlaySettings;
+    use holdfast_net_core::overlay::{OverlaySettings, Routing};
     use holdfast_net_core::plan::{BridgePlan, EndpointPlan};
     use holdfast_net_core::ports::Proto;
     use serde_json::{Value, from_value, json};
@@ -205,8 +205,13 @@ mod tests {
     }
 
     async fn mk_engine(folder: &std::path::Path) -> Engine {
-        let overlay =
-            OverlaySettings { bridge: "hf0".into(), vxlan_device: "hf.vx".into(), vni: 4807, port: 4789 };
+        let overlay = OverlaySettings {
+            bridge: "hf0".into(),
+            vxlan_device: "hf.vx".into(),
+            vni: 4807,
+            port: 4789,
+            routing: Routing::Vxlan,
+        };
         let settings = Settings {
             node: "node-a".into(),
             objects: folder.join("objects"),

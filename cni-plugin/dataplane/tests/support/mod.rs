@@ -168,6 +168,7 @@ impl Node {
         NodePlan {
             bridge: self.bridge(),
             vxlan: None,
+            uplink: "up0".into(),
             peers: vec![],
             pod_ranges: vec!["fd99::/64".parse().unwrap()],
         }
