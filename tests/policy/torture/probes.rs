@@ -118,19 +118,22 @@ struct Excuse {
     since: Instant,
     until: Instant,
     why: &'static str,
+    /// A fault followed before the one before was forgotten: which of them costs what cannot be told.
+    is_mixed: bool,
 }
 
 impl Excuse {
     fn none(now: Instant) -> Self {
-        Self { since: now, until: now, why: "nothing" }
+        Self { since: now, until: now, why: "nothing", is_mixed: false }
     }
 
     /// A later fault's end does not shorten an earlier one's.
     fn extend(&mut self, until: Instant, why: &'static str) {
         let now = Instant::now();
-        if self.until < now || self.why != why {
-            self.since = now;
-            self.why = why;
+        if self.until < now {
+            (self.since, self.why, self.is_mixed) = (now, why, false);
+        } else {
+            self.is_mixed |= self.why != why;
         }
         self.until = self.until.max(until);
     }
@@ -319,9 +322,13 @@ impl Network {
             return;
         }
         let excuses = [&from.excuse, &to.excuse, &self.pairs[from.node][to.node]];
-        if let Some(excuse) = excuses.into_iter().find(|excuse| excuse.until > sent) {
-            let outage = self.counts.outages.entry(excuse.why).or_default();
-            *outage = (*outage).max(sent.saturating_duration_since(excuse.since));
+        let excuses: Vec<Excuse> =
+            excuses.into_iter().filter(|excuse| excuse.until > sent).copied().collect();
+        if let Some(excuse) = excuses.first() {
+            if excuses.len() == 1 && !excuse.is_mixed {
+                let outage = self.counts.outages.entry(excuse.why).or_default();
+                *outage = (*outage).max(sent.saturating_duration_since(excuse.since));
+            }
             self.counts.excused += 1;
             self.silent.remove(&path);
             return;
