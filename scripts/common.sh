@@ -47,8 +47,21 @@ need_debian() {
             echo 'create_main_cluster = false' >>/etc/postgresql-common/createcluster.conf
         ;;
     esac
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null ||
+    without_services apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null ||
         die "apt-get could not install ${missing[*]}"
+}
+
+# Runs an installation that starts no service: containerd and podman bring one, and only the programs are wanted.
+without_services() {
+    local policy=/usr/sbin/policy-rc.d status=0
+    if [ -e "$policy" ]; then
+        "$@"
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"
+    "$@" || status=$?
+    rm -f "$policy"
+    return "$status"
 }
 
 # What a build and a cluster of namespaces need.

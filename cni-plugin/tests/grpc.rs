@@ -74,13 +74,8 @@ impl Bed {
         assert!(!self.node.log().contains("panicked"), "{}", self.node.log());
         self.node.cni("STATUS", "", None, serde_json::json!({})).unwrap();
         eventually("nothing of the garbage is left", || state(&self.node) == self.clean);
-        let lease = self.node.cni(
-            "CHECK",
-            "web",
-            Some(&self.pod.path()),
-            serde_json::json!({ "prevResult": self.result }),
-        );
-        lease.unwrap();
+        let previous = serde_json::json!({ "prevResult": self.result });
+        self.node.cni("CHECK", "web", Some(&self.pod.path()), previous).unwrap();
     }
 }
 
@@ -161,10 +156,11 @@ fn absurd_messages_get_a_code_of_the_specification_and_leave_nothing() {
 }
 
 #[test]
-fn a_fifo_and_the_nodes_own_namespace_are_no_sandboxes() {
+fn only_a_network_namespace_other_than_the_nodes_is_a_sandbox() {
     let bed = Bed::new();
     let fifo = mk_paths(&bed).into_iter().find(|path| path.ends_with("/fifo")).unwrap();
-    for path in [fifo, "/proc/self/ns/net".to_owned(), "/proc/self/ns/mnt".to_owned()] {
+    for path in [fifo, "/dev/null".to_owned(), "/proc/self/ns/net".to_owned(), "/proc/self/ns/mnt".to_owned()]
+    {
         let attachment = Some(pb::Attachment { container_id: "c".to_owned(), ifname: "pod0".to_owned() });
         let request = pb::AddRequest {
             attachment,

@@ -33,6 +33,8 @@ use self::probes::{Edit, NODES, Network, Role, TICK};
 
 /// How long the agent may take to notice and mend what somebody took away, the comparison that misses nothing included.
 const HEAL_SETTLE: Duration = Duration::from_secs(12);
+/// Of a hundred steps those from 21 on to this one are tampering. The longer it takes to mend, the fewer, or everything is excused.
+const TAMPERING_ENDS: u32 = 26;
 /// After a cable is plugged in, the kernel asks for its neighbours again within this.
 const CABLE_SETTLE: Duration = Duration::from_secs(4);
 /// An edit, and a new pod's address, are in force on every node within this.
@@ -40,6 +42,8 @@ const OBJECTS_SETTLE: Duration = Duration::from_secs(2);
 /// Time of a run, and with `--long`.
 const RUN: Duration = Duration::from_secs(60);
 const LONG_RUN: Duration = Duration::from_secs(3600);
+/// The probes notice what must not be within this.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pods that come and go, beside those that stay.
 const CHURN_PODS_MAX: usize = 6;
 /// The plugin's calls end within this; kills are drawn from it.
@@ -88,10 +92,11 @@ struct Torture {
     cables_back: [Option<Instant>; NODES],
     loss_ends: [Option<Instant>; NODES],
     /// Nobody mends a node whose agent is away.
-    broken: [Option<(Cost, &'static str)>; NODES],
+    broken: [Vec<Cost>; NODES],
     /// A node that left, and when it joins again.
     gone: Option<(usize, Instant)>,
     counts: BTreeMap<&'static str, u64>,
+    tampered: u64,
 }
 
 impl Torture {
@@ -107,9 +112,10 @@ impl Torture {
             agents_back: [None; NODES],
             cables_back: [None; NODES],
             loss_ends: [None; NODES],
-            broken: [None; NODES],
+            broken: [const { Vec::new() }; NODES],
             gone: None,
             counts: BTreeMap::new(),
+            tampered: 0,
         }
     }
 
@@ -175,18 +181,17 @@ impl Torture {
             node.netd.kill()?;
             node.spaces.run("nft", &["flush", "ruleset"])?;
         }
-        wait_until(Duration::from_secs(10), || Ok(self.lock().breaches.len() >= 2))
-            .context("no breach was noticed")?;
-        let breaches = std::mem::take(&mut self.lock().breaches);
-        for sign in ["a denied packet arrived", "a forged packet arrived"] {
-            ensure!(
-                breaches.iter().any(|breach| breach.starts_with(sign)),
-                "not noticed: {sign}: {breaches:?}"
-            );
-        }
+        let mut missing = BTreeSet::from(["a denied packet arrived", "a forged packet arrived"]);
+        let noticed = wait_until(NOTICE_TIMEOUT, || {
+            for breach in std::mem::take(&mut self.lock().breaches) {
+                missing.retain(|sign| !breach.starts_with(sign));
+            }
+            Ok(missing.is_empty())
+        });
+        noticed.with_context(|| format!("not noticed: {missing:?}"))?;
         self.bed.nodes[0].spaces.run("ip", &["-4", "route", "del", "10.244.2.0/24"])?;
         let cut = || Ok(self.lock().breaches.iter().any(|breach| breach.starts_with("no answer")));
-        wait_until(Duration::from_secs(10), cut).context("no cut was noticed")?;
+        wait_until(NOTICE_TIMEOUT, cut).context("no cut was noticed")?;
         for node in &mut self.bed.nodes {
             node.netd.start_again()?;
             node.wait()?;
@@ -197,7 +202,7 @@ impl Torture {
         Ok(())
     }
 
-    /// Ends what has had its time, and renews what still holds.
+    /// Ends what has had its time.
     fn go_on(&mut self) -> Result<()> {
         self.check()?;
         let now = Instant::now();
@@ -205,43 +210,28 @@ impl Torture {
             if self.cables_back[node].is_some_and(|back| back <= now) {
                 faults::set_cable(&self.bed, node, "up")?;
                 self.cables_back[node] = None;
+                self.release(node, Cost::Others, "cable out", CABLE_SETTLE);
             }
             if self.loss_ends[node].is_some_and(|end| end <= now) {
                 faults::set_loss(&self.bed, node, 0)?;
                 self.loss_ends[node] = None;
+                self.release(node, Cost::Others, "packets lost", CABLE_SETTLE);
             }
             if self.agents_back[node].is_some_and(|back| back <= now) {
                 self.bed.nodes[node].netd.start_again()?;
                 self.bed.nodes[node].wait()?;
                 self.agents_back[node] = None;
-                if let Some((cost, what)) = self.broken[node].take() {
-                    self.excuse(node, None, cost, what, HEAL_SETTLE);
+                for cost in std::mem::take(&mut self.broken[node]) {
+                    self.release(node, cost, "broken without an agent", HEAL_SETTLE);
                 }
-                self.lock().keep_edits(Instant::now() + OBJECTS_SETTLE);
+                let away = self.agents_back.iter().any(Option::is_some);
+                self.lock().set_agent_away(away, Instant::now() + OBJECTS_SETTLE);
             }
         }
         if let Some((node, _)) = self.gone.filter(|(_, back)| *back <= now) {
             self.join(node)?;
         }
-        self.renew_excuses();
         Ok(())
-    }
-
-    fn renew_excuses(&mut self) {
-        for node in 0..NODES {
-            if let Some((cost, what)) = self.broken[node] {
-                self.excuse(node, None, cost, what, HEAL_SETTLE);
-            }
-            if self.cables_back[node].is_some() {
-                self.excuse(node, None, Cost::Others, "cable out", CABLE_SETTLE);
-            }
-            if self.loss_ends[node].is_some() {
-                self.excuse(node, None, Cost::Others, "packets lost", CABLE_SETTLE);
-            }
-        }
-        if self.agents_back.iter().any(Option::is_some) {
-            self.lock().keep_edits(Instant::now() + OBJECTS_SETTLE);
-        }
     }
 
     fn step(&mut self) -> Result<()> {
@@ -251,13 +241,13 @@ impl Torture {
         }
         match self.random.random_range(0..100) {
             0..14 => self.kill_agent(node),
-            14..22 => self.cut_cable(node),
-            22..28 => self.lose_packets(node),
-            28..40 => self.tamper(node),
-            40..60 => self.start_pod(node),
-            60..78 => self.end_pod(),
-            78..86 => self.kill_call(node),
-            86..96 => self.edit(),
+            14..18 => self.cut_cable(node),
+            18..21 => self.lose_packets(node),
+            21..TAMPERING_ENDS => self.tamper(node),
+            TAMPERING_ENDS..50 => self.start_pod(node),
+            50..70 => self.end_pod(),
+            70..82 => self.kill_call(node),
+            82..96 => self.edit(),
             _ => self.leave(node),
         }
     }
@@ -267,6 +257,8 @@ impl Torture {
             return Ok(());
         }
         self.count("agents killed");
+        println!("                 on node {node}");
+        self.lock().set_agent_away(true, Instant::now() + OBJECTS_SETTLE);
         self.bed.nodes[node].netd.kill()?;
         let away = Duration::from_millis(self.random.random_range(0..3000));
         self.agents_back[node] = Some(Instant::now() + away);
@@ -278,7 +270,8 @@ impl Torture {
             return Ok(());
         }
         self.count("cables cut");
-        self.excuse(node, None, Cost::Others, "cable out", CABLE_SETTLE);
+        println!("                 of node {node}");
+        self.hold(node, Cost::Others);
         faults::set_cable(&self.bed, node, "down")?;
         let away = Duration::from_millis(self.random.random_range(100..3000));
         self.cables_back[node] = Some(Instant::now() + away);
@@ -290,7 +283,7 @@ impl Torture {
             return Ok(());
         }
         self.count("periods of loss");
-        self.excuse(node, None, Cost::Others, "packets lost", CABLE_SETTLE);
+        self.hold(node, Cost::Others);
         let percent = self.random.random_range(5..60);
         faults::set_loss(&self.bed, node, percent)?;
         let time = Duration::from_millis(self.random.random_range(200..3000));
@@ -312,15 +305,14 @@ impl Torture {
         if !faults::tamper(&self.bed.nodes[node], &tampering) {
             return Ok(());
         }
-        self.count("things tampered with");
         self.count(tampering.what);
+        self.tampered += 1;
+        println!("                 on node {node}: {}", tampering.command);
         if self.agents_back[node].is_some() {
-            // Several may add up; the dearest is that of the whole node.
+            // Nobody mends it before the agent is back; several may add up to anything.
             let cost = if tampering.cost == Cost::Rules { Cost::Rules } else { Cost::Node };
-            let before = self.broken[node].map(|(cost, _)| cost);
-            let cost = if before == Some(Cost::Rules) { Cost::Rules } else { cost };
-            self.broken[node] = Some((cost, tampering.what));
-            self.renew_excuses();
+            self.broken[node].push(cost);
+            self.hold(node, cost);
         }
         Ok(())
     }
@@ -364,7 +356,11 @@ impl Torture {
         let after = Duration::from_micros(self.random.random_range(0..CALL_MS * 1000));
         self.bed.add_killed(&attachment, after)?;
         self.count("plugin calls killed");
-        self.undo(&name, &attachment)
+        // An ADD that goes on in the agent waits for an object that is gone, and DEL waits for the ADD.
+        let deleted = self.bed.delete(&attachment);
+        self.undo(&name, &attachment)?;
+        let excused = self.lock().is_excused(node);
+        if excused { Ok(()) } else { deleted.context("DEL on a node that is well") }
     }
 
     fn edit(&mut self) -> Result<()> {
@@ -402,7 +398,6 @@ impl Torture {
         self.bed.nodes[node].netd.start_again()?;
         self.bed.nodes[node].wait()?;
         self.gone = None;
-        self.broken[node] = None;
         self.attach_staying(node)
     }
 
@@ -429,19 +424,7 @@ impl Torture {
             station
         };
         self.pods.insert(name, Pod { attachment, station, stays });
-        self.renew_young();
         Ok(())
-    }
-
-    /// An agent that is away does not learn of a new pod before it is back.
-    fn renew_young(&self) {
-        let back = self.agents_back.iter().flatten().max();
-        let Some(back) = back else { return };
-        let until = *back + OBJECTS_SETTLE * 2;
-        let mut network = self.lock();
-        if let Some(station) = self.pods.values().map(|pod| pod.station).max() {
-            network.excuse_pod(station, until, "new pod");
-        }
     }
 
     fn detach(&mut self, name: &str) -> Result<()> {
@@ -470,20 +453,35 @@ impl Torture {
         names.iter().try_for_each(|name| self.detach(name))
     }
 
+    /// What a fault costs until a time from now.
     fn excuse(&self, node: usize, pod: Option<u32>, cost: Cost, what: &'static str, settle: Duration) {
         let until = Instant::now() + settle;
         let mut network = self.lock();
-        let others = (0..NODES).filter(|other| *other != node);
         match (cost, pod) {
             (Cost::Pod, Some(station)) => network.excuse_pod(station, until, what),
-            (Cost::Peer(peer), _) => network.excuse_pair(node, peer, until, what),
-            (Cost::Others, _) => others.for_each(|other| network.excuse_pair(node, other, until, what)),
-            (Cost::Node | Cost::Rules | Cost::Pod, _) => {
-                (0..NODES).for_each(|other| network.excuse_pair(node, other, until, what));
-                if cost == Cost::Rules {
-                    network.excuse_leak(node, until);
-                }
-            }
+            _ => paths(node, cost).for_each(|other| network.excuse_pair(node, other, until, what)),
+        }
+        if cost == Cost::Rules {
+            network.excuse_leak(node, until);
+        }
+    }
+
+    /// What a fault costs until it is released.
+    fn hold(&self, node: usize, cost: Cost) {
+        let mut network = self.lock();
+        paths(node, cost).for_each(|other| network.hold_pair(node, other));
+        if cost == Cost::Rules {
+            network.hold_leak(node, true);
+        }
+    }
+
+    fn release(&self, node: usize, cost: Cost, what: &'static str, settle: Duration) {
+        let until = Instant::now() + settle;
+        let mut network = self.lock();
+        paths(node, cost).for_each(|other| network.release_pair(node, other, until, what));
+        if cost == Cost::Rules {
+            network.excuse_leak(node, until);
+            network.hold_leak(node, false);
         }
     }
 
@@ -546,6 +544,7 @@ impl Torture {
     fn tell(&self) {
         let counts = self.lock().counts.clone();
         println!("{:.0} s: {:?}", self.started.elapsed().as_secs_f64(), self.counts);
+        println!("{} things were tampered with", self.tampered);
         println!(
             "allowed: {} answered, {} lost where a fault excuses it, {} lost one by one without; denied: {}, forged: {}, of these \
              {} arrived while rules were taken away",
@@ -564,6 +563,15 @@ impl Torture {
             println!("{}", node.netd.log_tail());
         }
     }
+}
+
+/// Nodes to which a fault costs a node the way; itself for its own pods.
+fn paths(node: usize, cost: Cost) -> impl Iterator<Item = usize> {
+    (0..NODES).filter(move |other| match cost {
+        Cost::Peer(peer) => *other == peer,
+        Cost::Others => *other != node,
+        Cost::Pod | Cost::Node | Cost::Rules => true,
+    })
 }
 
 fn policy(name: &str, spec: &Value) -> Value {

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -17,12 +18,17 @@ use netlink_packet_route::link::LinkFlags;
 use crate::error::{Error, Result};
 use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl, sysctl_differs};
 
-/// Opens a network namespace by its path. What else may lie there is not waited for (a FIFO would keep an open waiting for ever), and
-/// fails when it is entered. The node's own is refused: its own routes would be taken for a pod's.
+/// Opens a network namespace by its path. What else may lie there is refused and not waited for: a FIFO would keep an open waiting for
+/// ever. So is the node's own, whose routes would be taken for a pod's.
 pub fn open(path: &Path) -> Result<File> {
     let refused = |source| Error::Sandbox { path: path.display().to_string(), source };
     let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
     let file = File::options().read(true).custom_flags(flags).open(path).map_err(refused)?;
+    // SAFETY: the call takes no argument and only answers what kind of namespace the open file is.
+    let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+    if kind != libc::CLONE_NEWNET {
+        return Err(refused(std::io::Error::other("it is no network namespace")));
+    }
     let id = |found: std::fs::Metadata| (found.dev(), found.ino());
     let own = std::fs::metadata("/proc/self/ns/net").map(id).map_err(refused)?;
     if file.metadata().map(id).map_err(refused)? == own {
@@ -30,6 +36,9 @@ pub fn open(path: &Path) -> Result<File> {
     }
     Ok(file)
 }
+
+/// `_IO(0xb7, 0x3)` of linux/nsfs.h: which kind a namespace is.
+const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
 
 /// Configures the pod's end, which the veth's creation already put into the sandbox. Returns whether it got the default routes: one
 /// that another interface has is left to it.

@@ -5,15 +5,19 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::go_tools::Skip;
 use holdfast_tests::netbed::{AgentNode, Attachment, NetBed};
+use holdfast_tests::process::wait_until;
 use holdfast_tests::work::binaries_dir;
 use holdfast_tests::{Reach, traces};
 use serde_json::{Value, json};
 
+/// How long a cgroup may take to become empty.
+const CGROUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Where a pod's server listens.
 pub const PORT: u16 = 8080;
 /// A static busybox, the only program of every image.
@@ -200,7 +204,9 @@ impl Machine {
             "find /sys/fs/cgroup -depth -type d -path '*/{name}*' -exec rmdir {{}} + 2>&1; \
              ! find /sys/fs/cgroup -type d -name '{name}' | grep ."
         );
-        self.node().spaces.run("sh", &["-c", &script]).context("a cgroup cannot be removed").map(drop)
+        // The last process in it may be about to end.
+        wait_until(CGROUP_TIMEOUT, || self.node().spaces.run("sh", &["-c", &script]).map(|_| true))
+            .context("a cgroup cannot be removed")
     }
 }
 

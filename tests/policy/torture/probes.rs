@@ -35,6 +35,8 @@ const FORGED_PORT: u16 = 6666;
 /// Sockets that a pod sends from in turn, each for [`TICKS_PER_SENDER`]: when its turn comes again, conntrack has forgotten it.
 const SENDERS: usize = 8;
 const TICKS_PER_SENDER: u32 = 5;
+/// Longer than any run's single fault.
+const OPEN_END: Duration = Duration::from_secs(1000);
 /// More breaches than these tell nothing new.
 const BREACHES_MAX: usize = 20;
 
@@ -110,6 +112,8 @@ struct Station {
     senders: Vec<UdpSocket>,
     raw: [OwnedFd; 2],
     excuse: Excuse,
+    /// An agent that is away has not heard of it.
+    is_young: bool,
 }
 
 /// Until when something may be lost, and why.
@@ -118,19 +122,22 @@ struct Excuse {
     since: Instant,
     until: Instant,
     why: &'static str,
+    /// A fault followed before the one before was forgotten: which of them costs what cannot be told.
+    is_mixed: bool,
 }
 
 impl Excuse {
     fn none(now: Instant) -> Self {
-        Self { since: now, until: now, why: "nothing" }
+        Self { since: now, until: now, why: "nothing", is_mixed: false }
     }
 
     /// A later fault's end does not shorten an earlier one's.
     fn extend(&mut self, until: Instant, why: &'static str) {
         let now = Instant::now();
-        if self.until < now || self.why != why {
-            self.since = now;
-            self.why = why;
+        if self.until < now {
+            (self.since, self.why, self.is_mixed) = (now, why, false);
+        } else {
+            self.is_mixed |= self.why != why;
         }
         self.until = self.until.max(until);
     }
@@ -147,7 +154,12 @@ pub struct Network {
     sent: VecDeque<(u32, Instant, BTreeMap<Path, bool>)>,
     silent: BTreeMap<Path, u32>,
     pairs: [[Excuse; NODES]; NODES],
+    /// Faults that last until they are ended, however long that takes.
+    held: [[u32; NODES]; NODES],
     leaky: [Instant; NODES],
+    leaks_held: [bool; NODES],
+    /// What is new is not known everywhere before it is back.
+    is_agent_away: bool,
     /// The newest one is in force; an older one may be until its time.
     edits: Vec<(Edit, Instant)>,
     /// Of this run.
@@ -167,7 +179,10 @@ impl Network {
             sent: VecDeque::new(),
             silent: BTreeMap::new(),
             pairs: [[Excuse::none(now); NODES]; NODES],
+            held: [[0; NODES]; NODES],
             leaky: [now; NODES],
+            leaks_held: [false; NODES],
+            is_agent_away: false,
             edits: vec![(edit, now)],
             counts: Counts::default(),
             breaches: Vec::new(),
@@ -189,6 +204,7 @@ impl Network {
             senders,
             raw,
             excuse: Excuse::none(Instant::now()),
+            is_young: self.is_agent_away,
         };
         self.stations.insert(id, station);
         Ok(id)
@@ -214,27 +230,68 @@ impl Network {
         }
     }
 
+    /// A fault between two nodes begins that lasts until [`Network::release_pair`].
+    pub fn hold_pair(&mut self, one: usize, other: usize) {
+        self.held[one][other] += 1;
+        self.held[other][one] = self.held[one][other];
+    }
+
+    /// It ended; packets may be lost until a time.
+    pub fn release_pair(&mut self, one: usize, other: usize, until: Instant, why: &'static str) {
+        self.held[one][other] = self.held[one][other].saturating_sub(1);
+        self.held[other][one] = self.held[one][other];
+        self.excuse_pair(one, other, until, why);
+    }
+
     /// A node's rules may be gone.
     pub fn excuse_leak(&mut self, node: usize, until: Instant) {
         self.leaky[node] = self.leaky[node].max(until);
     }
 
-    /// Whether a node itself is disturbed at this moment.
-    pub fn is_excused(&self, node: usize) -> bool {
-        self.pairs[node].iter().any(|excuse| excuse.until > Instant::now())
+    /// A node's rules may be gone until that is taken back.
+    pub fn hold_leak(&mut self, node: usize, held: bool) {
+        self.leaks_held[node] = held;
     }
 
-    /// From now on `edit` is in force, or will be; the one before may be until `until`.
+    fn may_leak(&self, node: usize) -> bool {
+        self.leaks_held[node] || self.leaky[node] > Instant::now()
+    }
+
+    /// Whether a node itself is disturbed at this moment.
+    pub fn is_excused(&self, node: usize) -> bool {
+        let held = self.held[node].iter().any(|held| *held > 0);
+        held || self.pairs[node].iter().any(|excuse| excuse.until > Instant::now())
+    }
+
+    /// From now on `edit` is in force, or will be; the one before may be until `until`, or until every agent is back.
     pub fn edit(&mut self, edit: Edit, until: Instant) {
         if let Some(before) = self.edits.last_mut() {
             before.1 = until;
         }
         self.edits.push((edit, until));
-        self.keep_edits(until);
+        self.keep_edits(if self.is_agent_away { until + OPEN_END } else { until });
+    }
+
+    /// Some agent is away now, or none is: all will have heard of everything by `until`.
+    pub fn set_agent_away(&mut self, away: bool, until: Instant) {
+        if away && !self.is_agent_away {
+            self.keep_edits(until + OPEN_END);
+            let now = Instant::now();
+            self.stations.values_mut().for_each(|it| it.is_young |= it.excuse.until > now);
+        }
+        if !away && self.is_agent_away {
+            for station in self.stations.values_mut().filter(|it| it.is_young) {
+                station.is_young = false;
+                station.excuse.extend(until, "new pod");
+            }
+            let open = Instant::now() + OPEN_END / 2;
+            self.edits.iter_mut().filter(|edit| edit.1 > open).for_each(|edit| edit.1 = until);
+        }
+        self.is_agent_away = away;
     }
 
     /// Edits that may not be everywhere yet stay so until then.
-    pub fn keep_edits(&mut self, until: Instant) {
+    fn keep_edits(&mut self, until: Instant) {
         let now = Instant::now();
         if let Some((_, older)) = self.edits.split_last_mut() {
             older.iter_mut().filter(|edit| edit.1 > now).for_each(|edit| edit.1 = until.max(edit.1));
@@ -319,9 +376,18 @@ impl Network {
             return;
         }
         let excuses = [&from.excuse, &to.excuse, &self.pairs[from.node][to.node]];
-        if let Some(excuse) = excuses.into_iter().find(|excuse| excuse.until > sent) {
-            let outage = self.counts.outages.entry(excuse.why).or_default();
-            *outage = (*outage).max(sent.saturating_duration_since(excuse.since));
+        if self.held[from.node][to.node] > 0 || from.is_young || to.is_young {
+            self.counts.excused += 1;
+            self.silent.remove(&path);
+            return;
+        }
+        let excuses: Vec<Excuse> =
+            excuses.into_iter().filter(|excuse| excuse.until > sent).copied().collect();
+        if let Some(excuse) = excuses.first() {
+            if excuses.len() == 1 && !excuse.is_mixed {
+                let outage = self.counts.outages.entry(excuse.why).or_default();
+                *outage = (*outage).max(sent.saturating_duration_since(excuse.since));
+            }
             self.counts.excused += 1;
             self.silent.remove(&path);
             return;
@@ -339,7 +405,7 @@ impl Network {
         let now = Instant::now();
         let Some(to) = self.stations.get(&at) else { return };
         if port == FORGED_PORT {
-            if self.leaky.iter().any(|until| *until > now) {
+            if (0..NODES).any(|node| self.may_leak(node)) {
                 self.counts.leaked += 1;
             } else {
                 let what = format!("a forged packet arrived at {}", to.name);
@@ -354,7 +420,7 @@ impl Network {
         if possible.any(|(_, edit)| allows(from.role, to.role, edit.0)) {
             return;
         }
-        if self.leaky[from.node] > now || self.leaky[to.node] > now {
+        if self.may_leak(from.node) || self.may_leak(to.node) {
             self.counts.leaked += 1;
         } else {
             let what = format!("a denied packet arrived: {}", describe(from, to, family));
