@@ -9,6 +9,8 @@
 //! Commands that arrive while the engine works are taken together, so a burst of pods costs a few transactions and not
 //! one each; each waits for the commit that covers it.
 
+mod follow;
+mod heal;
 mod questions;
 mod why;
 
@@ -32,6 +34,7 @@ use crate::objects::ObjectKey;
 use crate::settings::Settings;
 use crate::uplink;
 
+use heal::Heal;
 use questions::Ask;
 
 pub(crate) use questions::Question;
@@ -43,8 +46,6 @@ const COMMANDS_MAX: usize = 1024;
 const BATCH_MAX: usize = 256;
 /// Without any change links and routes are compared with the plan this often.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
-/// The kernel's notifications about foreign changes to our tables are looked at this often.
-const TAMPER_INTERVAL: Duration = Duration::from_millis(250);
 /// A failed pass is repeated after this.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Profiles that nobody uses are deleted, and memory given back, when nothing changed for so long.
@@ -160,6 +161,7 @@ pub(crate) struct Engine {
     settle_at: Option<Instant>,
     /// The notification socket fails: said once.
     deaf: bool,
+    heal: Heal,
     metrics: Arc<Metrics>,
 }
 
@@ -216,6 +218,7 @@ impl Engine {
             last_change: Instant::now(),
             settle_at: None,
             deaf: false,
+            heal: Heal::default(),
             metrics,
         };
         (engine, handle)
@@ -224,14 +227,16 @@ impl Engine {
     /// Works until every handle is gone.
     pub(crate) async fn run(mut self) {
         let mut objects_gone = false;
-        let mut tamper = tokio::time::interval(TAMPER_INTERVAL);
-        tamper.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let dataplane = Arc::clone(&self.dataplane);
+        let mut poll = tokio::time::interval(heal::POLL_INTERVAL);
+        poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last_full = Instant::now();
         loop {
             let failed = self.rules_error.is_some() || self.node_error.is_some();
             let pause = if failed { RETRY_INTERVAL } else { RESYNC_INTERVAL };
             let due = tokio::time::Instant::from_std(last_full + pause);
             let settle_at = self.settle_at.map(tokio::time::Instant::from_std);
+            let heal_at = self.heal.due().map(tokio::time::Instant::from_std);
             let mut commands = Vec::new();
             tokio::select! {
                 taken = self.commands.recv_many(&mut commands, BATCH_MAX) => {
@@ -246,8 +251,13 @@ impl Engine {
                         None => objects_gone = true,
                     }
                 }
-                _ = tamper.tick() => {
-                    self.mend_rules().await;
+                heard = dataplane.disturbed(), if self.heal.listens_to_links() => self.hear(heal::What::Links, heard),
+                heard = dataplane.tables_touched(), if self.heal.listens_to_tables() => {
+                    self.hear(heal::What::Tables, heard);
+                }
+                () = tokio::time::sleep_until(heal_at.unwrap_or(due)), if heal_at.is_some() => self.heal().await,
+                _ = poll.tick() => {
+                    self.poll();
                     self.sweep().await;
                 }
                 () = tokio::time::sleep_until(settle_at.unwrap_or(due)), if settle_at.is_some() => {
@@ -332,6 +342,7 @@ impl Engine {
             match command {
                 Command::Put(lease, reply) => {
                     let endpoint = lease.plan.host_ifname.clone();
+                    self.note_mtu(&lease);
                     self.compiler.put(&endpoint, lease.subject());
                     self.endpoints.insert(lease.key.clone(), *lease);
                     puts.push((endpoint, reply));
@@ -487,9 +498,18 @@ impl Engine {
         let text = |error: &dyn std::error::Error| sentence(error);
         let node = &self.settings.node;
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
-        let uplink = self.settings.uplink.as_deref();
-        let mtu = uplink::mtu(uplink, address).await.map_err(|error| format!("{error:#}"))?;
-        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, mtu)
+        let uplink = match uplink::uplink(self.settings.uplink.as_deref(), address).await {
+            Ok(uplink) => uplink,
+            Err(error) => {
+                // Pods of this node do not need it.
+                if let Some(plan) = self.node_plan.clone() {
+                    self.hold(&plan).await?;
+                }
+                return Err(format!("{error:#}"));
+            }
+        };
+        self.dataplane.watch_uplink(uplink.index);
+        let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, uplink.mtu)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {
             for reason in &planned.left_out {
@@ -497,14 +517,12 @@ impl Engine {
             }
             self.left_out = planned.left_out;
         }
-        let writes = self.dataplane.apply_node(&planned.plan).await.map_err(|error| text(&error))?;
-        if writes > 0 {
-            info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
-        }
+        self.hold(&planned.plan).await?;
         self.leases.set_ranges(&planned.plan.pod_ranges).await;
         self.bridge.send_replace(Some(planned.plan.bridge.clone()));
+        let mtu = planned.plan.bridge.mtu;
         self.node_plan = Some(planned.plan);
-        Ok(())
+        self.follow_mtu(mtu).await
     }
 
     /// Somebody else wrote into our tables: put back what belongs there.
@@ -512,7 +530,7 @@ impl Engine {
         match self.dataplane.tables_changed().await {
             Ok(false) => {}
             Ok(true) => {
-                warn!("somebody else changed our tables; they are mended");
+                self.note_mended(vec!["put our nf_tables tables back".to_owned()]);
                 self.commit(None).await;
             }
             Err(error) => {

@@ -1,4 +1,4 @@
-//! The MTU of the interface that carries the overlay.
+//! The interface that carries the overlay.
 
 use std::net::IpAddr;
 
@@ -7,8 +7,16 @@ use futures::TryStreamExt;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::LinkAttribute;
 
-/// MTU of the named interface, or of the one that has `internal_ip`.
-pub(crate) async fn mtu(name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<u32> {
+/// What counts of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Uplink {
+    pub index: u32,
+    /// Bytes, IP packet size.
+    pub mtu: u32,
+}
+
+/// The named interface, or the one that has `internal_ip`.
+pub(crate) async fn uplink(name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<Uplink> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open rtnetlink")?;
     let connection = tokio::spawn(connection);
     let found = find(&handle, name, internal_ip).await;
@@ -16,7 +24,7 @@ pub(crate) async fn mtu(name: Option<&str>, internal_ip: IpAddr) -> anyhow::Resu
     found
 }
 
-async fn find(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<u32> {
+async fn find(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAddr) -> anyhow::Result<Uplink> {
     let request = if let Some(name) = name {
         handle.link().get().match_name(name.to_owned())
     } else {
@@ -28,7 +36,8 @@ async fn find(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAdd
         LinkAttribute::Mtu(mtu) => Some(*mtu),
         _ => None,
     });
-    mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))
+    let mtu = mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))?;
+    Ok(Uplink { index: link.header.index, mtu })
 }
 
 async fn index_of(handle: &rtnetlink::Handle, address: IpAddr) -> anyhow::Result<u32> {

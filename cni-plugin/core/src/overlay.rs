@@ -9,6 +9,11 @@ use crate::ipam::overlap;
 use crate::objects::Node;
 use crate::plan::{BridgePlan, NodePlan, PeerPlan, VxlanPlan, overlay_mtu, vtep_mac};
 
+/// Bytes that an IPv6 link must carry (RFC 8200, section 5).
+pub const IPV6_MTU_MIN: u32 = 1280;
+/// Bytes that an IPv4 link must carry (RFC 791); the kernel makes no interface with less.
+const IPV4_MTU_MIN: u32 = 68;
+
 /// Settings of the overlay that are the same on all nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OverlaySettings {
@@ -96,7 +101,9 @@ pub fn plan_node(
             Err(reason) => left_out.push(reason),
         }
     }
-    let mtu = overlay_mtu(uplink_mtu, own_address);
+    // Below, the kernel would take IPv6 off the pods' interfaces (RFC 8200, section 5); the outer packets are cut instead.
+    let least = if own_ranges.iter().any(IpNetwork::is_ipv6) { IPV6_MTU_MIN } else { IPV4_MTU_MIN };
+    let mtu = overlay_mtu(uplink_mtu, own_address).max(least);
     let bridge = BridgePlan { name: settings.bridge.clone(), ..BridgePlan::for_node(name, mtu) };
     let vxlan = VxlanPlan {
         name: settings.vxlan_device.clone(),

@@ -16,12 +16,16 @@
 mod dump;
 mod endpoint;
 mod error;
+mod heal;
+mod hold;
 mod hygiene;
 mod links;
 mod memory;
 mod nft;
 mod node;
 mod sandbox;
+mod sysctls;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -37,8 +41,10 @@ use links::Links;
 use nft::socket::NetfilterSocket;
 use nft::{Nft, Reader};
 use tokio::sync::Notify;
+use watch::{Interests, Watch};
 
 pub use error::{Error, Result};
+pub use heal::Healed;
 pub use hygiene::Hygiene;
 pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
@@ -94,6 +100,11 @@ pub struct Applied {
 /// The kernel's data path in the namespace where this was opened.
 pub struct Dataplane {
     links: Links,
+    /// For passes over the whole node, which must not wait for dumps of attachments: see [`heal`].
+    whole: Links,
+    watch: Watch,
+    interests: Arc<Interests>,
+    sysctls: Mutex<sysctls::Poll>,
     policy: Arc<Mutex<Policy>>,
     /// For reading and deleting conntrack entries beside transactions.
     conntrack: Arc<Mutex<NetfilterSocket>>,
@@ -123,7 +134,7 @@ impl Dataplane {
     /// # Errors
     /// The settings make no sense, or the kernel refuses: no privilege, no nf_tables.
     pub async fn new(config: Config) -> Result<Self> {
-        let links = Links::open()?;
+        let (links, whole) = (Links::open()?, Links::open_with_journal()?);
         let bridge = config.bridge.clone();
         // A new thread begins in the namespace of the one that starts it.
         let open = move || Ok((NetfilterSocket::open()?, Reader::open(&config.table)?, Nft::open(config)?));
@@ -131,6 +142,9 @@ impl Dataplane {
         let (conntrack, reader, nft) =
             opened.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
         let revoked = Arc::new(Notify::new());
+        let interests = Arc::<Interests>::default();
+        let own = vec![links.port(), whole.port()];
+        let watch = Watch::open(nft.notifications()?, Arc::clone(&interests), own)?;
         let policy = Policy {
             nft,
             quarantined: BTreeMap::new(),
@@ -140,6 +154,10 @@ impl Dataplane {
         };
         Ok(Self {
             links,
+            whole,
+            watch,
+            interests,
+            sysctls: Mutex::default(),
             policy: Arc::new(Mutex::new(policy)),
             conntrack: Arc::new(Mutex::new(conntrack)),
             revoked,
@@ -162,7 +180,7 @@ impl Dataplane {
     /// # Errors
     /// The kernel refuses a step; those before it stay, the next call goes on.
     pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
-        node::apply(&self.links, plan).await
+        node::apply(&self.whole, plan).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
@@ -181,6 +199,7 @@ impl Dataplane {
             endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
             endpoint::wait_until_forwarding(&self.links, &plan.host_ifname).await?;
+            self.watch_link(&plan.host_ifname).await?;
             Ok(has_defaults)
         };
         match made.await {
@@ -225,6 +244,7 @@ impl Dataplane {
     pub async fn detach(&self, host_ifname: &str) -> Result<()> {
         let name = host_ifname.to_string();
         let known = self.with_policy(move |policy| Ok(policy.addresses_of(&name))).await?;
+        self.unwatch_link(host_ifname).await?;
         let removed = endpoint::remove(&self.links, &self.bridge, host_ifname, &known).await;
         let name = host_ifname.to_string();
         // Last, so that the pins outlive the link.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use holdfast_net_core::overlay::IPV6_MTU_MIN;
 use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, NodePlan, VxlanPlan};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
@@ -12,24 +13,13 @@ use netlink_packet_route::link::{
 use rtnetlink::{LinkBridge, LinkVxlan};
 
 use crate::error::{Error, Result};
-use crate::links::{Fdb, Links, Route, set_sysctl};
-
-/// What the kernel module `br_netfilter` adds, if it is there: bridged packets pass the IP hooks on their way through the
-/// bridge. A packet to a Service whose server is a pod of this node would then be translated inside the bridge, and bridged
-/// on to that pod's port, which no port of ours may send to: it would be lost. All our traffic is routed, so nothing is
-/// gained by it; but it can only be turned off for all bridges of the node at once.
-const BRIDGE_FILTERS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+use crate::links::{Fdb, Links, Route};
+use crate::sysctls;
 
 /// Makes the node as planned; returns the number of writes.
 pub async fn apply(links: &Links, plan: &NodePlan) -> Result<usize> {
     let mut writes = 0;
-    writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
-    if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
-        writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
-    }
-    for name in BRIDGE_FILTERS {
-        writes += usize::from(set_sysctl(&format!("bridge/{name}"), "0")?);
-    }
+    writes += sysctls::set(sysctls::of_node(plan))?;
     writes += apply_bridge(links, &plan.bridge).await?;
     let mut routes: BTreeSet<Route> = BTreeSet::new();
     for range in &plan.pod_ranges {
@@ -104,16 +94,13 @@ async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
         });
     }
     let index = link.header.index;
-    // fe80::1 is the only link-local address: none is generated from the MAC.
-    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
-    // All pod traffic leaves where it came in; hosts need not be told so.
-    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
-    // Either of the two turns it on; other interfaces keep their own.
-    writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
+    writes += sysctls::set(sysctls::of_bridge(&plan.name))?;
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     let present = links.addresses(index).await?;
     for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {
-        if !present.contains(&(address, prefix)) && has_family(address) {
+        // On an interface of less the kernel has no IPv6.
+        let fits = address.is_ipv4() || plan.mtu >= IPV6_MTU_MIN;
+        if !present.contains(&(address, prefix)) && has_family(address) && fits {
             links.add_address(index, address, prefix, AddressScope::Link).await?;
             writes += 1;
         }
@@ -153,9 +140,7 @@ async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
             made(links, &plan.name).await?
         }
     };
-    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
-    // Loose: a peer may send from its underlay address.
-    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/rp_filter", plan.name), "2")?);
+    writes += sysctls::set(sysctls::of_vxlan(&plan.name))?;
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     Ok((link.header.index, writes))
 }

@@ -249,6 +249,13 @@ impl Engine {
             "peers": self.node_plan.iter().flat_map(|plan| &plan.peers).map(|peer| json!({
                 "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,
             })).collect::<Vec<_>>(),
+            "network": self.node_plan.as_ref().map(|plan| json!({
+                "bridge": plan.bridge.name, "mtu": plan.bridge.mtu, "podRanges": plan.pod_ranges,
+                "vxlan": plan.vxlan.as_ref().map(|vxlan| &vxlan.name),
+                "vni": plan.vxlan.as_ref().map(|vxlan| vxlan.vni),
+                "port": plan.vxlan.as_ref().map(|vxlan| vxlan.port),
+                "local": plan.vxlan.as_ref().map(|vxlan| vxlan.local),
+            })),
             "leftOut": self.left_out,
             "rules": {
                 "classes": counts.classes,
@@ -264,6 +271,7 @@ impl Engine {
             "nodeError": self.node_error,
             "rulesError": self.rules_error,
             "passes": self.passes,
+            "healing": self.heal.tell(),
         })
     }
 

@@ -291,6 +291,7 @@ mod tests {
         let key = AttachmentKey { container_id: pod.into(), ifname: "eth0".into() };
         let bridge = BridgePlan::for_node("node-a", 1500);
         let lease = Lease {
+            told_mtu: 0,
             plan: EndpointPlan::new(pod, "eth0", vec![address.parse().unwrap()], &bridge),
             key,
             sequence: 1,

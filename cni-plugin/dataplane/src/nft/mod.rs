@@ -9,7 +9,7 @@ mod program;
 mod reader;
 mod skeleton;
 pub(crate) mod socket;
-mod wire;
+pub(crate) mod wire;
 
 use holdfast_net_core::ruleset::{Changes, Element, Ruleset, diff};
 
@@ -145,6 +145,11 @@ impl Nft {
     pub fn foreign_change(&mut self) -> Result<bool> {
         self.stale |= self.events.foreign_change(&self.config.table, self.socket.port())?;
         Ok(self.stale)
+    }
+
+    /// Becomes readable with every notification, our own changes' among them.
+    pub fn notifications(&self) -> Result<std::os::fd::OwnedFd> {
+        self.events.descriptor()
     }
 
     /// The kernel was found to differ without a notification: everything is compared before the next write.
