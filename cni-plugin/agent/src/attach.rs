@@ -227,8 +227,9 @@ impl Attacher {
         })?;
         let differs = |what: String| CniError::new(code::INTERNAL, format!("container {key}: {what}"));
         let inside = expected_inside(&lease, previous).map_err(differs)?;
-        // Rules are mended first: a runtime may take a failed CHECK for a container that is lost for good. What is still not so was not
+        // All that can be is mended first: a runtime may take a failed CHECK for a container that is lost for good. What is still not so was not
         // noticed, or cannot be mended; the first look makes the second pass compare everything.
+        self.engine.hold().await.map_err(differs)?;
         let mut lost = Vec::new();
         for _ in 0..2 {
             self.engine.sync().await.map_err(differs)?;

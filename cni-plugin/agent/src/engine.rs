@@ -63,6 +63,8 @@ enum Command {
     Forget(AttachmentKey, oneshot::Sender<()>),
     /// Answered when everything known before is in the kernel.
     Sync(oneshot::Sender<Result<(), String>>),
+    /// Answered when links, routes and neighbours were compared and mended, as far as that was possible.
+    Hold(oneshot::Sender<()>),
     /// A question, answered when everything known before is compiled and, if possible, in the kernel.
     Ask(Ask),
 }
@@ -101,6 +103,11 @@ impl EngineHandle {
 
     pub(crate) async fn sync(&self) -> Result<(), String> {
         self.ask(Command::Sync).await.unwrap_or_else(Err)
+    }
+
+    /// Has links, routes and neighbours of the node and of all endpoints mended, as far as possible.
+    pub(crate) async fn hold(&self) -> Result<(), String> {
+        self.ask(Command::Hold).await
     }
 
     /// The bridge, once the node's plan is applied.
@@ -162,6 +169,8 @@ pub(crate) struct Engine {
     /// The notification socket fails: said once.
     deaf: bool,
     heal: Heal,
+    /// Of the VXLAN device; `None`: as the kernel has it.
+    checksum_offload: Option<bool>,
     metrics: Arc<Metrics>,
 }
 
@@ -219,6 +228,7 @@ impl Engine {
             settle_at: None,
             deaf: false,
             heal: Heal::default(),
+            checksum_offload: None,
             metrics,
         };
         (engine, handle)
@@ -337,7 +347,7 @@ impl Engine {
     async fn handle(&mut self, batch: Vec<Command>) {
         let mut puts = Vec::new();
         let mut syncs = Vec::new();
-        let mut questions = Vec::new();
+        let (mut questions, mut holds) = (Vec::new(), Vec::new());
         for command in batch {
             match command {
                 Command::Put(lease, reply) => {
@@ -354,8 +364,16 @@ impl Engine {
                     let _ = reply.send(());
                 }
                 Command::Sync(reply) => syncs.push(reply),
+                Command::Hold(reply) => holds.push(reply),
                 Command::Ask(question) => questions.push(question),
             }
+        }
+        if !holds.is_empty() && self.seen.borrow().ready {
+            self.finish_reading().await;
+            self.apply_node().await;
+        }
+        for reply in holds {
+            let _ = reply.send(());
         }
         if !puts.is_empty() || !syncs.is_empty() {
             if self.node_plan.is_none() && self.seen.borrow().ready {
@@ -509,6 +527,7 @@ impl Engine {
             }
         };
         self.dataplane.watch_uplink(uplink.index);
+        self.checksum_offload = self.settings.checksum_offload.decide(&uplink.name);
         let planned = overlay::plan_node(&self.nodes, node, &self.settings.overlay, uplink.mtu)
             .map_err(|error| text(&error))?;
         if self.left_out != planned.left_out {

@@ -9,6 +9,7 @@
 //! a kill at any point a start brings leases, interfaces and rules together again ([`run`]).
 
 mod attach;
+mod doctor;
 mod engine;
 mod flows;
 mod folder;
@@ -19,6 +20,7 @@ mod leases;
 mod matrix;
 mod metrics;
 mod objects;
+mod offload;
 pub mod pending;
 mod service;
 mod settings;
@@ -36,8 +38,10 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
+pub use doctor::{DoctorOptions, Finding, doctor};
 pub use holdfast_dataplane::share_one_heap;
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
+pub use offload::ChecksumOffload;
 pub use settings::{Mode, Settings};
 
 use attach::Attacher;

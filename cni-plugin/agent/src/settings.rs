@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use holdfast_net_core::overlay::OverlaySettings;
 
+use crate::offload::ChecksumOffload;
+
 /// How pods are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -32,6 +34,8 @@ pub struct Settings {
     pub mode: Mode,
     /// Interface of the underlay; `None` finds the one with the InternalIP.
     pub uplink: Option<String>,
+    /// Whether checksums of the overlay's packets are left to the hardware.
+    pub checksum_offload: ChecksumOffload,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
     /// How long a freed address goes to nobody: longer than any node takes to see that a pod is gone. Zero: not at all.

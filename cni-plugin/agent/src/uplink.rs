@@ -8,9 +8,10 @@ use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::LinkAttribute;
 
 /// What counts of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Uplink {
     pub index: u32,
+    pub name: String,
     /// Bytes, IP packet size.
     pub mtu: u32,
 }
@@ -37,7 +38,11 @@ async fn find(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAdd
         _ => None,
     });
     let mtu = mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))?;
-    Ok(Uplink { index: link.header.index, mtu })
+    let name = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    });
+    Ok(Uplink { index: link.header.index, name: name.unwrap_or_default(), mtu })
 }
 
 async fn index_of(handle: &rtnetlink::Handle, address: IpAddr) -> anyhow::Result<u32> {

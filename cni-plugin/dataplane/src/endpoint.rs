@@ -39,8 +39,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     make_pair(links, plan, netns).await?;
     let link = links.link(&plan.host_ifname).await?;
     let index = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?.header.index;
-    // A bridge port needs no addresses of its own.
-    set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
+    turn_ipv6_off(&plan.host_ifname)?;
     let master = LinkUnspec::new_with_index(index).controller(bridge).build();
     links.change_link(master, &format!("put {} into {}", plan.host_ifname, plan.bridge)).await?;
     links.set_bridge_entry(index, plan.mac).await?;
@@ -52,6 +51,11 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     links
         .change_link(isolated_port(plan, index), &format!("set up the bridge port {}", plan.host_ifname))
         .await
+}
+
+/// A bridge port needs no addresses of its own.
+pub fn turn_ipv6_off(host_ifname: &str) -> Result<()> {
+    set_sysctl(&format!("ipv6/conf/{host_ifname}/disable_ipv6"), "1").map(drop)
 }
 
 /// Makes an isolated port of a link in the bridge, and sets it up.

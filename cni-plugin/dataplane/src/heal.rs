@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use holdfast_net_core::plan::{EndpointPlan, NodePlan};
 
 use crate::error::Result;
-use crate::{Dataplane, hold, node, sandbox};
+use crate::{Dataplane, hold, node, offload, sandbox};
 
 /// What a pass found.
 #[derive(Debug, Default)]
@@ -19,8 +19,14 @@ pub struct Healed {
 
 impl Dataplane {
     /// Makes the node as planned, and then the node's side of all `endpoints`, which must be attached, and which nobody detaches
-    /// until this returns. Goes on after a failure as far as that makes sense.
-    pub async fn heal(&self, plan: &NodePlan, endpoints: &[EndpointPlan]) -> Healed {
+    /// until this returns. `checksum_offload`: whether the VXLAN device leaves checksums to the hardware; `None` leaves that as it is.
+    /// Goes on after a failure as far as that makes sense.
+    pub async fn heal(
+        &self,
+        plan: &NodePlan,
+        endpoints: &[EndpointPlan],
+        checksum_offload: Option<bool>,
+    ) -> Healed {
         let mut mended: Vec<String> = match self.differing_sysctls(plan) {
             Ok(paths) => paths.into_iter().map(|path| format!("set the sysctl net/{path}")).collect(),
             Err(_) => Vec::new(),
@@ -33,6 +39,19 @@ impl Dataplane {
             Err(error) => Err(error),
         };
         mended.extend(self.whole.take_journal());
+        // A device that does not exist was named as the reason already.
+        let vxlan = plan.vxlan.as_ref().filter(|_| held.is_ok());
+        let held = match vxlan
+            .zip(checksum_offload)
+            .map(|(vxlan, wanted)| offload::hold_checksum_offload(&vxlan.name, wanted))
+        {
+            None | Some(Ok(false)) => held,
+            Some(Ok(true)) => {
+                mended.push("set the checksum offload of the VXLAN device".to_owned());
+                held
+            }
+            Some(Err(error)) => Err(error),
+        };
         Healed { mended, error: held.err() }
     }
 

@@ -14,7 +14,7 @@ use holdfast_net_core::plan::{EndpointPlan, MacAddr};
 use netlink_packet_route::link::{BridgePortState, InfoBridgePort, LinkFlags, LinkMessage};
 use rtnetlink::{LinkBridgePort, LinkUnspec};
 
-use crate::endpoint::{isolated_port, pod_route, port_as_planned, port_data};
+use crate::endpoint::{isolated_port, pod_route, port_as_planned, port_data, turn_ipv6_off};
 use crate::error::{Error, Result};
 use crate::links::{Links, Route, mac_of, master_of, mtu_of, name_of};
 
@@ -130,7 +130,9 @@ async fn hold_addresses(links: &Links, plan: &EndpointPlan, bridge: u32, found: 
 pub async fn set_mtu(links: &Links, plan: &EndpointPlan) -> Result<()> {
     let Some(link) = links.link(&plan.host_ifname).await? else { return Ok(()) };
     match links.align_link(&link, &plan.host_ifname, plan.mtu, plan.host_mac).await {
-        Err(Error::Link { errno: libc::ENODEV, .. }) | Ok(_) => Ok(()),
+        // An interface that could not carry IPv6 and can now has it anew.
+        Ok(_) => turn_ipv6_off(&plan.host_ifname),
+        Err(Error::Link { errno: libc::ENODEV, .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }

@@ -23,6 +23,7 @@ mod links;
 mod memory;
 mod nft;
 mod node;
+mod offload;
 mod sandbox;
 mod sysctls;
 mod watch;
@@ -48,6 +49,8 @@ pub use heal::Healed;
 pub use hygiene::Hygiene;
 pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
+pub use nft::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
+pub use offload::{checksum_offload, hold_checksum_offload};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]

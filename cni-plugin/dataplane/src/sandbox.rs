@@ -45,7 +45,12 @@ async fn follow_mtu_inside(links: &Links, plan: &EndpointPlan, before: u32) -> R
     // Another interface of that name is not ours.
     let Some(current) = mtu_of(&link).filter(|_| mac_of(&link) == Some(plan.mac)) else { return Ok(()) };
     let wanted = if current == before { plan.mtu } else { plan.mtu.min(current) };
-    links.set_mtu(link.header.index, &plan.container_ifname, wanted, current).await
+    links.set_mtu(link.header.index, &plan.container_ifname, wanted, current).await?;
+    // An interface that could not carry IPv6 and can now has it anew, with the kernel's defaults.
+    for path in zero_sysctls(&plan.container_ifname) {
+        set_sysctl(&path, "0")?;
+    }
+    Ok(())
 }
 
 /// Work to be done inside a sandbox.

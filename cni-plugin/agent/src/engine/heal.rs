@@ -231,7 +231,7 @@ impl Engine {
     /// What the kernel refused, as a sentence.
     pub(super) async fn hold(&mut self, plan: &NodePlan) -> Result<(), String> {
         let endpoints: Vec<EndpointPlan> = self.endpoints.values().map(|lease| lease.plan.clone()).collect();
-        let healed = self.dataplane.heal(plan, &endpoints).await;
+        let healed = self.dataplane.heal(plan, &endpoints, self.checksum_offload).await;
         let is_news = self.node_plan.as_ref() != Some(plan);
         if is_news && !healed.mended.is_empty() {
             let writes = healed.mended.len();

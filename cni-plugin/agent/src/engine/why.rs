@@ -215,6 +215,7 @@ mod tests {
             pending_dir: folder.join("pending"),
             mode: Mode::Bridge,
             uplink: None,
+            checksum_offload: crate::ChecksumOffload::Auto,
             overlay,
             address_quarantine: Duration::ZERO,
             collect_after: Duration::ZERO,

@@ -3,6 +3,7 @@
 pub(crate) mod conntrack;
 mod elements;
 mod expr;
+mod foreign;
 mod load;
 mod nflog;
 mod program;
@@ -19,6 +20,7 @@ use load::Loaded;
 use skeleton::Params;
 use socket::{Events, NetfilterSocket};
 
+pub use foreign::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
 pub use nflog::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 pub use reader::{Live, Reader};
 
