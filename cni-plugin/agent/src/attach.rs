@@ -242,8 +242,9 @@ impl Attacher {
         })?;
         let differs = |what: String| CniError::new(code::INTERNAL, format!("container {key}: {what}"));
         let inside = expected_inside(&lease, previous).map_err(differs)?;
-        // Rules are mended first: a runtime may take a failed CHECK for a container that is lost for good. What is still not so was not
+        // All that can be is mended first: a runtime may take a failed CHECK for a container that is lost for good. What is still not so was not
         // noticed, or cannot be mended; the first look makes the second pass compare everything.
+        self.engine.hold().await.map_err(differs)?;
         let mut lost = Vec::new();
         for _ in 0..2 {
             self.engine.sync().await.map_err(differs)?;
@@ -313,6 +314,7 @@ fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, attachment:
         attached: false,
         boot_id: garbage::boot_id(),
         sandbox: garbage::sandbox_id(&input.netns),
+        told_mtu: plan.mtu,
         plan,
     }
 }
@@ -340,7 +342,11 @@ fn expected_inside(lease: &Lease, previous: &Previous) -> Result<EndpointPlan, S
         return Err(format!("prevResult names MAC {mac}, it was given {planned}"));
     }
     let mut inside = lease.plan.clone();
-    inside.mtu = previous.mtu.unwrap_or(inside.mtu);
+    let told = if lease.told_mtu == 0 { lease.plan.mtu } else { lease.told_mtu };
+    // A later plugin's stays in force as far as the uplink lets it; ours has followed the uplink since.
+    if let Some(tuned) = previous.mtu.filter(|mtu| *mtu != told) {
+        inside.mtu = if lease.plan.mtu == told { tuned } else { tuned.min(lease.plan.mtu) };
+    }
     let routes = networks(&previous.routes);
     let has_default = |address: &IpAddr| {
         routes.iter().any(|route| route.prefix() == 0 && route.is_ipv4() == address.is_ipv4())

@@ -9,6 +9,8 @@
 //! Commands that arrive while the engine works are taken together, so a burst of pods costs a few transactions and not
 //! one each; each waits for the commit that covers it.
 
+mod follow;
+mod heal;
 mod questions;
 mod ranges;
 mod why;
@@ -21,7 +23,7 @@ use holdfast_dataplane::Dataplane;
 use holdfast_net_core::nat::{self, MasqueradeRanges};
 use holdfast_net_core::objects::{Node, ObjectChange};
 use holdfast_net_core::overlay;
-use holdfast_net_core::plan::{Attachment, EndpointPlan, NodePlan};
+use holdfast_net_core::plan::{Attachment, NodePlan};
 use holdfast_net_core::pod_ranges::PodRangeSpec;
 use holdfast_net_core::policy::Compiler;
 use holdfast_net_core::ruleset::pins_of;
@@ -35,6 +37,7 @@ use crate::objects::ObjectKey;
 use crate::settings::{Mode, Settings};
 use crate::uplink;
 
+use heal::Heal;
 use questions::Ask;
 
 pub(crate) use questions::Question;
@@ -46,8 +49,6 @@ const COMMANDS_MAX: usize = 1024;
 const BATCH_MAX: usize = 256;
 /// Without any change links and routes are compared with the plan this often.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
-/// The kernel's notifications about foreign changes to our tables are looked at this often.
-const TAMPER_INTERVAL: Duration = Duration::from_millis(250);
 /// A failed pass is repeated after this.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Profiles that nobody uses are deleted, and memory given back, when nothing changed for so long.
@@ -67,6 +68,8 @@ enum Command {
     Forget(AttachmentKey, oneshot::Sender<()>),
     /// Answered when everything known before is in the kernel.
     Sync(oneshot::Sender<Result<(), String>>),
+    /// Answered when links, routes and neighbours were compared and mended, as far as that was possible.
+    Hold(oneshot::Sender<()>),
     /// A question, answered when everything known before is compiled and, if possible, in the kernel.
     Ask(Ask),
 }
@@ -105,6 +108,11 @@ impl EngineHandle {
 
     pub(crate) async fn sync(&self) -> Result<(), String> {
         self.ask(Command::Sync).await.unwrap_or_else(Err)
+    }
+
+    /// Has links, routes and neighbours of the node and of all endpoints mended, as far as possible.
+    pub(crate) async fn hold(&self) -> Result<(), String> {
+        self.ask(Command::Hold).await
     }
 
     /// What new pods are attached to, once the node's plan is applied.
@@ -171,6 +179,9 @@ pub(crate) struct Engine {
     settle_at: Option<Instant>,
     /// The notification socket fails: said once.
     deaf: bool,
+    heal: Heal,
+    /// Of the VXLAN device; `None`: as the kernel has it.
+    checksum_offload: Option<bool>,
     metrics: Arc<Metrics>,
 }
 
@@ -230,6 +241,8 @@ impl Engine {
             last_change: Instant::now(),
             settle_at: None,
             deaf: false,
+            heal: Heal::default(),
+            checksum_offload: None,
             metrics,
         };
         (engine, handle)
@@ -238,14 +251,16 @@ impl Engine {
     /// Works until every handle is gone.
     pub(crate) async fn run(mut self) {
         let mut objects_gone = false;
-        let mut tamper = tokio::time::interval(TAMPER_INTERVAL);
-        tamper.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let dataplane = Arc::clone(&self.dataplane);
+        let mut poll = tokio::time::interval(heal::POLL_INTERVAL);
+        poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last_full = Instant::now();
         loop {
             let failed = self.rules_error.is_some() || self.node_error.is_some();
             let pause = if failed { RETRY_INTERVAL } else { RESYNC_INTERVAL };
             let due = tokio::time::Instant::from_std(last_full + pause);
             let settle_at = self.settle_at.map(tokio::time::Instant::from_std);
+            let heal_at = self.heal.due().map(tokio::time::Instant::from_std);
             let mut commands = Vec::new();
             tokio::select! {
                 taken = self.commands.recv_many(&mut commands, BATCH_MAX) => {
@@ -260,8 +275,13 @@ impl Engine {
                         None => objects_gone = true,
                     }
                 }
-                _ = tamper.tick() => {
-                    self.mend_rules().await;
+                heard = dataplane.disturbed(), if self.heal.listens_to_links() => self.hear(heal::What::Links, heard),
+                heard = dataplane.tables_touched(), if self.heal.listens_to_tables() => {
+                    self.hear(heal::What::Tables, heard);
+                }
+                () = tokio::time::sleep_until(heal_at.unwrap_or(due)), if heal_at.is_some() => self.heal().await,
+                _ = poll.tick() => {
+                    self.poll();
                     self.sweep().await;
                 }
                 () = tokio::time::sleep_until(settle_at.unwrap_or(due)), if settle_at.is_some() => {
@@ -336,12 +356,13 @@ impl Engine {
     async fn handle(&mut self, batch: Vec<Command>) {
         let mut puts = Vec::new();
         let mut syncs = Vec::new();
-        let mut questions = Vec::new();
+        let (mut questions, mut holds) = (Vec::new(), Vec::new());
         for command in batch {
             match command {
                 Command::Put(lease, reply) => {
                     self.count_endpoint();
                     let endpoint = lease.plan.host_ifname.clone();
+                    self.note_mtu(&lease);
                     self.compiler.put(&endpoint, lease.subject());
                     self.endpoints.insert(lease.key.clone(), *lease);
                     puts.push((endpoint, reply));
@@ -354,8 +375,16 @@ impl Engine {
                     let _ = reply.send(());
                 }
                 Command::Sync(reply) => syncs.push(reply),
+                Command::Hold(reply) => holds.push(reply),
                 Command::Ask(question) => questions.push(question),
             }
+        }
+        if !holds.is_empty() && self.seen.borrow().ready {
+            self.finish_reading().await;
+            self.apply_node().await;
+        }
+        for reply in holds {
+            let _ = reply.send(());
         }
         if !puts.is_empty() || !syncs.is_empty() {
             if self.node_plan.is_none() && self.seen.borrow().ready {
@@ -513,8 +542,18 @@ impl Engine {
         self.claim_ranges().await?;
         let node = &self.settings.node;
         let address = overlay::internal_ip(&self.nodes, node).map_err(|error| text(&error))?;
-        let uplink = self.settings.uplink.as_deref();
-        let uplink = uplink::find(uplink, address).await.map_err(|error| format!("{error:#}"))?;
+        let uplink = match uplink::find(self.settings.uplink.as_deref(), address).await {
+            Ok(uplink) => uplink,
+            Err(error) => {
+                // Pods of this node do not need it.
+                if let Some(plan) = self.node_plan.clone() {
+                    self.hold(&plan).await?;
+                }
+                return Err(format!("{error:#}"));
+            }
+        };
+        self.dataplane.watch_uplink(uplink.index);
+        self.checksum_offload = self.settings.checksum_offload.decide(&uplink.name);
         // Pods stay attached as they were when the mode changes, so a bridge stays as long as it has one.
         let needs_bridge = self.settings.mode == Mode::Bridge
             || self.endpoints.values().any(|lease| lease.plan.bridge.is_some());
@@ -526,15 +565,7 @@ impl Engine {
             }
             self.left_out = planned.left_out;
         }
-        let writes = self.dataplane.apply_node(&planned.plan).await.map_err(|error| text(&error))?;
-        if writes > 0 {
-            info!(writes, peers = planned.plan.peers.len(), "links, routes and neighbours are as planned");
-        }
-        let attached: Vec<EndpointPlan> = self.endpoints.values().map(|lease| lease.plan.clone()).collect();
-        let writes = self.dataplane.hold_routed(&attached).await.map_err(|error| text(&error))?;
-        if writes > 0 {
-            warn!(writes, "somebody changed the node's ends of pods' links; they are as planned again");
-        }
+        self.hold(&planned.plan).await?;
         let ranges = nat::masquerade(&self.settings.masquerade, &self.nodes, &planned.plan.pod_ranges);
         self.dataplane.set_masquerade(ranges.clone()).await.map_err(|error| text(&error))?;
         self.masquerade = Some(ranges);
@@ -543,7 +574,7 @@ impl Engine {
         let attachment = bridge.map_or(Attachment::Routed { mtu: planned.mtu }, Attachment::Bridge);
         self.attachment.send_replace(Some(attachment));
         self.node_plan = Some(planned.plan);
-        Ok(())
+        self.follow_mtu(planned.mtu).await
     }
 
     /// Somebody else wrote into our tables: put back what belongs there.
@@ -551,7 +582,7 @@ impl Engine {
         match self.dataplane.tables_changed().await {
             Ok(false) => {}
             Ok(true) => {
-                warn!("somebody else changed our tables; they are mended");
+                self.note_mended(vec!["put our nf_tables tables back".to_owned()]);
                 self.commit(None).await;
             }
             Err(error) => {

@@ -68,6 +68,9 @@ pub struct Lease {
     /// Device and inode of the sandbox's network namespace when it was attached.
     #[serde(default)]
     pub sandbox: Option<(u64, u64)>,
+    /// The MTU that the runtime was told; 0 in leases of before this was kept, whose plan has it. The plan's follows the uplink's.
+    #[serde(default)]
+    pub told_mtu: u32,
     /// Interfaces and addresses.
     pub plan: EndpointPlan,
 }
@@ -309,7 +312,28 @@ impl Leases {
         let mut state = self.state.lock().await;
         if let Some(lease) = state.leases.get_mut(key) {
             lease.attached = true;
-            lease.plan = made.clone();
+            // It may have changed since the attachment began.
+            let mtu = lease.plan.mtu;
+            lease.plan = EndpointPlan { mtu, ..made.clone() };
+            self.put(lease)?;
+        }
+        drop(state);
+        self.flusher.flush().await?;
+        Ok(())
+    }
+
+    /// Makes durable that attachments have another MTU now. Those that are gone are passed over.
+    ///
+    /// # Errors
+    /// The store failed; which of them are durable is unknown.
+    pub async fn set_mtu(&self, keys: &[AttachmentKey], mtu: u32) -> Result<(), LeaseError> {
+        let mut state = self.state.lock().await;
+        for key in keys {
+            let Some(lease) = state.leases.get_mut(key) else { continue };
+            if lease.told_mtu == 0 {
+                lease.told_mtu = lease.plan.mtu;
+            }
+            lease.plan.mtu = mtu;
             self.put(lease)?;
         }
         drop(state);
@@ -445,6 +469,7 @@ mod tests {
             attached: false,
             boot_id: String::new(),
             sandbox: None,
+            told_mtu: 0,
             plan: EndpointPlan::new(id, "eth0", addresses, &BridgePlan::for_node("n", 1450)),
         };
         leases.reserve(&key, &Wanted::default(), mk_lease).await

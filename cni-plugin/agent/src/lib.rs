@@ -10,6 +10,7 @@
 
 mod attach;
 mod claims;
+mod doctor;
 mod engine;
 mod flows;
 mod folder;
@@ -20,6 +21,7 @@ mod leases;
 mod matrix;
 mod metrics;
 mod objects;
+mod offload;
 pub mod pending;
 mod service;
 mod settings;
@@ -37,8 +39,10 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
+pub use doctor::{DoctorOptions, Finding, doctor};
 pub use holdfast_dataplane::share_one_heap;
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
+pub use offload::ChecksumOffload;
 pub use settings::{Mode, Settings};
 
 use attach::Attacher;

@@ -8,6 +8,8 @@ use holdfast_net_core::nat::MasqueradeSettings;
 use holdfast_net_core::overlay::OverlaySettings;
 use holdfast_net_core::pod_ranges::ClusterRange;
 
+use crate::offload::ChecksumOffload;
+
 /// How pods are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -34,6 +36,8 @@ pub struct Settings {
     pub mode: Mode,
     /// Interface of the underlay; `None` finds the one with the InternalIP.
     pub uplink: Option<String>,
+    /// Whether checksums of the overlay's packets are left to the hardware.
+    pub checksum_offload: ChecksumOffload,
     /// Bridge and VXLAN device.
     pub overlay: OverlaySettings,
     /// Where nodes without `spec.podCIDR` take their ranges from; empty: they get none.

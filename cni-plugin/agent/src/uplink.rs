@@ -48,6 +48,7 @@ async fn read(handle: &rtnetlink::Handle, name: Option<&str>, internal_ip: IpAdd
     }
     let of_link = addresses.into_iter().filter(|(index, _)| *index == link.header.index);
     Ok(Uplink {
+        index: link.header.index,
         name: name.ok_or_else(|| anyhow!("the kernel did not tell the uplink's name"))?,
         mtu: mtu.ok_or_else(|| anyhow!("the kernel did not tell the uplink's MTU"))?,
         networks: of_link.map(|(_, network)| network).collect(),

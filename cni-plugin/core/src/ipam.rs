@@ -468,7 +468,7 @@ impl Range {
 }
 
 /// Whether two networks share addresses.
-pub(crate) fn overlap(one: &IpNetwork, other: &IpNetwork) -> bool {
+pub fn overlap(one: &IpNetwork, other: &IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
 }
 

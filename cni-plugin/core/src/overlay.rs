@@ -9,6 +9,11 @@ use crate::ipam::overlap;
 use crate::objects::Node;
 use crate::plan::{BridgePlan, NodePlan, PeerPlan, VxlanPlan, overlay_mtu, vtep_mac};
 
+/// Bytes that an IPv6 link must carry (RFC 8200, section 5).
+pub const IPV6_MTU_MIN: u32 = 1280;
+/// Bytes that an IPv4 link must carry (RFC 791); the kernel makes no interface with less.
+const IPV4_MTU_MIN: u32 = 68;
+
 /// Settings of the overlay that are the same on all nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OverlaySettings {
@@ -38,6 +43,8 @@ pub enum Routing {
 /// The interface of the underlay, as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uplink {
+    /// The kernel's number of it.
+    pub index: u32,
     /// Its name.
     pub name: String,
     /// Bytes, IP packet size.
@@ -138,10 +145,12 @@ pub fn plan_node(
             Err(reason) => left_out.push(reason),
         }
     }
+    // Below, the kernel would take IPv6 off the pods' interfaces (RFC 8200, section 5); the outer packets are cut instead.
+    let least = if own_ranges.iter().any(IpNetwork::is_ipv6) { IPV6_MTU_MIN } else { IPV4_MTU_MIN };
     let mtu = match settings.routing {
         Routing::Direct => uplink.mtu,
         // The same with and without peers behind the overlay: it must not change because a node comes or goes.
-        Routing::Vxlan | Routing::Auto => overlay_mtu(uplink.mtu, own_address),
+        Routing::Vxlan | Routing::Auto => overlay_mtu(uplink.mtu, own_address).max(least),
     };
     let bridge =
         needs_bridge.then(|| BridgePlan { name: settings.bridge.clone(), ..BridgePlan::for_node(name, mtu) });
@@ -229,7 +238,7 @@ mod tests {
 
     fn mk_uplink(networks: &[&str]) -> Uplink {
         let networks = networks.iter().map(|network| network.parse().unwrap()).collect();
-        Uplink { name: "eth0".into(), mtu: 1500, networks }
+        Uplink { index: 2, name: "eth0".into(), mtu: 1500, networks }
     }
 
     fn plan_with(nodes: &BTreeMap<String, Node>, routing: Routing, networks: &[&str]) -> PlannedNode {

@@ -45,8 +45,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
     let bridge = bridge.header.index;
     let index = make_pair(links, plan, netns).await?;
     limits::apply(links, plan, index).await?;
-    // A bridge port needs no addresses of its own.
-    set_sysctl(&format!("ipv6/conf/{}/disable_ipv6", plan.host_ifname), "1")?;
+    turn_ipv6_off(&plan.host_ifname)?;
     let master = LinkUnspec::new_with_index(index).controller(bridge).build();
     links.change_link(master, &format!("put {} into {name}", plan.host_ifname)).await?;
     links.set_bridge_entry(index, plan.mac).await?;
@@ -55,7 +54,19 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
         links.set_route(&pod_route(*address, bridge)).await?;
     }
     // Isolated before it is up: no frame ever goes from pod to pod.
-    let port = LinkBridgePort::new(index)
+    links
+        .change_link(isolated_port(plan, index), &format!("set up the bridge port {}", plan.host_ifname))
+        .await
+}
+
+/// A bridge port needs no addresses of its own.
+pub fn turn_ipv6_off(host_ifname: &str) -> Result<()> {
+    set_sysctl(&format!("ipv6/conf/{host_ifname}/disable_ipv6"), "1").map(drop)
+}
+
+/// Makes an isolated port of a link in the bridge, and sets it up.
+pub fn isolated_port(plan: &EndpointPlan, index: u32) -> LinkMessage {
+    LinkBridgePort::new(index)
         .isolated(true)
         .learning(false)
         .flood(false)
@@ -63,8 +74,7 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
         .bcast_flood(false)
         .alias(alias(plan))
         .up()
-        .build();
-    links.change_link(port, &format!("set up the bridge port {}", plan.host_ifname)).await
+        .build()
 }
 
 /// Waits until packets pass through the host end. The kernel turns it on some time after both ends are up, in a work
@@ -261,27 +271,37 @@ pub fn alias(plan: &EndpointPlan) -> String {
     alias
 }
 
+/// How a port keeps pods apart, and what to say of one that does not.
+const PORT_FLAGS: [(InfoBridgePort, &str); 5] = [
+    (InfoBridgePort::Isolated(true), "is not an isolated port"),
+    (InfoBridgePort::Learning(false), "is a port that learns"),
+    (InfoBridgePort::UnicastFlood(false), "is a port that is flooded"),
+    (InfoBridgePort::MulticastFlood(false), "is a port that is flooded with multicast"),
+    (InfoBridgePort::BroadcastFlood(false), "is a port that is flooded with broadcast"),
+];
+
 /// The port keeps pods apart, and lets their frames through.
 fn check_port(name: &str, link: &LinkMessage) -> Result<()> {
-    let is_port =
-        link_infos(link).into_iter().flatten().any(|i| *i == LinkInfo::PortKind(InfoPortKind::Bridge));
-    for (wanted, what) in [
-        (InfoBridgePort::Isolated(true), "is not an isolated port"),
-        (InfoBridgePort::Learning(false), "is a port that learns"),
-        (InfoBridgePort::UnicastFlood(false), "is a port that is flooded"),
-        (InfoBridgePort::MulticastFlood(false), "is a port that is flooded with multicast"),
-        (InfoBridgePort::BroadcastFlood(false), "is a port that is flooded with broadcast"),
-        (InfoBridgePort::State(BridgePortState::Forwarding), "is a port that does not forward"),
-    ] {
-        if !is_port || !port_data(link).contains(&wanted) {
+    let forwards = (InfoBridgePort::State(BridgePortState::Forwarding), "is a port that does not forward");
+    for (wanted, what) in PORT_FLAGS.iter().chain([&forwards]) {
+        if !is_port(link) || !port_data(link).contains(wanted) {
             return Err(Error::Differs(format!("{name} {what}")));
         }
     }
     Ok(())
 }
 
+/// The port keeps pods apart.
+pub fn port_as_planned(link: &LinkMessage) -> bool {
+    is_port(link) && PORT_FLAGS.iter().all(|(wanted, _)| port_data(link).contains(wanted))
+}
+
+fn is_port(link: &LinkMessage) -> bool {
+    link_infos(link).into_iter().flatten().any(|info| *info == LinkInfo::PortKind(InfoPortKind::Bridge))
+}
+
 /// What the bridge says of its port; nothing if the link is none.
-fn port_data(link: &LinkMessage) -> &[InfoBridgePort] {
+pub fn port_data(link: &LinkMessage) -> &[InfoBridgePort] {
     let data = link_infos(link).into_iter().flatten().find_map(|info| match info {
         LinkInfo::PortData(InfoPortData::BridgePort(data)) => Some(data.as_slice()),
         _ => None,

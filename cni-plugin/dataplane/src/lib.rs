@@ -16,6 +16,8 @@
 mod dump;
 mod endpoint;
 mod error;
+mod heal;
+mod hold;
 mod host_ports;
 mod hygiene;
 mod limits;
@@ -23,9 +25,12 @@ mod links;
 mod memory;
 mod nft;
 mod node;
+mod offload;
 mod routed;
 mod sandbox;
+mod sysctls;
 mod unlink;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -43,11 +48,15 @@ use links::Links;
 use nft::socket::NetfilterSocket;
 use nft::{Nft, Reader};
 use tokio::sync::{Notify, Semaphore};
+use watch::{Interests, Watch};
 
 pub use error::{Error, Result};
+pub use heal::Healed;
 pub use hygiene::Hygiene;
 pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
+pub use nft::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
+pub use offload::{checksum_offload, hold_checksum_offload};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]
@@ -107,6 +116,11 @@ const ATTACHING_MAX: usize = 8;
 /// The kernel's data path in the namespace where this was opened.
 pub struct Dataplane {
     links: Links,
+    /// For passes over the whole node, which must not wait for dumps of attachments: see [`heal`].
+    whole: Links,
+    watch: Watch,
+    interests: Arc<Interests>,
+    sysctls: Mutex<sysctls::Poll>,
     policy: Arc<Mutex<Policy>>,
     /// For reading and deleting conntrack entries beside transactions.
     conntrack: Arc<Mutex<NetfilterSocket>>,
@@ -138,7 +152,7 @@ impl Dataplane {
     /// # Errors
     /// The settings make no sense, or the kernel refuses: no privilege, no nf_tables.
     pub async fn new(config: Config) -> Result<Self> {
-        let links = Links::open()?;
+        let (links, whole) = (Links::open()?, Links::open_with_journal()?);
         let ours = node::Ours { bridge: config.bridge.clone(), vxlan_device: config.vxlan_device.clone() };
         // A new thread begins in the namespace of the one that starts it.
         let open = move || Ok((NetfilterSocket::open()?, Reader::open(&config.table)?, Nft::open(config)?));
@@ -146,6 +160,9 @@ impl Dataplane {
         let (conntrack, reader, nft) =
             opened.unwrap_or_else(|_| Err(Error::Protocol("opening nf_tables was cut off".into())))?;
         let revoked = Arc::new(Notify::new());
+        let interests = Arc::<Interests>::default();
+        let own = vec![links.port(), whole.port()];
+        let watch = Watch::open(nft.notifications()?, Arc::clone(&interests), own)?;
         let policy = Policy {
             nft,
             quarantined: BTreeMap::new(),
@@ -155,6 +172,10 @@ impl Dataplane {
         };
         Ok(Self {
             links,
+            whole,
+            watch,
+            interests,
+            sysctls: Mutex::default(),
             policy: Arc::new(Mutex::new(policy)),
             conntrack: Arc::new(Mutex::new(conntrack)),
             revoked,
@@ -178,16 +199,7 @@ impl Dataplane {
     /// # Errors
     /// The kernel refuses a step; those before it stay, the next call goes on.
     pub async fn apply_node(&self, plan: &NodePlan) -> Result<usize> {
-        node::apply(&self.links, plan, &self.ours).await
-    }
-
-    /// Makes the node's side of those of `plans` that have no bridge as planned. Returns the number of writes. One that is being
-    /// detached meanwhile is fine.
-    ///
-    /// # Errors
-    /// What the kernel refused; the rest was made all the same.
-    pub async fn hold_routed(&self, plans: &[EndpointPlan]) -> Result<usize> {
-        routed::hold_all(&self.links, plans).await
+        node::apply(&self.whole, plan, &self.ours).await
     }
 
     /// Attaches a pod: pins and deny-all (unless the applied ruleset already knows the port) before the link comes up.
@@ -209,6 +221,7 @@ impl Dataplane {
             endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
             endpoint::wait_until_open(&self.links, plan).await?;
+            self.watch_link(&plan.host_ifname).await?;
             Ok(has_defaults)
         };
         match made.await {
@@ -256,6 +269,7 @@ impl Dataplane {
         let addresses = known.clone();
         let host_ports =
             self.with_policy(move |policy| Ok(policy.nft.applied().nat.leading_to(&addresses))).await?;
+        self.unwatch_link(host_ifname).await?;
         let removed = endpoint::remove(&self.links, &self.ours.bridge, host_ifname, &known).await;
         let name = host_ifname.to_string();
         // Last, so that the pins outlive the link.

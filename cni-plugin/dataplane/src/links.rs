@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures::TryStreamExt;
 use holdfast_net_core::plan::MacAddr;
@@ -19,6 +20,7 @@ use netlink_packet_route::route::{
     RouteType, RouteVia,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::AsyncSocket;
 use rtnetlink::{Handle, LinkUnspec};
 use tokio::task::JoinHandle;
 
@@ -35,6 +37,14 @@ pub struct Links {
     dumps: Dumps,
     unlinker: Unlinker,
     connection: JoinHandle<()>,
+    port: u32,
+    /// What was written, where somebody wants to tell it.
+    journal: Option<Mutex<Vec<String>>>,
+}
+
+fn unpoisoned(journal: &Mutex<Vec<String>>) -> MutexGuard<'_, Vec<String>> {
+    // A list of finished sentences is whole after any panic.
+    journal.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Links {
@@ -71,8 +81,16 @@ impl Links {
         let (mut connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| Error::Socket { what: "open rtnetlink".to_string(), source })?;
         connection.set_forward_done(true);
-        let dumps = Dumps::new(handle.clone());
-        Ok(Self { dumps, handle, unlinker: Unlinker::default(), connection: tokio::spawn(connection) })
+        let bound = connection.socket_mut().socket_mut().bind_auto();
+        let bound = bound.map_err(|source| Error::Socket { what: "bind rtnetlink".to_string(), source })?;
+        Ok(Self {
+            dumps: Dumps::new(handle.clone()),
+            handle,
+            unlinker: Unlinker::default(),
+            connection: tokio::spawn(connection),
+            port: bound.port_number(),
+            journal: None,
+        })
     }
 
     /// The connection, for requests of other kinds.
@@ -83,6 +101,32 @@ impl Links {
     /// Its dumps.
     pub fn dumps(&self) -> &Dumps {
         &self.dumps
+    }
+
+    /// The same, for a caller that asks [`Links::take_journal`] after each of its passes.
+    pub fn open_with_journal() -> Result<Self> {
+        let mut links = Self::open()?;
+        links.journal = Some(Mutex::default());
+        Ok(links)
+    }
+
+    /// The socket's port, which marks our own changes in some notifications.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// What was written since the last call, each as "set the route to 10.0.0.0/24".
+    pub fn take_journal(&self) -> Vec<String> {
+        let journal = self.journal.as_ref();
+        journal.map(|journal| std::mem::take(&mut *unpoisoned(journal))).unwrap_or_default()
+    }
+
+    /// Notes what the kernel took.
+    fn wrote<T>(&self, result: Result<T>, what: impl FnOnce() -> String) -> Result<T> {
+        if let (Ok(_), Some(journal)) = (&result, &self.journal) {
+            unpoisoned(journal).push(what());
+        }
+        result
     }
 
     /// The link called `name`, if it exists.
@@ -107,12 +151,14 @@ impl Links {
 
     /// Makes a link from a built message.
     pub async fn add_link(&self, message: LinkMessage, what: &str) -> Result<()> {
-        self.handle.link().add(message).execute().await.map_err(|e| refused(what.to_string(), e))
+        let made = self.handle.link().add(message).execute().await;
+        self.wrote(made.map_err(|e| refused(what.to_string(), e)), || what.to_string())
     }
 
     /// Changes a link: RTM_NEWLINK without create, which takes type data and port data too.
     pub async fn change_link(&self, message: LinkMessage, what: &str) -> Result<()> {
-        self.handle.link().set_port(message).execute().await.map_err(|e| refused(what.to_string(), e))
+        let changed = self.handle.link().set_port(message).execute().await;
+        self.wrote(changed.map_err(|e| refused(what.to_string(), e)), || what.to_string())
     }
 
     /// Deletes a link; fine if it is gone. Nobody finds it any more when this returns; its memory is freed later.
@@ -130,7 +176,14 @@ impl Links {
     /// Sets a link up.
     pub async fn set_up(&self, index: u32, name: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index).up().build();
-        self.handle.link().set(message).execute().await.map_err(|e| refused(format!("set {name} up"), e))
+        let set = self.handle.link().set(message).execute().await;
+        self.wrote(set.map_err(|e| refused(format!("set {name} up"), e)), || format!("set {name} up"))
+    }
+
+    /// Sets a link down.
+    pub async fn set_down(&self, index: u32, name: &str) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index).down().build();
+        self.handle.link().set(message).execute().await.map_err(|e| refused(format!("set {name} down"), e))
     }
 
     /// Sets MTU and MAC where they differ, and the link up; returns the number of writes.
@@ -151,9 +204,21 @@ impl Links {
         }
         if writes > 0 {
             let what = format!("set MTU {mtu}, MAC {mac} and up on {name}");
-            self.handle.link().set(message.build()).execute().await.map_err(|e| refused(what, e))?;
+            let set = self.handle.link().set(message.build()).execute().await;
+            self.wrote(set.map_err(|e| refused(what.clone(), e)), || what)?;
         }
         Ok(writes)
+    }
+
+    /// Sets a link's MTU, if it is not `current`.
+    pub async fn set_mtu(&self, index: u32, name: &str, mtu: u32, current: u32) -> Result<()> {
+        if mtu == current {
+            return Ok(());
+        }
+        let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
+        let what = || format!("set MTU {mtu} on {name}");
+        let set = self.handle.link().set(message).execute().await;
+        self.wrote(set.map_err(|e| refused(what(), e)), what)
     }
 
     /// The addresses of a link with their prefix lengths.
@@ -201,8 +266,9 @@ impl Links {
         if address.is_ipv6() {
             message.header.flags |= AddressHeaderFlags::Nodad;
         }
-        absent_or(request.execute().await, libc::EEXIST, || format!("add address {address}/{prefix}"))
-            .map(drop)
+        let what = || format!("add address {address}/{prefix}");
+        let added = absent_or(request.execute().await, libc::EEXIST, what);
+        self.wrote(added.map(drop), what)
     }
 
     /// Removes an address; true if it was there.
@@ -213,7 +279,9 @@ impl Links {
         message.header.prefix_len = prefix;
         message.attributes.push(AddressAttribute::Local(address));
         let result = self.handle.address().del(message).execute().await;
-        absent_or(result, libc::EADDRNOTAVAIL, || format!("remove address {address}/{prefix}"))
+        let what = || format!("remove address {address}/{prefix}");
+        let removed = absent_or(result, libc::EADDRNOTAVAIL, what)?;
+        if removed { self.wrote(Ok(true), what) } else { Ok(false) }
     }
 
     /// Our routes in the main table.
@@ -256,13 +324,16 @@ impl Links {
     /// Adds or replaces a route.
     pub async fn set_route(&self, route: &Route) -> Result<()> {
         let request = self.handle.route().add(route_message(route)).replace();
-        request.execute().await.map_err(|e| refused(format!("set the route to {}", route.to), e))
+        let what = || format!("set the route to {}", route.to);
+        self.wrote(request.execute().await.map_err(|e| refused(what(), e)), what)
     }
 
     /// Removes a route; true if it was there.
     pub async fn delete_route(&self, route: &Route) -> Result<bool> {
         let result = self.handle.route().del(route_message(route)).execute().await;
-        absent_or(result, libc::ESRCH, || format!("remove the route to {}", route.to))
+        let what = || format!("remove the route to {}", route.to);
+        let removed = absent_or(result, libc::ESRCH, what)?;
+        if removed { self.wrote(Ok(true), what) } else { Ok(false) }
     }
 
     /// The permanent neighbours of a link, as far as they are seen: one that is not listed may exist.
@@ -315,7 +386,8 @@ impl Links {
     /// Adds or replaces a permanent neighbour.
     pub async fn set_neighbour(&self, index: u32, address: IpAddr, mac: MacAddr) -> Result<()> {
         let request = self.handle.neighbours().add(index, address).link_layer_address(&mac.0).replace();
-        request.execute().await.map_err(|e| refused(format!("set the neighbour {address}"), e))
+        let what = || format!("set the neighbour {address}");
+        self.wrote(request.execute().await.map_err(|e| refused(what(), e)), what)
     }
 
     /// Removes a neighbour; true if it was there.
@@ -328,7 +400,9 @@ impl Links {
             IpAddr::V6(a) => NeighbourAddress::Inet6(a),
         }));
         let result = self.handle.neighbours().del(message).execute().await;
-        absent_or(result, libc::ENOENT, || format!("remove the neighbour {address}"))
+        let what = || format!("remove the neighbour {address}");
+        let removed = absent_or(result, libc::ENOENT, what)?;
+        if removed { self.wrote(Ok(true), what) } else { Ok(false) }
     }
 
     /// Tells the bridge that `mac` is behind the port `index`, for good.
@@ -340,10 +414,8 @@ impl Links {
             .state(NeighbourState::Noarp)
             .flags(NeighbourFlags::Controller)
             .replace();
-        request
-            .execute()
-            .await
-            .map_err(|e| refused(format!("set the bridge's forwarding entry for {mac}"), e))
+        let what = || format!("set the bridge's forwarding entry for {mac}");
+        self.wrote(request.execute().await.map_err(|e| refused(what(), e)), what)
     }
 
     /// The static MACs behind the bridge port `index`, its own excluded.
@@ -354,6 +426,17 @@ impl Links {
             .iter()
             .filter(|m| m.header.ifindex == index && m.header.state == NeighbourState::Noarp)
             .filter_map(neighbour_mac)
+            .collect())
+    }
+
+    /// The static MACs behind all bridge ports, by port.
+    pub async fn all_bridge_entries(&self) -> Result<BTreeSet<(u32, MacAddr)>> {
+        let found = self.fdb_messages().await?;
+        let is_static = |m: &&NeighbourMessage| m.header.state == NeighbourState::Noarp;
+        Ok(found
+            .iter()
+            .filter(is_static)
+            .filter_map(|m| Some((m.header.ifindex, neighbour_mac(m)?)))
             .collect())
     }
 
@@ -392,7 +475,8 @@ impl Links {
             .state(NeighbourState::Permanent)
             .flags(NeighbourFlags::Own)
             .replace();
-        request.execute().await.map_err(|e| refused(format!("set the forwarding entry for {}", entry.mac), e))
+        let what = || format!("set the forwarding entry for {}", entry.mac);
+        self.wrote(request.execute().await.map_err(|e| refused(what(), e)), what)
     }
 
     /// Removes a forwarding entry of the VXLAN device.
@@ -407,7 +491,9 @@ impl Links {
             IpAddr::V6(a) => NeighbourAddress::Inet6(a),
         }));
         let result = self.handle.neighbours().del(message).execute().await;
-        absent_or(result, libc::ENOENT, || format!("remove the forwarding entry for {}", entry.mac))
+        let what = || format!("remove the forwarding entry for {}", entry.mac);
+        let removed = absent_or(result, libc::ENOENT, what)?;
+        if removed { self.wrote(Ok(true), what) } else { Ok(false) }
     }
 }
 

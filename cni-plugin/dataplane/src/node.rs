@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use holdfast_net_core::overlay::IPV6_MTU_MIN;
 use holdfast_net_core::plan::{BridgePlan, GATEWAY_V4, GATEWAY_V6, MacAddr, NodePlan, VxlanPlan};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressScope;
@@ -12,25 +13,15 @@ use netlink_packet_route::link::{
 use rtnetlink::{LinkBridge, LinkVxlan};
 
 use crate::error::{Error, Result};
-use crate::links::{Fdb, Links, Route, master_of, set_sysctl};
-
-/// What the kernel module `br_netfilter` adds, if it is there: bridged packets pass the IP hooks on their way through the
-/// bridge. A packet to a Service whose server is a pod of this node would then be translated inside the bridge, and bridged
-/// on to that pod's port, which no port of ours may send to: it would be lost. All our traffic is routed, so nothing is
-/// gained by it; but it can only be turned off for all bridges of the node at once.
-const BRIDGE_FILTERS: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+use crate::links::{Fdb, Links, Route, master_of};
+use crate::sysctls;
 
 /// Makes the node as planned; returns the number of writes.
 ///
 /// `ours` names the devices that are ours, and removed where the plan has none.
 pub async fn apply(links: &Links, plan: &NodePlan, ours: &Ours) -> Result<usize> {
     let mut writes = 0;
-    writes += usize::from(set_sysctl("ipv4/ip_forward", "1")?);
-    if plan.pod_ranges.iter().any(IpNetwork::is_ipv6) {
-        writes += usize::from(set_sysctl("ipv6/conf/all/forwarding", "1")?);
-    }
-    // Either of the two turns it on; other interfaces keep their own.
-    writes += usize::from(set_sysctl("ipv4/conf/all/send_redirects", "0")?);
+    writes += sysctls::set(sysctls::of_node(plan))?;
     writes += match &plan.bridge {
         Some(plan) => apply_bridge(links, plan).await?,
         None => usize::from(remove_unused_bridge(links, &ours.bridge).await?),
@@ -141,9 +132,6 @@ async fn remove_unused_bridge(links: &Links, name: &str) -> Result<bool> {
 
 async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
     let mut writes = 0;
-    for name in BRIDGE_FILTERS {
-        writes += usize::from(set_sysctl(&format!("bridge/{name}"), "0")?);
-    }
     let link = match links.link(&plan.name).await? {
         Some(link) => link,
         None => {
@@ -165,16 +153,13 @@ async fn apply_bridge(links: &Links, plan: &BridgePlan) -> Result<usize> {
         });
     }
     let index = link.header.index;
-    // fe80::1 is the only link-local address: none is generated from the MAC.
-    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
-    // All pod traffic leaves where it came in; hosts need not be told so.
-    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/send_redirects", plan.name), "0")?);
-    // The node's loopback reaches host ports: it is a source here before it is masqueraded. The pin keeps pods from sending to it.
-    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/route_localnet", plan.name), "1")?);
+    writes += sysctls::set(sysctls::of_bridge(&plan.name))?;
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     let present = links.addresses(index).await?;
     for (address, prefix) in [(IpAddr::V4(GATEWAY_V4), 32), (IpAddr::V6(GATEWAY_V6), 64)] {
-        if !present.contains(&(address, prefix)) && has_family(address) {
+        // On an interface of less the kernel has no IPv6.
+        let fits = address.is_ipv4() || plan.mtu >= IPV6_MTU_MIN;
+        if !present.contains(&(address, prefix)) && has_family(address) && fits {
             links.add_address(index, address, prefix, AddressScope::Link).await?;
             writes += 1;
         }
@@ -216,9 +201,7 @@ async fn apply_vxlan(links: &Links, plan: &VxlanPlan) -> Result<(u32, usize)> {
             made(links, &plan.name).await?
         }
     };
-    writes += usize::from(set_sysctl(&format!("ipv6/conf/{}/addr_gen_mode", plan.name), "1")?);
-    // Loose: a peer may send from its underlay address.
-    writes += usize::from(set_sysctl(&format!("ipv4/conf/{}/rp_filter", plan.name), "2")?);
+    writes += sysctls::set(sysctls::of_vxlan(&plan.name))?;
     writes += links.align_link(&link, &plan.name, plan.mtu, plan.mac).await?;
     Ok((link.header.index, writes))
 }

@@ -37,7 +37,8 @@ fn plan(nodes: &BTreeMap<String, NodeObject>, routing: Routing) -> NodePlan {
         port: 4789,
         routing,
     };
-    let uplink = Uplink { name: "up0".into(), mtu: 1500, networks: vec!["192.0.0.1/16".parse().unwrap()] };
+    let uplink =
+        Uplink { index: 2, name: "up0".into(), mtu: 1500, networks: vec!["192.0.0.1/16".parse().unwrap()] };
     let planned = plan_node(nodes, "node-0", &settings, &uplink, true).unwrap();
     assert!(planned.left_out.is_empty(), "{:?}", planned.left_out);
     planned.plan

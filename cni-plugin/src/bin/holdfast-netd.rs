@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
-use holdfast_agent::{Mode, Settings};
+use holdfast_agent::{ChecksumOffload, DoctorOptions, Mode, Settings};
 use holdfast_net_core::nat::{MasqueradeMode, MasqueradeSettings};
 use holdfast_net_core::overlay::{OverlaySettings, Routing};
 use holdfast_net_core::pod_ranges::ClusterRange;
@@ -20,7 +21,10 @@ const CAPABILITIES: [Capability; 3] =
 
 /// Holdfast's node agent: addresses, interfaces, overlay and network policy of one node.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "`holdfast-netd doctor` names what interferes with this node's network: see its --help."
+)]
 struct Args {
     /// Name of this node's Node object.
     #[arg(long)]
@@ -74,6 +78,10 @@ struct Args {
     /// Destinations that see pods' own addresses besides: separated by commas.
     #[arg(long, value_delimiter = ',', value_name = "CIDR")]
     masquerade_exempt: Vec<IpNetwork>,
+    /// Whether the VXLAN device leaves checksums to the hardware, which some kernels and network cards do wrong: then ping works
+    /// between pods of different nodes, and TCP stalls. `auto` turns it off where that is known to be so, and else leaves it alone.
+    #[arg(long, value_enum, default_value = "auto")]
+    vxlan_checksum_offload: OffloadArg,
     /// How many seconds a freed address goes to no other pod: longer than any node takes to see that a pod is gone. They count only
     /// while objects can be read. 0: freed addresses may be given out at once.
     #[arg(long, default_value_t = 30)]
@@ -86,12 +94,45 @@ struct Args {
     metrics: Option<SocketAddr>,
 }
 
+/// Names what interferes with this node's network and what is missing, one line each with what to do. Changes nothing. Exits
+/// with 0 when nothing is wrong, 1 when something is, 2 when something could not be looked at.
+#[derive(Parser)]
+#[command(name = "holdfast-netd doctor", version)]
+struct DoctorArgs {
+    /// Socket of the node agent.
+    #[arg(long, default_value = "/run/holdfast/netd.sock")]
+    socket: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Where the node's /run and /etc are.
+    #[arg(long, default_value = "/")]
+    root: PathBuf,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum AttachmentArg {
     /// To a bridge of the node.
     Bridge,
     /// Without a bridge: the node's end of each pod's link is its gateway.
     Routed,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OffloadArg {
+    Auto,
+    On,
+    Off,
+}
+
+impl From<OffloadArg> for ChecksumOffload {
+    fn from(arg: OffloadArg) -> Self {
+        match arg {
+            OffloadArg::Auto => Self::Auto,
+            OffloadArg::On => Self::On,
+            OffloadArg::Off => Self::Off,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -154,6 +195,7 @@ impl Args {
             pending_dir: args.pending_dir,
             mode,
             uplink: args.uplink,
+            checksum_offload: args.vxlan_checksum_offload.into(),
             overlay,
             cluster_ranges,
             masquerade: MasqueradeSettings { mode: args.masquerade.into(), exempt: args.masquerade_exempt },
@@ -164,9 +206,23 @@ impl Args {
     }
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     holdfast_agent::share_one_heap();
-    let settings = Args::parse().into_settings()?;
+    let mut words = std::env::args_os();
+    if words.nth(1).is_some_and(|word| word == "doctor") {
+        return examine(DoctorArgs::parse_from(std::env::args_os().skip(1)));
+    }
+    serve(Args::parse()).map(|()| ExitCode::SUCCESS)
+}
+
+fn examine(args: DoctorArgs) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let options = DoctorOptions { socket: args.socket, json: args.json, root: args.root };
+    Ok(runtime.block_on(holdfast_agent::doctor(&options)))
+}
+
+fn serve(args: Args) -> anyhow::Result<()> {
+    let settings = args.into_settings()?;
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

@@ -5,6 +5,7 @@
 // Helpers of a test may panic like the test itself.
 #![allow(clippy::unwrap_used)]
 
+mod plan;
 #[path = "../support/mod.rs"]
 mod support;
 mod tracer;
@@ -22,7 +23,7 @@ const CALLS_MAX: usize = 5000;
 
 /// A node with one pod that nothing may happen to, and a sandbox for another one.
 struct Bed {
-    _cluster: Cluster,
+    cluster: Cluster,
     node: Node,
     sandbox: Netns,
     bystander: String,
@@ -61,7 +62,7 @@ impl Bed {
         let result = node.cni("ADD", "bystander", Some(&other.path()), json!({})).unwrap();
         let (clean, links) = (node.pod_state(), sandbox.ip("-o link show"));
         let bystander = address_of(&result);
-        Self { _cluster: cluster, node, sandbox, bystander, _bystander: other, clean, links }
+        Self { cluster, node, sandbox, bystander, _bystander: other, clean, links }
     }
 
     fn add(&self) -> Result<Value, Value> {

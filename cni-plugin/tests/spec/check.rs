@@ -35,6 +35,12 @@ impl Bed {
         assert!(error["msg"].as_str().unwrap().contains(part), "{part}: {error}");
     }
 
+    /// Something that must succeed on the node.
+    fn sh(&self, script: &str) {
+        let status = self.node.netns.exec("sh").args(["-c", script]).status().unwrap();
+        assert!(status.success(), "{script}");
+    }
+
     fn host_end(&self) -> String {
         host_end(&self.result).to_owned()
     }
@@ -84,51 +90,66 @@ fn check_should_fail_when_an_interface_address_or_route_of_the_result_is_missing
     }
 }
 
+/// On the node's side the agent mends what it notices, and CHECK waits for that: what it finds well is well.
 #[test]
-fn check_should_fail_when_something_that_the_result_does_not_tell_is_wrong() {
+fn check_should_find_the_nodes_side_well_because_it_is_mended_first() {
     let bed = Bed::new();
     let host = bed.host_end();
     let address = super::support::address_of(&bed.result);
     let device = pod_device(&bed.result);
-    let mut cases = vec![
-        (
-            format!("route del {address}"),
-            format!("route add {address} dev {device} proto 72 scope link"),
-            "lacks the route",
-        ),
-        (
-            format!("neigh replace {address} lladdr 0a:00:00:00:00:07 dev {device} nud permanent"),
-            String::new(),
-            "neighbour",
-        ),
-    ];
-    // What only one of the modes has goes ahead: the last case is not put right.
-    let of_port = |change: &str| format!("link set {host} type bridge_slave {change}");
-    let own = if is_routed() {
-        vec![(format!("link set {host} mtu 1300"), format!("link set {host} mtu 1450"), "another MTU")]
-    } else {
-        [
-            ("isolated off", "isolated on", "isolated"),
-            ("learning on", "learning off", "learns"),
-            ("flood on", "flood off", "flooded"),
+    let of_link = |flag: &str| format!("ip -d link show {host} | grep -q '{flag}'");
+    let mut cases = if is_routed() {
+        vec![
+            (
+                format!("ip addr del 169.254.1.1/32 dev {host}"),
+                format!("ip addr show dev {host} | grep -q 169.254.1.1"),
+            ),
+            (
+                format!("ip link add other type bridge; ip link set {host} master other"),
+                format!("! {}", of_link("master other")),
+            ),
         ]
-        .map(|(wrong, right, part)| (of_port(wrong), of_port(right), part))
-        .to_vec()
+    } else {
+        vec![
+            (format!("ip link set {host} type bridge_slave isolated off"), of_link("isolated on")),
+            (format!("ip link set {host} type bridge_slave learning on"), of_link("learning off")),
+            (format!("ip link set {host} type bridge_slave flood on"), of_link("flood off")),
+            (format!("ip link set {host} nomaster"), of_link("master hf0")),
+        ]
     };
-    cases.splice(0..0, own);
-    for (take, put, part) in cases {
-        bed.node.netns.ip(&take);
-        bed.refuses(part);
-        if !put.is_empty() {
-            bed.node.netns.ip(&put);
-            bed.check().unwrap();
-        }
+    cases.extend([
+        (format!("ip link set {host} mtu 1300"), of_link("mtu 1450")),
+        (format!("ip route del {address}"), format!("ip route show | grep -q '^{address} dev {device}'")),
+        (
+            format!("ip neigh replace {address} lladdr 0a:00:00:00:00:07 dev {device} nud permanent"),
+            "! ip neigh show | grep -q 0a:00:00:00:00:07".to_owned(),
+        ),
+        (format!("ip link set {host} down"), of_link("[<,]UP[,>]")),
+    ]);
+    for (take, whole) in cases {
+        bed.sh(&take);
+        eventually(&format!("CHECK after {take}"), || bed.check().is_ok());
+        bed.sh(&whole);
+        assert!(bed.node.netns.pings(&address), "{take}");
     }
+}
+
+#[test]
+fn check_should_fail_when_something_that_the_result_does_not_tell_is_wrong() {
+    let bed = Bed::new();
     if is_routed() {
-        let bed = Bed::new();
-        bed.node.netns.ip(&format!("addr del 169.254.1.1/32 dev {}", bed.host_end()));
-        bed.refuses("gateway's address");
+        bed.sh(&format!("ip link del {}", bed.host_end()));
+        bed.refuses("is missing on the node");
+        return;
     }
+    // Nobody can put the port into this one.
+    eventually("it came before the agent's own", || {
+        let taken = "ip link del hf0; ip link add hf0 type vxlan id 9 dstport 9999 local 192.0.2.1";
+        bed.node.netns.exec("sh").args(["-c", taken]).status().unwrap().success()
+    });
+    bed.refuses("not in the bridge");
+    bed.sh("ip link del hf0");
+    eventually("all is mended", || bed.check().is_ok());
 }
 
 #[test]
@@ -146,20 +167,8 @@ fn check_should_fail_when_the_sandboxes_neighbour_or_sysctl_is_wrong() {
 #[test]
 fn check_should_fail_when_the_container_is_generally_unreachable() {
     let bed = Bed::new();
-    bed.node.netns.ip(&format!("link set {} down", bed.host_end()));
-    bed.refuses("is down");
-    let bed = Bed::new();
-    if is_routed() {
-        bed.node.netns.ip("link add other type bridge");
-        bed.node.netns.ip(&format!("link set {} master other", bed.host_end()));
-        bed.refuses("port of another interface");
-        return;
-    }
-    bed.node.netns.ip(&format!("link set {} down", bed.host_end()));
-    bed.node.netns.ip(&format!("link set {} up", bed.host_end()));
-    eventually("it forwards", || bed.check().is_ok());
-    bed.node.netns.ip(&format!("link set {} nomaster", bed.host_end()));
-    bed.refuses("not in the bridge");
+    bed.sandbox.ip("link set eth0 down");
+    bed.refuses(if is_routed() { "is down in the sandbox" } else { "a port that does not forward" });
 }
 
 #[test]

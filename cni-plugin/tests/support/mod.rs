@@ -78,7 +78,7 @@ impl Drop for Netns {
 /// A folder of objects and an underlay that nodes are plugged into.
 pub struct Cluster {
     pub folder: tempfile::TempDir,
-    underlay: Netns,
+    pub underlay: Netns,
 }
 
 impl Cluster {
@@ -430,6 +430,9 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("agent of {}:\n{}", self.name, self.log());
+        }
         self.kill();
     }
 }

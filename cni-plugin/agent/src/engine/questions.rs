@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use holdfast_net_core::nat::translations_of;
 use holdfast_net_core::objects::ObjectName;
+use holdfast_net_core::plan::Attachment;
 use holdfast_net_core::policy::{Compiler, Explanation, Party, PolicyStanding};
 use holdfast_net_core::ports::Proto;
 use holdfast_net_core::ruleset::pins_of;
@@ -252,6 +253,14 @@ impl Engine {
                 "node": peer.node, "underlay": peer.underlay, "vtepMac": peer.vtep_mac, "podRanges": peer.pod_ranges,
                 "direct": peer.direct,
             })).collect::<Vec<_>>(),
+            "network": self.node_plan.as_ref().map(|plan| json!({
+                "bridge": plan.bridge.as_ref().map(|bridge| &bridge.name),
+                "mtu": self.attachment.borrow().as_ref().map(Attachment::mtu), "podRanges": plan.pod_ranges,
+                "vxlan": plan.vxlan.as_ref().map(|vxlan| &vxlan.name),
+                "vni": plan.vxlan.as_ref().map(|vxlan| vxlan.vni),
+                "port": plan.vxlan.as_ref().map(|vxlan| vxlan.port),
+                "local": plan.vxlan.as_ref().map(|vxlan| vxlan.local),
+            })),
             "leftOut": self.left_out,
             "rules": {
                 "classes": counts.classes,
@@ -267,6 +276,7 @@ impl Engine {
             "nodeError": self.node_error,
             "rulesError": self.rules_error,
             "passes": self.passes,
+            "healing": self.heal.tell(),
         })
     }
 

@@ -220,6 +220,7 @@ mod tests {
             pending_dir: folder.join("pending"),
             mode: Mode::Bridge,
             uplink: None,
+            checksum_offload: crate::ChecksumOffload::Auto,
             overlay,
             cluster_ranges: Vec::new(),
             masquerade: Default::default(),
@@ -298,6 +299,7 @@ mod tests {
         let key = AttachmentKey { container_id: pod.into(), ifname: "eth0".into() };
         let bridge = BridgePlan::for_node("node-a", 1500);
         let lease = Lease {
+            told_mtu: 0,
             plan: EndpointPlan::new(pod, "eth0", vec![address.parse().unwrap()], &bridge),
             key,
             sequence: 1,

@@ -3,6 +3,7 @@
 pub(crate) mod conntrack;
 mod elements;
 mod expr;
+mod foreign;
 mod load;
 mod nat;
 mod nflog;
@@ -20,6 +21,7 @@ use load::Loaded;
 use skeleton::Params;
 use socket::{Events, NetfilterSocket};
 
+pub use foreign::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
 pub use nflog::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 pub use reader::{Live, Reader};
 
@@ -146,6 +148,11 @@ impl Nft {
     pub fn foreign_change(&mut self) -> Result<bool> {
         self.stale |= self.events.foreign_change(&self.config.table, self.socket.port())?;
         Ok(self.stale)
+    }
+
+    /// Becomes readable with every notification, our own changes' among them.
+    pub fn notifications(&self) -> Result<std::os::fd::OwnedFd> {
+        self.events.descriptor()
     }
 
     /// The kernel was found to differ without a notification: everything is compared before the next write.

@@ -310,6 +310,11 @@ impl Events {
         Ok(Self { socket })
     }
 
+    /// To wait for notifications with.
+    pub fn descriptor(&self) -> Result<std::os::fd::OwnedFd> {
+        crate::watch::duplicate(&self.socket)
+    }
+
     /// Looks at what came since the last call: did a socket other than `own_port` change the table `table`?
     pub fn foreign_change(&self, table: &str, own_port: u32) -> Result<bool> {
         let mut changed = false;
