@@ -13,6 +13,9 @@ use crate::links::set_sysctl;
 
 /// A file that does not exist is looked for at each so-manieth look.
 const MISSING_LOOKS: u32 = 10;
+/// To read this one the kernel wants the lock of all interfaces of the machine, and spins in the read while somebody has it
+/// (`addrconf_sysctl_addr_gen_mode`, restart_syscall). It matters only when an interface comes up, which is told.
+const NOT_POLLED: &str = "/addr_gen_mode";
 /// Ours are single digits.
 const VALUE_BYTES_MAX: usize = 16;
 
@@ -94,6 +97,7 @@ impl Poll {
         let mut wanted = of_node(plan);
         wanted.extend(plan.bridge.iter().flat_map(|bridge| of_bridge(&bridge.name)));
         wanted.extend(plan.vxlan.iter().flat_map(|vxlan| of_vxlan(&vxlan.name)));
+        wanted.retain(|(path, _)| !path.ends_with(NOT_POLLED));
         let is_same =
             |(polled, (path, value)): (&Polled, &Sysctl)| polled.path == *path && polled.value == *value;
         if self.files.len() != wanted.len() || !self.files.iter().zip(&wanted).all(is_same) {
