@@ -312,3 +312,31 @@ fn a_peer_that_comes_onto_the_link_and_leaves_it_is_switched_under_a_running_con
         "never without a route: {changes}"
     );
 }
+
+/// From the overlay to none by way of `auto`, one node after the other.
+#[test]
+fn a_cluster_leaves_the_overlay_step_by_step_under_a_running_connection() {
+    let cluster = Cluster::new();
+    let mut nodes: Vec<Node> = Vec::new();
+    for (name, number) in [("a", 1), ("b", 2)] {
+        let addresses = [format!("192.0.2.{number}"), format!("fd09::{number}")];
+        put_node(&cluster, name, number, &addresses.each_ref().map(String::as_str));
+        let v4 = format!("addr add {}/24 dev eth0", addresses[0]);
+        let v6 = format!("addr add {}/64 dev eth0 nodad", addresses[1]);
+        nodes.push(cluster.start_node_on(name, number, SETTINGS, &[&v4, &v6]));
+    }
+    let (db, api) = (add(&cluster, &nodes[1], "db"), add(&cluster, &nodes[0], "api"));
+    eventually("they know each other", || db.addresses.iter().all(|to| api.netns.pings(&to.to_string())));
+    let stream = Stream::open(&api, &db, db.addresses[0]);
+    for settings in [AUTO, DIRECT, AUTO, SETTINGS] {
+        for node in &mut nodes {
+            node.kill();
+            node.settings = settings;
+            node.start();
+            stream.goes_on(&format!("the connection goes on with {settings:?}"));
+        }
+        let has_overlay = nodes[0].netns.ip("-o link show").contains("hf.vx");
+        assert_eq!(has_overlay, settings != DIRECT, "{settings:?}");
+        assert!(db.addresses.iter().all(|to| api.netns.pings(&to.to_string())), "{settings:?}");
+    }
+}

@@ -32,10 +32,12 @@ use libtest_mimic::{Arguments, Trial};
 
 use crate::bed::Bed;
 
+/// What a trial does on the bed.
+type Body = fn(&mut Bed) -> Result<()>;
 /// The bed, once a trial has started it, with how its pods are attached.
 type Shared = Arc<Mutex<Option<(&'static str, Bed)>>>;
 /// What both modes must do. Policy is compiled alike and its rules are the same, so the long lists run once.
-const IN_BOTH_MODES: [(&str, fn(&mut Bed) -> Result<()>); 7] = [
+const IN_BOTH_MODES: [(&str, Body); 7] = [
     ("a_table_without_policies_is_open", bites::everything_is_open),
     ("rules_that_are_gone_are_a_mismatch", bites::rules_are_gone),
     ("the_48_situations_of_kubernetes_e2e_list", e2e::run),
@@ -76,9 +78,7 @@ fn main() -> ExitCode {
         trial(&shared, "conntrack_entries_that_a_change_forbids_are_deleted_and_no_others", hygiene::run),
         trial(&shared, "random_policies_are_enforced_as_the_oracle_says", random::run),
     ];
-    let routed = |(name, body): &(&str, fn(&mut Bed) -> Result<()>)| {
-        trial_in(&shared, "routed", &format!("routed::{name}"), *body)
-    };
+    let routed = |(name, body): &(&str, Body)| trial_in(&shared, "routed", &format!("routed::{name}"), *body);
     trials.extend(IN_BOTH_MODES.iter().map(routed));
     // On nodes of its own, and before the shared bed: an interrupt ends the bed that started last.
     trials.insert(
@@ -97,17 +97,12 @@ fn main() -> ExitCode {
 }
 
 /// A trial with pods on bridges.
-fn trial(shared: &Shared, name: &str, body: fn(&mut Bed) -> Result<()>) -> Trial {
+fn trial(shared: &Shared, name: &str, body: Body) -> Trial {
     trial_in(shared, "bridge", name, body)
 }
 
 /// A trial on the bed, which the first one starts. It fails with the whole chain of causes.
-fn trial_in(
-    shared: &Shared,
-    attachment: &'static str,
-    name: &str,
-    body: fn(&mut Bed) -> Result<()>,
-) -> Trial {
+fn trial_in(shared: &Shared, attachment: &'static str, name: &str, body: Body) -> Trial {
     let shared = shared.clone();
     Trial::test(name, move || {
         let mut bed = shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,11 +111,7 @@ fn trial_in(
     })
 }
 
-fn with_bed(
-    bed: &mut Option<(&'static str, Bed)>,
-    attachment: &'static str,
-    body: fn(&mut Bed) -> Result<()>,
-) -> Result<()> {
+fn with_bed(bed: &mut Option<(&'static str, Bed)>, attachment: &'static str, body: Body) -> Result<()> {
     if let Some((_, other)) = bed.take_if(|(of, _)| *of != attachment) {
         other.end(false)?;
     }

@@ -3,6 +3,8 @@
 
 // Helpers of a test may panic like the test itself.
 #![allow(clippy::unwrap_used)]
+// Each suite has the support module as its own, as when it is a program.
+#![allow(clippy::duplicate_mod)]
 
 #[path = "../cni.rs"]
 mod cni;

@@ -246,7 +246,8 @@ pub struct Node {
     objects: PathBuf,
     pub netns: Netns,
     pub state: PathBuf,
-    settings: &'static [&'static str],
+    /// Arguments of the agent from the next start on.
+    pub settings: &'static [&'static str],
     /// Its mode from the next start on.
     pub attachment: &'static str,
     agent: Option<Child>,
