@@ -146,6 +146,7 @@ impl Torture {
 
     fn steps(&mut self, time: Duration) -> Result<()> {
         self.started = Instant::now();
+        self.lock().started = self.started;
         while self.started.elapsed() < time {
             self.go_on()?;
             self.step()?;
@@ -177,6 +178,7 @@ impl Torture {
     /// allowed does not.
     fn notices(&mut self) -> Result<()> {
         let counts = self.lock().counts.clone();
+        self.lock().is_sabotaged = true;
         for node in &mut self.bed.nodes {
             node.netd.kill()?;
             node.spaces.run("nft", &["flush", "ruleset"])?;
@@ -190,7 +192,10 @@ impl Torture {
         });
         noticed.with_context(|| format!("not noticed: {missing:?}"))?;
         self.bed.nodes[0].spaces.run("ip", &["-4", "route", "del", "10.244.2.0/24"])?;
-        let cut = || Ok(self.lock().breaches.iter().any(|breach| breach.starts_with("no answer")));
+        let cut = || {
+            let breaches = std::mem::take(&mut self.lock().breaches);
+            Ok(breaches.iter().any(|breach| breach.starts_with("no answer")))
+        };
         wait_until(NOTICE_TIMEOUT, cut).context("no cut was noticed")?;
         for node in &mut self.bed.nodes {
             node.netd.start_again()?;

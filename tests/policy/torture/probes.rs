@@ -37,6 +37,8 @@ const SENDERS: usize = 8;
 const TICKS_PER_SENDER: u32 = 5;
 /// Longer than any run's single fault.
 const OPEN_END: Duration = Duration::from_secs(1000);
+/// Lost probes that are told one by one.
+const LOST_TOLD_MAX: u64 = 500;
 /// More breaches than these tell nothing new.
 const BREACHES_MAX: usize = 20;
 
@@ -148,6 +150,10 @@ type Path = (u32, u32, usize);
 
 /// All pods, all excuses.
 pub struct Network {
+    /// For what is printed.
+    pub started: Instant,
+    /// Losses are meant.
+    pub is_sabotaged: bool,
     stations: BTreeMap<u32, Station>,
     next_station: u32,
     tick: u32,
@@ -173,6 +179,8 @@ impl Network {
     pub fn new(edit: Edit) -> Self {
         let now = Instant::now();
         Self {
+            started: now,
+            is_sabotaged: false,
             stations: BTreeMap::new(),
             next_station: 1,
             tick: 0,
@@ -393,6 +401,13 @@ impl Network {
             return;
         }
         self.counts.lost += 1;
+        if self.counts.lost <= LOST_TOLD_MAX && !self.is_sabotaged {
+            println!(
+                "{:8.2} s  lost: {}",
+                sent.saturating_duration_since(self.started).as_secs_f64(),
+                describe(from, to, path.2)
+            );
+        }
         let silent = self.silent.entry(path).or_default();
         *silent += 1;
         if *silent == CUT_TICKS {
