@@ -8,7 +8,7 @@
 //!   pickup: the same for the reversed reading of a TCP packet that opens nothing
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
-//!   hostports*, masquerade: see `nat`
+//!   hostports*, sources: see `nat`
 //! ```
 //!
 //! `forward` and `input` end with a log of new connections (rate-limited, like that of denied packets) and the mark of the
