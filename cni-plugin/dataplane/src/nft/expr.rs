@@ -191,6 +191,8 @@ pub enum Expr {
     FibType(Reg),
     /// Destination translation of a family to address and port in registers.
     Dnat(u8, Reg, Reg),
+    /// The same for the source.
+    Snat(u8, Reg, Reg),
     /// Source translation to an address of the interface that the packet leaves by; flags are `NF_NAT_RANGE_*`.
     Masquerade(u32),
 }
@@ -217,7 +219,7 @@ impl Expr {
             Expr::Limit(..) => "limit",
             Expr::Log(..) => "log",
             Expr::FibType(..) => "fib",
-            Expr::Dnat(..) => "nat",
+            Expr::Dnat(..) | Expr::Snat(..) => "nat",
             Expr::Masquerade(..) => "masq",
         }
     }
@@ -290,7 +292,8 @@ impl Expr {
                 out.attr(1, &group.to_be_bytes());
             }
             Expr::FibType(reg) => encode_fib_type(*reg, out),
-            Expr::Dnat(family, address, port) => encode_dnat(*family, *address, *port, out),
+            Expr::Snat(family, address, port) => encode_nat(0, *family, *address, *port, out),
+            Expr::Dnat(family, address, port) => encode_nat(1, *family, *address, *port, out),
             Expr::Masquerade(0) => {}
             Expr::Masquerade(flags) => out.be32(1, *flags),
         }
@@ -304,9 +307,9 @@ fn encode_fib_type(reg: Reg, out: &mut Buffer) {
     out.be32(3, 2);
 }
 
-fn encode_dnat(family: u8, address: Reg, port: Reg, out: &mut Buffer) {
-    // NFT_NAT_DNAT
-    out.be32(1, 1);
+/// `kind` is NFT_NAT_SNAT, 0, or NFT_NAT_DNAT, 1.
+fn encode_nat(kind: u32, family: u8, address: Reg, port: Reg, out: &mut Buffer) {
+    out.be32(1, kind);
     out.be32(2, u32::from(family));
     out.be32(3, address.0);
     out.be32(5, port.0);

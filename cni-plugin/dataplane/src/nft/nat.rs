@@ -16,7 +16,9 @@ use holdfast_net_core::ports::Proto;
 
 use super::elements::{Data, Raw, address, octets, range_raws};
 use super::expr::{Base, Cmp, Expr, Meta, Reg, Verdict};
-use super::skeleton::{ChainDef, Hook, NFPROTO_IPV4, NFPROTO_IPV6, SetDef, Table, Type, Value};
+use super::skeleton::{
+    ChainDef, Hook, NFPROTO_IPV4, NFPROTO_IPV6, SetDef, TCP, Table, Type, Value, opens_nothing,
+};
 use super::wire::host32;
 
 const fn set(name: &'static str, key: &'static [Type], value: Value, interval: bool) -> SetDef {
@@ -197,7 +199,22 @@ fn sources() -> Vec<Vec<Expr>> {
         ]);
         rule
     });
-    hairpin.chain([loopback]).chain(outside).collect()
+    hairpin.chain([loopback]).chain(outside).chain(FAMILIES.iter().map(pickup)).collect()
+}
+
+/// A TCP packet of a connection whose entry is lost keeps its source port at all costs. Both ends' next packets make an entry each when
+/// they cross; the kernel would give the later one another port, its receiver would reset the connection. With the port fixed the
+/// later packet is dropped, and sent again.
+fn pickup(family: &Family) -> Vec<Expr> {
+    let mut rule = family.begin();
+    rule.extend([Expr::MetaLoad(Meta::L4Proto, R0), Expr::Cmp(R0, Cmp::Eq, vec![TCP])]);
+    rule.extend(opens_nothing(R0));
+    rule.extend([
+        family.source(0),
+        Expr::Payload(Base::Transport, 0, 2, Reg::new(family.width)),
+        Expr::Snat(family.nfproto, R0, Reg::new(family.width)),
+    ]);
+    rule
 }
 
 /// NF_NAT_RANGE_PROTO_RANDOM_FULLY: two packets that are translated at once must not choose one port, of which the second would be lost.

@@ -341,17 +341,22 @@ fn pickup() -> Vec<Expr> {
     // The protocol first: other packets are done with after one comparison.
     let mut rule = vec![Expr::MetaLoad(Meta::L4Proto, R0), Expr::Cmp(R0, Cmp::Eq, vec![TCP])];
     rule.extend(state(NEW));
-    rule.extend([
-        Expr::Payload(Base::Transport, TCP_FLAGS_AT, 1, R0),
-        Expr::MaskByte(R0, TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK),
-        Expr::Cmp(R0, Cmp::Neq, vec![TCP_SYN]),
-        Expr::Verdict(Verdict::Jump("pickup")),
-    ]);
+    rule.extend(opens_nothing(R0));
+    rule.push(Expr::Verdict(Verdict::Jump("pickup")));
     rule
 }
 
+/// The TCP packet does not begin a connection.
+pub fn opens_nothing(reg: Reg) -> [Expr; 3] {
+    [
+        Expr::Payload(Base::Transport, TCP_FLAGS_AT, 1, reg),
+        Expr::MaskByte(reg, TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK),
+        Expr::Cmp(reg, Cmp::Neq, vec![TCP_SYN]),
+    ]
+}
+
 /// RFC 9293, section 3.1.
-const TCP: u8 = 6;
+pub const TCP: u8 = 6;
 const TCP_FLAGS_AT: u32 = 13;
 const TCP_FIN: u8 = 0x01;
 const TCP_SYN: u8 = 0x02;
