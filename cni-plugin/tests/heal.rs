@@ -10,13 +10,20 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::{Cluster, Netns, Node, address_of, eventually};
+use support::{Cluster, Netns, Node, address_of, eventually, host_end, is_routed, pod_end};
 
 /// The promise. Half of all changes must be mended within it on any machine, however busy.
 const PROMISED: Duration = Duration::from_millis(200);
 /// All of them, on a machine that builds something beside.
 const BUSY: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 6;
+
+/// What it is, what somebody does, and what holds when it is mended.
+type Case = (&'static str, String, String);
+
+fn case(what: &'static str, tamper: &str, whole: &str) -> Case {
+    (what, tamper.to_owned(), whole.to_owned())
+}
 
 /// Two nodes, two pods on the first and one on the second.
 struct Bed {
@@ -42,12 +49,13 @@ impl Bed {
         let pods = [Netns::new(), Netns::new(), Netns::new()];
         let results =
             [a.add("one", &pods[0]), a.add("two", &pods[1]), b.add("far", &pods[2])].map(Result::unwrap);
-        let of = |index: usize, key: usize, field: &str| {
-            results[index]["interfaces"][key][field].as_str().unwrap().to_owned()
+        let mac = |index: usize| {
+            let result: &Value = &results[index];
+            result["interfaces"][pod_end(result)]["mac"].as_str().unwrap().to_owned()
         };
         Self {
-            ports: [of(0, 1, "name"), of(1, 1, "name")],
-            macs: [of(0, 2, "mac"), of(1, 2, "mac")],
+            ports: [0, 1].map(|index: usize| host_end(&results[index]).to_owned()),
+            macs: [mac(0), mac(1)],
             addresses: [0, 1, 2].map(|index| address_of(&results[index])),
             a,
             b,
@@ -66,56 +74,121 @@ impl Bed {
     }
 
     /// Shell scripts: what somebody does, and what holds when it is mended.
-    fn tampering(&self) -> Vec<(&'static str, String, String)> {
-        let (port, mac, one) = (&self.ports[0], &self.macs[0], &self.addresses[0]);
+    fn tampering(&self) -> Vec<Case> {
+        let mut all = self.of_node();
+        all.extend(self.of_pods());
+        all.extend(if is_routed() { self.of_host_ends() } else { self.of_bridge() });
+        all.extend(self.of_sysctls());
+        all
+    }
+
+    fn of_node(&self) -> Vec<Case> {
         let vtep = self.a.dump()["peers"][0]["vtepMac"].as_str().unwrap().to_owned();
         let to_peer = "ip route show | grep -q '^10.42.2.0/24 via 192.0.2.2 dev hf.vx'";
+        let neighbour = format!("ip neigh show dev hf.vx | grep -q '192.0.2.2 lladdr {vtep} PERMANENT'");
+        let entry = format!("bridge fdb show dev hf.vx | grep -q '{vtep} dst 192.0.2.2'");
+        let chain = "nft list chain inet holdfast forward 2>/dev/null | grep -q egress";
+        let own_range = "ip route show | grep -q '^unreachable 10.42.1.0/24'";
+        let forged = "ip neigh replace 192.0.2.2 lladdr 02:00:00:00:00:01 dev hf.vx nud permanent";
+        vec![
+            case("peer's route", "ip route del 10.42.2.0/24", to_peer),
+            case("peer's route replaced", "ip route replace 10.42.2.0/24 dev lo", to_peer),
+            case("own range's route", "ip route del unreachable 10.42.1.0/24", own_range),
+            case("peer's neighbour", "ip neigh del 192.0.2.2 dev hf.vx", &neighbour),
+            case("peer's neighbour changed", forged, &neighbour),
+            case(
+                "peer's forwarding entry",
+                &format!("bridge fdb del {vtep} dev hf.vx dst 192.0.2.2"),
+                &entry,
+            ),
+            case("VXLAN device", "ip link del hf.vx", &format!("{to_peer} && {entry}")),
+            case("VXLAN device down", "ip link set hf.vx down", to_peer),
+            case("flushed rules", "nft flush chain inet holdfast forward", chain),
+            case("rules", "nft delete table inet holdfast", chain),
+        ]
+    }
+
+    fn of_pods(&self) -> Vec<Case> {
+        let (device, one) = (self.pod_device(), &self.addresses[0]);
+        let (route, neighbour) = (self.has_route(), self.has_neighbour());
+        let forged = format!("ip neigh replace {one} lladdr 02:00:00:00:00:01 dev {device} nud permanent");
+        vec![
+            case("pod's route", &format!("ip route del {one} dev {device}"), &route),
+            case("pod's neighbour", &format!("ip neigh del {one} dev {device}"), &neighbour),
+            case("pod's neighbour changed", &forged, &neighbour),
+        ]
+    }
+
+    fn of_bridge(&self) -> Vec<Case> {
+        let (port, mac) = (&self.ports[0], &self.macs[0]);
         let in_bridge = format!("bridge -d link show dev {port} | grep -q 'master hf0.*state forwarding'");
         let isolated = format!("bridge -d link show dev {port} | grep -q 'isolated on'");
-        let whole_port = format!(
-            "{in_bridge} && {isolated} && bridge fdb show br hf0 | grep -q '{mac} dev {port}.*master hf0 static' \
-             && ip neigh show dev hf0 | grep -q '{one} lladdr {mac} PERMANENT' && ip route show | grep -q '^{one} dev hf0'"
-        );
-        let sysctl = |path: &str, wrong: &str, right: &str| {
+        let entry = format!("bridge fdb show br hf0 | grep -q '{mac} dev {port}.*master hf0 static'");
+        let addresses = format!("{} && {}", self.has_route(), self.has_neighbour());
+        let whole = format!("{in_bridge} && {isolated} && {entry} && {addresses}");
+        let is_up = "ip -o link show hf0 | grep -q '[<,]UP[,>]'";
+        let gateway = "ip -o addr show dev hf0 | grep -q 169.254.1.1/32";
+        vec![
+            case("pod's forwarding entry", &format!("bridge fdb del {mac} dev {port} master"), &entry),
+            case("port's isolation", &format!("bridge link set dev {port} isolated off"), &isolated),
+            case("port out of the bridge", &format!("ip link set {port} nomaster"), &whole),
+            case("port down", &format!("ip link set {port} down"), &in_bridge),
+            case("port turned off", &format!("bridge link set dev {port} state 0"), &in_bridge),
+            case("bridge", "ip link del hf0", &whole),
+            case("bridge down", "ip link set hf0 down", &format!("{is_up} && {addresses}")),
+            case("gateway", "ip addr del 169.254.1.1/32 dev hf0", gateway),
+        ]
+    }
+
+    fn of_host_ends(&self) -> Vec<Case> {
+        let port = &self.ports[0];
+        let is_up = format!("ip -o link show {port} | grep -q '[<,]UP[,>]'");
+        let gateway = format!("ip -o addr show dev {port} | grep -q 169.254.1.1/32");
+        let whole = format!("{is_up} && {gateway} && {} && {}", self.has_route(), self.has_neighbour());
+        vec![
+            case("gateway", &format!("ip addr del 169.254.1.1/32 dev {port}"), &gateway),
+            case("host end down", &format!("ip link set {port} down"), &whole),
+            case(
+                "host end's MTU",
+                &format!("ip link set {port} mtu 1300"),
+                &format!("ip link show {port} | grep -q 'mtu 1450'"),
+            ),
+        ]
+    }
+
+    fn of_sysctls(&self) -> Vec<Case> {
+        let sysctl = |what, path: &str, wrong: &str, right: &str| {
             let file = format!("/proc/sys/net/{path}");
-            (format!("echo {wrong} > {file}"), format!("test $(cat {file}) = {right}"))
+            // Some are there only with a bridge, or with the module br_netfilter.
+            let is_there = self.a.netns.exec("test").args(["-e", &file]).status().unwrap().success();
+            is_there.then(|| {
+                case(what, &format!("echo {wrong} > {file}"), &format!("test $(cat {file}) = {right}"))
+            })
         };
         let mut all = vec![
-            ("peer's route", "ip route del 10.42.2.0/24".into(), to_peer.into()),
-            ("peer's route replaced", "ip route replace 10.42.2.0/24 dev lo".into(), to_peer.into()),
-            ("own range's route", "ip route del unreachable 10.42.1.0/24".into(), "ip route show | grep -q '^unreachable 10.42.1.0/24'".into()),
-            ("peer's neighbour", "ip neigh del 192.0.2.2 dev hf.vx".into(), format!("ip neigh show dev hf.vx | grep -q '192.0.2.2 lladdr {vtep} PERMANENT'")),
-            ("peer's neighbour changed", "ip neigh replace 192.0.2.2 lladdr 02:00:00:00:00:01 dev hf.vx nud permanent".into(), format!("ip neigh show dev hf.vx | grep -q '192.0.2.2 lladdr {vtep} PERMANENT'")),
-            ("peer's forwarding entry", format!("bridge fdb del {vtep} dev hf.vx dst 192.0.2.2"), format!("bridge fdb show dev hf.vx | grep -q '{vtep} dst 192.0.2.2'")),
-            ("VXLAN device", "ip link del hf.vx".into(), format!("{to_peer} && bridge fdb show dev hf.vx | grep -q '{vtep} dst 192.0.2.2'")),
-            ("VXLAN device down", "ip link set hf.vx down".into(), to_peer.into()),
-            ("pod's route", format!("ip route del {one} dev hf0"), format!("ip route show | grep -q '^{one} dev hf0'")),
-            ("pod's neighbour", format!("ip neigh del {one} dev hf0"), format!("ip neigh show dev hf0 | grep -q '{one} lladdr {mac} PERMANENT'")),
-            ("pod's forwarding entry", format!("bridge fdb del {mac} dev {port} master"), format!("bridge fdb show br hf0 | grep -q '{mac} dev {port}.*master hf0 static'")),
-            ("port's isolation", format!("bridge link set dev {port} isolated off"), isolated.clone()),
-            ("port out of the bridge", format!("ip link set {port} nomaster"), whole_port.clone()),
-            ("port down", format!("ip link set {port} down"), in_bridge.clone()),
-            ("port turned off", format!("bridge link set dev {port} state 0"), in_bridge.clone()),
-            ("bridge", "ip link del hf0".into(), whole_port),
-            ("bridge down", "ip link set hf0 down".into(), format!("ip -o link show hf0 | grep -q '[<,]UP[,>]' && ip route show | grep -q '^{one} dev hf0'")),
-            ("gateway", "ip addr del 169.254.1.1/32 dev hf0".into(), "ip -o addr show dev hf0 | grep -q 169.254.1.1/32".into()),
-            ("flushed rules", "nft flush chain inet holdfast forward".into(), "nft list chain inet holdfast forward | grep -q egress".into()),
-            ("rules", "nft delete table inet holdfast; nft delete table bridge holdfast".into(), "nft list table bridge holdfast >/dev/null 2>&1 && nft list chain inet holdfast forward 2>/dev/null | grep -q egress".into()),
+            sysctl("sysctl forwarding", "ipv4/ip_forward", "0", "1"),
+            sysctl("sysctl redirects of all", "ipv4/conf/all/send_redirects", "1", "0"),
+            sysctl("sysctl redirects", "ipv4/conf/hf0/send_redirects", "1", "0"),
+            sysctl("sysctl reverse path", "ipv4/conf/hf.vx/rp_filter", "1", "2"),
         ];
-        for (what, (tamper, whole)) in [
-            ("sysctl forwarding", sysctl("ipv4/ip_forward", "0", "1")),
-            ("sysctl redirects of all", sysctl("ipv4/conf/all/send_redirects", "1", "0")),
-            ("sysctl redirects", sysctl("ipv4/conf/hf0/send_redirects", "1", "0")),
-            ("sysctl reverse path", sysctl("ipv4/conf/hf.vx/rp_filter", "1", "2")),
-            ("sysctl bridge filter", sysctl("bridge/bridge-nf-call-iptables", "1", "0")),
-        ] {
-            let file = tamper.rsplit(' ').next().unwrap();
-            // The last one is there only with the module br_netfilter.
-            if self.a.netns.exec("test").args(["-e", file]).status().unwrap().success() {
-                all.push((what, tamper, whole));
-            }
+        if !is_routed() {
+            all.push(sysctl("sysctl bridge filter", "bridge/bridge-nf-call-iptables", "1", "0"));
         }
-        all
+        all.into_iter().flatten().collect()
+    }
+
+    /// Where the node's way to its pod leads.
+    fn pod_device(&self) -> &str {
+        if is_routed() { &self.ports[0] } else { "hf0" }
+    }
+
+    fn has_route(&self) -> String {
+        format!("ip route show | grep -q '^{} dev {}'", self.addresses[0], self.pod_device())
+    }
+
+    fn has_neighbour(&self) -> String {
+        let (device, one, mac) = (self.pod_device(), &self.addresses[0], &self.macs[0]);
+        format!("ip neigh show dev {device} | grep -q '{one} lladdr {mac} PERMANENT'")
     }
 
     /// Does `tamper` and tells how long `whole` did not hold after it.
@@ -209,10 +282,10 @@ fn a_program_that_undoes_each_mending_costs_little_is_told_once_and_hinders_noth
     let (started, before) = (Instant::now(), processor_time(bed.a.pid()));
     std::thread::sleep(Duration::from_secs(5));
     let one = &bed.addresses[0];
-    let whole = format!("ip neigh show dev hf0 | grep -q '{one} .*PERMANENT'");
+    let device = bed.pod_device();
     let mut other = Vec::new();
     for _ in 0..5 {
-        other.push(bed.mended_after(&format!("ip neigh del {one} dev hf0"), &whole));
+        other.push(bed.mended_after(&format!("ip neigh del {one} dev {device}"), &bed.has_neighbour()));
     }
     std::thread::sleep(Duration::from_secs(4));
     let share = (processor_time(bed.a.pid()) - before).as_secs_f64() / started.elapsed().as_secs_f64();

@@ -42,6 +42,33 @@ fn kernel_state(node: &Node) -> String {
     text
 }
 
+/// Numbers one after the other, a steady flow rather than all that the machine can do, until `stop`.
+fn send_numbers(sender: &mut TcpStream, stop: &AtomicBool) {
+    let mut count = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        let block: Vec<u8> = (count..count + 256).flat_map(u64::to_be_bytes).collect();
+        sender.write_all(&block).unwrap();
+        count += 256;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    sender.shutdown(std::net::Shutdown::Write).unwrap();
+}
+
+/// How many came until the end, and the longest time in which none did.
+fn read_numbers(receiver: &mut TcpStream) -> (u64, Duration) {
+    let (mut count, mut longest, mut last) = (0_u64, Duration::ZERO, Instant::now());
+    let mut block = [0; 2048];
+    while receiver.read_exact(&mut block).is_ok() {
+        for number in block.chunks_exact(8) {
+            assert_eq!(u64::from_be_bytes(number.try_into().unwrap()), count, "a byte is lost or changed");
+            count += 1;
+        }
+        longest = longest.max(last.elapsed());
+        last = Instant::now();
+    }
+    (count, longest)
+}
+
 #[test]
 fn a_transfer_between_pods_goes_on_across_20_kills_and_the_kernel_is_not_touched() {
     let cluster = Cluster::new();
@@ -77,34 +104,8 @@ fn a_transfer_between_pods_goes_on_across_20_kills_and_the_kernel_is_not_touched
 
     let stop = AtomicBool::new(false);
     let (received, longest) = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut count = 0_u64;
-            while !stop.load(Ordering::Relaxed) {
-                // A steady flow rather than all that the machine can do.
-                let block: Vec<u8> = (count..count + 256).flat_map(u64::to_be_bytes).collect();
-                sender.write_all(&block).unwrap();
-                count += 256;
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            sender.shutdown(std::net::Shutdown::Write).unwrap();
-        });
-        let read = scope.spawn(|| {
-            let (mut count, mut longest, mut last) = (0_u64, Duration::ZERO, Instant::now());
-            let mut block = [0; 2048];
-            while receiver.read_exact(&mut block).is_ok() {
-                for number in block.chunks_exact(8) {
-                    assert_eq!(
-                        u64::from_be_bytes(number.try_into().unwrap()),
-                        count,
-                        "a byte is lost or changed"
-                    );
-                    count += 1;
-                }
-                longest = longest.max(last.elapsed());
-                last = Instant::now();
-            }
-            (count, longest)
-        });
+        scope.spawn(|| send_numbers(&mut sender, &stop));
+        let read = scope.spawn(|| read_numbers(&mut receiver));
         for nth in 0..KILLS {
             let node = if nth % 2 == 0 { &mut a } else { &mut b };
             node.kill();
@@ -121,6 +122,36 @@ fn a_transfer_between_pods_goes_on_across_20_kills_and_the_kernel_is_not_touched
     for (node, before) in [&a, &b].into_iter().zip(before) {
         assert_eq!(kernel_state(node), before, "a restart changed something");
     }
+}
+
+/// How many packets with the words "a" and others came until `stop`, and the longest time without an "a".
+fn count_words(server: &UdpSocket, stop: &AtomicBool) -> (u32, u32, Duration) {
+    let (mut allowed, mut forbidden, mut longest) = (0, 0, Duration::ZERO);
+    let (mut last, mut word) = (Instant::now(), [0]);
+    while !stop.load(Ordering::Relaxed) {
+        match server.recv(&mut word) {
+            Ok(_) if word == *b"a" => {
+                allowed += 1;
+                longest = longest.max(last.elapsed());
+                last = Instant::now();
+            }
+            Ok(_) => forbidden += 1,
+            Err(_) => {}
+        }
+    }
+    (allowed, forbidden, longest.max(last.elapsed()))
+}
+
+/// Replaces a rule by one as an older version left it. Returns the comment of this version's.
+fn make_older(node: &Node) -> String {
+    let list = ["-a", "list", "chain", "inet", "holdfast", "deny"];
+    let listed = String::from_utf8(node.netns.exec("nft").args(list).output().unwrap().stdout).unwrap();
+    let last = listed.lines().rfind(|line| line.contains(" drop comment ")).unwrap();
+    let (handle, comment) = (last.rsplit(' ').next().unwrap(), last.split('"').nth(1).unwrap());
+    let older = comment.replacen(" v", " v0", 1);
+    let replace = format!("replace rule inet holdfast deny handle {handle} counter drop comment \"{older}\"");
+    assert!(node.netns.exec("nft").arg(&replace).status().unwrap().success(), "{replace}");
+    comment.to_owned()
 }
 
 /// Rules of another version than the agent's are replaced at its start, in one transaction: what policy forbids is forbidden
@@ -157,40 +188,10 @@ fn an_upgrade_replaces_the_skeleton_without_a_gap() {
                 }
             });
         }
-        let counted = scope.spawn(|| {
-            let (mut allowed, mut forbidden, mut longest) = (0, 0, Duration::ZERO);
-            let mut last = Instant::now();
-            let mut word = [0];
-            while !stop.load(Ordering::Relaxed) {
-                match server.recv(&mut word) {
-                    Ok(_) if word == *b"a" => {
-                        allowed += 1;
-                        longest = longest.max(last.elapsed());
-                        last = Instant::now();
-                    }
-                    Ok(_) => forbidden += 1,
-                    Err(_) => {}
-                }
-            }
-            (allowed, forbidden, longest.max(last.elapsed()))
-        });
+        let counted = scope.spawn(|| count_words(&server, stop));
         for _ in 0..5 {
             node.kill();
-            let listed = node
-                .netns
-                .exec("nft")
-                .args(["-a", "list", "chain", "inet", "holdfast", "deny"])
-                .output()
-                .unwrap();
-            let listed = String::from_utf8(listed.stdout).unwrap();
-            let last = listed.lines().rfind(|line| line.contains(" drop comment ")).unwrap();
-            let handle = last.rsplit(' ').next().unwrap();
-            let comment = last.split('"').nth(1).unwrap();
-            // As an older version left it.
-            let older = comment.replacen(" v", " v0", 1);
-            let replace =
-                format!("replace rule inet holdfast deny handle {handle} counter drop comment \"{older}\"");
-            assert!(node.netns.exec("nft").arg(&replace).status().unwrap().success(), "{replace}");
+            let comment = make_older(&node);
             node.start();
             eventually("the rules are this version's", || {
                 let rules = node

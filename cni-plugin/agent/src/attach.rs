@@ -315,6 +315,7 @@ fn mk_lease(input: &AddInput, sequence: u64, addresses: Vec<IpAddr>, attachment:
         boot_id: garbage::boot_id(),
         sandbox: garbage::sandbox_id(&input.netns),
         told_mtu: plan.mtu,
+        lowered_mtu: 0,
         plan,
     }
 }

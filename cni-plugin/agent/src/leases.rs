@@ -71,11 +71,29 @@ pub struct Lease {
     /// The MTU that the runtime was told; 0 in leases of before this was kept, whose plan has it. The plan's follows the uplink's.
     #[serde(default)]
     pub told_mtu: u32,
+    /// What somebody lowered the MTU of the pod's end to, if the uplink's was followed since; 0: nobody did.
+    #[serde(default)]
+    pub lowered_mtu: u32,
     /// Interfaces and addresses.
     pub plan: EndpointPlan,
 }
 
 impl Lease {
+    /// The MTU that the pod's end must not exceed.
+    #[must_use]
+    pub fn mtu_limit(&self) -> u32 {
+        if self.lowered_mtu == 0 { u32::MAX } else { self.lowered_mtu }
+    }
+
+    /// It has this MTU now, and the pod's end has that limit.
+    pub(crate) fn follow_mtu(&mut self, mtu: u32, limit: u32) {
+        if self.told_mtu == 0 {
+            self.told_mtu = self.plan.mtu;
+        }
+        self.plan.mtu = mtu;
+        self.lowered_mtu = if limit == u32::MAX { 0 } else { limit };
+    }
+
     /// The endpoint as the policy compiler sees it.
     #[must_use]
     pub fn subject(&self) -> Subject {
@@ -322,18 +340,15 @@ impl Leases {
         Ok(())
     }
 
-    /// Makes durable that attachments have another MTU now. Those that are gone are passed over.
+    /// Makes durable that attachments have another MTU now, and their pods' ends these limits. Those that are gone are passed over.
     ///
     /// # Errors
     /// The store failed; which of them are durable is unknown.
-    pub async fn set_mtu(&self, keys: &[AttachmentKey], mtu: u32) -> Result<(), LeaseError> {
+    pub async fn set_mtu(&self, attachments: &[(AttachmentKey, u32)], mtu: u32) -> Result<(), LeaseError> {
         let mut state = self.state.lock().await;
-        for key in keys {
+        for (key, limit) in attachments {
             let Some(lease) = state.leases.get_mut(key) else { continue };
-            if lease.told_mtu == 0 {
-                lease.told_mtu = lease.plan.mtu;
-            }
-            lease.plan.mtu = mtu;
+            lease.follow_mtu(mtu, *limit);
             self.put(lease)?;
         }
         drop(state);
@@ -470,6 +485,7 @@ mod tests {
             boot_id: String::new(),
             sandbox: None,
             told_mtu: 0,
+            lowered_mtu: 0,
             plan: EndpointPlan::new(id, "eth0", addresses, &BridgePlan::for_node("n", 1450)),
         };
         leases.reserve(&key, &Wanted::default(), mk_lease).await

@@ -77,20 +77,26 @@ impl Dataplane {
         self.sysctls.lock().unwrap_or_else(PoisonError::into_inner).differing(plan)
     }
 
-    /// Brings both ends of an attachment to the plan's MTU from `before`. The pod's end stays lower where somebody lowered it. A
-    /// pod that is gone is fine.
+    /// Brings both ends of an attachment to the plan's MTU from `before`, the pod's end not above `limit`. Where somebody lowered that
+    /// end it stays as low: that is the limit that is returned. A pod that is gone is fine.
     ///
     /// # Errors
     /// The kernel refuses one of them; the other may be done.
-    pub async fn follow_mtu(&self, plan: &EndpointPlan, netns: &Path, before: u32) -> Result<()> {
+    pub async fn follow_mtu(
+        &self,
+        plan: &EndpointPlan,
+        netns: &Path,
+        before: u32,
+        mut limit: u32,
+    ) -> Result<u32> {
         let outside = hold::set_mtu(&self.whole, plan).await;
         match sandbox::open(netns) {
-            Ok(sandbox) => sandbox::follow_mtu(&sandbox, plan, before).await?,
+            Ok(sandbox) => limit = sandbox::follow_mtu(&sandbox, plan, before, limit).await?,
             Err(error) => {
                 tracing::debug!(%error, ifname = plan.host_ifname, "there is no sandbox to tell the MTU")
             }
         }
-        outside
+        outside.map(|()| limit)
     }
 
     /// Returns when links, addresses, routes, neighbours or forwarding entries that matter may have been changed by somebody else

@@ -53,23 +53,26 @@ pub async fn check(netns: &File, plan: &EndpointPlan) -> Result<()> {
     visit(netns, move |links| Box::pin(async move { check_inside(&links, &plan).await })).await
 }
 
-/// Brings the MTU of the pod's end from `before` to the plan's. One that somebody else lowered stays lower.
-pub async fn follow_mtu(netns: &File, plan: &EndpointPlan, before: u32) -> Result<()> {
+/// Brings the MTU of the pod's end from `before` to the plan's, but not above `limit`. Returns the limit for the next time: one that
+/// is below what it was before and the limit was lowered by somebody else, and stays so low.
+pub async fn follow_mtu(netns: &File, plan: &EndpointPlan, before: u32, limit: u32) -> Result<u32> {
     let plan = plan.clone();
-    visit(netns, move |links| Box::pin(async move { follow_mtu_inside(&links, &plan, before).await })).await
+    visit(netns, move |links| Box::pin(async move { follow_mtu_inside(&links, &plan, before, limit).await }))
+        .await
 }
 
-async fn follow_mtu_inside(links: &Links, plan: &EndpointPlan, before: u32) -> Result<()> {
-    let Some(link) = links.link(&plan.container_ifname).await? else { return Ok(()) };
+async fn follow_mtu_inside(links: &Links, plan: &EndpointPlan, before: u32, limit: u32) -> Result<u32> {
+    let Some(link) = links.link(&plan.container_ifname).await? else { return Ok(limit) };
     // Another interface of that name is not ours.
-    let Some(current) = mtu_of(&link).filter(|_| mac_of(&link) == Some(plan.mac)) else { return Ok(()) };
-    let wanted = if current == before { plan.mtu } else { plan.mtu.min(current) };
+    let Some(current) = mtu_of(&link).filter(|_| mac_of(&link) == Some(plan.mac)) else { return Ok(limit) };
+    let limit = if current < before.min(limit) { current } else { limit };
+    let wanted = plan.mtu.min(limit);
     links.set_mtu(link.header.index, &plan.container_ifname, wanted, current).await?;
     // An interface that could not carry IPv6 and can now has it anew, with the kernel's defaults.
     for path in zero_sysctls(&plan.container_ifname) {
         set_sysctl(&path, "0")?;
     }
-    Ok(())
+    Ok(limit)
 }
 
 /// Work to be done inside a sandbox.

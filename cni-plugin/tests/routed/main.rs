@@ -10,9 +10,16 @@
 mod cni;
 #[path = "../crash/main.rs"]
 mod crash;
+// Names of different lengths: the suites tell their namespaces apart by them.
+#[path = "../follow.rs"]
+mod following;
+#[path = "../heal.rs"]
+mod healing;
 #[path = "../leases.rs"]
 mod leases;
 mod mending;
 mod mode_change;
+#[path = "../restart.rs"]
+mod restarting;
 #[path = "../spec/main.rs"]
 mod spec;

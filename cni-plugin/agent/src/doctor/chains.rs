@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 
 use holdfast_dataplane::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict};
 
+use holdfast_net_core::plan::HOST_IFNAME_PREFIX;
+
 use super::Finding;
 
 /// The names that our packets carry.
@@ -18,6 +20,14 @@ pub(super) struct Ours<'a> {
 }
 
 impl Ours<'_> {
+    /// For people: pods' own links stand together.
+    fn named(&self) -> String {
+        let mut names: Vec<&str> =
+            self.devices.iter().copied().filter(|name| !name.starts_with(HOST_IFNAME_PREFIX)).collect();
+        names.extend((names.len() < self.devices.len()).then_some("hfv*"));
+        names.join(", ")
+    }
+
     fn is_device(&self, wanted: &str) -> bool {
         self.devices.iter().any(|name| covers(wanted, name))
     }
@@ -48,16 +58,15 @@ fn judge_base(base: &ForeignChain, chains: &[ForeignChain], ours: &Ours<'_>) -> 
     let where_it_is = format!("chain {} of table {} {}", base.name, base.family, base.table);
     if base.drops_by_default && !rules.iter().any(|rule| lets_ours_pass(rule, hook, ours)) {
         let (name, advice) = match hook {
-            ForeignHook::Forward => (
-                "forward-drop",
-                format!("accept there what comes in or goes out by {}", ours.devices.join(" and ")),
-            ),
+            ForeignHook::Forward => {
+                ("forward-drop", format!("accept there what comes in or goes out by {}", ours.named()))
+            }
             ForeignHook::Input => (
                 "input-drop",
                 format!(
                     "accept there UDP port {} from the other nodes, and what comes in by {}",
                     ours.port,
-                    ours.devices.join(" and ")
+                    ours.named()
                 ),
             ),
             ForeignHook::Output | ForeignHook::Prerouting | ForeignHook::Postrouting => {

@@ -3,7 +3,7 @@
 use holdfast_net_core::ipam::overlap;
 use holdfast_net_core::overlay::IPV6_MTU_MIN;
 use holdfast_net_core::plan::{
-    BRIDGE_NAME, VXLAN_NAME, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, VXLAN_PORT, VXLAN_VNI,
+    BRIDGE_NAME, HOST_IFNAME_PREFIX, VXLAN_NAME, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, VXLAN_PORT, VXLAN_VNI,
 };
 use ipnetwork::IpNetwork;
 use serde_json::Value;
@@ -35,8 +35,11 @@ pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(judge_agent(facts));
     findings.extend(judge_managers(facts, &network));
+    // Without a bridge each pod's own link is where its packets come in.
+    let host_ends = facts.links.iter().map(|link| link.name.as_str());
+    let host_ends = host_ends.filter(|name| name.starts_with(HOST_IFNAME_PREFIX));
     let ours = Ours {
-        devices: vec![network.bridge, network.vxlan],
+        devices: [network.bridge, network.vxlan].into_iter().chain(host_ends).collect(),
         uplink: network.uplink.map(|link| link.name.as_str()),
         port: network.port,
     };
@@ -139,7 +142,8 @@ fn judge_managers(facts: &Facts, network: &Network<'_>) -> Vec<Finding> {
         );
         findings.push(Finding { name: "ufw", what: "ufw is enabled".to_owned(), advice });
     }
-    let is_ours = |name: &str| name == network.bridge || name == network.vxlan || name.starts_with("hfv");
+    let is_ours =
+        |name: &str| name == network.bridge || name == network.vxlan || name.starts_with(HOST_IFNAME_PREFIX);
     for (manager, ifname) in facts.managed.iter().filter(|(_, ifname)| is_ours(ifname)) {
         let advice = match *manager {
             "NetworkManager" => {
@@ -287,7 +291,7 @@ fn judge_ranges(facts: &Facts, network: &Network<'_>) -> Vec<Finding> {
     };
     for route in &facts.routes {
         let name = name_of(route.device);
-        if name == network.bridge || name == network.vxlan {
+        if name == network.bridge || name == network.vxlan || name.starts_with(HOST_IFNAME_PREFIX) {
             continue;
         }
         let ranges = network.own_ranges.iter().chain(&network.peer_ranges);

@@ -36,7 +36,8 @@ impl Engine {
         let dataplane = &self.dataplane;
         let visits = behind.into_iter().map(|mut lease| async move {
             let before = std::mem::replace(&mut lease.plan.mtu, mtu);
-            let followed = dataplane.follow_mtu(&lease.plan, Path::new(&lease.netns), before).await;
+            let (netns, limit) = (Path::new(&lease.netns), lease.mtu_limit());
+            let followed = dataplane.follow_mtu(&lease.plan, netns, before, limit).await;
             (lease.key, followed)
         });
         let visited: Vec<(AttachmentKey, _)> =
@@ -44,7 +45,7 @@ impl Engine {
         let (mut done, mut first_error) = (Vec::new(), None);
         for (key, followed) in visited {
             match followed {
-                Ok(()) => done.push(key),
+                Ok(limit) => done.push((key, limit)),
                 Err(error) => {
                     warn!(attachment = %key, error = sentence(&error), mtu, "the MTU could not be followed");
                     first_error = first_error.or(Some(format!("{key}: {}", sentence(&error))));
@@ -52,9 +53,9 @@ impl Engine {
             }
         }
         self.leases.set_mtu(&done, mtu).await.map_err(|error| sentence(&error))?;
-        for key in &done {
+        for (key, limit) in &done {
             if let Some(lease) = self.endpoints.get_mut(key) {
-                lease.plan.mtu = mtu;
+                lease.follow_mtu(mtu, *limit);
             }
         }
         info!(mtu, pods = done.len(), "the pods' interfaces follow the uplink's MTU");

@@ -300,6 +300,7 @@ mod tests {
         let bridge = BridgePlan::for_node("node-a", 1500);
         let lease = Lease {
             told_mtu: 0,
+            lowered_mtu: 0,
             plan: EndpointPlan::new(pod, "eth0", vec![address.parse().unwrap()], &bridge),
             key,
             sequence: 1,
