@@ -60,6 +60,7 @@ async fn lease(leases: &Leases, number: usize) -> anyhow::Result<()> {
         boot_id: String::new(),
         sandbox: None,
         told_mtu: 1450,
+        lowered_mtu: 0,
         plan: attachment.endpoint(&key.container_id, &key.ifname, addresses),
     });
     let reserved = reserved.await?;
