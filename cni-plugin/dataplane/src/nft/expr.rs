@@ -250,20 +250,8 @@ impl Expr {
                 out.be32(2, op.code());
                 out.nest(3, |out| out.attr(1, bytes));
             }
-            Expr::Bitwise(reg, mask, xor) => {
-                out.be32(1, reg.0);
-                out.be32(2, reg.0);
-                out.be32(3, 4);
-                out.nest(4, |out| out.attr(1, &host32(*mask)));
-                out.nest(5, |out| out.attr(1, &host32(*xor)));
-            }
-            Expr::MaskByte(reg, mask) => {
-                out.be32(1, reg.0);
-                out.be32(2, reg.0);
-                out.be32(3, 1);
-                out.nest(4, |out| out.attr(1, &[*mask]));
-                out.nest(5, |out| out.attr(1, &[0]));
-            }
+            Expr::Bitwise(reg, mask, xor) => encode_bitwise(*reg, &host32(*mask), &host32(*xor), out),
+            Expr::MaskByte(reg, mask) => encode_bitwise(*reg, &[*mask], &[0], out),
             Expr::Constant(reg, value) => {
                 out.be32(1, reg.0);
                 out.nest(2, |out| out.attr(1, &host32(*value)));
@@ -298,6 +286,15 @@ impl Expr {
             Expr::Masquerade(flags) => out.be32(1, *flags),
         }
     }
+}
+
+/// `mask` and `xor` have one length.
+fn encode_bitwise<const LEN: usize>(reg: Reg, mask: &[u8; LEN], xor: &[u8; LEN], out: &mut Buffer) {
+    out.be32(1, reg.0);
+    out.be32(2, reg.0);
+    out.be32(3, u32::try_from(LEN).unwrap_or_default());
+    out.nest(4, |out| out.attr(1, mask));
+    out.nest(5, |out| out.attr(1, xor));
 }
 
 fn encode_fib_type(reg: Reg, out: &mut Buffer) {
