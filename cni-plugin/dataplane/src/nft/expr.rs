@@ -280,13 +280,7 @@ impl Expr {
                 out.be64(1, 0);
                 out.be64(2, 0);
             }
-            Expr::Limit(per_second) => {
-                out.be64(1, *per_second);
-                out.be64(2, 1);
-                out.be32(3, 5);
-                out.be32(4, 0);
-                out.be32(5, 0);
-            }
+            Expr::Limit(per_second) => encode_limit(*per_second, out),
             Expr::Log(group, prefix) => {
                 out.string(2, prefix);
                 out.attr(1, &group.to_be_bytes());
@@ -298,6 +292,14 @@ impl Expr {
             Expr::Masquerade(flags) => out.be32(1, *flags),
         }
     }
+}
+
+fn encode_limit(per_second: u64, out: &mut Buffer) {
+    out.be64(1, per_second);
+    out.be64(2, 1);
+    out.be32(3, 5);
+    out.be32(4, 0);
+    out.be32(5, 0);
 }
 
 fn encode_fib_type(reg: Reg, out: &mut Buffer) {
