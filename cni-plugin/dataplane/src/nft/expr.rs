@@ -268,13 +268,7 @@ impl Expr {
                 out.be64(1, 0);
                 out.be64(2, 0);
             }
-            Expr::Limit(per_second) => {
-                out.be64(1, *per_second);
-                out.be64(2, 1);
-                out.be32(3, 5);
-                out.be32(4, 0);
-                out.be32(5, 0);
-            }
+            Expr::Limit(per_second) => encode_limit(*per_second, out),
             Expr::Log(group, prefix) => {
                 out.string(2, prefix);
                 out.attr(1, &group.to_be_bytes());
@@ -295,6 +289,14 @@ fn encode_bitwise<const LEN: usize>(reg: Reg, mask: &[u8; LEN], xor: &[u8; LEN],
     out.be32(3, u32::try_from(LEN).unwrap_or_default());
     out.nest(4, |out| out.attr(1, mask));
     out.nest(5, |out| out.attr(1, xor));
+}
+
+fn encode_limit(per_second: u64, out: &mut Buffer) {
+    out.be64(1, per_second);
+    out.be64(2, 1);
+    out.be32(3, 5);
+    out.be32(4, 0);
+    out.be32(5, 0);
 }
 
 fn encode_fib_type(reg: Reg, out: &mut Buffer) {
