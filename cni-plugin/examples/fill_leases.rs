@@ -59,7 +59,7 @@ async fn lease(leases: &Leases, number: usize) -> anyhow::Result<()> {
         attached: false,
         boot_id: String::new(),
         sandbox: None,
-        told_mtu: Some(1450),
+        told_mtu: 1450,
         plan: attachment.endpoint(&key.container_id, &key.ifname, addresses),
     });
     let reserved = reserved.await?;

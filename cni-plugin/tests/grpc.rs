@@ -300,6 +300,40 @@ fn mk_add(random: &mut StdRng, netns: String) -> pb::AddRequest {
         ips,
         mac: (*mac.choose(random).unwrap()).to_owned(),
         address_sets: if random.random_bool(0.3) { mk_sets(random) } else { Vec::new() },
+        port_mappings: if random.random_bool(0.2) { mk_port_mappings(random) } else { Vec::new() },
+        bandwidth: random.random_bool(0.2).then(|| mk_bandwidth(random)),
+    }
+}
+
+fn mk_port_mappings(random: &mut StdRng) -> Vec<pb::PortMapping> {
+    let mk_port = |random: &mut StdRng| match random.random_range(0..4) {
+        0 => random.random(),
+        1 => 0,
+        _ => random.random_range(8000..8010),
+    };
+    let protocols = ["tcp", "udp", "sctp", "", "icmp", "TCP"];
+    (0..random.random_range(1..4))
+        .map(|_| pb::PortMapping {
+            protocol: (*protocols.choose(random).unwrap()).to_owned(),
+            host_ip: if random.random_bool(0.7) { String::new() } else { mk_address(random) },
+            host_port: mk_port(random),
+            container_port: mk_port(random),
+        })
+        .collect()
+}
+
+fn mk_bandwidth(random: &mut StdRng) -> pb::Bandwidth {
+    let mut mk_number = || match random.random_range(0..4) {
+        0 => random.random(),
+        1 => 0,
+        2 => random.random_range(0..100_000),
+        _ => 1_000_000_000,
+    };
+    pb::Bandwidth {
+        ingress_rate: mk_number(),
+        ingress_burst: mk_number(),
+        egress_rate: mk_number(),
+        egress_burst: mk_number(),
     }
 }
 

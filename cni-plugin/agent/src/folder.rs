@@ -446,6 +446,7 @@ mod tests {
                     ObjectChange::ClusterPolicy(name, object) => {
                         text("ClusterPolicy", name, object.is_some())
                     }
+                    ObjectChange::PodRange(name, object) => text("PodRange", name, object.is_some()),
                 }));
                 problems = batch.problems;
             }

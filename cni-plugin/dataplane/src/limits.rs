@@ -272,7 +272,8 @@ mod tests {
     fn the_rate_that_is_told_is_the_one_that_is_read() {
         for bits in [8_000_000, 80_000_000_000] {
             let rate = Rate::new(bits, 800_000).unwrap();
-            let told = options(rate).iter().flat_map(|option| {
+            let wanted = options(rate);
+            let told = wanted.iter().flat_map(|option| {
                 let mut bytes = vec![0; option.buffer_len()];
                 option.emit(&mut bytes);
                 bytes

@@ -476,18 +476,6 @@ pub fn address_of(result: &Value) -> String {
     text.split('/').next().unwrap().to_owned()
 }
 
-/// Runs `work` on a thread inside a namespace.
-pub fn inside<T: Send + 'static>(
-    netns: &Netns,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> std::thread::JoinHandle<T> {
-    let file = std::fs::File::open(netns.path()).unwrap();
-    std::thread::spawn(move || {
-        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        work()
-    })
-}
-
 /// Where the pod's end is in the interfaces of a result.
 pub fn pod_end(result: &Value) -> usize {
     let interfaces = result["interfaces"].as_array().unwrap();

@@ -289,26 +289,27 @@ impl Expr {
                 out.string(2, prefix);
                 out.attr(1, &group.to_be_bytes());
             }
-            Expr::FibType(reg) => {
-                out.be32(1, reg.0);
-                // NFT_FIB_RESULT_ADDRTYPE of NFTA_FIB_F_DADDR.
-                out.be32(2, 3);
-                out.be32(3, 2);
-            }
-            Expr::Dnat(family, address, port) => {
-                // NFT_NAT_DNAT
-                out.be32(1, 1);
-                out.be32(2, u32::from(*family));
-                out.be32(3, address.0);
-                out.be32(5, port.0);
-            }
-            Expr::Masquerade(flags) => {
-                if *flags != 0 {
-                    out.be32(1, *flags);
-                }
-            }
+            Expr::FibType(reg) => encode_fib_type(*reg, out),
+            Expr::Dnat(family, address, port) => encode_dnat(*family, *address, *port, out),
+            Expr::Masquerade(0) => {}
+            Expr::Masquerade(flags) => out.be32(1, *flags),
         }
     }
+}
+
+fn encode_fib_type(reg: Reg, out: &mut Buffer) {
+    out.be32(1, reg.0);
+    // NFT_FIB_RESULT_ADDRTYPE of NFTA_FIB_F_DADDR.
+    out.be32(2, 3);
+    out.be32(3, 2);
+}
+
+fn encode_dnat(family: u8, address: Reg, port: Reg, out: &mut Buffer) {
+    // NFT_NAT_DNAT
+    out.be32(1, 1);
+    out.be32(2, u32::from(family));
+    out.be32(3, address.0);
+    out.be32(5, port.0);
 }
 
 fn encode_ct_load(key: Ct, reg: Reg, out: &mut Buffer) {

@@ -450,7 +450,7 @@ mod tests {
                 &["add", "element", "inet", "holdfast", "ident4", "{ 10.0.0.77 : 0x5 }"],
                 &["flush", "map", "inet", "holdfast", "hostport4"],
                 &["flush", "set", "inet", "holdfast", "exempt4"],
-                &["flush", "chain", "inet", "holdfast", "masquerade"],
+                &["flush", "chain", "inet", "holdfast", "sources"],
             ] {
                 nft_text(tamper);
                 assert!(nft.foreign_change().unwrap(), "{tamper:?} went unnoticed");

@@ -3,7 +3,7 @@
 //! ```text
 //! hostports_in  (hook prerouting, nat) \
 //! hostports_out (hook output, nat)      --> hostports: protocol, port [, address] of this node --> a pod's address, port
-//! masquerade    (hook postrouting, nat): a pod to itself, the loopback to a pod with host ports, pods to the outside
+//! sources       (hook postrouting, nat): a pod to itself, the loopback to a pod with host ports, pods to the outside
 //! ```
 //!
 //! The kernel asks these chains about the first packet of a connection only; the entry translates the rest. Each answer is one look
@@ -50,7 +50,7 @@ pub const CHAINS: [ChainDef; 4] = [
     chain("hostports", None),
     chain("hostports_in", nat_hook(0, -100)),
     chain("hostports_out", nat_hook(3, -100)),
-    chain("masquerade", nat_hook(4, 100)),
+    chain("sources", nat_hook(4, 100)),
 ];
 
 /// The rules of a chain of ours, in order.
@@ -58,7 +58,7 @@ pub fn rules(chain: &str) -> Vec<Vec<Expr>> {
     match chain {
         "hostports_in" | "hostports_out" => vec![vec![Expr::Verdict(Verdict::Jump("hostports"))]],
         "hostports" => hostports(),
-        "masquerade" => masquerade(),
+        "sources" => sources(),
         _ => Vec::new(),
     }
 }
@@ -163,7 +163,7 @@ fn hostports() -> Vec<Vec<Expr>> {
     by_address.chain(by_port).collect()
 }
 
-fn masquerade() -> Vec<Vec<Expr>> {
+fn sources() -> Vec<Vec<Expr>> {
     // A pod that reaches itself by its host port would get its own address as source, which no host takes from outside.
     let hairpin = FAMILIES.iter().map(|family| {
         let mut rule = family.begin();

@@ -9,7 +9,7 @@
 //!   stateless: packets without a conntrack entry
 //!   deny: log (rate-limited, deny_log), count, drop
 //!   pin_routed (hook prerouting): what pin does, for ports that are no bridge's
-//!   hostports*, masquerade: see `nat`
+//!   hostports*, sources: see `nat`
 //! ```
 //!
 //! `forward` and `input` end with a log of new connections (rate-limited, like that of denied packets) and the mark of the
