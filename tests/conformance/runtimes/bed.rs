@@ -106,6 +106,10 @@ impl Machine {
             // A list's plugins get both from the list.
             ours.remove("name");
             ours.remove("cniVersion");
+            // In a chain these are for the partners.
+            if more.is_empty() {
+                ours.insert("capabilities".to_owned(), json!({ "portMappings": true, "bandwidth": true }));
+            }
         }
         let plugins: Vec<&Value> = std::iter::once(&ours).chain(more).collect();
         let list = json!({ "cniVersion": version, "name": name, "plugins": plugins });

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -16,13 +16,16 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Value, json};
 
-use super::bed::{Machine, mk_image_tree, server_command};
-use super::cri::{Cri, LinuxConfig, Metadata, SandboxConfig};
+use super::bed::{Machine, PORT, mk_image_tree, server_command};
+use super::cri::{Cri, LinuxConfig, Metadata, PortMapping, SandboxConfig};
 
 /// What must be installed.
 pub const PROGRAMS: [&str; 3] = ["containerd", "ctr", "runc"];
 /// Image of every sandbox.
 const IMAGE: &str = "holdfast.test/pause:1";
+/// Ports of the node that lead to web and to stranger.
+const WEB_PORT: i32 = 8088;
+const OPEN_PORT: i32 = 8089;
 /// Inside the node.
 const SOCKET: &str = "/run/containerd/containerd.sock";
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -71,10 +74,22 @@ pub fn pods(machine: &mut Machine) -> Result<()> {
         machine.expect(1, &netns, &format!("{name} to web"), &web.1, reach)?;
         machine.net.detach(attachment)?;
     }
+    host_ports(machine)?;
     for id in &ids {
         runtime.cri.stop_and_remove(id)?;
     }
     runtime.end(machine)
+}
+
+/// From the other node the open pod is reached through this node's port and the closed one is not; both are held to their rate.
+fn host_ports(machine: &Machine) -> Result<()> {
+    let port = |port: i32| u16::try_from(port).map(|port| SocketAddr::new(machine.node().addresses[0], port));
+    let (far, itself) = (&machine.net.nodes[1].spaces, Path::new("/proc/1/ns/net"));
+    let found = holdfast_tests::probe(far, itself, &[port(OPEN_PORT)?, port(WEB_PORT)?])?;
+    ensure!(found == [Reach::Open, Reach::Dropped], "through the host ports: {found:?}");
+    let shaped = machine.node().spaces.run("tc", &["qdisc", "show"])?;
+    ensure!(shaped.contains("rate 80Mbit"), "nobody is held to 80 Mbit/s:\n{shaped}");
+    Ok(())
 }
 
 /// containerd is killed at random moments of RunPodSandbox, and started again. Removing what it still knows, and GC for what it
@@ -142,11 +157,23 @@ fn told_as_leased(machine: &Machine, status: &super::cri::SandboxStatus, name: &
 }
 
 fn mk_config(machine: &Machine, name: &str) -> SandboxConfig {
+    // Web's leads to a pod that lets only clients in.
+    let mapped = match name {
+        "web" => Some(WEB_PORT),
+        "stranger" => Some(OPEN_PORT),
+        _ => None,
+    };
+    let container_port = i32::from(PORT);
     let metadata =
         Metadata { name: name.to_owned(), uid: String::new(), namespace: "shop".to_owned(), attempt: 0 };
     SandboxConfig {
         metadata: Some(metadata),
         hostname: name.to_owned(),
+        port_mappings: mapped
+            .into_iter()
+            .map(|host_port| PortMapping { container_port, host_port })
+            .collect(),
+        annotations: [("kubernetes.io/ingress-bandwidth".to_owned(), "80M".to_owned())].into(),
         linux: Some(LinuxConfig { cgroup_parent: machine.cgroup.clone() }),
     }
 }

@@ -1,5 +1,6 @@
 //! As much of a CRI client as the tests need (`runtime.v1`, from Kubernetes' cri-api): messages with the fields that are used.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -34,12 +35,25 @@ pub struct LinuxConfig {
     pub cgroup_parent: String,
 }
 
+/// Of TCP.
+#[derive(Clone, PartialEq, Message)]
+pub struct PortMapping {
+    #[prost(int32, tag = "2")]
+    pub container_port: i32,
+    #[prost(int32, tag = "3")]
+    pub host_port: i32,
+}
+
 #[derive(Clone, PartialEq, Message)]
 pub struct SandboxConfig {
     #[prost(message, optional, tag = "1")]
     pub metadata: Option<Metadata>,
     #[prost(string, tag = "2")]
     pub hostname: String,
+    #[prost(message, repeated, tag = "5")]
+    pub port_mappings: Vec<PortMapping>,
+    #[prost(map = "string, string", tag = "7")]
+    pub annotations: HashMap<String, String>,
     #[prost(message, optional, tag = "8")]
     pub linux: Option<LinuxConfig>,
 }

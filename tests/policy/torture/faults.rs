@@ -37,25 +37,12 @@ pub struct Target<'a> {
     pub addresses: [std::net::IpAddr; 2],
 }
 
-/// What the agent does not mend yet while it runs: it mends the bridge, but not the pods' ports, routes and neighbours that went with it, and
-/// looks at a pod's own things only in CHECK. Take an entry out when that has changed.
-const NOT_MENDED: [&str; 7] = [
-    "bridge deleted",
-    "bridge down",
-    "bridge port isolation off",
-    "bridge port released",
-    "host end down",
-    "pod neighbour deleted",
-    "pod route deleted",
-];
-
 /// Draws one for a node.
 pub fn draw(random: &mut StdRng, node: usize, peer: usize, pod: Option<&Target<'_>>) -> Tampering {
     let v6 = random.random_bool(0.5);
     let mut all = of_node(v6);
     all.extend(of_peer(node, peer, v6));
     all.extend(pod.map(|pod| of_pod(pod, v6)).unwrap_or_default());
-    all.retain(|tampering| !NOT_MENDED.contains(&tampering.what));
     all.choose(random).cloned().unwrap_or_else(|| unreachable!("there are some for every node"))
 }
 

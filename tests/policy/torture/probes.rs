@@ -331,10 +331,7 @@ impl Network {
         for (id, station) in &self.stations {
             let mut buffer = [0; 64];
             while let Ok((bytes, from)) = station.listener.recv_from(&mut buffer) {
-                arrived.push((*id, from.port(), read_payload(&buffer[..bytes])));
-                if bytes > 0 {
-                    let _ = station.listener.send_to(&buffer[..bytes], from);
-                }
+                arrived.push((*id, from, buffer[..bytes].to_vec()));
             }
             for sender in &station.senders {
                 while let Ok((bytes, _)) = sender.recv_from(&mut buffer) {
@@ -346,8 +343,11 @@ impl Network {
                 }
             }
         }
-        for (id, port, payload) in arrived {
-            self.judge_arrival(id, port, payload.map(|(_, path)| path));
+        for (id, from, payload) in arrived {
+            let is_asked = self.judge_arrival(id, from.port(), read_payload(&payload).map(|(_, path)| path));
+            if let Some(station) = self.stations.get(&id).filter(|_| is_asked) {
+                let _ = station.listener.send_to(&payload, from);
+            }
         }
     }
 
@@ -416,9 +416,13 @@ impl Network {
         }
     }
 
-    fn judge_arrival(&mut self, at: u32, port: u16, path: Option<Path>) {
+    /// True for a probe that is to be answered.
+    ///
+    /// What is denied is not: an answer that leaves when the rules are back, or when the connection's entry is deleted, is a new
+    /// connection in the other direction, which policies may allow, and the denied sender's next packets are its replies.
+    fn judge_arrival(&mut self, at: u32, port: u16, path: Option<Path>) -> bool {
         let now = Instant::now();
-        let Some(to) = self.stations.get(&at) else { return };
+        let Some(to) = self.stations.get(&at) else { return false };
         if port == FORGED_PORT {
             if (0..NODES).any(|node| self.may_leak(node)) {
                 self.counts.leaked += 1;
@@ -426,14 +430,16 @@ impl Network {
                 let what = format!("a forged packet arrived at {}", to.name);
                 self.breach(what);
             }
-            return;
+            return false;
         }
-        let Some((from, meant, family)) = path else { return };
-        let Some(from) = self.stations.get(&from).filter(|_| meant == at) else { return };
-        let newest = self.edits.len() - 1;
-        let mut possible = self.edits.iter().enumerate().filter(|(at, edit)| *at == newest || edit.1 > now);
-        if possible.any(|(_, edit)| allows(from.role, to.role, edit.0)) {
-            return;
+        let Some((from, meant, family)) = path else { return false };
+        let Some(from) = self.stations.get(&from).filter(|_| meant == at) else { return false };
+        if self.edits.last().is_some_and(|(edit, _)| allows(from.role, to.role, *edit)) {
+            return true;
+        }
+        let mut older = self.edits.iter().filter(|(_, until)| *until > now);
+        if older.any(|(edit, _)| allows(from.role, to.role, *edit)) {
+            return false;
         }
         if self.may_leak(from.node) || self.may_leak(to.node) {
             self.counts.leaked += 1;
@@ -441,6 +447,7 @@ impl Network {
             let what = format!("a denied packet arrived: {}", describe(from, to, family));
             self.breach(what);
         }
+        false
     }
 
     /// A stranger sends with the address of a client to a web pod.

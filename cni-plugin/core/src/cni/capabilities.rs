@@ -42,21 +42,26 @@ struct RawRange {
 
 #[derive(Deserialize)]
 struct RawDns {
-    #[serde(default)]
+    #[serde(default, alias = "Servers")]
     servers: Vec<String>,
-    #[serde(default)]
+    #[serde(default, alias = "Searches")]
     searches: Vec<String>,
-    #[serde(default)]
+    #[serde(default, alias = "Options")]
     options: Vec<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[derive(Default)]
+/// containerd writes keys as its Go structures have them, here and in the two others: Go reads keys in either case.
 struct RawBandwidth {
+    #[serde(alias = "IngressRate")]
     ingress_rate: u64,
+    #[serde(alias = "IngressBurst")]
     ingress_burst: u64,
+    #[serde(alias = "EgressRate")]
     egress_rate: u64,
+    #[serde(alias = "EgressBurst")]
     egress_burst: u64,
 }
 
@@ -64,12 +69,13 @@ struct RawBandwidth {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawMapping {
-    #[serde(default)]
+    #[serde(default, alias = "HostPort")]
     host_port: i64,
-    #[serde(default)]
+    #[serde(default, alias = "ContainerPort")]
     container_port: i64,
+    #[serde(alias = "Protocol")]
     protocol: Option<String>,
-    #[serde(default, rename = "hostIP")]
+    #[serde(default, rename = "hostIP", alias = "HostIP")]
     host_ip: String,
 }
 
@@ -299,6 +305,23 @@ mod tests {
             merged,
             json!({ "nameservers": ["10.0.0.53"], "domain": "example", "search": ["a.example"] })
         );
+    }
+
+    #[test]
+    fn keys_as_containerd_writes_them_are_understood() {
+        let theirs = json!({
+            "portMappings": [{ "HostPort": 8088, "ContainerPort": 8080, "Protocol": "tcp", "HostIP": "" }],
+            "bandwidth": { "IngressRate": 80_000_000, "IngressBurst": u32::MAX, "EgressRate": 0, "EgressBurst": 0 },
+            "dns": { "Servers": ["192.0.2.53"], "Searches": [], "Options": [] },
+        });
+        let ours = json!({
+            "portMappings": [{ "hostPort": 8088, "containerPort": 8080 }],
+            "bandwidth": { "ingressRate": 80_000_000, "ingressBurst": u32::MAX },
+            "dns": { "servers": ["192.0.2.53"], "searches": [], "options": [] },
+        });
+        let (theirs, ours) = (parse(theirs).unwrap(), parse(ours).unwrap());
+        assert_eq!((&theirs.host_ports, &theirs.bandwidth), (&ours.host_ports, &ours.bandwidth));
+        assert!(theirs.bandwidth.ingress.is_some() && theirs.host_ports.len() == 1);
     }
 
     #[test]
