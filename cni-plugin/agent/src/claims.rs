@@ -1,8 +1,9 @@
 //! Claims of blocks of the cluster range in the folder of objects: one file for each block, swapped by comparison.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use holdfast_net_core::pod_ranges::{PodRange, PodRangeSpec, Proposal, object_name};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,8 @@ use crate::objects::{POD_RANGE, POD_RANGE_VERSION};
 
 /// Held by whoever swaps; never removed, so that all hold the same file.
 const LOCK: &str = ".podranges.lock";
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What a swap found.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +46,7 @@ struct Name {
     name: String,
 }
 
-/// Gives the block to `node` if it belongs to whom the proposal says. Waits for other swaps; to be called where that is fine.
+/// Gives the block to `node` if it belongs to whom the proposal says. Waits up to a second for other swaps; to be called where that is fine.
 ///
 /// A kill leaves the claim as it was or as it should be, never half of it, and the lock free.
 ///
@@ -51,7 +54,7 @@ struct Name {
 /// The folder cannot be read or written, or the block's file is none of a claim.
 pub(crate) fn swap(folder: &Path, proposal: &Proposal, node: &str) -> io::Result<Swapped> {
     let lock = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join(LOCK))?;
-    lock.lock()?;
+    hold(&lock)?;
     let path = path_of(folder, proposal);
     let owner = owner_of(&path)?;
     if owner.as_deref() == Some(node) {
@@ -74,6 +77,21 @@ pub(crate) fn swap(folder: &Path, proposal: &Proposal, node: &str) -> io::Result
     std::fs::rename(&new, &path)?;
     File::open(folder)?.sync_all()?;
     Ok(Swapped::Done)
+}
+
+/// Takes the lock, which others keep for some milliseconds. One that stands still must not hold up this node, so the wait ends.
+fn hold(lock: &File) -> io::Result<()> {
+    let deadline = Instant::now() + LOCK_WAIT_MAX;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
+                return Err(io::Error::other(format!("another process holds {LOCK}; it is tried again")));
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_POLL_INTERVAL),
+        }
+    }
 }
 
 fn path_of(folder: &Path, proposal: &Proposal) -> PathBuf {
@@ -140,6 +158,17 @@ mod tests {
         let visible = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
         let visible: Vec<_> = visible.filter(|name| !name.to_string_lossy().starts_with('.')).collect();
         assert_eq!(visible, ["podrange-0a2a0300-24.json"]);
+    }
+
+    #[test]
+    fn a_lock_that_nobody_gives_back_is_an_error_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = File::create(folder.path().join(LOCK)).unwrap();
+        held.lock().unwrap();
+        let error = swap(folder.path(), &proposal(None), "a").unwrap_err();
+        assert!(error.to_string().contains("holds .podranges.lock"), "{error}");
+        drop(held);
+        assert_eq!(swap(folder.path(), &proposal(None), "a").unwrap(), Swapped::Done);
     }
 
     #[test]
