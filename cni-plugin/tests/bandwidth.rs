@@ -10,7 +10,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::{Cluster, Netns, Node, address_of, inside};
+use support::{Cluster, Netns, Node, address_of, host_end, inside};
 
 const RATE: u64 = 40_000_000;
 const BURST: u64 = 800_000;
@@ -100,7 +100,7 @@ fn limits_survive_the_agent_are_checked_and_go_with_del_and_gc() {
     let (_cluster, mut node) = mk_node();
     let sandbox = Netns::new();
     let result = node.cni("ADD", "c", Some(&sandbox.path()), limits(RATE, RATE)).unwrap();
-    let host = result["interfaces"][1]["name"].as_str().unwrap().to_owned();
+    let host = host_end(&result).to_owned();
     let limiter = host.replace("hfv", "hfb");
     let tc = |node: &Node, args: &str| {
         let output = node.netns.exec("tc").args(args.split(' ')).output().unwrap();
@@ -175,7 +175,7 @@ fn a_burst_that_holds_no_packet_is_refused_and_a_failed_add_leaves_no_limiter() 
     assert_eq!(node.dump()["leases"], json!([]));
     // Something has the name of what it needs: refused, and removed with the rest.
     let result = node.cni("ADD", "c", Some(&sandbox.path()), limits(RATE, RATE)).unwrap();
-    let limiter = result["interfaces"][1]["name"].as_str().unwrap().replace("hfv", "hfb");
+    let limiter = host_end(&result).replace("hfv", "hfb");
     node.del("c").unwrap();
     node.netns.ip(&format!("link add {limiter} type ifb"));
     let error = node.cni("ADD", "c", Some(&sandbox.path()), limits(RATE, RATE)).unwrap_err();

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::sockets::{Server, ask_from, ask_tcp, ask_udp};
-use support::{Cluster, Netns, Node, eventually, inside};
+use support::{Cluster, Netns, Node, eventually, inside, is_routed};
 
 const NODE: &str = "192.0.2.1";
 const NODE_6: &str = "2001:db8::1";
@@ -304,7 +304,7 @@ fn a_udp_client_that_goes_on_sending_follows_a_host_port_that_comes_and_goes() {
     assert_eq!(ask_from(&socket, other).as_deref(), Some("node 192.0.2.100"), "other ports are left alone");
 }
 
-/// The bridge's `route_localnet` is what lets the node's loopback reach host ports. It must not let pods reach the node's loopback.
+/// `route_localnet` of the bridge or the host's end is what lets the node's loopback reach host ports. It must not let pods reach the node's loopback.
 #[test]
 fn no_pod_reaches_what_the_node_serves_on_its_loopback() {
     let (cluster, mut a, _b) = mk_cluster();
@@ -329,7 +329,7 @@ fn no_pod_reaches_what_the_node_serves_on_its_loopback() {
     assert!(!arrives());
     // The packets are such that they would.
     a.kill();
-    nft(&a, "delete table bridge holdfast");
+    nft(&a, if is_routed() { "delete table inet holdfast" } else { "delete table bridge holdfast" });
     assert!(arrives(), "the test sends nothing that the pin could stop");
 }
 

@@ -17,8 +17,12 @@ mod following;
 mod healing;
 #[path = "../leases.rs"]
 mod leases;
+#[path = "../bandwidth.rs"]
+mod limited_rates;
 mod mending;
 mod mode_change;
+#[path = "../host_ports.rs"]
+mod ports_of_hosts;
 #[path = "../restart.rs"]
 mod restarting;
 #[path = "../spec/main.rs"]
