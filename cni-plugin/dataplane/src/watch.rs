@@ -27,7 +27,7 @@ use tokio::io::unix::AsyncFd;
 use crate::error::{Error, Result};
 use crate::links::ROUTE_PROTOCOL;
 use crate::nft::socket::{force_buffer, socket_error};
-use crate::nft::wire::{F_REPLACE, Message, from_host32, messages};
+use crate::nft::wire::{Attrs, F_REPLACE, Message, from_host32, messages};
 
 /// `RTNLGRP_LINK`, `_NEIGH`, `_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV4_NETCONF`, `_IPV6_NETCONF`
 const GROUPS: [u32; 8] = [1, 3, 5, 7, 9, 11, 24, 25];
@@ -46,6 +46,10 @@ const NEWNEIGH: u16 = 28;
 const DELNEIGH: u16 = 29;
 const NEWNETCONF: u16 = 80;
 const DELNETCONF: u16 = 81;
+
+/// `NETCONFA_IFINDEX`, behind `struct netconfmsg`, which is padded.
+const NETCONF_IFINDEX: u16 = 1;
+const NETCONF_HEADER_LEN: usize = 4;
 
 /// `AF_BRIDGE`
 const FAMILY_BRIDGE: u8 = 7;
@@ -164,6 +168,12 @@ impl Watch {
         Ok(())
     }
 
+    /// All and new ones matter, as do messages that do not say.
+    fn has_sysctls_of(&self, body: &[u8]) -> bool {
+        let index = interface_of_sysctls(body).and_then(|index| u32::try_from(index).ok());
+        index.is_none_or(|index| self.interests.has(index))
+    }
+
     fn matters(&self, message: &Message<'_>) -> bool {
         let body = message.body;
         let family = body.first().copied().unwrap_or_default();
@@ -189,7 +199,7 @@ impl Watch {
                 let ours = body.get(5) == Some(&ROUTE_PROTOCOL);
                 foreign && (ours || message.flags & F_REPLACE != 0)
             }
-            NEWNETCONF | DELNETCONF => foreign,
+            NEWNETCONF | DELNETCONF => foreign && self.has_sysctls_of(body),
             _ => false,
         }
     }
@@ -200,6 +210,13 @@ fn wait_for<T: AsRawFd>(socket: T) -> Result<AsyncFd<T>> {
     // references to them are given out.
     let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
     registered.map_err(|error| socket_error("wait for")(error.into()))
+}
+
+/// Of which interface a NETCONF message tells: a number, or one below 0 for all and for new ones. Every interface that anybody makes
+/// is told here.
+fn interface_of_sysctls(body: &[u8]) -> Option<i32> {
+    let found = Attrs::of(body.get(NETCONF_HEADER_LEN..)?).find(NETCONF_IFINDEX)?;
+    Some(from_host32(found.try_into().ok()?).cast_signed())
 }
 
 /// `ndm_state`
@@ -215,4 +232,22 @@ pub fn duplicate(socket: &Socket) -> Result<OwnedFd> {
     // SAFETY: the socket is open for the duration of the borrow, which ends with this function.
     let borrowed = unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) };
     borrowed.try_clone_to_owned().map_err(|source| Error::Socket { what: "duplicate".into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sysctl_of_an_interface_of_others_does_not_matter_and_one_of_all_does() {
+        let body = |index: i32| {
+            let mut body = vec![2, 0, 0, 0, 8, 0, 1, 0];
+            body.extend(index.to_ne_bytes());
+            body
+        };
+        for index in [7, -1, -2] {
+            assert_eq!(interface_of_sysctls(&body(index)), Some(index));
+        }
+        assert_eq!(interface_of_sysctls(&[2, 0, 0, 0]), None);
+    }
 }
