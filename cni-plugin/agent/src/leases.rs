@@ -17,7 +17,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use holdfast_net_core::bandwidth::Bandwidth;
@@ -29,6 +28,8 @@ use holdfast_net_core::policy::Subject;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
+
+use crate::flusher::Flusher;
 
 /// Names an attachment.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -156,40 +157,6 @@ pub struct Leases {
     state: Mutex<State>,
 }
 
-/// One flush at a time, shared by all who wait for one.
-///
-/// Not sled's own `flush_async`: each call takes one of the few threads that also write what is to be flushed, so a burst of eight
-/// waits for ever (sled 0.34; `calls_for_different_containers_must_be_served_at_the_same_time`).
-struct Flusher {
-    db: sled::Db,
-    /// Rises with every call: what its caller wrote was written before.
-    asked: AtomicU64,
-    /// Calls up to this one are served.
-    served: Mutex<u64>,
-}
-
-impl Flusher {
-    fn new(db: sled::Db) -> Self {
-        Self { db, asked: AtomicU64::new(0), served: Mutex::new(0) }
-    }
-
-    /// Returns when everything that the caller wrote before is on stable storage.
-    async fn flush(&self) -> Result<(), sled::Error> {
-        let own = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut served = self.served.lock().await;
-        if *served >= own {
-            // A flush that began after the caller's writes has ended meanwhile.
-            return Ok(());
-        }
-        let up_to = self.asked.load(Ordering::SeqCst);
-        let db = self.db.clone();
-        let flushed = tokio::task::spawn_blocking(move || db.flush()).await;
-        flushed.unwrap_or_else(|error| Err(sled::Error::Io(std::io::Error::other(error))))?;
-        *served = up_to;
-        Ok(())
-    }
-}
-
 struct State {
     leases: BTreeMap<AttachmentKey, Lease>,
     allocator: Allocator,
@@ -262,6 +229,27 @@ impl Leases {
         let now_ms = state.now_ms();
         let freed: Vec<(u64, IpAddr)> = state.freed_rows.iter().map(|address| (now_ms, *address)).collect();
         state.allocator = Allocator::new(ranges, &leased, freed, state.allocator.quarantine());
+    }
+
+    /// Forgets that addresses were held back whose time is over, so that a start does not hold them back anew. Without a flush: a
+    /// row that comes back costs its address the time once more.
+    ///
+    /// # Errors
+    /// The store failed; what is left is forgotten another time.
+    pub async fn forget_freed(&self) -> Result<(), LeaseError> {
+        let mut state = self.state.lock().await;
+        let now_ms = state.now_ms();
+        state.allocator.free_what_is_over(now_ms);
+        // Those of ranges that the node does not have now wait for a time that counts for them.
+        let allocator = &state.allocator;
+        let is_over = |address: &&IpAddr| allocator.has(**address) && !allocator.is_held_back(**address);
+        let over: Vec<IpAddr> = state.freed_rows.iter().filter(is_over).copied().collect();
+        // Under the lock: a lease of the address that begins and ends meanwhile leaves a row of its own.
+        for address in over {
+            self.rows.remove(freed_key(address))?;
+            state.freed_rows.remove(&address);
+        }
+        Ok(())
     }
 
     /// Says whether the objects can be read: the time of what is held back counts only while they can.
@@ -576,6 +564,31 @@ mod tests {
         let left = killed_now(left.path());
         let last = Leases::open(left.path(), quarantine).unwrap();
         assert!(last.state.into_inner().freed_rows.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_start_does_not_hold_back_anew_what_was_held_back_long_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let time = Duration::from_millis(50);
+        for forgets in [false, true] {
+            let leases = Leases::open(folder.path(), time).unwrap();
+            leases.set_ranges(&["10.42.1.0/24".parse().unwrap()]).await;
+            leases.set_objects(true).await;
+            let lease = reserve(&leases, "c").await.unwrap();
+            leases.mark_attached(&lease.key, &lease.plan).await.unwrap();
+            leases.release(&lease.key).await.unwrap();
+            leases.forget_freed().await.unwrap();
+            assert!(leases.held_back().await > 0, "not before its time");
+            tokio::time::sleep(2 * time).await;
+            if forgets {
+                leases.forget_freed().await.unwrap();
+            }
+            leases.flush().await.unwrap();
+            drop(leases);
+            let leases = Leases::open(folder.path(), time).unwrap();
+            leases.set_ranges(&["10.42.1.0/24".parse().unwrap()]).await;
+            assert_eq!(leases.held_back().await > 0, !forgets);
+        }
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ mod claims;
 mod doctor;
 mod engine;
 mod flows;
+mod flusher;
 mod folder;
 mod garbage;
 mod hygiene;
@@ -120,10 +121,13 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let listener = bind(&socket)?;
     info!(socket = %socket.display(), "serving");
     let later = tokio::spawn({
-        let attacher = Arc::clone(&attacher);
+        let (attacher, leases) = (Arc::clone(&attacher), Arc::clone(&leases));
         async move {
             loop {
                 attacher.replay_all().await;
+                if let Err(error) = leases.forget_freed().await {
+                    tracing::warn!(%error, "freed addresses stay on the disk; a start will hold them back anew");
+                }
                 tokio::time::sleep(PENDING_INTERVAL).await;
             }
         }

@@ -302,7 +302,20 @@ impl Allocator {
         }
     }
 
-    fn free_what_is_over(&mut self, now_ms: u64) {
+    /// Whether an address is one that the ranges give.
+    #[must_use]
+    pub fn has(&self, address: IpAddr) -> bool {
+        self.ranges.iter().any(|range| range.usable(address).is_some())
+    }
+
+    /// Whether an address is held back, as far as [`Allocator::free_what_is_over`] has seen.
+    #[must_use]
+    pub fn is_held_back(&self, address: IpAddr) -> bool {
+        self.held.contains(&address)
+    }
+
+    /// Frees what was held back long enough by `now_ms`.
+    pub fn free_what_is_over(&mut self, now_ms: u64) {
         while let Some((freed_ms, address)) = self.held_back.front().copied() {
             if !self.quarantine.is_over(freed_ms, now_ms) {
                 return;
