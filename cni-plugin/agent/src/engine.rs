@@ -490,6 +490,7 @@ impl Engine {
     /// A burst of calls leaves behind what its connections and threads used.
     fn count_endpoint(&mut self) {
         self.last_change = Instant::now();
+        self.heal.note_pod();
         self.untrimmed += 1;
         self.owes_trim |= self.untrimmed >= TRIM_ENDPOINTS;
     }

@@ -24,7 +24,7 @@ impl Dataplane {
     pub async fn heal(
         &self,
         plan: &NodePlan,
-        endpoints: &[EndpointPlan],
+        endpoints: &[&EndpointPlan],
         checksum_offload: Option<bool>,
     ) -> Healed {
         let mut mended: Vec<String> = match self.differing_sysctls(plan) {
@@ -55,7 +55,7 @@ impl Dataplane {
         Healed { mended, error: held.err() }
     }
 
-    async fn hold(&self, plan: &NodePlan, endpoints: &[EndpointPlan]) -> Result<()> {
+    async fn hold(&self, plan: &NodePlan, endpoints: &[&EndpointPlan]) -> Result<()> {
         let held = hold::endpoints(&self.whole, endpoints).await;
         let routed = routed::hold_all(&self.whole, endpoints).await;
         if let Some(bridge) = &plan.bridge {

@@ -31,7 +31,7 @@ struct Found {
 ///
 /// # Errors
 /// The first thing that the kernel refused; all others were held all the same.
-pub async fn endpoints(links: &Links, plans: &[EndpointPlan]) -> Result<Vec<u32>> {
+pub async fn endpoints(links: &Links, plans: &[&EndpointPlan]) -> Result<Vec<u32>> {
     let found = look(links, plans).await?;
     let mut present = BTreeSet::new();
     let mut first_error = None;
@@ -54,7 +54,7 @@ pub async fn endpoints(links: &Links, plans: &[EndpointPlan]) -> Result<Vec<u32>
     first_error.map_or(Ok(present.into_iter().collect()), Err)
 }
 
-async fn look(links: &Links, plans: &[EndpointPlan]) -> Result<Found> {
+async fn look(links: &Links, plans: &[&EndpointPlan]) -> Result<Found> {
     let all = links.all_links().await?;
     let mut found = Found {
         links: all.into_iter().filter_map(|link| Some((name_of(&link)?.to_owned(), link))).collect(),

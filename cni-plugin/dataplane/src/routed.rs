@@ -82,7 +82,7 @@ struct Seen {
 ///
 /// # Errors
 /// The first thing that the kernel refused; all others were held all the same.
-pub async fn hold_all(links: &Links, plans: &[EndpointPlan]) -> Result<usize> {
+pub async fn hold_all(links: &Links, plans: &[&EndpointPlan]) -> Result<usize> {
     if !plans.iter().any(|plan| plan.bridge.is_none()) {
         return Ok(0);
     }

@@ -22,6 +22,10 @@ use super::{Engine, now_ms, sentence};
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// One deletion is often a series of notifications; they are taken together.
 const SETTLE: Duration = Duration::from_millis(10);
+/// While pods come and go, whose links are told like any others: so many of them share a pass.
+const SETTLE_AMONG_PODS: Duration = Duration::from_millis(80);
+/// They come and go if one did within this.
+const AMONG_PODS: Duration = Duration::from_millis(200);
 /// Passes may take this share of the time, 1 in so many.
 const SHARE: u32 = 10;
 /// What passes may take at once after a time of rest.
@@ -51,6 +55,8 @@ pub(super) struct Heal {
     links_due: Option<Instant>,
     tables_due: Option<Instant>,
     budget: Budget,
+    /// When a pod came or went.
+    pod_at: Option<Instant>,
     /// The notifications of links, or of tables, cannot be heard any more.
     deaf_to_links: bool,
     deaf_to_tables: bool,
@@ -120,6 +126,11 @@ impl Heal {
         self.tables_due.is_none() && !self.deaf_to_tables
     }
 
+    /// A pod comes or goes.
+    pub(super) fn note_pod(&mut self) {
+        self.pod_at = Some(Instant::now());
+    }
+
     /// Links are to be looked at soon.
     pub(super) fn want_links(&mut self) {
         self.want(What::Links);
@@ -127,7 +138,9 @@ impl Heal {
 
     fn want(&mut self, what: What) {
         let now = Instant::now();
-        let due = now + SETTLE.max(self.budget.wait(now));
+        let among_pods = self.pod_at.is_some_and(|at| now.saturating_duration_since(at) < AMONG_PODS);
+        let settle = if among_pods { SETTLE_AMONG_PODS } else { SETTLE };
+        let due = now + settle.max(self.budget.wait(now));
         let slot = match what {
             What::Links => &mut self.links_due,
             What::Tables => &mut self.tables_due,
@@ -230,7 +243,7 @@ impl Engine {
     /// # Errors
     /// What the kernel refused, as a sentence.
     pub(super) async fn hold(&mut self, plan: &NodePlan) -> Result<(), String> {
-        let endpoints: Vec<EndpointPlan> = self.endpoints.values().map(|lease| lease.plan.clone()).collect();
+        let endpoints: Vec<&EndpointPlan> = self.endpoints.values().map(|lease| &lease.plan).collect();
         let healed = self.dataplane.heal(plan, &endpoints, self.checksum_offload).await;
         let is_news = self.node_plan.as_ref() != Some(plan);
         if is_news && !healed.mended.is_empty() {
