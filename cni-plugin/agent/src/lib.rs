@@ -120,18 +120,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
 
     let listener = bind(&socket)?;
     info!(socket = %socket.display(), "serving");
-    let later = tokio::spawn({
-        let (attacher, leases) = (Arc::clone(&attacher), Arc::clone(&leases));
-        async move {
-            loop {
-                attacher.replay_all().await;
-                if let Err(error) = leases.forget_freed().await {
-                    tracing::warn!(%error, "freed addresses stay on the disk; a start will hold them back anew");
-                }
-                tokio::time::sleep(PENDING_INTERVAL).await;
-            }
-        }
-    });
+    let later = tokio::spawn(look_after(Arc::clone(&attacher), Arc::clone(&leases)));
     let collector = tokio::spawn(garbage::run(Arc::clone(&attacher), collect_after));
     let served = serve(listener, Service { attacher, flows, node }, stop).await;
     later.abort();
@@ -144,6 +133,17 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let _ = std::fs::remove_file(&socket);
     leases.flush().await.context("cannot flush the lease store")?;
     served
+}
+
+/// What is done from time to time: delete records are replayed, and freed addresses forgotten.
+async fn look_after(attacher: Arc<Attacher>, leases: Arc<Leases>) {
+    loop {
+        attacher.replay_all().await;
+        if let Err(error) = leases.forget_freed().await {
+            tracing::warn!(%error, "freed addresses stay on the disk; a start will hold them back anew");
+        }
+        tokio::time::sleep(PENDING_INTERVAL).await;
+    }
 }
 
 /// Serves until `stop` is done and the calls of before have ended, or [`END_GRACE`] is over.

@@ -242,7 +242,7 @@ mod tests {
     fn a_sysctl_of_an_interface_of_others_does_not_matter_and_one_of_all_does() {
         let body = |index: i32| {
             let mut body = vec![2, 0, 0, 0, 8, 0, 1, 0];
-            body.extend(index.to_ne_bytes());
+            body.extend(crate::nft::wire::host32(index.cast_unsigned()));
             body
         };
         for index in [7, -1, -2] {
