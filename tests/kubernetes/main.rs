@@ -1,12 +1,16 @@
 //! Tier `kubernetes`: against a real API server. Where it cannot be built, every test is a counted skip.
 
 mod admission;
+mod agents;
 mod bed;
 mod definitions;
 mod lease;
 mod nodes;
+mod objects;
 mod outages;
+mod pod_ranges;
 mod records;
+mod soak;
 mod volumes;
 mod whole;
 
@@ -45,6 +49,10 @@ fn main() -> ExitCode {
     trials.extend(admission::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
+    trials.extend(objects::trials());
+    trials.extend(pod_ranges::trials());
+    trials.extend(agents::trials());
+    trials.extend(soak::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
