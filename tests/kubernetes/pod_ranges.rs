@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use holdfast_agent::{ObjectSource, Swapped, open_objects};
+use holdfast_agent::{Claims, ObjectSource, Swapped, open_objects};
 use holdfast_net_core::pod_ranges::{PodRange, Proposal, object_name};
 use holdfast_tests::api_server::ADMIN;
 use kube::api::{Api, DeleteParams, DynamicObject, PostParams};
@@ -27,7 +28,10 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-const RANGE: &str = "10.201.7.0/24";
+/// Of the trial with many nodes, and of that with rights.
+const RANGE: &str = "10.203.7.0/24";
+/// A server that is busy may not answer a claim in its time; then it is made again, as agents do.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn ranges(bed: &Bed, of: Option<kube::Client>) -> Result<Api<DynamicObject>> {
     let kind = GroupVersionKind::gvk("network.holdfast.dev", "v1alpha1", "PodRange");
@@ -64,7 +68,7 @@ fn one_gets_it(bed: &Bed) -> Result<()> {
                     let node = format!("claimant-{round}-{number}");
                     tokio::spawn(async move {
                         barrier.wait().await;
-                        (claims.swap(&proposal, &node).await, node)
+                        (claimed(&claims, &proposal, &node).await, node)
                     })
                 })
                 .collect();
@@ -88,6 +92,17 @@ fn one_gets_it(bed: &Bed) -> Result<()> {
         ranges.delete(&name, &DeleteParams::default()).await?;
         Ok(())
     })
+}
+
+/// What becomes of a claim in the end.
+async fn claimed(claims: &Claims, proposal: &Proposal, node: &str) -> Result<Swapped, String> {
+    let begun = Instant::now();
+    loop {
+        match claims.swap(proposal, node).await {
+            Err(_) if begun.elapsed() < CLAIM_TIMEOUT => {}
+            answer => return answer,
+        }
+    }
 }
 
 fn wrong_ones_are_kept_out(bed: &Bed) -> Result<()> {
@@ -156,17 +171,19 @@ fn rights(bed: &Bed) -> Result<()> {
             match claims.swap(&range, "other-node").await {
                 Err(error) => {
                     refused = error;
-                    break;
+                    if refused.contains("itself only") {
+                        break;
+                    }
                 }
                 Ok(_) => {
                     let ranges = ranges(bed, Some(admin.clone()))?;
                     ranges.delete(&object_name(&range.range), &DeleteParams::default()).await?;
                 }
             }
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         ensure!(refused.contains("claims blocks for itself only"), "{refused:?}");
-        let swapped = claims.swap(&range, "rights-node").await.map_err(anyhow::Error::msg)?;
+        let swapped = claimed(&claims, &range, "rights-node").await.map_err(anyhow::Error::msg)?;
         ensure!(swapped == Swapped::Done);
         Ok(())
     })?;
