@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::netbed::{ApiAccess, Attachment, NetBed};
 use holdfast_tests::process::wait_until;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use libtest_mimic::Trial;
@@ -53,7 +54,13 @@ impl<'a> Cluster<'a> {
         bed.run(async {
             let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
             put(&kube, &object).await?;
+            let known: Api<Node> = Api::all(kube.clone());
             for node in &nodes {
+                // Of another trial, with another range: a range is for life.
+                let name = node["metadata"]["name"].as_str().context("a name")?;
+                if known.get_opt(name).await?.is_some() {
+                    remove(&kube, node).await?;
+                }
                 put(&kube, node).await?;
             }
             for file in ["namespace.yaml", "netd-rbac.yaml"] {
