@@ -4,6 +4,7 @@ mod admission;
 mod bed;
 mod definitions;
 mod lease;
+mod manifests;
 mod nodes;
 mod outages;
 mod records;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     trials.extend(volumes::trials());
     trials.extend(lease::trials());
     trials.extend(admission::trials());
+    trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     libtest_mimic::run(&arguments, trials).exit_code()

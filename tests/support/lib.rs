@@ -20,6 +20,7 @@
 pub mod api_server;
 pub mod blocks;
 mod certs;
+pub mod chart;
 pub mod cleanup;
 pub mod cluster;
 pub mod cni;
@@ -31,7 +32,9 @@ pub mod forgetful;
 pub mod garbage;
 pub mod go_tools;
 pub mod helper;
+pub mod image;
 mod kubernetes_records;
+pub mod kustomize;
 mod ledger;
 mod namespaces;
 pub mod netbed;
