@@ -218,10 +218,10 @@ impl Dataplane {
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
         let made = async {
             self.flush_host_ports(translations_of(plan), Change::Appeared).await?;
-            endpoint::make(&self.links, plan, &sandbox).await?;
+            let host_end = endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
             endpoint::wait_until_open(&self.links, plan).await?;
-            self.watch_link(&plan.host_ifname).await?;
+            self.interests.add([host_end]);
             Ok(has_defaults)
         };
         match made.await {
