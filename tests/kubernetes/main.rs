@@ -2,11 +2,13 @@
 
 mod admission;
 mod bed;
+mod certificates;
 mod definitions;
 mod lease;
 mod nodes;
 mod outages;
 mod records;
+mod taints;
 mod volumes;
 mod whole;
 
@@ -43,6 +45,8 @@ fn main() -> ExitCode {
     trials.extend(volumes::trials());
     trials.extend(lease::trials());
     trials.extend(admission::trials());
+    trials.extend(taints::trials());
+    trials.extend(certificates::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
