@@ -3,6 +3,7 @@
 mod admission;
 mod bed;
 mod certificates;
+mod cluster;
 mod definitions;
 mod lease;
 mod nodes;
@@ -49,7 +50,13 @@ fn main() -> ExitCode {
     trials.extend(certificates::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
-    libtest_mimic::run(&arguments, trials).exit_code()
+    trials.extend(cluster::trials());
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Err(error) = cluster::end() {
+        eprintln!("{error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
 }
 
 /// A trial on the shared server. Without one it is skipped, and says why.

@@ -20,6 +20,7 @@
 pub mod api_server;
 pub mod blocks;
 mod certs;
+pub mod cgroups;
 pub mod cleanup;
 pub mod cluster;
 pub mod cni;
@@ -31,6 +32,8 @@ pub mod forgetful;
 pub mod garbage;
 pub mod go_tools;
 pub mod helper;
+pub mod images;
+pub mod k8s;
 mod kubernetes_records;
 mod ledger;
 mod namespaces;

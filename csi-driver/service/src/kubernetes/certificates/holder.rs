@@ -67,7 +67,10 @@ impl Holder {
     /// The folder cannot be used.
     pub async fn obtain(client: KubernetesClient, settings: HolderSettings) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(&settings.dir)?;
-        fs::set_permissions(&settings.dir, fs::Permissions::from_mode(0o700))?;
+        if let Err(error) = fs::set_permissions(&settings.dir, fs::Permissions::from_mode(0o700)) {
+            // A volume that Kubernetes made for this pod alone may be another user's; the key itself is 0600.
+            tracing::debug!(%error, "the folder of the certificate keeps its mode");
+        }
         match kept(&settings) {
             Ok(identity) => {
                 tracing::info!(name = settings.name, "the certificate of before is used");
