@@ -29,6 +29,7 @@ mod offload;
 mod routed;
 mod sandbox;
 mod sysctls;
+mod teardown;
 mod unlink;
 mod watch;
 
@@ -57,6 +58,7 @@ pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
 pub use nft::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
 pub use offload::{checksum_offload, hold_checksum_offload};
+pub use teardown::{Teardown, attached_endpoints, remove_everything};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]
