@@ -298,7 +298,7 @@ mod tests {
     /// A flag that is renamed here and not there would be found on a cluster only.
     #[test]
     fn the_manifests_use_flags_that_exist() {
-        let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/base");
+        let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/base/storage");
         let mut roles = Vec::new();
         for entry in std::fs::read_dir(manifests).unwrap() {
             let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();

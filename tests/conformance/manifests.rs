@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use libtest_mimic::Trial;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -27,7 +28,10 @@ pub fn trials() -> Vec<Trial> {
     };
     vec![
         one("every_document_parses_as_the_kind_it_names", every_document_parses_as_the_kind_it_names),
-        one("kustomization_lists_every_file", kustomization_lists_every_file),
+        one(
+            "every_file_is_listed_by_the_kustomization_beside_it",
+            every_file_is_listed_by_the_kustomization_beside_it,
+        ),
         one("the_driver_is_named_as_the_plugin_names_itself", the_driver_is_named_as_the_plugin_names_itself),
         one(
             "workloads_are_four_and_all_use_the_host_network",
@@ -45,10 +49,7 @@ pub fn trials() -> Vec<Trial> {
             "the_controller_has_its_sidecars_and_serves_alone",
             the_controller_has_its_sidecars_and_serves_alone,
         ),
-        one(
-            "workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets",
-            workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets,
-        ),
+        one("nobody_may_read_secrets_or_everything", nobody_may_read_secrets_or_everything),
         one(
             "persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it",
             persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it,
@@ -63,6 +64,7 @@ fn every_document_parses_as_the_kind_it_names() {
         match kind {
             "ValidatingAdmissionPolicy" => drop(typed::<ValidatingAdmissionPolicy>(&document)),
             "ValidatingAdmissionPolicyBinding" => drop(typed::<ValidatingAdmissionPolicyBinding>(&document)),
+            "CustomResourceDefinition" => drop(typed::<CustomResourceDefinition>(&document)),
             "Namespace" => drop(typed::<Namespace>(&document)),
             "ServiceAccount" => drop(typed::<ServiceAccount>(&document)),
             "ClusterRole" => drop(typed::<ClusterRole>(&document)),
@@ -80,16 +82,21 @@ fn every_document_parses_as_the_kind_it_names() {
     }
 }
 
-fn kustomization_lists_every_file() {
-    let text = std::fs::read_to_string(base().join("kustomization.yaml")).expect("kustomization.yaml");
-    let listed: Value = serde_norway::from_str(&text).expect("kustomization is YAML");
-    let listed: BTreeSet<&str> =
-        listed["resources"].as_array().expect("resources").iter().filter_map(Value::as_str).collect();
-    let files = files();
-    let names = files.iter().map(|path| path.file_name().and_then(|name| name.to_str()).expect("a name"));
-    // And the definitions of our kinds.
-    let present: BTreeSet<&str> = names.chain(["../crds"]).collect();
-    assert_eq!(listed, present);
+fn every_file_is_listed_by_the_kustomization_beside_it() {
+    let folders: BTreeSet<PathBuf> =
+        files().iter().map(|file| file.parent().expect("a folder").to_owned()).collect();
+    assert!(folders.len() >= 4, "{folders:?}");
+    for folder in folders {
+        let text = std::fs::read_to_string(folder.join("kustomization.yaml")).expect("kustomization.yaml");
+        let listed: Value = serde_norway::from_str(&text).expect("kustomization is YAML");
+        let listed = listed["resources"].as_array().expect("resources").iter().filter_map(Value::as_str);
+        let listed: BTreeSet<PathBuf> = listed.map(|name| folder.join(name)).collect();
+        let (lists, present): (BTreeSet<_>, BTreeSet<_>) = (
+            listed.into_iter().filter(|path| path.extension().is_some()).collect(),
+            files().into_iter().filter(|file| file.parent() == Some(&folder)).collect(),
+        );
+        assert_eq!(lists, present);
+    }
 }
 
 fn the_driver_is_named_as_the_plugin_names_itself() {
@@ -155,11 +162,7 @@ fn the_controller_has_its_sidecars_and_serves_alone() {
     }
 }
 
-fn workloads_without_the_api_server_mount_no_token_and_nobody_may_read_secrets() {
-    for (name, pod) in pods() {
-        let token = if name == "holdfast-netd" { Some(false) } else { None };
-        assert_eq!(pod.automount_service_account_token, token, "{name}");
-    }
+fn nobody_may_read_secrets_or_everything() {
     for document in documents() {
         for rule in document["rules"].as_array().into_iter().flatten() {
             let text = rule.to_string();
@@ -195,21 +198,30 @@ fn the_conflist_is_valid_and_names_our_plugin() {
     assert_eq!(list["plugins"][0]["type"], "holdfast-cni");
 }
 
-fn base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base")
+fn manifests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests")
 }
 
+/// All files of objects that kustomizations put together: those of `base` and `crds`.
 fn files() -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(base()).expect("manifests/base");
-    let mut files: Vec<PathBuf> = entries
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.file_name().is_some_and(|name| name != "kustomization.yaml"))
-        .collect();
+    let mut files = Vec::new();
+    let mut folders = vec![manifests().join("base"), manifests().join("crds")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder of manifests") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.file_name().is_some_and(|name| name != "kustomization.yaml") {
+                files.push(path);
+            }
+        }
+    }
     files.sort();
     assert!(!files.is_empty());
     files
 }
 
+/// All objects, in the files' order.
 fn documents() -> Vec<Value> {
     let mut documents = Vec::new();
     for file in files() {
