@@ -228,6 +228,24 @@ pub fn pod_programs() -> Result<Result<PathBuf, Skip>> {
     POD_PROGRAMS.program()
 }
 
+/// Where a module lies that the programs of pods are made of, with all its files.
+///
+/// # Errors
+/// It is no such module.
+pub fn pod_module(module: &str) -> Result<Result<PathBuf, Skip>> {
+    if !command_exists("go") {
+        return Ok(Err(Skip(format!("there is no Go to find {module} with"))));
+    }
+    // It is fetched where it is not there yet, such as when the finished programs were.
+    let mut command = Command::new("go");
+    command
+        .args(["mod", "download", "-json", module])
+        .current_dir(POD_PROGRAMS.module_folder())
+        .env_remove("GOWORK");
+    let answer: serde_json::Value = serde_json::from_str(&run_within(FETCH_TIMEOUT, &mut command)?)?;
+    Ok(Ok(PathBuf::from(answer["Dir"].as_str().context("it has no folder")?)))
+}
+
 impl Tool {
     fn given_or_built(&self) -> Result<Result<PathBuf, Skip>> {
         let Some(folder) = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty()) else {

@@ -2,9 +2,12 @@
 //!
 //! The trials share one cluster and build on each other: the first that runs starts it, and none leaves it broken.
 
+mod bank;
+mod moves;
 mod network;
 mod reach;
 mod ready;
+mod volumes;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -32,6 +35,8 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(ready::trials(&tools));
     trials.extend(network::trials(&tools));
+    trials.extend(volumes::trials(&tools));
+    trials.extend(moves::trials(&tools));
     trials
 }
 

@@ -13,7 +13,7 @@ use holdfast_tests::work::binaries_dir;
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use super::trial;
+use super::{trial, volumes};
 
 /// From `kubectl apply` until every node is ready and every pod of ours.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
@@ -33,11 +33,11 @@ pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
 
 /// Our own image, packed of the binaries under test.
 pub fn images() -> Result<Vec<PathBuf>> {
-    let archive = binaries_dir()?.join("../image/holdfast.tar");
-    let mut command = Command::new(repository().join("scripts/image"));
-    run_within(IMAGE_TIMEOUT, command.current_dir(repository())).context("scripts/image")?;
-    ensure!(archive.is_file(), "scripts/image made no {}", archive.display());
-    Ok(vec![archive])
+    let binaries = binaries_dir()?;
+    let folder = binaries.join("../image");
+    let mut command = Command::new(binaries.join("holdfast-image"));
+    run_within(IMAGE_TIMEOUT, command.arg("--folder").arg(&folder)).context("the image")?;
+    Ok(vec![folder.join("holdfast.tar")])
 }
 
 /// Installs what a user installs, unless an earlier trial did.
@@ -53,6 +53,7 @@ pub fn make_ready(cluster: &KubeCluster) -> Result<()> {
         let tls = cluster.node(node)?.spaces.host_path("/etc/holdfast/tls");
         cluster.authority().issue(node, &tls)?;
     }
+    volumes::install_snapshot_controller(cluster)?;
     let start = Instant::now();
     let overlay = repository().join(OVERLAY);
     cluster.kubectl(&["apply", "-k", &overlay.display().to_string()])?;
@@ -97,6 +98,7 @@ fn nodes(cluster: &KubeCluster) -> Result<Vec<Value>> {
     Ok(cluster.get(&["nodes"])?["items"].as_array().context("a list")?.clone())
 }
 
-fn repository() -> PathBuf {
+/// The checkout.
+pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }

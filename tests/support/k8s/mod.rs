@@ -30,14 +30,14 @@ use serde_json::Value;
 
 pub use control_plane::{POD_RANGE, SERVICE_RANGE};
 pub use node::KubeNode;
-pub use pod_images::SHELL_IMAGE;
+pub use pod_images::{SHELL_IMAGE, SNAPSHOT_CONTROLLER_IMAGE};
 
 use crate::certs::Authority;
 use crate::cgroups;
 use crate::cleanup::{self, Guard, Logs};
 use crate::cluster::set_port;
 use crate::go_tools::{self, Skip};
-use crate::process::{run_within, wait_until};
+use crate::process::{Program, ProgramSpec, maker, run_within, wait_until};
 use crate::work::Work;
 use control_plane::ControlPlane;
 
@@ -179,6 +179,16 @@ impl KubeCluster {
     #[must_use]
     pub fn outside(&self, program: &str) -> Command {
         self.control.spaces.network_command(program)
+    }
+
+    /// Starts a program in the network of the control plane, until it is dropped with the cluster or ended.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_outside(&self, name: &str, program: &Path, arguments: Vec<String>) -> Result<Program> {
+        let log = self.work.folder("logs")?.join(format!("{name}.log"));
+        let command = maker(&self.control.spaces.command(program), arguments);
+        Program::start(ProgramSpec { name: name.to_owned(), log, command })
     }
 
     /// A program that pods run, to be run outside of them.

@@ -1,7 +1,7 @@
 // Program ledger is a small database of numbers, and its client.
 //
 //	ledger serve FILE ADDRESS     keeps numbers in FILE: a number is on stable storage before it is acknowledged
-//	ledger write ADDRESS FILE     commits 1, 2, 3, ... and notes in FILE what was acknowledged, until it is ended
+//	ledger write ADDRESS FILE N   commits N, N + 1, ... and notes in FILE what was acknowledged, until it is ended
 //	ledger read ADDRESS           prints the numbers that the server has
 //
 // A number whose acknowledgement was lost may be there or not. A line that was cut off by a crash is dropped at the start.
@@ -28,12 +28,12 @@ const timeout = 4 * time.Second
 const pause = 100 * time.Millisecond
 
 func main() {
-	err := errors.New("usage: ledger serve FILE ADDRESS | write ADDRESS FILE | read ADDRESS")
+	err := errors.New("usage: ledger serve FILE ADDRESS | write ADDRESS FILE N | read ADDRESS")
 	switch args := os.Args[1:]; {
 	case len(args) == 3 && args[0] == "serve":
 		err = serve(args[1], args[2])
-	case len(args) == 3 && args[0] == "write":
-		err = write(args[1], args[2])
+	case len(args) == 4 && args[0] == "write":
+		err = write(args[1], args[2], args[3])
 	case len(args) == 2 && args[0] == "read":
 		err = read(args[1])
 	}
@@ -117,15 +117,18 @@ func (s *store) command(line string) ([]byte, error) {
 	return []byte(line + "\n"), nil
 }
 
-func write(address, path string) error {
+func write(address, path, first string) error {
+	number, err := strconv.ParseUint(first, 10, 64)
+	if err != nil {
+		return err
+	}
 	ledger, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
-	number := uint64(0)
 	for {
 		if err := commit(address, ledger, &number); err != nil {
-			fmt.Printf("%s after %d: %v\n", time.Now().UTC().Format("15:04:05.000"), number, err)
+			fmt.Printf("%s before %d: %v\n", time.Now().UTC().Format("15:04:05.000"), number, err)
 		}
 		time.Sleep(pause)
 	}
@@ -140,9 +143,9 @@ func commit(address string, ledger *os.File, number *uint64) error {
 	defer connection.Close()
 	answers := bufio.NewReader(connection)
 	for {
+		line := strconv.FormatUint(*number, 10) + "\n"
 		// A number is never tried twice: an answer of the first try must not count for the second.
 		*number++
-		line := strconv.FormatUint(*number, 10) + "\n"
 		if err := connection.SetDeadline(time.Now().Add(timeout)); err != nil {
 			return err
 		}
