@@ -18,7 +18,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use libtest_mimic::Trial;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Trials of this file.
 pub fn trials() -> Vec<Trial> {
@@ -56,6 +56,7 @@ pub fn trials() -> Vec<Trial> {
             containers_are_privileged_for_a_reason_only_and_say_what_they_need,
         ),
         one("images_are_pinned", images_are_pinned),
+        one("the_agent_knows_every_flag_that_it_is_given", the_agent_knows_every_flag_that_it_is_given),
         one("what_listens_is_bound_and_wants_certificates", what_listens_is_bound_and_wants_certificates),
         one("storage_classes_are_ours_and_grow", storage_classes_are_ours_and_grow),
         one("nobody_may_read_secrets_or_everything", nobody_may_read_secrets_or_everything),
@@ -125,7 +126,13 @@ fn workloads_use_the_host_network_and_are_critical() {
         assert!(pod.priority_class_name.is_some_and(|class| class.starts_with("system-")), "{name}");
         names.insert(name);
     }
-    let wanted = ["holdfast-controller", "holdfast-data", "holdfast-netd", "holdfast-node"];
+    let wanted = [
+        "holdfast-controller",
+        "holdfast-data",
+        "holdfast-netd",
+        "holdfast-network-controller",
+        "holdfast-node",
+    ];
     assert!(wanted.iter().all(|name| names.contains(*name)), "{names:?}");
 }
 
@@ -198,6 +205,32 @@ fn containers_are_privileged_for_a_reason_only_and_say_what_they_need() {
     }
 }
 
+/// With `--help` nothing starts, and what stands before it is read first. The CSI driver's flags: `csi-driver/src/options.rs`.
+fn the_agent_knows_every_flag_that_it_is_given() {
+    let program = holdfast_tests::work::binaries_dir().expect("a folder").join("holdfast-netd");
+    let mut lines: Vec<Vec<String>> = Vec::new();
+    for (_, pod) in pods() {
+        for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
+            let command = container.command.clone().unwrap_or_default();
+            if command.first().is_some_and(|first| first == "holdfast-netd") {
+                lines.push([&command[1..], container.args.as_deref().unwrap_or_default()].concat());
+            }
+            let probe = container.readiness_probe.as_ref().and_then(|probe| probe.exec.as_ref());
+            if let Some(command) = probe.and_then(|exec| exec.command.as_ref()) {
+                assert_eq!(command[0], "holdfast-netd");
+                lines.push(command[1..].to_vec());
+            }
+        }
+    }
+    assert!(lines.len() >= 3, "{lines:?}");
+    for line in lines {
+        let filled = line.iter().map(|word| word.replace("$(NODE_NAME)", "node-a"));
+        let output = std::process::Command::new(&program).args(filled).arg("--help").output();
+        let output = output.expect("holdfast-netd runs");
+        assert!(output.status.success(), "{line:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
 /// A tag that moves, or none, would be another program after a restart.
 fn images_are_pinned() {
     for (workload, pod) in pods() {
@@ -243,7 +276,11 @@ fn nobody_may_read_secrets_or_everything() {
     for document in documents() {
         for rule in document["rules"].as_array().into_iter().flatten() {
             let text = rule.to_string();
-            assert!(!text.contains("\"*\"") && !text.contains("secrets"), "too much: {text}");
+            // The issuer makes one Secret, with the authority's key, and reads no other.
+            let is_issuers =
+                rule["resourceNames"] == json!(["holdfast-ca"]) || rule["verbs"] == json!(["create"]);
+            let is_secret = text.contains("secrets") && !is_issuers;
+            assert!(!text.contains("\"*\"") && !is_secret, "too much: {text}");
         }
     }
 }

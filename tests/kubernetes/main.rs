@@ -2,12 +2,15 @@
 
 mod admission;
 mod bed;
+mod certificates;
+mod cluster;
 mod definitions;
 mod lease;
 mod manifests;
 mod nodes;
 mod outages;
 mod records;
+mod taints;
 mod volumes;
 mod whole;
 
@@ -45,9 +48,17 @@ fn main() -> ExitCode {
     trials.extend(lease::trials());
     trials.extend(admission::trials());
     trials.extend(manifests::trials());
+    trials.extend(taints::trials());
+    trials.extend(certificates::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
-    libtest_mimic::run(&arguments, trials).exit_code()
+    trials.extend(cluster::trials());
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Err(error) = cluster::end() {
+        eprintln!("{error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
 }
 
 /// A trial on the shared server. Without one it is skipped, and says why.

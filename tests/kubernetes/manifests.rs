@@ -41,14 +41,14 @@ fn every_object_is_accepted(bed: &Bed) -> Result<()> {
         }
         Ok(())
     })?;
-    let mut kinds = BTreeSet::new();
+    let mut kinds: BTreeSet<String> = BTreeSet::new();
     for overlay in OVERLAYS {
         let objects = objects_of(&format!("overlays/{overlay}"))?.context("kustomize is there")?;
         ensure!(objects.len() > 3, "{overlay} has {} objects", objects.len());
         bed.run(async {
             for object in &objects {
                 apply(&client, object, true).await.with_context(|| overlay.to_owned())?;
-                if kinds.insert(text(object, "/kind")) {
+                if kinds.insert(text(object, "/kind").to_owned()) {
                     wrong_fields_are_refused(&client, object).await?;
                 }
             }
@@ -62,8 +62,11 @@ fn every_object_is_accepted(bed: &Bed) -> Result<()> {
 
 fn what_is_beside_the_overlays_is_accepted(bed: &Bed) -> Result<()> {
     let client = bed.kube()?;
+    for object in objects_of("base/common")?.unwrap_or_default() {
+        bed.run(apply(&client, &object, false))?;
+    }
     let (mut asked, mut foreign) = (0, Vec::new());
-    for folder in ["examples", "snapshots"] {
+    for folder in ["examples", "snapshots", "uninstall"] {
         for entry in std::fs::read_dir(manifests().join(folder))? {
             let path = entry?.path();
             if path.file_name().is_some_and(|name| name == "kustomization.yaml") {

@@ -20,6 +20,7 @@
 pub mod api_server;
 pub mod blocks;
 mod certs;
+pub mod cgroups;
 pub mod chart;
 pub mod cleanup;
 pub mod cluster;
@@ -33,6 +34,8 @@ pub mod garbage;
 pub mod go_tools;
 pub mod helper;
 pub mod image;
+pub mod images;
+pub mod k8s;
 mod kubernetes_records;
 pub mod kustomize;
 mod ledger;
