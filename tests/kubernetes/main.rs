@@ -6,6 +6,7 @@ mod certificates;
 mod cluster;
 mod definitions;
 mod lease;
+mod manifests;
 mod nodes;
 mod outages;
 mod records;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     trials.extend(admission::trials());
     trials.extend(taints::trials());
     trials.extend(certificates::trials());
+    trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     trials.extend(cluster::trials());
