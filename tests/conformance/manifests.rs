@@ -173,7 +173,8 @@ fn nobody_may_read_secrets_or_everything() {
         for rule in document["rules"].as_array().into_iter().flatten() {
             let text = rule.to_string();
             // The issuer makes one Secret, with the authority's key, and reads no other.
-            let is_issuers = rule["resourceNames"] == json!(["holdfast-ca"]) || rule["verbs"] == json!(["create"]);
+            let is_issuers =
+                rule["resourceNames"] == json!(["holdfast-ca"]) || rule["verbs"] == json!(["create"]);
             let is_secret = text.contains("secrets") && !is_issuers;
             assert!(!text.contains("\"*\"") && !is_secret, "too much: {text}");
         }
