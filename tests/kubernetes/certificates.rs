@@ -195,7 +195,7 @@ fn wrong_approvals_are_not_signed(bed: &Bed) -> Result<()> {
             ..CertificateSigningRequestCondition::default()
         };
         request.status.get_or_insert_default().conditions = Some(vec![condition]);
-        objects.requests.replace_approval(&name, &PostParams::default(), &request).await?;
+        objects.requests.replace_subresource("approval", &name, &PostParams::default(), &request).await?;
         let _issuer = Running::issuer(&controller, &mk_issuer());
         let begun = Instant::now();
         loop {

@@ -47,9 +47,9 @@ fn main() -> ExitCode {
     trials.extend(volumes::trials());
     trials.extend(lease::trials());
     trials.extend(admission::trials());
-    trials.extend(manifests::trials());
     trials.extend(taints::trials());
     trials.extend(certificates::trials());
+    trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     trials.extend(cluster::trials());
