@@ -62,26 +62,27 @@ fn every_object_is_accepted(bed: &Bed) -> Result<()> {
 
 fn what_is_beside_the_overlays_is_accepted(bed: &Bed) -> Result<()> {
     let client = bed.kube()?;
-    for object in objects_of("base/common")?.unwrap_or_default() {
-        bed.run(apply(&client, &object, false))?;
-    }
-    let (mut asked, mut foreign) = (0, Vec::new());
+    let Some(mut objects) = objects_of("base/common")? else { return Ok(()) };
     for folder in ["examples", "snapshots", "uninstall"] {
         for entry in std::fs::read_dir(manifests().join(folder))? {
             let path = entry?.path();
-            if path.file_name().is_some_and(|name| name == "kustomization.yaml") {
-                continue;
-            }
-            for object in documents(&std::fs::read_to_string(&path)?)? {
-                let (group, _) = text(&object, "/apiVersion").split_once('/').context("a group")?;
-                if FOREIGN_GROUPS.contains(&group) {
-                    foreign.push(text(&object, "/kind").to_owned());
-                    continue;
-                }
-                bed.run(apply(&client, &object, true))?;
-                asked += 1;
+            if path.is_file() && path.file_name().is_some_and(|name| name != "kustomization.yaml") {
+                objects.extend(documents(&std::fs::read_to_string(&path)?)?);
             }
         }
+    }
+    objects.extend(objects_of("examples/own-settings")?.context("kustomize is there")?);
+    // First, and for good: a dry run makes no namespace that a later one could use.
+    objects.sort_by_key(|object| text(object, "/kind") != "Namespace");
+    let (mut asked, mut foreign) = (0, Vec::new());
+    for object in &objects {
+        let group = text(object, "/apiVersion").split_once('/').map_or("", |(group, _)| group);
+        if FOREIGN_GROUPS.contains(&group) {
+            foreign.push(text(object, "/kind").to_owned());
+            continue;
+        }
+        bed.run(apply(&client, object, text(object, "/kind") != "Namespace"))?;
+        asked += 1;
     }
     println!("{asked} objects; without a definition of their kind: {foreign:?}");
     ensure!(asked > 0);
