@@ -10,13 +10,15 @@ use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Container, Namespace, PodSpec, Service, ServiceAccount, VolumeMount,
 };
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use libtest_mimic::Trial;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Trials of this file.
 pub fn trials() -> Vec<Trial> {
@@ -34,8 +36,8 @@ pub fn trials() -> Vec<Trial> {
         ),
         one("the_driver_is_named_as_the_plugin_names_itself", the_driver_is_named_as_the_plugin_names_itself),
         one(
-            "workloads_are_four_and_all_use_the_host_network",
-            workloads_are_four_and_all_use_the_host_network,
+            "workloads_use_the_host_network_and_are_critical",
+            workloads_use_the_host_network_and_are_critical,
         ),
         one(
             "data_restarts_only_when_somebody_decides_it_and_its_memory_is_guaranteed",
@@ -46,9 +48,16 @@ pub fn trials() -> Vec<Trial> {
             node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod,
         ),
         one(
-            "the_controller_has_its_sidecars_and_serves_alone",
-            the_controller_has_its_sidecars_and_serves_alone,
+            "the_controllers_have_their_sidecars_and_are_never_two_on_a_node",
+            the_controllers_have_their_sidecars_and_are_never_two_on_a_node,
         ),
+        one(
+            "containers_are_privileged_for_a_reason_only_and_say_what_they_need",
+            containers_are_privileged_for_a_reason_only_and_say_what_they_need,
+        ),
+        one("images_are_pinned", images_are_pinned),
+        one("what_listens_is_bound_and_wants_certificates", what_listens_is_bound_and_wants_certificates),
+        one("storage_classes_are_ours_and_grow", storage_classes_are_ours_and_grow),
         one("nobody_may_read_secrets_or_everything", nobody_may_read_secrets_or_everything),
         one(
             "persistent_state_is_on_the_host_so_that_a_recreated_pod_finds_it",
@@ -75,6 +84,7 @@ fn every_document_parses_as_the_kind_it_names() {
             "StorageClass" => drop(typed::<StorageClass>(&document)),
             "Service" => drop(typed::<Service>(&document)),
             "ConfigMap" => drop(typed::<ConfigMap>(&document)),
+            "PodDisruptionBudget" => drop(typed::<PodDisruptionBudget>(&document)),
             "Deployment" => drop(typed::<Deployment>(&document)),
             "DaemonSet" => drop(typed::<DaemonSet>(&document)),
             other => panic!("no type known for kind {other}: add it to this test"),
@@ -102,11 +112,9 @@ fn every_file_is_listed_by_the_kustomization_beside_it() {
 fn the_driver_is_named_as_the_plugin_names_itself() {
     let driver: CSIDriver = only("CSIDriver", "csi.holdfast.dev");
     assert_eq!(driver.spec.attach_required, Some(true));
-    let class: StorageClass = only("StorageClass", "holdfast");
-    assert_eq!(class.provisioner, "csi.holdfast.dev");
 }
 
-fn workloads_are_four_and_all_use_the_host_network() {
+fn workloads_use_the_host_network_and_are_critical() {
     let mut names = BTreeSet::new();
     for (name, pod) in pods() {
         assert_eq!(
@@ -117,7 +125,13 @@ fn workloads_are_four_and_all_use_the_host_network() {
         assert!(pod.priority_class_name.is_some_and(|class| class.starts_with("system-")), "{name}");
         names.insert(name);
     }
-    let wanted = ["holdfast-controller", "holdfast-data", "holdfast-netd", "holdfast-node"];
+    let wanted = [
+        "holdfast-controller",
+        "holdfast-data",
+        "holdfast-netd",
+        "holdfast-network-controller",
+        "holdfast-node",
+    ];
     assert_eq!(names, wanted.iter().map(|name| (*name).to_owned()).collect());
 }
 
@@ -147,18 +161,87 @@ fn node_mounts_reach_kubelet_and_the_data_process_is_not_in_its_pod() {
     mount(container, "/dev");
 }
 
-fn the_controller_has_its_sidecars_and_serves_alone() {
+fn the_controllers_have_their_sidecars_and_are_never_two_on_a_node() {
     let controller: Deployment = only("Deployment", "holdfast-controller");
     let spec = controller.spec.expect("spec");
-    assert_eq!(spec.replicas, Some(1));
-    assert_eq!(spec.strategy.and_then(|strategy| strategy.type_).as_deref(), Some("Recreate"));
+    assert_eq!(spec.replicas, Some(2));
+    let update = spec.strategy.and_then(|strategy| strategy.rolling_update).expect("a rolling update");
+    assert_eq!(update.max_surge, Some(IntOrString::Int(0)));
+    let budget: PodDisruptionBudget = only("PodDisruptionBudget", "holdfast-controller");
+    let budget = budget.spec.expect("spec");
+    assert_eq!(budget.min_available, Some(IntOrString::Int(1)));
+    let labels = spec.template.metadata.and_then(|meta| meta.labels);
+    assert_eq!(budget.selector.and_then(|selector| selector.match_labels), labels);
     let pod = spec.template.spec.expect("pod spec");
+    let apart = pod.affinity.as_ref().and_then(|affinity| affinity.pod_anti_affinity.as_ref());
+    let apart = apart.and_then(|rule| rule.required_during_scheduling_ignored_during_execution.as_ref());
+    assert_eq!(apart.map(|terms| terms[0].topology_key.as_str()), Some("kubernetes.io/hostname"));
     let names: BTreeSet<&str> = pod.containers.iter().map(|container| container.name.as_str()).collect();
-    let wanted = ["csi-attacher", "csi-provisioner", "holdfast-controller", "liveness-probe"];
+    let wanted = ["csi-attacher", "csi-provisioner", "csi-resizer", "csi-snapshotter", "holdfast-controller"];
     assert_eq!(names, wanted.into_iter().collect());
-    for container in &pod.containers {
-        let context = container.security_context.as_ref().expect("a security context");
-        assert_eq!(context.allow_privilege_escalation, Some(false), "{}", container.name);
+    assert_eq!(pod.security_context.as_ref().and_then(|context| context.run_as_non_root), Some(true));
+}
+
+/// Whoever needs no privilege says that it gives up all, and each says what it needs of the node.
+fn containers_are_privileged_for_a_reason_only_and_say_what_they_need() {
+    let privileged = ["holdfast-data", "holdfast-netd", "holdfast-node"];
+    for (workload, pod) in pods() {
+        for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
+            let name = &container.name;
+            let context = container.security_context.as_ref().unwrap_or_else(|| panic!("{workload}: {name}"));
+            if privileged.contains(&name.as_str()) {
+                assert_eq!(context.privileged, Some(true), "{name}");
+            } else {
+                assert_eq!(context.allow_privilege_escalation, Some(false), "{name}");
+                assert_eq!(context.read_only_root_filesystem, Some(true), "{name}");
+                let dropped = context.capabilities.as_ref().and_then(|set| set.drop.clone());
+                assert_eq!(dropped, Some(vec!["ALL".to_owned()]), "{name}");
+            }
+            let resources = container.resources.as_ref().unwrap_or_else(|| panic!("{workload}: {name}"));
+            assert!(resources.requests.as_ref().is_some_and(|map| map.contains_key("memory")), "{name}");
+            assert!(resources.limits.as_ref().is_some_and(|map| map.contains_key("memory")), "{name}");
+        }
+    }
+}
+
+/// A tag that moves, or none, would be another program after a restart.
+fn images_are_pinned() {
+    for (workload, pod) in pods() {
+        for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
+            let image = container.image.as_deref().unwrap_or_default();
+            let (name, tag) = image.rsplit_once(':').unwrap_or_else(|| panic!("{workload}: {image}"));
+            assert!(tag.contains('.') && (name == "holdfast" || tag.starts_with('v')), "{workload}: {image}");
+            assert_eq!(container.image_pull_policy.as_deref(), Some("IfNotPresent"), "{workload}: {image}");
+        }
+    }
+}
+
+/// No process listens on all addresses of its node, and those that others reach want certificates.
+fn what_listens_is_bound_and_wants_certificates() {
+    for (workload, pod) in pods() {
+        for container in &pod.containers {
+            let arguments: Vec<&str> = container.args.iter().flatten().map(String::as_str).collect();
+            for argument in &arguments {
+                assert!(
+                    !argument.contains("0.0.0.0") && !argument.contains("[::]"),
+                    "{workload}: {argument}"
+                );
+                assert!(*argument != "--insecure", "{workload}: {argument}");
+            }
+            if container.command.iter().flatten().any(|word| word == "holdfast-csi") {
+                let protected = |argument: &&str| argument.starts_with("--tls-");
+                assert!(arguments.iter().any(protected), "{workload}: {arguments:?}");
+            }
+        }
+    }
+}
+
+fn storage_classes_are_ours_and_grow() {
+    let classes: Vec<Value> = documents().into_iter().filter(|d| d["kind"] == "StorageClass").collect();
+    assert!(classes.len() >= 4);
+    for class in classes {
+        assert_eq!(class["provisioner"], "csi.holdfast.dev", "{}", class["metadata"]["name"]);
+        assert_eq!(class["allowVolumeExpansion"], true, "{}", class["metadata"]["name"]);
     }
 }
 
@@ -166,7 +249,11 @@ fn nobody_may_read_secrets_or_everything() {
     for document in documents() {
         for rule in document["rules"].as_array().into_iter().flatten() {
             let text = rule.to_string();
-            assert!(!text.contains("\"*\"") && !text.contains("secrets"), "too much: {text}");
+            // The issuer makes one Secret, with the authority's key, and reads no other.
+            let is_issuers =
+                rule["resourceNames"] == json!(["holdfast-ca"]) || rule["verbs"] == json!(["create"]);
+            let is_secret = text.contains("secrets") && !is_issuers;
+            assert!(!text.contains("\"*\"") && !is_secret, "too much: {text}");
         }
     }
 }

@@ -2,12 +2,15 @@
 
 mod admission;
 mod bed;
+mod certificates;
 mod cluster;
 mod definitions;
 mod lease;
+mod manifests;
 mod nodes;
 mod outages;
 mod records;
+mod taints;
 mod volumes;
 mod whole;
 
@@ -44,6 +47,9 @@ fn main() -> ExitCode {
     trials.extend(volumes::trials());
     trials.extend(lease::trials());
     trials.extend(admission::trials());
+    trials.extend(taints::trials());
+    trials.extend(certificates::trials());
+    trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     trials.extend(cluster::trials());

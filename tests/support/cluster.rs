@@ -418,7 +418,7 @@ pub(crate) fn start_program(
     if let Some(records) = records {
         command = spaces.command("env");
         command.arg(format!("KUBECONFIG={}", records.kubeconfig(name)?.display())).arg(&binary);
-        arguments.push("--record-store=kubernetes".to_owned());
+        arguments = records.arguments(arguments);
     }
     let command = maker(&command, arguments);
     Program::start(ProgramSpec { name: name.to_owned(), log, command })

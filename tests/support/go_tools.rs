@@ -148,6 +148,36 @@ const POD_PROGRAMS: Tool = Tool {
     version_variable: None,
 };
 
+const KUSTOMIZE: Tool = Tool {
+    name: "kustomize",
+    packages: &["sigs.k8s.io/kustomize/kustomize/v5"],
+    module: "sigs.k8s.io/kustomize/kustomize/v5",
+    version_variable: None,
+};
+
+const HELM: Tool = Tool {
+    name: "helm",
+    packages: &["helm.sh/helm/v4/cmd/helm"],
+    module: "helm.sh/helm/v4",
+    version_variable: None,
+};
+
+/// What puts manifests together, as kubectl does it.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn kustomize() -> Result<Result<PathBuf, Skip>> {
+    KUSTOMIZE.program()
+}
+
+/// What renders charts.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn helm() -> Result<Result<PathBuf, Skip>> {
+    HELM.program()
+}
+
 /// The conformance suite of the CSI project.
 ///
 /// # Errors
@@ -416,7 +446,17 @@ mod tests {
     #[test]
     fn every_tool_is_pinned_by_a_module_of_its_own() {
         let of_cluster = [KUBERNETES, CONTAINERD, POD_PROGRAMS];
-        let alone = [CSI_SANITY, CSI_SANITY_1_12, CSI_SANITY_1_5, KUBE_APISERVER, ETCD, CNITOOL, CNI_PLUGINS];
+        let alone = [
+            CSI_SANITY,
+            CSI_SANITY_1_12,
+            CSI_SANITY_1_5,
+            KUBE_APISERVER,
+            ETCD,
+            CNITOOL,
+            CNI_PLUGINS,
+            KUSTOMIZE,
+            HELM,
+        ];
         for tool in alone.into_iter().chain(of_cluster) {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();
             assert!(version_of(tool.module, &pins).is_some_and(|v| v.starts_with('v')), "{}", tool.name);

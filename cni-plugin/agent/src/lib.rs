@@ -8,8 +8,10 @@
 //! It refuses to guess: while objects were not read, rules of an earlier run stay in force and new pods are denied. After
 //! a kill at any point a start brings leases, interfaces and rules together again ([`run`]).
 
+mod ask;
 mod attach;
 mod claims;
+mod controller;
 mod doctor;
 mod engine;
 mod flows;
@@ -17,6 +19,7 @@ mod flusher;
 mod folder;
 mod garbage;
 mod hygiene;
+mod install;
 mod keys;
 mod leases;
 mod matrix;
@@ -26,6 +29,7 @@ mod offload;
 pub mod pending;
 mod service;
 mod settings;
+mod uninstall;
 mod uplink;
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -40,11 +44,15 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
+pub use ask::ready;
+pub use controller::{ControllerSettings, START_UP_TAINT, run_controller};
 pub use doctor::{DoctorOptions, Finding, doctor};
 pub use holdfast_dataplane::share_one_heap;
+pub use install::{CNI_PLUGIN, InstallOptions, Installed, install_cni};
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
 pub use offload::ChecksumOffload;
 pub use settings::{Mode, Settings};
+pub use uninstall::{Removal, UninstallOptions, uninstall};
 
 use attach::Attacher;
 use engine::Engine;

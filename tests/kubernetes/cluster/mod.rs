@@ -3,6 +3,7 @@
 //! The trials share one cluster and build on each other: the first that runs starts it, and none leaves it broken.
 
 mod bank;
+mod guide;
 mod moves;
 mod network;
 mod reach;
@@ -34,6 +35,7 @@ pub fn trials() -> Vec<Trial> {
     };
     let mut trials = Vec::new();
     trials.extend(ready::trials(&tools));
+    trials.extend(guide::trials(&tools));
     trials.extend(network::trials(&tools));
     trials.extend(volumes::trials(&tools));
     trials.extend(moves::trials(&tools));

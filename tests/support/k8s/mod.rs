@@ -211,6 +211,23 @@ impl KubeCluster {
         run_within(KUBECTL_TIMEOUT, &mut self.kubectl_command(arguments)?)
     }
 
+    /// A command for an administrator's shell, which finds `kubectl` and its configuration as people's shells do.
+    ///
+    /// # Errors
+    /// The configuration cannot be written.
+    pub fn shell(&self, script: &str, folder: &Path) -> Result<Command> {
+        let mut path = self.tools.kubernetes.clone().into_os_string();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
+        let mut command = self.outside("bash");
+        command.args(["-euo", "pipefail", "-c", script]).current_dir(folder);
+        command
+            .env("PATH", path)
+            .env("HOME", self.work.dir())
+            .env("KUBECONFIG", self.control.admin_kubeconfig()?);
+        Ok(command)
+    }
+
     /// What `kubectl get ... -o json` shows.
     ///
     /// # Errors

@@ -11,6 +11,8 @@ use crate::images;
 pub const PAUSE_IMAGE: &str = "holdfast.test/pause:1";
 /// A shell, its tools and the ledger.
 pub const SHELL_IMAGE: &str = "holdfast.test/shell:1";
+/// What the examples for users run; the machine's own busybox under that name.
+const EXAMPLES_IMAGE: &str = "docker.io/library/busybox:1.37";
 /// What a cluster has whose storage can make snapshots; not part of any driver.
 pub const SNAPSHOT_CONTROLLER_IMAGE: &str = "registry.k8s.io/sig-storage/snapshot-controller:v8.7.0";
 /// Where the sidecars come from.
@@ -23,7 +25,8 @@ const SIDECARS: &str = "registry.k8s.io/sig-storage/";
 pub fn make(folder: &Path, tools: &Tools) -> Result<Vec<PathBuf>> {
     let pause = images::of_program(&folder.join("pause"), PAUSE_IMAGE, &tools.pods.join("pause"))?;
     let shell = images::of_busybox(&folder.join("shell"), SHELL_IMAGE, &[tools.pods.join("ledger")])?;
-    let mut made = vec![pause, shell];
+    let examples = images::of_busybox(&folder.join("examples"), EXAMPLES_IMAGE, &[])?;
+    let mut made = vec![pause, shell, examples];
     for reference in sidecars()?.into_iter().chain([SNAPSHOT_CONTROLLER_IMAGE.to_owned()]) {
         let name = reference.strip_prefix(SIDECARS).and_then(|rest| rest.split(':').next());
         let name = name.with_context(|| format!("{reference} has no tag"))?;
