@@ -68,7 +68,7 @@ pub struct ApiServer {
     address: Ipv4Addr,
     // Ended before etcd, which it would miss loudly.
     server: Daemon,
-    _etcd: Daemon,
+    etcd: Daemon,
     dir: TempDir,
     users: Vec<User>,
     /// Network namespace, where it is not the machine's.
@@ -121,7 +121,7 @@ impl ApiServer {
         let etcd = start("etcd", etcd_command(&etcd, address, dir.path()))?;
         let server =
             start("kube-apiserver", [server_command(&server, address, dir.path()), arguments].concat())?;
-        let mut started = Self { address, server, _etcd: etcd, dir, users, network };
+        let mut started = Self { address, server, etcd, dir, users, network };
         started.wait_until_ready()?;
         Ok(Ok(started))
     }
@@ -142,6 +142,12 @@ impl ApiServer {
     #[must_use]
     pub fn ca_file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
+    }
+
+    /// Numbers of its processes, of etcd and of the server.
+    #[must_use]
+    pub fn processes(&self) -> [u32; 2] {
+        [self.etcd.child.id(), self.server.child.id()]
     }
 
     /// The key that signs the tokens of service accounts.

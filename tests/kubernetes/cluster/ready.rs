@@ -49,10 +49,7 @@ pub fn make_ready(cluster: &KubeCluster) -> Result<()> {
         .context("a node does not register")?;
     let ready = nodes(cluster)?.iter().filter(|node| has_condition(node, "Ready")).count();
     ensure!(ready == 0, "{ready} nodes are ready without a network");
-    for node in NODES {
-        let tls = cluster.node(node)?.spaces.host_path("/etc/holdfast/tls");
-        cluster.authority().issue(node, &tls)?;
-    }
+    put_certificates(cluster)?;
     volumes::install_snapshot_controller(cluster)?;
     let start = Instant::now();
     let overlay = repository().join(OVERLAY);
@@ -67,6 +64,21 @@ pub fn make_ready(cluster: &KubeCluster) -> Result<()> {
         cluster.age().as_secs_f64()
     );
     Ok(())
+}
+
+/// Every node's in its folder, the controller's in a secret.
+fn put_certificates(cluster: &KubeCluster) -> Result<()> {
+    for node in NODES {
+        let tls = cluster.node(node)?.spaces.host_path("/etc/holdfast/tls");
+        cluster.authority().issue(node, &tls)?;
+    }
+    let tls = cluster.work().dir().join("tls/controller");
+    cluster.authority().issue("holdfast-controller", &tls)?;
+    let common = repository().join("manifests/base/common");
+    cluster.kubectl(&["apply", "-k", &common.display().to_string()])?;
+    let from = format!("--from-file={}", tls.display());
+    let secret = ["create", "secret", "generic", "holdfast-controller-tls"];
+    cluster.kubectl(&[&secret[..], &["-n", NAMESPACE, &from]].concat()).map(drop)
 }
 
 fn nodes_are_ready(cluster: &mut KubeCluster) -> Result<()> {

@@ -9,8 +9,8 @@ use super::{NODES, Tools};
 use crate::api_server::{ADMIN, ApiServer, Place, User};
 use crate::certs::Authority;
 use crate::namespaces::Namespaces;
-use crate::process::{Program, ProgramSpec, maker, run};
-use crate::work::Work;
+use crate::process::{Program, ProgramSpec, maker, process_start_time, run};
+use crate::work::{HolderState, Work};
 
 /// Addresses of pods.
 pub const POD_RANGE: &str = "10.244.0.0/16";
@@ -70,6 +70,7 @@ impl ControlPlane {
             arguments: server_arguments(&client),
         };
         let api = ApiServer::start_in(place, &users())?.map_err(|skip| anyhow::anyhow!(skip.0))?;
+        remember(work, &api)?;
         let start = |name: &str, user: &str, more: Vec<String>| -> Result<Program> {
             let kubeconfig = api.kubeconfig(user, None)?;
             let arguments = [common_arguments(&kubeconfig), more].concat();
@@ -98,6 +99,19 @@ impl ControlPlane {
         let kubelet = self.api.kubeconfig(&format!("system:node:{node}"), None).context("kubelet's")?;
         Ok(NodeKubeconfigs { kubelet, proxy: self.api.kubeconfig(PROXY, None)? })
     }
+}
+
+/// They are in no PID namespace of ours, so whoever ends the run must know them by their numbers.
+fn remember(work: &Work, api: &ApiServer) -> Result<()> {
+    for process in api.processes() {
+        let pid = process.cast_signed();
+        let name = format!("process {pid} of the API server");
+        let start_time = process_start_time(pid)?;
+        let none = u64::MAX;
+        let holder = HolderState { name, pid, start_time, pid_namespace: none, net_namespace: none };
+        work.change_state(|state| state.holders.push(holder))?;
+    }
+    Ok(())
 }
 
 fn users() -> Vec<User> {
