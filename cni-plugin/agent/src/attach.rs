@@ -57,13 +57,22 @@ pub(crate) struct Attacher {
     pub(crate) dataplane: Arc<Dataplane>,
     pub(crate) leases: Arc<Leases>,
     pub(crate) engine: EngineHandle,
-    pending_dir: PathBuf,
+    settings: Verbs,
     /// One verb at a time for one attachment: a runtime that gave up on an ADD sends DEL while the ADD still works.
     busy: Mutex<BTreeMap<AttachmentKey, Weak<Mutex<()>>>>,
     /// GC excludes ADD and DEL (spec, "GC").
     pub(crate) gc: RwLock<()>,
+}
+
+/// Settings of the verbs.
+pub(crate) struct Verbs {
+    /// Folder of the plugin's delete records.
+    pub pending_dir: PathBuf,
     /// UDP port of the overlay.
-    overlay_port: u16,
+    pub overlay_port: u16,
+    /// Only pods are attached, each named with its uid: on a cluster everything that is attached is one, and what is not named
+    /// has no policy that could be looked up.
+    pub needs_pod: bool,
 }
 
 impl Attacher {
@@ -71,28 +80,32 @@ impl Attacher {
         dataplane: Arc<Dataplane>,
         leases: Arc<Leases>,
         engine: EngineHandle,
-        pending_dir: PathBuf,
-        overlay_port: u16,
+        settings: Verbs,
     ) -> Self {
         let (busy, gc) = (Mutex::default(), RwLock::default());
-        Self { dataplane, leases, engine, pending_dir, busy, gc, overlay_port }
+        Self { dataplane, leases, engine, settings, busy, gc }
     }
 
     /// Attaches a pod.
     pub(crate) async fn add(&self, input: AddInput) -> Result<Lease, CniError> {
+        if self.settings.needs_pod && (input.pod.is_none() || input.pod_uid.is_empty()) {
+            let msg = "CNI_ARGS name no pod: K8S_POD_NAMESPACE, K8S_POD_NAME and K8S_POD_UID are needed here";
+            return Err(CniError::new(code::INVALID_ENVIRONMENT, msg));
+        }
         let _gc = self.gc.read().await;
         let _busy = self.lock(&input.key).await;
         let unfinished = |error: String| {
             let msg = "an earlier DEL of this container is not finished";
             CniError::new(code::TRY_AGAIN_LATER, msg).details(error)
         };
-        match pending::find(&self.pending_dir, &input.key) {
+        match pending::find(&self.settings.pending_dir, &input.key) {
             Ok(None) => {}
             Ok(Some(record)) => self.replay(&record).await.map_err(unfinished)?,
             Err(error) => return Err(unfinished(error.to_string())),
         }
         // It would take what comes from the other nodes away from the overlay.
-        let overlay = |port: &PortMapping| (port.proto, port.host_port) == (Proto::Udp, self.overlay_port);
+        let overlay =
+            |port: &PortMapping| (port.proto, port.host_port) == (Proto::Udp, self.settings.overlay_port);
         if let Some(port) = input.wanted.host_ports.iter().copied().find(overlay) {
             let msg = format!("the host port {port} is the overlay's; choose another one");
             return Err(CniError::new(code::INVALID_CONFIG, msg));
@@ -164,7 +177,7 @@ impl Attacher {
         self.unplug(key).await.map_err(unfinished)?;
         if let Err(error) = self.settle(key).await {
             warn!(attachment = %key, %error, "the interface is gone, the lease follows when rules can be applied");
-            pending::write(&self.pending_dir, key, network)
+            pending::write(&self.settings.pending_dir, key, network)
                 .map_err(|write| unfinished(format!("{error}; {write}")))?;
         }
         Ok(())
@@ -202,15 +215,16 @@ impl Attacher {
             self.remove(key).await?;
             info!(attachment = %key, "a delete record was replayed");
         }
-        pending::remove(&self.pending_dir, key).map_err(|error| format!("cannot remove the record: {error}"))
+        pending::remove(&self.settings.pending_dir, key)
+            .map_err(|error| format!("cannot remove the record: {error}"))
     }
 
     /// Replays all records. What fails stays for the next time.
     pub(crate) async fn replay_all(&self) {
-        let records = match pending::list(&self.pending_dir) {
+        let records = match pending::list(&self.settings.pending_dir) {
             Ok(records) => records,
             Err(error) => {
-                warn!(folder = %self.pending_dir.display(), %error, "cannot list delete records");
+                warn!(folder = %self.settings.pending_dir.display(), %error, "cannot list delete records");
                 return;
             }
         };
@@ -218,7 +232,7 @@ impl Attacher {
             let _gc = self.gc.read().await;
             let _busy = self.lock(&key).await;
             // Read again: an ADD may have replayed it while this one waited, and attached anew.
-            let Ok(Some(record)) = pending::find(&self.pending_dir, &key) else { continue };
+            let Ok(Some(record)) = pending::find(&self.settings.pending_dir, &key) else { continue };
             if let Err(error) = self.replay(&record).await {
                 warn!(attachment = %key, %error, "a delete record could not be replayed; it stays");
             }

@@ -1,7 +1,7 @@
 //! The single writer: it alone compiles policy and applies node plans and rulesets.
 //!
 //! ```text
-//! folder --changes--> engine --Delta, NodePlan--> dataplane
+//! objects --changes--> engine --Delta, NodePlan--> dataplane
 //! ADD, DEL --command-->   |
 //!                         +--> answers: health (STATUS), explain, how policies stand, dump
 //! ```
@@ -21,16 +21,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use holdfast_dataplane::Dataplane;
 use holdfast_net_core::nat::{self, MasqueradeRanges};
-use holdfast_net_core::objects::{Node, ObjectChange};
+use holdfast_net_core::objects::{Node, ObjectChange, ObjectName};
 use holdfast_net_core::overlay;
 use holdfast_net_core::plan::{Attachment, NodePlan};
 use holdfast_net_core::pod_ranges::PodRangeSpec;
-use holdfast_net_core::policy::Compiler;
+use holdfast_net_core::policy::{Compiler, Subject};
 use holdfast_net_core::ruleset::pins_of;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-use crate::folder::Batch;
+use crate::batch::Batch;
+use crate::claims::Claims;
 use crate::leases::{AttachmentKey, Lease, Leases};
 use crate::metrics::Metrics;
 use crate::objects::ObjectKey;
@@ -138,6 +139,7 @@ pub(crate) struct Engine {
     dataplane: Arc<Dataplane>,
     leases: Arc<Leases>,
     batches: mpsc::Receiver<Batch>,
+    claims: Arc<Claims>,
     commands: mpsc::Receiver<Command>,
     attachment: watch::Sender<Option<Attachment>>,
     seen: watch::Sender<Seen>,
@@ -191,7 +193,7 @@ impl Engine {
         settings: Settings,
         dataplane: Arc<Dataplane>,
         leases: Arc<Leases>,
-        batches: mpsc::Receiver<Batch>,
+        (batches, claims): (mpsc::Receiver<Batch>, Claims),
         metrics: Arc<Metrics>,
     ) -> (Self, EngineHandle) {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
@@ -207,13 +209,14 @@ impl Engine {
             leases.all().await.into_iter().map(|lease| (lease.key.clone(), lease)).collect();
         let mut compiler = Compiler::default();
         for lease in endpoints.values() {
-            compiler.put(&lease.plan.host_ifname, lease.subject());
+            compiler.put(&lease.plan.host_ifname, subject(&settings, lease));
         }
         let engine = Self {
             settings,
             dataplane,
             leases,
             batches,
+            claims: Arc::new(claims),
             commands,
             attachment,
             seen,
@@ -334,10 +337,14 @@ impl Engine {
         drop(batch.changes);
         self.mid_reading = !batch.complete;
         if !batch.complete {
+            if !self.seen.borrow().ready {
+                // Why nothing is read yet.
+                self.problems = batch.problems;
+            }
             return None;
         }
         self.readable = batch.readable;
-        // A folder that went away and came back is told by its problem, which comes and goes.
+        // A source that went away and came back is told by its problem, which comes and goes.
         self.leases.set_objects(self.readable).await;
         self.problems = batch.problems;
         self.refused = batch.refused;
@@ -363,7 +370,7 @@ impl Engine {
                     self.count_endpoint();
                     let endpoint = lease.plan.host_ifname.clone();
                     self.note_mtu(&lease);
-                    self.compiler.put(&endpoint, lease.subject());
+                    self.compiler.put(&endpoint, subject(&self.settings, &lease));
                     self.endpoints.insert(lease.key.clone(), *lease);
                     puts.push((endpoint, reply));
                 }
@@ -599,6 +606,16 @@ impl Engine {
         }
         self.deaf = false;
     }
+}
+
+/// The endpoint as the policy compiler sees it. On a cluster an attachment without a pod, which an agent on a folder of objects made,
+/// is denied like a pod that is not known.
+fn subject(settings: &Settings, lease: &Lease) -> Subject {
+    let mut subject = lease.subject();
+    if subject.pod.is_none() && settings.objects.is_kubernetes() {
+        subject.pod = Some(ObjectName { namespace: String::new(), name: String::new() });
+    }
+    subject
 }
 
 /// Milliseconds since 1970.

@@ -16,8 +16,10 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use crate::batch::{BATCHES_MAX, Batch, CHANGES_MAX};
+use crate::intake::{Judged, Wrong};
 use crate::keys::{Keys, ListId};
-use crate::objects::{Document, Object, ObjectKey, Oversized, parse_json, parse_yaml};
+use crate::objects::{Document, Object, ObjectKey, parse_json, parse_yaml};
 
 /// Without any event the folder is looked through this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -31,29 +33,6 @@ const MISSING_INTERVAL: Duration = Duration::from_millis(500);
 const FILES_MAX: usize = 20_000;
 /// A larger file is reported as invalid.
 const FILE_BYTES_MAX: u64 = 4 << 20;
-
-/// Changes passed on together.
-const CHANGES_MAX: usize = 1024;
-/// Batches that wait for the engine; then reading waits.
-const BATCHES_MAX: usize = 8;
-
-/// Some changes, in order.
-#[derive(Debug)]
-pub struct Batch {
-    /// The changes.
-    pub changes: Vec<ObjectChange>,
-    /// With these, everything that the folder said at some moment is passed on. Before the first such batch nothing may be
-    /// concluded from the absence of objects.
-    pub complete: bool,
-    /// The folder could be read: what is told is how it is. While it cannot, objects stay as they were.
-    pub readable: bool,
-    /// One sentence per file or object that is wrong. Only in a complete one.
-    pub problems: Vec<String>,
-    /// Those of them that are about one object, by its key. Only in a complete one.
-    pub refused: BTreeMap<ObjectKey, String>,
-    /// When the first of the changes was noticed.
-    pub noticed: Instant,
-}
 
 /// Watches `folder` until the receiver is gone.
 pub fn watch(folder: &Path) -> mpsc::Receiver<Batch> {
@@ -158,13 +137,11 @@ struct File {
     stamp: Stamp,
     /// Its objects; none before it was read.
     list: ListId,
-    /// Those of its objects that are too large and never were good: something narrower is enforced.
-    closed: BTreeSet<String>,
     /// Objects of it that count as another file's.
     doubled: BTreeSet<String>,
     problems: Vec<String>,
-    /// Objects that are invalid, with what is wrong.
-    refused: BTreeMap<ObjectKey, String>,
+    /// Its objects that are wrong.
+    wrong: Wrong,
 }
 
 /// Tells a changed file from an unchanged one. Two writes within one tick of the clock look alike; the second one's
@@ -243,7 +220,7 @@ impl Scanner {
         };
         file.stamp = stamp;
         file.problems.clear();
-        file.refused.clear();
+        file.wrong.forget_refused();
         let before = file.list;
         let is_read = self.read(path, stamp.bytes, &mut file);
         for problem in &file.problems {
@@ -282,50 +259,20 @@ impl Scanner {
                 self.keys.put(file.list, &key);
             }
         }
-        file.closed.retain(|key| self.keys.list_of(key) == Some(file.list));
+        file.wrong.retain_closed(|key| self.keys.list_of(key) == Some(file.list));
         info!(file = %path.display(), objects = self.keys.fit(file.list), "read");
         true
     }
 
     /// `before`: the list of the file's last reading, in which is what was not found again yet.
     fn take_document(&mut self, file: &mut File, before: ListId, document: Document) {
-        match document {
-            Document::Object(key, object) => {
-                file.closed.remove(&key.packed());
-                self.take_object(file, before, key, object);
-            }
-            Document::Oversized(key, Oversized { closed, problem, effect }) => {
-                let packed = key.packed();
-                let was_good = !file.closed.contains(&packed) && self.keys.list_of(&packed) == Some(before);
-                let what = if was_good { "its last good state stays" } else { effect };
-                file.problems.push(format!("{key} is too large ({problem}); {what}"));
-                file.refused.insert(key.clone(), format!("too large ({problem}); {what}"));
-                if was_good {
-                    self.keys.put(file.list, &packed);
-                } else {
-                    // Anew each time: what it selects may have changed.
-                    file.closed.insert(packed);
-                    self.take_object(file, before, key, closed);
-                }
-            }
-            Document::Other => {}
-            Document::Invalid(None, problem) => file.problems.push(problem),
-            Document::Invalid(Some(key), problem) => {
-                let packed = key.packed();
-                let is_kept = self.keys.list_of(&packed) == Some(before);
-                let what = if !is_kept {
-                    "it is ignored"
-                } else if file.closed.contains(&packed) {
-                    "what was too large of it stays closed"
-                } else {
-                    "its last good state stays"
-                };
-                file.problems.push(format!("{key} is invalid ({problem}); {what}"));
-                file.refused.insert(key, format!("invalid ({problem}); {what}"));
-                if is_kept {
-                    self.keys.put(file.list, &packed);
-                }
-            }
+        let is_kept = |key: &str| self.keys.list_of(key) == Some(before);
+        let (judged, problem) = file.wrong.judge(document, is_kept);
+        file.problems.extend(problem);
+        match judged {
+            Judged::Good(key, object) => self.take_object(file, before, key, object),
+            Judged::Kept(key) => self.keys.put(file.list, &key.packed()),
+            Judged::Nothing => {}
         }
     }
 
@@ -378,7 +325,7 @@ impl Scanner {
             self.complete |= readable;
             self.told.clone_from(&problems);
             let changes = std::mem::take(&mut self.changes);
-            let refused = self.files.values().flat_map(|file| file.refused.clone()).collect();
+            let refused = self.files.values().flat_map(|file| file.wrong.refused().clone()).collect();
             let (complete, noticed) = (self.complete, self.noticed);
             self.send(Batch { changes, complete, readable, problems, refused, noticed });
         }

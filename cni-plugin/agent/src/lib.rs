@@ -1,7 +1,7 @@
 //! The node agent: owns addresses, interfaces and policy of one node.
 //!
 //! ```text
-//! folder of YAML --changes--> engine (single writer) --plan, ruleset--> holdfast-dataplane
+//! folder of YAML, or API server --changes--> engine (single writer) --plan, ruleset--> holdfast-dataplane
 //! holdfast-cni --gRPC--> service --> attacher --leases--> sled
 //! ```
 //!
@@ -10,6 +10,7 @@
 
 mod ask;
 mod attach;
+mod batch;
 mod claims;
 mod controller;
 mod doctor;
@@ -20,7 +21,9 @@ mod folder;
 mod garbage;
 mod hygiene;
 mod install;
+mod intake;
 mod keys;
+mod kubernetes;
 mod leases;
 mod matrix;
 mod metrics;
@@ -29,6 +32,7 @@ mod offload;
 pub mod pending;
 mod service;
 mod settings;
+mod source;
 mod uninstall;
 mod uplink;
 
@@ -45,13 +49,17 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
 pub use ask::ready;
+pub use batch::Batch;
+pub use claims::{Claims, Swapped};
 pub use controller::{ControllerSettings, START_UP_TAINT, run_controller};
 pub use doctor::{DoctorOptions, Finding, doctor};
 pub use holdfast_dataplane::share_one_heap;
 pub use install::{CNI_PLUGIN, InstallOptions, Installed, install_cni};
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
+pub use objects::ObjectKey;
 pub use offload::ChecksumOffload;
-pub use settings::{Mode, Settings};
+pub use settings::{Mode, ObjectSource, Settings};
+pub use source::open_objects;
 pub use uninstall::{Removal, UninstallOptions, uninstall};
 
 use attach::Attacher;
@@ -81,7 +89,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     private_folder(&settings.state_dir)?;
     let leases = Arc::new(Leases::open(&settings.state_dir, settings.address_quarantine)?);
     // Read beside the kernel's tables; the queue holds what comes before the engine is there.
-    let batches = folder::watch(&settings.objects);
+    let (batches, claims) = open_objects(&settings.objects, &settings.node).await?;
     let config = Config {
         bridge: settings.overlay.bridge.clone(),
         vxlan_device: settings.overlay.vxlan_device.clone(),
@@ -90,8 +98,12 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
     let log_group = config.log_group;
     let dataplane = Dataplane::new(config).await.context("cannot open the data path")?;
     let dataplane = Arc::new(dataplane);
-    let (socket, pending_dir) = (settings.socket.clone(), settings.pending_dir.clone());
-    let (collect_after, overlay_port) = (settings.collect_after, settings.overlay.port);
+    let (socket, collect_after) = (settings.socket.clone(), settings.collect_after);
+    let verbs = attach::Verbs {
+        pending_dir: settings.pending_dir.clone(),
+        overlay_port: settings.overlay.port,
+        needs_pod: settings.objects.is_kubernetes(),
+    };
     let node: Arc<str> = settings.node.as_str().into();
     let metrics_listener = match settings.metrics {
         Some(address) => {
@@ -101,16 +113,21 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> a
         None => None,
     };
     let metrics = Metrics::new();
-    let (engine, handle) =
-        Engine::new(settings, Arc::clone(&dataplane), Arc::clone(&leases), batches, Arc::clone(&metrics))
-            .await;
+    let (engine, handle) = Engine::new(
+        settings,
+        Arc::clone(&dataplane),
+        Arc::clone(&leases),
+        (batches, claims),
+        Arc::clone(&metrics),
+    )
+    .await;
     let mut seen = handle.seen();
     let flows = Feed::new(Arc::clone(&metrics));
     let exporter = Exporter { metrics, engine: handle.clone(), dataplane: Arc::clone(&dataplane) };
     let metrics_task = metrics_listener.map(|listener| tokio::spawn(exporter.serve(listener)));
     let flows_task = tokio::spawn(Arc::clone(&flows).run(log_group, handle.clone()));
     let hygiene = tokio::spawn(hygiene::run(Arc::clone(&dataplane)));
-    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, pending_dir, overlay_port));
+    let attacher = Arc::new(Attacher::new(dataplane, Arc::clone(&leases), handle, verbs));
     let engine = tokio::spawn(engine.run());
     attacher
         .reconcile()

@@ -1,4 +1,4 @@
-//! Kubernetes YAML in, objects out.
+//! Kubernetes YAML and JSON in, objects out.
 
 use std::borrow::Cow;
 
@@ -24,8 +24,10 @@ pub(crate) enum Object {
 
 /// Names an object over all kinds.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct ObjectKey {
+pub struct ObjectKey {
+    /// Its kind, as Kubernetes writes it.
     pub kind: &'static str,
+    /// Its namespace, empty for kinds without, and its name.
     pub name: ObjectName,
 }
 
@@ -38,14 +40,20 @@ impl std::fmt::Display for ObjectKey {
     }
 }
 
+/// Kinds of the cluster's parts.
+pub(crate) const NODE: &str = "Node";
+pub(crate) const NAMESPACE: &str = "Namespace";
+pub(crate) const POD: &str = "Pod";
 /// Kinds of policies.
 pub(crate) const NETWORK_POLICY: &str = "NetworkPolicy";
 pub(crate) const CLUSTER_POLICY: &str = "ClusterNetworkPolicy";
+pub(crate) const CLUSTER_POLICY_VERSION: &str = "policy.networking.k8s.io/v1alpha2";
 /// Kind of the claims of blocks, and its group.
 pub(crate) const POD_RANGE: &str = "PodRange";
 pub(crate) const POD_RANGE_VERSION: &str = "network.holdfast.dev/v1alpha1";
 
 /// One document of a file.
+#[derive(Debug)]
 pub(crate) enum Document {
     /// A valid object.
     Object(ObjectKey, Object),
@@ -58,6 +66,7 @@ pub(crate) enum Document {
 }
 
 /// What there is of an object that is too large.
+#[derive(Debug)]
 pub(crate) struct Oversized {
     /// What can be enforced of it: it admits less than the object, and denies no less.
     pub closed: Object,
@@ -132,10 +141,7 @@ fn parse_item(text: &str) -> Document {
         Ok(head) => head,
         Err(error) => return Document::Invalid(None, error.to_string()),
     };
-    document(&head, |kind| {
-        let mut deserializer = serde_json::Deserializer::from_str(text);
-        parse_object(kind, &mut deserializer).map_err(|error| error.to_string())
-    })
+    document(&head, |kind| parse_json_object(kind, text))
 }
 
 fn parse_document(value: Value) -> Document {
@@ -149,28 +155,61 @@ fn parse_document(value: Value) -> Document {
     document(&head, |kind| parse_object(kind, value).map_err(|error| error.to_string()))
 }
 
+/// The key of an object of a known kind.
+fn key_of(kind: &'static str, metadata: &HeadMeta) -> ObjectKey {
+    let name = metadata.name.clone();
+    let namespace = match kind {
+        NODE | NAMESPACE | CLUSTER_POLICY | POD_RANGE => String::new(),
+        _ => ObjectName::new(&metadata.namespace, &name).namespace,
+    };
+    ObjectKey { kind, name: ObjectName { namespace, name } }
+}
+
+/// What the API server says of an object of a kind that it was asked for, which items of a list do not repeat.
+pub(crate) fn parse_of_kind(kind: &'static str, text: &str) -> Document {
+    let head: Head = match serde_json::from_str(text) {
+        Ok(head) => head,
+        Err(error) => return Document::Invalid(None, format!("a {kind} cannot be read: {error}")),
+    };
+    document_of_kind(kind, &head.metadata, |kind| parse_json_object(kind, text))
+}
+
+/// The key of such an object, where it has one.
+pub(crate) fn key_of_kind(kind: &'static str, text: &str) -> Option<ObjectKey> {
+    let head: Head = serde_json::from_str(text).ok()?;
+    (!head.metadata.name.is_empty()).then(|| key_of(kind, &head.metadata))
+}
+
+fn parse_json_object(kind: &str, text: &str) -> Result<Object, String> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    parse_object(kind, &mut deserializer).map_err(|error| error.to_string())
+}
+
 fn document(head: &Head, parse: impl FnOnce(&'static str) -> Result<Object, String>) -> Document {
     let kind = match (head.api_version.as_str(), head.kind.as_str()) {
-        ("v1", "Node") => "Node",
-        ("v1", "Namespace") => "Namespace",
-        ("v1", "Pod") => "Pod",
+        ("v1", NODE) => NODE,
+        ("v1", NAMESPACE) => NAMESPACE,
+        ("v1", POD) => POD,
         ("networking.k8s.io/v1", NETWORK_POLICY) => NETWORK_POLICY,
-        ("policy.networking.k8s.io/v1alpha2", CLUSTER_POLICY) => CLUSTER_POLICY,
+        (CLUSTER_POLICY_VERSION, CLUSTER_POLICY) => CLUSTER_POLICY,
         (POD_RANGE_VERSION, POD_RANGE) => POD_RANGE,
         ("", _) | (_, "") => {
             return Document::Invalid(None, "a document lacks apiVersion or kind".to_owned());
         }
         _ => return Document::Other,
     };
-    if head.metadata.name.is_empty() {
+    document_of_kind(kind, &head.metadata, parse)
+}
+
+fn document_of_kind(
+    kind: &'static str,
+    metadata: &HeadMeta,
+    parse: impl FnOnce(&'static str) -> Result<Object, String>,
+) -> Document {
+    if metadata.name.is_empty() {
         return Document::Invalid(None, format!("a {kind} lacks metadata.name"));
     }
-    let name = head.metadata.name.clone();
-    let namespace = match kind {
-        "Node" | "Namespace" | CLUSTER_POLICY | POD_RANGE => String::new(),
-        _ => ObjectName::new(&head.metadata.namespace, &name).namespace,
-    };
-    let key = ObjectKey { kind, name: ObjectName { namespace, name } };
+    let key = key_of(kind, metadata);
     match parse(kind) {
         Ok(object) => match oversized(&object) {
             Some(oversized) => Document::Oversized(key, oversized),
@@ -201,9 +240,9 @@ fn oversized(object: &Object) -> Option<Oversized> {
 fn parse_object<'de, D: serde::Deserializer<'de>>(kind: &str, from: D) -> Result<Object, D::Error> {
     use serde::de::Error;
     match kind {
-        "Node" => Node::deserialize(from).map(|node| Object::Node(Box::new(node))),
-        "Namespace" => Namespace::deserialize(from).map(|namespace| Object::Namespace(Box::new(namespace))),
-        "Pod" => Pod::deserialize(from).map(|pod| Object::Pod(Box::new(pod))),
+        NODE => Node::deserialize(from).map(|node| Object::Node(Box::new(node))),
+        NAMESPACE => Namespace::deserialize(from).map(|namespace| Object::Namespace(Box::new(namespace))),
+        POD => Pod::deserialize(from).map(|pod| Object::Pod(Box::new(pod))),
         CLUSTER_POLICY => {
             let policy = ClusterNetworkPolicy::deserialize(from)?;
             policy::validate_cluster(&policy).map_err(D::Error::custom)?;
@@ -253,9 +292,9 @@ impl ObjectKey {
             parts.next().and_then(|rest| rest.split_at_checked(length)).unwrap_or_default();
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         match kind {
-            "Node" => ObjectChange::Node(name, None),
-            "Namespace" => ObjectChange::Namespace(name, None),
-            "Pod" => ObjectChange::Pod(ObjectName { namespace, name }, None),
+            NODE => ObjectChange::Node(name, None),
+            NAMESPACE => ObjectChange::Namespace(name, None),
+            POD => ObjectChange::Pod(ObjectName { namespace, name }, None),
             CLUSTER_POLICY => ObjectChange::ClusterPolicy(name, None),
             POD_RANGE => ObjectChange::PodRange(name, None),
             _ => ObjectChange::Policy(ObjectName { namespace, name }, None),

@@ -19,13 +19,33 @@ pub enum Mode {
     Routed,
 }
 
+/// Where Kubernetes' objects come from.
+#[derive(Debug, Clone)]
+pub enum ObjectSource {
+    /// A folder of YAML and JSON.
+    Folder(PathBuf),
+    /// The API server.
+    Kubernetes {
+        /// How to get there; `None`: by the pod's service account.
+        kubeconfig: Option<PathBuf>,
+    },
+}
+
+impl ObjectSource {
+    /// Whether it is a cluster's.
+    #[must_use]
+    pub fn is_kubernetes(&self) -> bool {
+        matches!(self, Self::Kubernetes { .. })
+    }
+}
+
 /// Settings of one agent.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Name of this node's Node object.
     pub node: String,
-    /// Folder of Kubernetes YAML.
-    pub objects: PathBuf,
+    /// Where objects come from.
+    pub objects: ObjectSource,
     /// Folder of the lease store.
     pub state_dir: PathBuf,
     /// Unix socket to serve on.

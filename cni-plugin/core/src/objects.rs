@@ -38,6 +38,18 @@ pub struct Meta {
     pub labels: Labels,
     /// Present while the object is being deleted.
     pub deletion_timestamp: Option<String>,
+    /// The one annotation that matters.
+    #[serde(deserialize_with = "null_default", skip_serializing)]
+    pub annotations: Annotations,
+}
+
+/// Of `metadata.annotations`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Annotations {
+    /// Of a pod that stands for one of kubelet's own files: the uid that kubelet runs it under, which is not the object's.
+    #[serde(rename = "kubernetes.io/config.mirror")]
+    pub mirror_of: Option<String>,
 }
 
 /// Name of an object within its kind.
@@ -247,6 +259,12 @@ impl Pod {
     #[must_use]
     pub fn object_name(&self) -> ObjectName {
         ObjectName::new(&self.metadata.namespace, &self.metadata.name)
+    }
+
+    /// The uid under which kubelet runs it, which a runtime passes as `K8S_POD_UID`.
+    #[must_use]
+    pub fn running_uid(&self) -> &str {
+        self.metadata.annotations.mirror_of.as_deref().unwrap_or(&self.metadata.uid)
     }
 
     /// A completed pod has given its address back: it is no subject and no peer from that moment on.

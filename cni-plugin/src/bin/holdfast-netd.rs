@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::{Parser, ValueEnum};
-use holdfast_agent::{ChecksumOffload, DoctorOptions, Mode, Settings};
+use holdfast_agent::{ChecksumOffload, DoctorOptions, Mode, ObjectSource, Settings};
 use holdfast_net_core::nat::{MasqueradeMode, MasqueradeSettings};
 use holdfast_net_core::overlay::{OverlaySettings, Routing};
 use holdfast_net_core::pod_ranges::ClusterRange;
@@ -36,9 +36,15 @@ struct Args {
     /// Name of this node's Node object.
     #[arg(long)]
     node: String,
-    /// Folder of Kubernetes YAML (Node, Namespace, Pod, NetworkPolicy).
-    #[arg(long)]
-    objects: PathBuf,
+    /// Where Kubernetes' objects come from.
+    #[arg(long, value_enum, default_value = "folder")]
+    object_source: ObjectSourceArg,
+    /// Folder of Kubernetes YAML (Node, Namespace, Pod, NetworkPolicy). Whoever runs the pods writes it.
+    #[arg(long, required_if_eq("object_source", "folder"), value_name = "DIR")]
+    objects: Option<PathBuf>,
+    /// How to get to the API server; by default with the service account of the pod.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
     /// Folder of the lease store.
     #[arg(long, default_value = "/var/lib/holdfast/netd")]
     state_dir: PathBuf,
@@ -117,6 +123,14 @@ struct DoctorArgs {
     root: PathBuf,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ObjectSourceArg {
+    /// A folder, which stands for an API server on a machine that has none.
+    Folder,
+    /// The API server. Only pods are attached then.
+    Kubernetes,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum AttachmentArg {
     /// To a bridge of the node.
@@ -179,6 +193,16 @@ impl Args {
             ClusterRange::new(*range, if range.is_ipv4() { v4 } else { v6 }).map_err(anyhow::Error::msg)
         };
         let cluster_ranges = args.cluster_cidr.iter().map(cluster_range).collect::<Result<_, _>>()?;
+        let objects = match args.object_source {
+            ObjectSourceArg::Folder => {
+                anyhow::ensure!(args.kubeconfig.is_none(), "--kubeconfig is for --object-source kubernetes");
+                ObjectSource::Folder(args.objects.context("--objects names the folder of objects")?)
+            }
+            ObjectSourceArg::Kubernetes => {
+                anyhow::ensure!(args.objects.is_none(), "--objects is for --object-source folder");
+                ObjectSource::Kubernetes { kubeconfig: args.kubeconfig }
+            }
+        };
         let mode = match args.attachment {
             AttachmentArg::Bridge => Mode::Bridge,
             AttachmentArg::Routed => Mode::Routed,
@@ -196,7 +220,7 @@ impl Args {
         };
         Ok(Settings {
             node: args.node,
-            objects: args.objects,
+            objects,
             state_dir: args.state_dir,
             socket: args.socket,
             pending_dir: args.pending_dir,

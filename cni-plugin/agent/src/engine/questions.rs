@@ -13,7 +13,7 @@ use holdfast_proto::agent as pb;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use super::{Command, Engine, EngineHandle, Why, sentence};
+use super::{Command, Engine, EngineHandle, NOT_READ, Why, sentence};
 use crate::leases::AttachmentKey;
 use crate::metrics::Gauges;
 use crate::objects::{CLUSTER_POLICY, NETWORK_POLICY, ObjectKey};
@@ -147,7 +147,9 @@ impl Engine {
 
     fn health(&self) -> Health {
         let not_ready = (self.node_plan.is_none()).then(|| {
-            self.node_error.clone().unwrap_or_else(|| "the node's network is being set up".to_owned())
+            let unread = || self.problems.first().filter(|_| !self.seen.borrow().ready);
+            let why = self.node_error.clone().or_else(|| unread().map(|why| format!("{NOT_READ}: {why}")));
+            why.unwrap_or_else(|| "the node's network is being set up".to_owned())
         });
         let broken = self.rules_error.clone().or_else(|| self.node_error.clone());
         Health { not_ready, broken }

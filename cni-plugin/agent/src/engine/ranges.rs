@@ -7,21 +7,24 @@ use holdfast_net_core::pod_ranges::{self, PodRange, PodRangeSpec, Proposal, obje
 use ipnetwork::IpNetwork;
 use tracing::info;
 
-use super::{Engine, sentence};
-use crate::claims::{self, Swapped};
+use super::Engine;
+use crate::claims::Swapped;
 
 /// Blocks that others took first, before this pass gives up; the next one goes on with what it learnt.
 const TRIES_MAX: usize = 64;
 
 impl Engine {
     /// A Node, with the blocks that it has claimed.
+    ///
+    /// Kubelets write their Nodes every few minutes, mostly what nobody here reads: that is no reason to plan anew.
     pub(super) fn take_in_node(&mut self, name: &str, node: Option<&Node>) {
+        let now = node.map(|node| Node { claimed: self.claimed_by(name), ..node.clone() });
+        if self.nodes.get(name) == now.as_ref() {
+            return;
+        }
         self.nodes_changed = true;
-        match node {
-            Some(node) => {
-                let claimed = self.claimed_by(name);
-                self.nodes.insert(name.to_owned(), Node { claimed, ..node.clone() });
-            }
+        match now {
+            Some(node) => _ = self.nodes.insert(name.to_owned(), node),
             None => drop(self.nodes.remove(name)),
         }
     }
@@ -61,13 +64,10 @@ impl Engine {
         }
         for _ in 0..TRIES_MAX {
             let Some(proposal) = self.proposal(&name)? else { return Ok(()) };
-            let (folder, node, wanted) = (self.settings.objects.clone(), name.clone(), proposal.clone());
-            let swapped = tokio::task::spawn_blocking(move || claims::swap(&folder, &wanted, &node)).await;
-            let swapped = swapped.map_err(|_| "claiming a range was cut off".to_owned())?;
-            let swapped = swapped.map_err(|error| {
-                format!("cannot claim {} for this node: {}", proposal.range, sentence(&error))
-            })?;
-            // The folder tells the same soon; until then this is what is known of the block.
+            let swapped = self.claims.swap(&proposal, &name).await;
+            let swapped =
+                swapped.map_err(|error| format!("cannot claim {} for this node: {error}", proposal.range))?;
+            // The source of objects tells the same soon; until then this is what is known of the block.
             let owner = match swapped {
                 Swapped::Done => {
                     info!(range = %proposal.range, from = ?proposal.from, "a block of the cluster range is claimed");

@@ -184,10 +184,11 @@ mod tests {
 
     use super::super::{Command, Engine, Question};
     use super::*;
-    use crate::folder::Batch;
+    use crate::batch::Batch;
+    use crate::claims::Claims;
     use crate::leases::{AttachmentKey, Lease, Leases};
     use crate::metrics::Metrics;
-    use crate::settings::{Mode, Settings};
+    use crate::settings::{Mode, ObjectSource, Settings};
 
     /// An engine that nobody runs: it does what a test asks it to and mends nothing by itself. In a network namespace of
     /// its own, which vanishes with its thread.
@@ -214,7 +215,7 @@ mod tests {
         };
         let settings = Settings {
             node: "node-a".into(),
-            objects: folder.join("objects"),
+            objects: ObjectSource::Folder(folder.join("objects")),
             state_dir: folder.join("state"),
             socket: folder.join("socket"),
             pending_dir: folder.join("pending"),
@@ -231,7 +232,8 @@ mod tests {
         let dataplane = Arc::new(Dataplane::new(Config::default()).await.unwrap());
         let leases = Arc::new(Leases::open(&settings.state_dir, Duration::ZERO).unwrap());
         let (_, batches) = mpsc::channel(1);
-        let mut engine = Engine::new(settings, dataplane, leases, batches, Metrics::new()).await.0;
+        let source = (batches, Claims::in_folder(folder.join("objects")));
+        let mut engine = Engine::new(settings, dataplane, leases, source, Metrics::new()).await.0;
         take_in(&mut engine, mk_world()).await;
         for (pod, address) in [("db", "10.10.1.2"), ("web", "10.10.1.3"), ("other", "10.10.1.4")] {
             attach(&mut engine, pod, address).await;
@@ -463,7 +465,7 @@ mod tests {
             assert!(engine.node_error.take().is_some(), "there is no uplink here: planning the node fails");
             // The policy moves from one file to another.
             let gone = ObjectChange::Policy(ObjectName::new("shop", "to-db"), None);
-            engine.take_in(part(vec![gone, ObjectChange::Node("node-c".into(), None)], false)).await;
+            engine.take_in(part(vec![gone, ObjectChange::Node("node-b".into(), None)], false)).await;
             sender.send(part(vec![mk_policy("to-db", "10.77.0.0/16")], true)).await.unwrap();
             engine.commit(None).await;
             let kernel = engine.dataplane.load_ruleset().await.unwrap();

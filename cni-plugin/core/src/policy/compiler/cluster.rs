@@ -257,7 +257,7 @@ impl Cluster {
         let addresses = pod.addresses();
         let facts = PodFacts {
             name: name.name.as_str().into(),
-            uid: hash_uid(&pod.metadata.uid),
+            uid: hash_uid(pod.running_uid()),
             group,
             v4: addresses.iter().find_map(|address| match address {
                 IpAddr::V4(v4) => Some(*v4),
