@@ -338,6 +338,8 @@ fn server_command(program: &Path, address: Ipv4Addr, dir: &Path) -> Vec<String> 
         file("service-account-key-file", "service-account.pub"),
         file("service-account-signing-key-file", "service-account.key"),
         "--service-cluster-ip-range=10.96.0.0/24".to_owned(),
+        // Our own workloads are.
+        "--allow-privileged=true".to_owned(),
     ]
 }
 

@@ -128,7 +128,6 @@ fn server_arguments(client: &Path) -> Vec<String> {
     vec![
         format!("--service-cluster-ip-range={SERVICE_RANGE}"),
         format!("--advertise-address={ADDRESS}"),
-        "--allow-privileged=true".to_owned(),
         "--kubelet-preferred-address-types=InternalIP".to_owned(),
         file("kubelet-client-certificate", "node.pem"),
         file("kubelet-client-key", "node.key"),
