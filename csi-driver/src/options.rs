@@ -229,10 +229,10 @@ pub struct DataOptions {
     #[arg(long, value_parser = parse_quantity)]
     pub pool_capacity: u64,
     /// Where the control services listen.
-    #[arg(long, default_value = "0.0.0.0:9471")]
+    #[arg(long, default_value = "0.0.0.0:9471", value_parser = parse_listen)]
     pub control_listen: SocketAddr,
     /// Where the NBD server listens.
-    #[arg(long, default_value = "0.0.0.0:9472")]
+    #[arg(long, default_value = "0.0.0.0:9472", value_parser = parse_listen)]
     pub nbd_listen: SocketAddr,
     /// Address that other nodes are told; needed where the listen addresses are wildcards.
     #[arg(long)]
@@ -305,6 +305,15 @@ fn parse_label(what: &str, text: &str) -> Result<String, String> {
     Err(format!("\"{text}\" is no {what}: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
 }
 
+/// Also an IPv6 address without brackets: a manifest writes `$(NODE_IP):9471` and does not know which one it gets.
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let bare = || {
+        let (ip, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(ip.parse().ok()?, port.parse().ok()?))
+    };
+    text.parse().ok().or_else(bare).ok_or_else(|| format!("\"{text}\" is no address and port"))
+}
+
 fn parse_quantity(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text.get(digits.len()..) {
@@ -347,18 +356,36 @@ mod tests {
                     }
                     let texts =
                         container["args"].as_array().unwrap().iter().filter_map(serde_json::Value::as_str);
-                    let filled = texts.map(|text| {
-                        text.replace("$(NODE_NAME)", "node-a").replace("$(NODE_IP)", "192.0.2.1")
-                    });
-                    let line = std::iter::once("holdfast-csi".to_owned()).chain(filled);
-                    let options = Options::try_parse_from(line)
-                        .unwrap_or_else(|e| panic!("{}: {e}", container["name"]));
-                    roles.push(options.role.name());
+                    let texts: Vec<&str> = texts.collect();
+                    for ip in ["192.0.2.1", "fd00::1"] {
+                        let filled = texts
+                            .iter()
+                            .map(|text| text.replace("$(NODE_NAME)", "node-a").replace("$(NODE_IP)", ip));
+                        let line = std::iter::once("holdfast-csi".to_owned()).chain(filled);
+                        let options = Options::try_parse_from(line)
+                            .unwrap_or_else(|e| panic!("{}: {e}", container["name"]));
+                        roles.push(options.role.name());
+                    }
                 }
             }
         }
         roles.sort_unstable();
+        roles.dedup();
         assert_eq!(roles, ["controller", "data", "node"]);
+    }
+
+    #[test]
+    fn addresses_to_listen_on_are_of_either_family() {
+        for (text, address) in [
+            ("192.0.2.1:9471", "192.0.2.1:9471"),
+            ("[fd00::1]:9471", "[fd00::1]:9471"),
+            ("fd00::1:9471", "[fd00::1]:9471"),
+        ] {
+            assert_eq!(parse_listen(text), Ok(address.parse().unwrap()));
+        }
+        for bad in ["", "9471", "192.0.2.1", ":9471", "::1", "node-a:9471", "192.0.2.1:66000"] {
+            assert!(parse_listen(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

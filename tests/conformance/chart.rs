@@ -32,7 +32,7 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-/// Run `cargo run --release --bin holdfast-package chart` where this fails.
+/// Run `cargo run --release --example chart` where this fails.
 fn the_chart_is_current() -> Result<Option<Skip>> {
     let files = match chart::write()? {
         Ok(files) => files,

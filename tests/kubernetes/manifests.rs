@@ -41,14 +41,14 @@ fn every_object_is_accepted(bed: &Bed) -> Result<()> {
         }
         Ok(())
     })?;
-    let mut kinds = BTreeSet::new();
+    let mut kinds: BTreeSet<String> = BTreeSet::new();
     for overlay in OVERLAYS {
         let objects = objects_of(&format!("overlays/{overlay}"))?.context("kustomize is there")?;
         ensure!(objects.len() > 3, "{overlay} has {} objects", objects.len());
         bed.run(async {
             for object in &objects {
                 apply(&client, object, true).await.with_context(|| overlay.to_owned())?;
-                if kinds.insert(text(object, "/kind")) {
+                if kinds.insert(text(object, "/kind").to_owned()) {
                     wrong_fields_are_refused(&client, object).await?;
                 }
             }
@@ -62,23 +62,27 @@ fn every_object_is_accepted(bed: &Bed) -> Result<()> {
 
 fn what_is_beside_the_overlays_is_accepted(bed: &Bed) -> Result<()> {
     let client = bed.kube()?;
-    let (mut asked, mut foreign) = (0, Vec::new());
-    for folder in ["examples", "snapshots"] {
+    let Some(mut objects) = objects_of("base/common")? else { return Ok(()) };
+    for folder in ["examples", "snapshots", "uninstall"] {
         for entry in std::fs::read_dir(manifests().join(folder))? {
             let path = entry?.path();
-            if path.file_name().is_some_and(|name| name == "kustomization.yaml") {
-                continue;
-            }
-            for object in documents(&std::fs::read_to_string(&path)?)? {
-                let (group, _) = text(&object, "/apiVersion").split_once('/').context("a group")?;
-                if FOREIGN_GROUPS.contains(&group) {
-                    foreign.push(text(&object, "/kind").to_owned());
-                    continue;
-                }
-                bed.run(apply(&client, &object, true))?;
-                asked += 1;
+            if path.is_file() && path.file_name().is_some_and(|name| name != "kustomization.yaml") {
+                objects.extend(documents(&std::fs::read_to_string(&path)?)?);
             }
         }
+    }
+    objects.extend(objects_of("examples/own-settings")?.context("kustomize is there")?);
+    // First, and for good: a dry run makes no namespace that a later one could use.
+    objects.sort_by_key(|object| text(object, "/kind") != "Namespace");
+    let (mut asked, mut foreign) = (0, Vec::new());
+    for object in &objects {
+        let group = text(object, "/apiVersion").split_once('/').map_or("", |(group, _)| group);
+        if FOREIGN_GROUPS.contains(&group) {
+            foreign.push(text(object, "/kind").to_owned());
+            continue;
+        }
+        bed.run(apply(&client, object, text(object, "/kind") != "Namespace"))?;
+        asked += 1;
     }
     println!("{asked} objects; without a definition of their kind: {foreign:?}");
     ensure!(asked > 0);

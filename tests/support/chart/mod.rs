@@ -25,7 +25,8 @@ use rules::{Marks, RULES, VALUES};
 /// The namespace of the overlays; in the chart it is the release's.
 pub const NAMESPACE: &str = "holdfast-system";
 
-const HEADER: &str = "# Written by `cargo run --bin holdfast-package chart` from manifests/overlays: change those, not this.\n";
+const HEADER: &str =
+    "# Written by `cargo run --example chart` from manifests/overlays: change those, not this.\n";
 
 /// Files of a chart by their paths in it.
 pub type Files = BTreeMap<String, String>;
