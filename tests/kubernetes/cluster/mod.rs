@@ -4,10 +4,12 @@
 
 mod bank;
 mod guide;
+mod leaving;
 mod moves;
 mod network;
 mod reach;
 mod ready;
+mod upgrade;
 mod volumes;
 
 use std::sync::{Mutex, PoisonError};
@@ -39,6 +41,9 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(network::trials(&tools));
     trials.extend(volumes::trials(&tools));
     trials.extend(moves::trials(&tools));
+    trials.extend(upgrade::trials(&tools));
+    // Nothing can follow it.
+    trials.extend(leaving::trials(&tools));
     trials
 }
 

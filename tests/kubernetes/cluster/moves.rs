@@ -100,6 +100,11 @@ fn trigger(cluster: &KubeCluster, node: &str) -> Result<()> {
 fn back_to_normal(cluster: &KubeCluster, node: &str) -> Result<()> {
     cluster.wait("the node is ready again", RETURN_TIMEOUT, || is_ready(cluster, node))?;
     cluster.kubectl(&["taint", "node", node, &format!("{TAINT}-")])?;
+    wait_for_replicas(cluster)
+}
+
+/// Waits until every volume has three replicas in sync.
+pub fn wait_for_replicas(cluster: &KubeCluster) -> Result<()> {
     cluster.wait("all replicas are in sync again", RETURN_TIMEOUT, || {
         let volumes = cluster.get(&["volumes.storage.holdfast.dev"])?;
         let items = volumes["items"].as_array().context("a list")?;

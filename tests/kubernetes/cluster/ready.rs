@@ -1,14 +1,14 @@
 //! From nothing to nodes that are ready through our network, as a user gets there.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::go_tools::Skip;
+use holdfast_tests::image::Build;
 use holdfast_tests::k8s::{KubeCluster, NODES, Tools, has_condition};
-use holdfast_tests::process::{run_within, wait_until};
+use holdfast_tests::process::wait_until;
 use holdfast_tests::work::binaries_dir;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -17,12 +17,10 @@ use super::{trial, volumes};
 
 /// From `kubectl apply` until every node is ready and every pod of ours.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
-/// The image is packed from Debian's packages, which are fetched the first time.
-const IMAGE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Workloads of ours.
-const NAMESPACE: &str = "holdfast-system";
+pub const NAMESPACE: &str = "holdfast-system";
 /// The one that the user applies.
-const OVERLAY: &str = "manifests/overlays/full";
+pub const OVERLAY: &str = "manifests/overlays/full";
 
 /// How long the shared cluster took from `kubectl apply`.
 static TOOK: OnceLock<Duration> = OnceLock::new();
@@ -31,13 +29,14 @@ pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
     vec![trial(tools, "nodes_become_ready_through_our_network", nodes_are_ready)]
 }
 
-/// Our own image, packed of the binaries under test.
+/// Our own image, packed of the binaries under test as `scripts/image` does it.
 pub fn images() -> Result<Vec<PathBuf>> {
-    let binaries = binaries_dir()?;
-    let folder = binaries.join("../image");
-    let mut command = Command::new(binaries.join("holdfast-image"));
-    run_within(IMAGE_TIMEOUT, command.arg("--folder").arg(&folder)).context("the image")?;
-    Ok(vec![folder.join("holdfast.tar")])
+    let programs = binaries_dir()?;
+    let folder = programs.join("../image");
+    std::fs::create_dir_all(&folder)?;
+    let packages = folder.join("packages");
+    let image = Build { programs: &programs, packages: &packages, folder: &folder }.run()?;
+    Ok(vec![image.map_err(|skip| anyhow::anyhow!(skip.0)).context("our image")?.archive])
 }
 
 /// Installs what a user installs, unless an earlier trial did.
@@ -49,7 +48,6 @@ pub fn make_ready(cluster: &KubeCluster) -> Result<()> {
         .context("a node does not register")?;
     let ready = nodes(cluster)?.iter().filter(|node| has_condition(node, "Ready")).count();
     ensure!(ready == 0, "{ready} nodes are ready without a network");
-    put_certificates(cluster)?;
     volumes::install_snapshot_controller(cluster)?;
     let start = Instant::now();
     let overlay = repository().join(OVERLAY);
@@ -66,21 +64,6 @@ pub fn make_ready(cluster: &KubeCluster) -> Result<()> {
     Ok(())
 }
 
-/// Every node's in its folder, the controller's in a secret.
-fn put_certificates(cluster: &KubeCluster) -> Result<()> {
-    for node in NODES {
-        let tls = cluster.node(node)?.spaces.host_path("/etc/holdfast/tls");
-        cluster.authority().issue(node, &tls)?;
-    }
-    let tls = cluster.work().dir().join("tls/controller");
-    cluster.authority().issue("holdfast-controller", &tls)?;
-    let common = repository().join("manifests/base/common");
-    cluster.kubectl(&["apply", "-k", &common.display().to_string()])?;
-    let from = format!("--from-file={}", tls.display());
-    let secret = ["create", "secret", "generic", "holdfast-controller-tls"];
-    cluster.kubectl(&[&secret[..], &["-n", NAMESPACE, &from]].concat()).map(drop)
-}
-
 fn nodes_are_ready(cluster: &mut KubeCluster) -> Result<()> {
     cluster.wait("every workload of ours is ready", READY_TIMEOUT, || {
         unready(cluster).map(|left| left.is_empty())
@@ -90,7 +73,7 @@ fn nodes_are_ready(cluster: &mut KubeCluster) -> Result<()> {
 }
 
 /// Workloads of ours that are not whole yet.
-fn unready(cluster: &KubeCluster) -> Result<Vec<String>> {
+pub fn unready(cluster: &KubeCluster) -> Result<Vec<String>> {
     let workloads = cluster.get(&["deployments,daemonsets", "-n", NAMESPACE])?;
     let is_whole = |object: &Value| {
         let (wanted, ready) = if object["kind"] == "DaemonSet" {

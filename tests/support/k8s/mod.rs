@@ -42,7 +42,7 @@ use crate::work::Work;
 use control_plane::ControlPlane;
 
 /// The longest that one kubectl may take, beside its own waiting.
-const KUBECTL_TIMEOUT: Duration = Duration::from_secs(180);
+const KUBECTL_TIMEOUT: Duration = Duration::from_secs(240);
 /// Lines of each log that a failure's text quotes.
 const QUOTED_LINES: usize = 12;
 

@@ -95,6 +95,8 @@ pub fn kubelet_arguments(
         format!("--kubeconfig={}", kubeconfigs.kubelet.display()),
         format!("--hostname-override={name}"),
         format!("--node-ip={address}"),
+        // As docs/operations.md says, so that no pod comes before the network.
+        "--register-with-taints=network.holdfast.dev/not-ready=:NoSchedule".to_owned(),
     ]
 }
 
