@@ -56,6 +56,7 @@ pub fn trials() -> Vec<Trial> {
             containers_are_privileged_for_a_reason_only_and_say_what_they_need,
         ),
         one("images_are_pinned", images_are_pinned),
+        one("the_agent_knows_every_flag_that_it_is_given", the_agent_knows_every_flag_that_it_is_given),
         one("what_listens_is_bound_and_wants_certificates", what_listens_is_bound_and_wants_certificates),
         one("storage_classes_are_ours_and_grow", storage_classes_are_ours_and_grow),
         one("nobody_may_read_secrets_or_everything", nobody_may_read_secrets_or_everything),
@@ -201,6 +202,32 @@ fn containers_are_privileged_for_a_reason_only_and_say_what_they_need() {
             assert!(resources.requests.as_ref().is_some_and(|map| map.contains_key("memory")), "{name}");
             assert!(resources.limits.as_ref().is_some_and(|map| map.contains_key("memory")), "{name}");
         }
+    }
+}
+
+/// With `--help` nothing starts, and what stands before it is read first. The CSI driver's flags: `csi-driver/src/options.rs`.
+fn the_agent_knows_every_flag_that_it_is_given() {
+    let program = holdfast_tests::work::binaries_dir().expect("a folder").join("holdfast-netd");
+    let mut lines: Vec<Vec<String>> = Vec::new();
+    for (_, pod) in pods() {
+        for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
+            let command = container.command.clone().unwrap_or_default();
+            if command.first().is_some_and(|first| first == "holdfast-netd") {
+                lines.push([&command[1..], container.args.as_deref().unwrap_or_default()].concat());
+            }
+            let probe = container.readiness_probe.as_ref().and_then(|probe| probe.exec.as_ref());
+            if let Some(command) = probe.and_then(|exec| exec.command.as_ref()) {
+                assert_eq!(command[0], "holdfast-netd");
+                lines.push(command[1..].to_vec());
+            }
+        }
+    }
+    assert!(lines.len() >= 3, "{lines:?}");
+    for line in lines {
+        let filled = line.iter().map(|word| word.replace("$(NODE_NAME)", "node-a"));
+        let output = std::process::Command::new(&program).args(filled).arg("--help").output();
+        let output = output.expect("holdfast-netd runs");
+        assert!(output.status.success(), "{line:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
