@@ -9,6 +9,7 @@ mod moves;
 mod network;
 mod reach;
 mod ready;
+mod restarts;
 mod upgrade;
 mod volumes;
 
@@ -42,6 +43,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(volumes::trials(&tools));
     trials.extend(moves::trials(&tools));
     trials.extend(upgrade::trials(&tools));
+    trials.extend(restarts::trials(&tools));
     // Nothing can follow it.
     trials.extend(leaving::trials(&tools));
     trials
