@@ -71,6 +71,11 @@ need_cluster_packages() {
         '/usr/lib/postgresql/*/bin/postgres=postgresql'
 }
 
+# Lists of Debian's packages, for the image, which is made of some of them.
+need_package_lists() {
+    apt-cache show e2fsprogs >/dev/null 2>&1 || apt-get update -qq </dev/null || die "apt-get update failed"
+}
+
 # What the tests use beside that: real clients of the protocols we speak.
 need_test_packages() {
     need_debian nbdinfo=libnbd-bin nbdcopy=libnbd-bin qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils fio=fio \

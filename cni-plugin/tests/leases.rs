@@ -303,3 +303,41 @@ fn nodes_without_a_pod_cidr_take_blocks_of_the_cluster_range_and_keep_them() {
     assert_eq!(owners.iter().filter(|owner| *owner == "c").count(), 2, "{owners:?}");
     assert_eq!(owners.iter().filter(|owner| *owner == "a").count(), 2, "{owners:?}");
 }
+
+/// Two runtimes on one node whose configurations differ and have the same name: to the specification that is one network.
+#[test]
+fn two_configurations_of_one_name_are_one_network_and_take_nothing_from_each_other_but_by_gc() {
+    let cluster = Cluster::new();
+    cluster.put_node("a", 1, "10.42.1.0/24");
+    let node = cluster.start_node("a", 1);
+    let (first, second) = (Netns::new(), Netns::new());
+    let one = json!({ "runtimeConfig": { "ipRanges": [[{ "subnet": "10.42.1.0/26" }]] } });
+    let other = json!({ "runtimeConfig": { "ipRanges": [[{ "subnet": "10.42.1.64/26" }]] } });
+    let results = [
+        node.cni("ADD", "a", Some(&first.path()), one.clone()).unwrap(),
+        node.cni("ADD", "b", Some(&second.path()), other.clone()).unwrap(),
+    ];
+    assert!(
+        address_of(&results[1]).starts_with("10.42.1.") && address_of(&results[0]) != address_of(&results[1])
+    );
+
+    // The same attachment of the other configuration is the same one: refused, and the living one stays.
+    let error = node.cni("ADD", "a", Some(&first.path()), other).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("attached already"), "{error}");
+    assert_eq!((leases(&node), node.ports()), (2, 2));
+    for (id, sandbox, result) in [("a", &first, &results[0]), ("b", &second, &results[1])] {
+        let previous = json!({ "prevResult": result });
+        node.cni("CHECK", id, Some(&sandbox.path()), previous).unwrap();
+    }
+
+    let list = |ids: &[&str]| {
+        let valid = ids.iter().map(|id| json!({ "containerID": id, "ifname": "eth0" }));
+        json!({ "cni.dev/valid-attachments": valid.collect::<Vec<_>>() })
+    };
+    node.cni("GC", "", None, list(&["a", "b"])).unwrap();
+    assert_eq!(leases(&node), 2);
+    // A runtime that knows its own attachments alone says that the others are not valid; docs/cni.md warns of it.
+    node.cni("GC", "", None, list(&["a"])).unwrap();
+    assert_eq!((leases(&node), node.ports()), (1, 1));
+    assert!(first.ip("-o addr show dev eth0").contains(&address_of(&results[0])));
+}

@@ -1,8 +1,9 @@
-//! holdfast-csi: one binary, three roles.
+//! holdfast-csi: one binary, three roles, and their removal.
 
 mod options;
 mod privileges;
 mod roles;
+mod uninstall;
 
 use std::process::ExitCode;
 

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use caps::Capability;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use holdfast_service::kubernetes::certificates;
 use holdfast_service::topology::is_topology_value;
+
+use crate::uninstall::UninstallOptions;
 
 /// Replicated block volumes for Kubernetes: a CSI driver and its data process.
 #[derive(Debug, Parser)]
@@ -37,6 +40,9 @@ pub enum Role {
     Node(NodeOptions),
     /// Replicas and targets; one per node.
     Data(DataOptions),
+    /// Takes the storage half off this node, except the pools, which it names. To be run once no data process is to start
+    /// again; may be repeated.
+    Uninstall(UninstallOptions),
 }
 
 impl Role {
@@ -46,6 +52,7 @@ impl Role {
             Self::Controller(_) => "controller",
             Self::Node(_) => "node",
             Self::Data(_) => "data",
+            Self::Uninstall(_) => "uninstall",
         }
     }
 
@@ -65,21 +72,43 @@ impl Role {
                 Capability::CAP_SYS_NICE,
                 Capability::CAP_DAC_OVERRIDE,
             ],
+            // Loop devices; folders may belong to others.
+            Self::Uninstall(_) => &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE],
         }
     }
 }
 
-/// How connections between processes are protected: one of the two must be chosen.
+/// How connections between processes are protected: one of the three must be chosen.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(id = "protection", required = true, multiple = false, args = ["tls_dir", "tls_issuer", "insecure"])]
 pub struct TlsOptions {
     /// Folder with ca.pem, node.pem and node.key: mutual TLS 1.3 on every connection. A node's certificate carries
-    /// the node's name as DNS name, the controller's carries "holdfast-controller".
+    /// the node's name as DNS name, the controller's carries "holdfast-controller". Files that change are read again.
     #[arg(long)]
     pub tls_dir: Option<PathBuf>,
+    /// Get the certificate, and each next one, from the issuer beside the controller: the same mutual TLS.
+    #[arg(long, value_enum)]
+    pub tls_issuer: Option<TlsIssuer>,
     /// Plain text, no checks: for tests and for networks that nobody else is on.
     #[arg(long)]
     pub insecure: bool,
+    /// With --tls-issuer: folder for key and certificate, a tmpfs.
+    #[arg(long, default_value = "/run/holdfast/tls")]
+    pub tls_state_dir: PathBuf,
+    /// With --tls-issuer: who signs. For another one than the built-in issuer the controller only approves requests, and the
+    /// authority's certificate must be in the ConfigMap holdfast-ca.
+    #[arg(long, default_value = certificates::OWN_SIGNER)]
+    pub tls_signer: String,
+    /// With --tls-issuer: how many seconds a certificate lives; it is renewed after two thirds. The same for all processes.
+    #[arg(long, default_value_t = certificates::LIFE.as_secs(), value_parser = clap::value_parser!(u64).range(5..))]
+    pub tls_life_s: u64,
+}
+
+/// Who gives certificates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TlsIssuer {
+    /// The controller, through CertificateSigningRequests at the API server.
+    Kubernetes,
 }
 
 /// Settings of the controller.
@@ -109,6 +138,13 @@ pub struct ControllerOptions {
     /// what they may promise, at least 5; 0: never.
     #[arg(long, default_value_t = 0, value_parser = parse_difference)]
     pub rebalance_above_percent: u32,
+    /// With --tls-issuer: how many seconds an authority lives; its follower is made after two thirds.
+    #[arg(long, default_value_t = certificates::AUTHORITY_LIFE.as_secs(), value_parser = clap::value_parser!(u64).range(60..))]
+    pub tls_authority_life_s: u64,
+    /// With --tls-issuer: how many seconds an authority is trusted before it signs; longer than any node may be without the API
+    /// server.
+    #[arg(long, default_value_t = certificates::AUTHORITY_OVERLAP.as_secs())]
+    pub tls_authority_overlap_s: u64,
     #[command(flatten)]
     pub tls: TlsOptions,
 }
@@ -193,10 +229,10 @@ pub struct DataOptions {
     #[arg(long, value_parser = parse_quantity)]
     pub pool_capacity: u64,
     /// Where the control services listen.
-    #[arg(long, default_value = "0.0.0.0:9471")]
+    #[arg(long, default_value = "0.0.0.0:9471", value_parser = parse_listen)]
     pub control_listen: SocketAddr,
     /// Where the NBD server listens.
-    #[arg(long, default_value = "0.0.0.0:9472")]
+    #[arg(long, default_value = "0.0.0.0:9472", value_parser = parse_listen)]
     pub nbd_listen: SocketAddr,
     /// Address that other nodes are told; needed where the listen addresses are wildcards.
     #[arg(long)]
@@ -269,6 +305,15 @@ fn parse_label(what: &str, text: &str) -> Result<String, String> {
     Err(format!("\"{text}\" is no {what}: letters, digits, \"-\", \"_\" and \".\", at most 63 of them"))
 }
 
+/// Also an IPv6 address without brackets: a manifest writes `$(NODE_IP):9471` and does not know which one it gets.
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let bare = || {
+        let (ip, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(ip.parse().ok()?, port.parse().ok()?))
+    };
+    text.parse().ok().or_else(bare).ok_or_else(|| format!("\"{text}\" is no address and port"))
+}
+
 fn parse_quantity(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text.get(digits.len()..) {
@@ -298,7 +343,7 @@ mod tests {
     /// A flag that is renamed here and not there would be found on a cluster only.
     #[test]
     fn the_manifests_use_flags_that_exist() {
-        let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/base");
+        let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests/base/storage");
         let mut roles = Vec::new();
         for entry in std::fs::read_dir(manifests).unwrap() {
             let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
@@ -311,18 +356,36 @@ mod tests {
                     }
                     let texts =
                         container["args"].as_array().unwrap().iter().filter_map(serde_json::Value::as_str);
-                    let filled = texts.map(|text| {
-                        text.replace("$(NODE_NAME)", "node-a").replace("$(NODE_IP)", "192.0.2.1")
-                    });
-                    let line = std::iter::once("holdfast-csi".to_owned()).chain(filled);
-                    let options = Options::try_parse_from(line)
-                        .unwrap_or_else(|e| panic!("{}: {e}", container["name"]));
-                    roles.push(options.role.name());
+                    let texts: Vec<&str> = texts.collect();
+                    for ip in ["192.0.2.1", "fd00::1"] {
+                        let filled = texts
+                            .iter()
+                            .map(|text| text.replace("$(NODE_NAME)", "node-a").replace("$(NODE_IP)", ip));
+                        let line = std::iter::once("holdfast-csi".to_owned()).chain(filled);
+                        let options = Options::try_parse_from(line)
+                            .unwrap_or_else(|e| panic!("{}: {e}", container["name"]));
+                        roles.push(options.role.name());
+                    }
                 }
             }
         }
         roles.sort_unstable();
+        roles.dedup();
         assert_eq!(roles, ["controller", "data", "node"]);
+    }
+
+    #[test]
+    fn addresses_to_listen_on_are_of_either_family() {
+        for (text, address) in [
+            ("192.0.2.1:9471", "192.0.2.1:9471"),
+            ("[fd00::1]:9471", "[fd00::1]:9471"),
+            ("fd00::1:9471", "[fd00::1]:9471"),
+        ] {
+            assert_eq!(parse_listen(text), Ok(address.parse().unwrap()));
+        }
+        for bad in ["", "9471", "192.0.2.1", ":9471", "::1", "node-a:9471", "192.0.2.1:66000"] {
+            assert!(parse_listen(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -352,6 +415,9 @@ mod tests {
             |tail: &[&str]| Options::try_parse_from([&["holdfast-csi", "controller"], tail].concat());
         assert!(controller(&[]).is_err());
         assert!(controller(&["--insecure", "--tls-dir=/x"]).is_err());
+        assert!(controller(&["--insecure", "--tls-issuer=kubernetes"]).is_err());
+        assert!(controller(&["--tls-issuer=kubernetes", "--tls-life-s=60"]).is_ok());
+        assert!(controller(&["--tls-life-s=60"]).is_err());
         assert!(controller(&["--insecure"]).is_ok());
         assert!(controller(&["--insecure", "--replace-after-s=0"]).is_ok());
         assert!(controller(&["--insecure", "--replace-after-s=59"]).is_err());

@@ -1,13 +1,15 @@
 //! Starts a role and ends it at a signal.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use holdfast_engine::{DataConfig, DataProcess, FrontEndKind, TlsMaterial, config, host};
+use holdfast_service::kubernetes::certificates::{self, Holder, HolderSettings, IssuerSettings};
 use holdfast_service::node::NodeConfig;
+use holdfast_service::tls::CONTROLLER_NAME;
 use holdfast_service::{
     ControllerConfig, KubernetesClient, KubernetesDirectory, KubernetesStore, Process, RegistryClient,
     TlsIdentity,
@@ -22,6 +24,11 @@ use crate::options::{
     TlsOptions,
 };
 
+use crate::uninstall::{UninstallOptions, uninstall};
+
+/// How often the files of --tls-dir are looked at.
+const TLS_FOLDER_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Runs the role until a signal or a failure.
 pub async fn run(role: Role) -> anyhow::Result<()> {
     let signals = Signals::install()?;
@@ -29,11 +36,25 @@ pub async fn run(role: Role) -> anyhow::Result<()> {
         Role::Controller(options) => controller(options, signals).await,
         Role::Node(options) => node(options, signals).await,
         Role::Data(options) => data(options, signals).await,
+        Role::Uninstall(options) => remove(options, signals).await,
     }
 }
 
 async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow::Result<()> {
-    let tls = options.tls.tls_dir.as_deref().map(TlsIdentity::load).transpose()?;
+    if options.tls.tls_issuer.is_some() {
+        // Before its own certificate, which it gives itself. It may run beside another controller that waits or serves.
+        let settings = IssuerSettings {
+            signer: options.tls.tls_signer.clone(),
+            life: Duration::from_secs(options.tls.tls_life_s),
+            authority_life: Duration::from_secs(options.tls_authority_life_s),
+            overlap: Duration::from_secs(options.tls_authority_overlap_s),
+        };
+        tokio::spawn(certificates::issue(KubernetesClient::infer().await?, settings));
+    }
+    let tls = tokio::select! {
+        tls = identity(&options.tls, CONTROLLER_NAME) => tls?,
+        () = signals.wait() => return Ok(()),
+    };
     let kubernetes = match options.record_store {
         ControllerStore::Sled => None,
         ControllerStore::Kubernetes => Some(KubernetesClient::infer().await?),
@@ -58,7 +79,17 @@ async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow:
 }
 
 async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
-    let (store, _) = stores(&options.registry, &options.tls).await?;
+    // With records at an API server it connects to no process of ours but its node's, by a Unix socket.
+    let tls = match options.registry.record_store {
+        NodeStore::Kubernetes => None,
+        NodeStore::Registry if options.tls.tls_issuer.is_some() => {
+            bail!(
+                "--tls-issuer gives node services no certificates: use --tls-dir, or --record-store kubernetes"
+            )
+        }
+        NodeStore::Registry => identity(&options.tls, &options.node).await?,
+    };
+    let (store, _) = stores(&options.registry, tls.as_ref()).await?;
     let config = NodeConfig {
         node: node_name(&options.node)?,
         zone: options.place.zone,
@@ -71,7 +102,12 @@ async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
 }
 
 async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> {
-    let (store, directory) = stores(&options.registry, &options.tls).await?;
+    let node = node_name(&options.node)?;
+    let tls = tokio::select! {
+        tls = identity(&options.tls, &node.0) => tls?,
+        () = signals.wait() => return Ok(()),
+    };
+    let (store, directory) = stores(&options.registry, tls.as_ref()).await?;
     let advertise = |listen: SocketAddr, flag: &str| match options.advertise_ip {
         Some(ip) => Ok(Some(SocketAddr::new(ip, listen.port()).to_string())),
         None if listen.ip().is_unspecified() => {
@@ -80,7 +116,7 @@ async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> 
         None => Ok(None),
     };
     let config = DataConfig {
-        node: node_name(&options.node)?,
+        node,
         zone: options.place.zone,
         pool_class: options.pool_class,
         volumes_max: options.place.volumes_max,
@@ -94,7 +130,7 @@ async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> 
         data_socket: options.data_socket,
         nbd_client_dir: options.nbd_client_dir,
         run_dir: options.run_dir,
-        tls: options.tls.tls_dir.as_deref().map(TlsMaterial::load).transpose()?,
+        tls: tls.map(TlsMaterial::from),
         without_checksums: options.measure_without_checksums,
         front_end: match options.front_end {
             FrontEnd::FuseLoop => FrontEndKind::FuseLoop,
@@ -110,6 +146,15 @@ async fn data(options: DataOptions, mut signals: Signals) -> anyhow::Result<()> 
     Ok(())
 }
 
+async fn remove(options: UninstallOptions, mut signals: Signals) -> anyhow::Result<()> {
+    let stay = options.stay;
+    tokio::task::spawn_blocking(move || uninstall(&options)).await??;
+    if stay {
+        signals.wait().await;
+    }
+    Ok(())
+}
+
 async fn serve(mut process: Process, mut signals: Signals) -> anyhow::Result<()> {
     tokio::select! {
         () = signals.wait() => {
@@ -120,10 +165,52 @@ async fn serve(mut process: Process, mut signals: Signals) -> anyhow::Result<()>
     }
 }
 
+/// The certificate of this process, which follows its source from now on; none for plain text. May wait for an issuer, for as long
+/// as that takes.
+async fn identity(options: &TlsOptions, name: &str) -> anyhow::Result<Option<TlsIdentity>> {
+    if options.tls_issuer.is_some() {
+        let settings = HolderSettings {
+            name: name.to_owned(),
+            dir: options.tls_state_dir.clone(),
+            signer: options.tls_signer.clone(),
+            life: Duration::from_secs(options.tls_life_s),
+        };
+        let holder = Holder::obtain(KubernetesClient::infer().await?, settings).await?;
+        let identity = holder.identity();
+        tokio::spawn(holder.keep());
+        return Ok(Some(identity));
+    }
+    let Some(dir) = options.tls_dir.clone() else { return Ok(None) };
+    let identity = TlsIdentity::load(&dir)?;
+    tokio::spawn(follow_folder(dir, identity.clone()));
+    Ok(Some(identity))
+}
+
+/// Whoever renews certificates replaces the files; what does not fit together yet is looked at again.
+async fn follow_folder(dir: PathBuf, identity: TlsIdentity) {
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(TLS_FOLDER_INTERVAL).await;
+        match identity.reload(&dir) {
+            Ok(changed) => {
+                told.clear();
+                if changed {
+                    tracing::info!(dir = %dir.display(), "the certificate was replaced; new connections use it");
+                }
+            }
+            Err(error) if error.to_string() != told => {
+                told = error.to_string();
+                tracing::warn!(%error, "the certificate stays what it was");
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 /// The records and the nodes, as a node sees them.
 async fn stores(
     options: &RegistryOptions,
-    tls: &TlsOptions,
+    tls: Option<&TlsIdentity>,
 ) -> anyhow::Result<(Arc<dyn RecordStore>, Arc<dyn NodeDirectory>)> {
     if options.record_store == NodeStore::Kubernetes {
         let client = KubernetesClient::infer().await?;
@@ -135,8 +222,7 @@ async fn stores(
     let Some(address) = &options.registry else {
         bail!("--registry is missing: the address HOST:PORT of the controller's registry");
     };
-    let identity = tls.tls_dir.as_deref().map(|dir: &Path| TlsIdentity::load(dir)).transpose()?;
-    let tls = identity.as_ref().map(|identity| (identity, options.registry_name.as_str()));
+    let tls = tls.map(|identity| (identity, options.registry_name.as_str()));
     let client = Arc::new(RegistryClient::new(address, tls)?);
     Ok((Arc::clone(&client) as _, client))
 }

@@ -94,6 +94,63 @@ async fn a_raw_block_volume_is_shown_as_a_device() {
     cluster.stop();
 }
 
+/// What is used is not touched, pools are named and stay, and the rest goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn uninstalling_a_node_refuses_what_is_in_use_and_keeps_the_pools() {
+    if !is_root() {
+        return;
+    }
+    let mut cluster = Cluster::start().await;
+    let capability = mk_mount("ext4");
+    let volume_id = cluster.create("kept", &capability).await;
+    let context = cluster.publish(&volume_id, "node-a", &capability).await;
+    cluster.stage(&volume_id, &context, &capability).await.unwrap();
+    let (own, cookies) = (cluster.dir.path().join("node-a"), cluster.memory.path().join("node-a"));
+    let uninstall = |more: &[&str]| {
+        let flags = [
+            format!("--pool-dir={}", own.join("pool").display()),
+            format!("--data-socket={}", own.join("data.sock").display()),
+            format!("--cookie-dir={}", cookies.display()),
+            format!("--run-dir={}", own.join("run").display()),
+            format!("--csi-dir={}", own.join("csi").display()),
+            format!("--registration-socket={}", own.join("registration.sock").display()),
+            format!("--tls-dir={}", own.join("tls").display()),
+        ];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_holdfast-csi"));
+        let done = command.arg("uninstall").args(flags).args(more).output().unwrap();
+        let text = [done.stdout, done.stderr].concat();
+        (done.status.success(), String::from_utf8(text).unwrap())
+    };
+    let (done, told) = uninstall(&["--force"]);
+    assert!(!done && told.contains("a data process answers on"), "{told}");
+    let (_, killed) = cluster.data.remove(0);
+    killed.kill();
+    let pool = || walk(&own.join("pool"));
+    let before = pool();
+    let (done, told) = uninstall(&[]);
+    let staging = cluster.dir.path().join("kubelet");
+    assert!(!done && told.contains(&format!("mounted at {}", staging.display())), "{told}");
+    assert!(cookies.exists() && own.join("run/owner").exists(), "a refusal removed something");
+
+    // The mount's user gives up; the device goes with it.
+    cluster.unmount_all();
+    let deadline = Instant::now() + Duration::from_secs(15);
+    let told = loop {
+        match uninstall(&[]) {
+            (true, told) => break told,
+            (false, told) => assert!(Instant::now() < deadline, "{told}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert!(told.contains("kept: the pool") && told.contains(&volume_id), "{told}");
+    assert_eq!(pool(), before, "the pool was touched");
+    for gone in [own.join("data.sock"), own.join("run"), cookies.clone()] {
+        assert!(!gone.exists(), "{} is left", gone.display());
+    }
+    let (done, told) = uninstall(&[]);
+    assert!(done && told.contains("nothing of ours"), "{told}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn staging_again_repairs_what_a_killed_data_process_left_dead() {
     if !is_root() {
@@ -365,9 +422,8 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
-    /// Nothing stays mounted after a failed test.
-    fn drop(&mut self) {
+impl Cluster {
+    fn unmount_all(&self) {
         let below = self.dir.path().display().to_string();
         let table = fs::read_to_string("/proc/mounts").unwrap_or_default();
         for target in table.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
@@ -375,6 +431,13 @@ impl Drop for Cluster {
                 drop(Command::new("umount").args(["-l", target]).status());
             }
         }
+    }
+}
+
+impl Drop for Cluster {
+    /// Nothing stays mounted after a failed test.
+    fn drop(&mut self) {
+        self.unmount_all();
     }
 }
 

@@ -1,6 +1,8 @@
 //! Tier `conformance`: checks against other people's definitions: Kubernetes' object types, the CSI and CNI specifications.
 
+mod chart;
 mod csi_sanity;
+mod image;
 mod manifests;
 mod runtimes;
 
@@ -20,6 +22,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut trials = manifests::trials();
+    trials.extend(chart::trials());
+    trials.extend(image::trials());
     trials.extend(csi_sanity::trials());
     trials.extend(runtimes::trials());
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -1,5 +1,5 @@
 //! What the pods of a node may change, by tokens as kubelet asks for them: the rights and the admission policies of
-//! `manifests/base`.
+//! `manifests/base/storage`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

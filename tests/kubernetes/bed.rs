@@ -100,7 +100,13 @@ impl Bed {
         self.install()?;
         let kube = self.kube()?;
         let token = self.run(async move {
-            for file in ["namespace.yaml", "rbac.yaml", "admission.yaml"] {
+            for file in [
+                "common/namespace.yaml",
+                "storage/rbac.yaml",
+                "storage/certificates-rbac.yaml",
+                "storage/admission.yaml",
+                "network/network-controller-rbac.yaml",
+            ] {
                 apply_manifest(&kube, file).await.with_context(|| file.to_owned())?;
             }
             pod_token(&kube, account, node).await

@@ -3,14 +3,18 @@
 mod admission;
 mod agents;
 mod bed;
+mod certificates;
+mod cluster;
 mod definitions;
 mod lease;
+mod manifests;
 mod nodes;
 mod objects;
 mod outages;
 mod pod_ranges;
 mod records;
 mod soak;
+mod taints;
 mod volumes;
 mod whole;
 
@@ -47,13 +51,22 @@ fn main() -> ExitCode {
     trials.extend(volumes::trials());
     trials.extend(lease::trials());
     trials.extend(admission::trials());
+    trials.extend(taints::trials());
+    trials.extend(certificates::trials());
+    trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
     trials.extend(objects::trials());
     trials.extend(pod_ranges::trials());
     trials.extend(agents::trials());
     trials.extend(soak::trials());
-    libtest_mimic::run(&arguments, trials).exit_code()
+    trials.extend(cluster::trials());
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Err(error) = cluster::end() {
+        eprintln!("{error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
 }
 
 /// A trial on the shared server. Without one it is skipped, and says why.

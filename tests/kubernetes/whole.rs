@@ -32,7 +32,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn database_lives_on(bed: &Bed) -> Result<()> {
-    let mut story = Story::begin_on(&mk_options(bed)?)?;
+    let mut story = Story::begin_on(&mk_options(bed, None)?)?;
     let outcome = tell(bed, &mut story);
     match outcome {
         Ok(()) => story.end(),
@@ -45,7 +45,8 @@ fn database_lives_on(bed: &Bed) -> Result<()> {
     }
 }
 
-fn mk_options(bed: &Bed) -> Result<ClusterOptions> {
+/// With certificates of that life from the built-in issuer, or from the harness.
+pub fn mk_options(bed: &Bed, certificate_life_s: Option<u64>) -> Result<ClusterOptions> {
     let defaults = ClusterOptions::default();
     bed.store()?;
     let mut kubeconfigs = BTreeMap::new();
@@ -63,7 +64,8 @@ fn mk_options(bed: &Bed) -> Result<ClusterOptions> {
         drop(leases.delete(LEASE_NAME, &DeleteParams::default()).await);
         Ok(())
     })?;
-    let kubernetes = Some(KubernetesRecords { server: bed.server().socket(), kubeconfigs });
+    let kubernetes =
+        Some(KubernetesRecords { server: bed.server().socket(), kubeconfigs, certificate_life_s });
     Ok(ClusterOptions { kind: "kubernetes".to_owned(), kubernetes, ..defaults })
 }
 

@@ -21,6 +21,7 @@ use tempfile::TempDir;
 
 use crate::certs::Authority;
 use crate::go_tools::{self, Skip};
+use crate::namespaces::Namespaces;
 use crate::process::{tail, wait_until};
 
 /// From the start of the API server to its first answer; a few seconds on an idle machine.
@@ -44,6 +45,22 @@ pub struct User {
     pub groups: Vec<String>,
 }
 
+/// Where a server runs that is not for this machine's programs alone.
+pub struct Place<'a> {
+    /// Its network.
+    pub spaces: &'a Namespaces,
+    /// Its address there.
+    pub address: Ipv4Addr,
+    /// Folder for its files.
+    pub dir: &'a Path,
+    /// Signs its certificate, which names more addresses and names than its own.
+    pub authority: &'a Authority,
+    /// Those.
+    pub more_names: &'a [&'a str],
+    /// Flags of the API server; one that is given twice counts as it is here.
+    pub arguments: Vec<String>,
+}
+
 /// A running API server.
 ///
 /// It has no controllers: what others would do for an object (garbage collection, default service accounts) does not happen.
@@ -51,9 +68,11 @@ pub struct ApiServer {
     address: Ipv4Addr,
     // Ended before etcd, which it would miss loudly.
     server: Daemon,
-    _etcd: Daemon,
+    etcd: Daemon,
     dir: TempDir,
     users: Vec<User>,
+    /// Network namespace, where it is not the machine's.
+    network: Option<PathBuf>,
 }
 
 impl ApiServer {
@@ -63,19 +82,46 @@ impl ApiServer {
     /// # Errors
     /// A program does not build, or does not start.
     pub fn start(users: &[User]) -> Result<Result<Self, Skip>> {
+        let dir = tempfile::Builder::new().prefix("holdfast-api-server-").tempdir()?;
+        let address = free_address()?;
+        let authority = Authority::new("API server")?;
+        // No endpoint of the service kubernetes: a loopback address may not be one.
+        let arguments = vec!["--endpoint-reconciler-type=none".to_owned()];
+        Self::start_with(users, dir, address, &authority, &[], (None, arguments))
+    }
+
+    /// The same in a network of its own.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_in(place: Place<'_>, users: &[User]) -> Result<Result<Self, Skip>> {
+        let dir = tempfile::Builder::new().prefix("api-server-").tempdir_in(place.dir)?;
+        let inside = (Some(place.spaces), place.arguments);
+        Self::start_with(users, dir, place.address, place.authority, place.more_names, inside)
+    }
+
+    fn start_with(
+        users: &[User],
+        dir: TempDir,
+        address: Ipv4Addr,
+        authority: &Authority,
+        more_names: &[&str],
+        (spaces, arguments): (Option<&Namespaces>, Vec<String>),
+    ) -> Result<Result<Self, Skip>> {
         let (etcd, server) = match (go_tools::etcd()?, go_tools::kube_apiserver()?) {
             (Ok(etcd), Ok(server)) => (etcd, server),
             (Err(skip), _) | (_, Err(skip)) => return Ok(Err(skip)),
         };
-        let dir = tempfile::Builder::new().prefix("holdfast-api-server-").tempdir()?;
-        let address = free_address()?;
         let admin = User { name: ADMIN.to_owned(), groups: vec!["system:masters".to_owned()] };
         let users: Vec<User> = std::iter::once(admin).chain(users.iter().cloned()).collect();
-        write_credentials(dir.path(), address, &users)?;
-        let etcd = Daemon::start("etcd", etcd_command(&etcd, address, dir.path()), dir.path())?;
+        authority.issue_for(&address.to_string(), more_names, dir.path())?;
+        write_credentials(dir.path(), &users)?;
+        let network = spaces.map(Namespaces::network_path);
+        let start = |name: &str, arguments| Daemon::start(name, network.as_deref(), arguments, dir.path());
+        let etcd = start("etcd", etcd_command(&etcd, address, dir.path()))?;
         let server =
-            Daemon::start("kube-apiserver", server_command(&server, address, dir.path()), dir.path())?;
-        let mut started = Self { address, server, _etcd: etcd, dir, users };
+            start("kube-apiserver", [server_command(&server, address, dir.path()), arguments].concat())?;
+        let mut started = Self { address, server, etcd, dir, users, network };
         started.wait_until_ready()?;
         Ok(Ok(started))
     }
@@ -96,6 +142,18 @@ impl ApiServer {
     #[must_use]
     pub fn ca_file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
+    }
+
+    /// Numbers of its processes, of etcd and of the server.
+    #[must_use]
+    pub fn processes(&self) -> [u32; 2] {
+        [self.etcd.child.id(), self.server.child.id()]
+    }
+
+    /// The key that signs the tokens of service accounts.
+    #[must_use]
+    pub fn service_account_key(&self) -> PathBuf {
+        self.dir.path().join("service-account.key")
     }
 
     /// A user's token; none for a user that the server was not started with.
@@ -183,8 +241,10 @@ impl ApiServer {
         let ready = wait_until(READY_TIMEOUT, || {
             ensure!(server.is_alive(), "it ended:\n{}", tail(&server.log));
             // Where nobody listens there is nobody to ask.
-            Ok(TcpStream::connect_timeout(&socket, Duration::from_secs(1)).is_ok()
-                && says_ready(&kubeconfig)?)
+            in_network(self.network.as_deref(), || {
+                Ok(TcpStream::connect_timeout(&socket, Duration::from_secs(1)).is_ok()
+                    && says_ready(&kubeconfig)?)
+            })
         });
         ready.with_context(|| format!("kube-apiserver is not ready:\n{}", tail(&server.log)))
     }
@@ -198,11 +258,15 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(name: &str, arguments: Vec<String>, dir: &Path) -> Result<Self> {
+    fn start(name: &str, network: Option<&Path>, arguments: Vec<String>, dir: &Path) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         // The kernel ends it with its starter, also when that is killed.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).args(arguments).current_dir(dir).stdin(Stdio::null());
+        command.args(["--pdeathsig", "KILL", "--"]).current_dir(dir).stdin(Stdio::null());
+        if let Some(network) = network {
+            command.arg("nsenter").arg(format!("--net={}", network.display())).arg("--");
+        }
+        command.args(arguments);
         let child = spawn(&mut command, &log)?;
         Ok(Self { command, log, child })
     }
@@ -274,14 +338,13 @@ fn server_command(program: &Path, address: Ipv4Addr, dir: &Path) -> Vec<String> 
         file("service-account-key-file", "service-account.pub"),
         file("service-account-signing-key-file", "service-account.key"),
         "--service-cluster-ip-range=10.96.0.0/24".to_owned(),
-        // No endpoint of the service kubernetes: a loopback address may not be one.
-        "--endpoint-reconciler-type=none".to_owned(),
+        // Our own workloads are.
+        "--allow-privileged=true".to_owned(),
     ]
 }
 
-/// Certificate, service account key and tokens.
-fn write_credentials(dir: &Path, address: Ipv4Addr, users: &[User]) -> Result<()> {
-    Authority::new("API server")?.issue(&address.to_string(), dir)?;
+/// Service account key and tokens.
+fn write_credentials(dir: &Path, users: &[User]) -> Result<()> {
     let key = rcgen::KeyPair::generate()?;
     fs::write(dir.join("service-account.key"), key.serialize_pem())?;
     fs::write(dir.join("service-account.pub"), key.public_key_pem())?;
@@ -310,6 +373,19 @@ fn free_address() -> Result<Ipv4Addr> {
         }
     }
     bail!("no loopback address with free ports {ETCD_PORT}, {ETCD_PEER_PORT} and {API_PORT} was found")
+}
+
+/// Asks on a thread of its own in a network namespace, or here where there is none.
+fn in_network<T: Send>(network: Option<&Path>, ask: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let Some(network) = network else { return ask() };
+    let inside = fs::File::open(network).with_context(|| format!("cannot open {}", network.display()))?;
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            nix::sched::setns(inside, nix::sched::CloneFlags::CLONE_NEWNET)?;
+            ask()
+        });
+        asking.join().map_err(|_| anyhow::anyhow!("the one who asks panicked"))?
+    })
 }
 
 /// Whether it says that all its parts run.

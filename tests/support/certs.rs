@@ -36,8 +36,17 @@ impl Authority {
     /// # Errors
     /// The files cannot be written.
     pub fn issue(&self, node: &str, dir: &Path) -> Result<()> {
+        self.issue_for(node, &[], dir)
+    }
+
+    /// The same for one that is known by more names and addresses.
+    ///
+    /// # Errors
+    /// As for [`Self::issue`].
+    pub fn issue_for(&self, node: &str, more: &[&str], dir: &Path) -> Result<()> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(vec![node.to_owned()])?;
+        let names = std::iter::once(&node).chain(more).map(|name| (*name).to_owned());
+        let mut params = CertificateParams::new(names.collect::<Vec<_>>())?;
         params.distinguished_name.push(DnType::CommonName, node);
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

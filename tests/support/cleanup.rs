@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::cgroups;
 use crate::helper;
 use crate::process::{namespace_inode, process_start_time, wait_until};
 use crate::work::{State, lock_folder, read_state, work_root, write_state};
@@ -47,6 +48,7 @@ pub fn sweep(dir: &Path, logs: Logs) -> Result<()> {
     // A loop device whose target died stays until its last user is gone, so ask again.
     let devices_gone = wait_until(VANISH_TIMEOUT, || {
         detach_loops(&state);
+        state.cgroups.iter().for_each(|group| cgroups::remove(group));
         Ok(leftovers(&state, dir).is_empty())
     });
     if logs == Logs::Keep {
@@ -78,6 +80,8 @@ pub fn leftovers(state: &State, dir: &Path) -> Vec<String> {
         }
     }
     left.extend(our_loops(state).into_iter().map(|device| format!("loop device {device}")));
+    let groups = state.cgroups.iter().flat_map(|group| cgroups::existing(group));
+    left.extend(groups.map(|folder| format!("control group {}", folder.display())));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let marks = [dir.display().to_string()];
     for line in mounts.lines() {

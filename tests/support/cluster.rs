@@ -176,8 +176,7 @@ impl Cluster {
     /// # Errors
     /// The link cannot be changed.
     pub fn set_link(&self, node: &str, up: bool) -> Result<()> {
-        let state = if up { "up" } else { "down" };
-        run(self.underlay.network_command("ip").args(["link", "set", &port_name(node), state])).map(drop)
+        set_port(&self.underlay, node, if up { "up" } else { "down" })
     }
 
     /// Takes a node's power away: everything in its memory is gone at once, what it wrote to its disk stays.
@@ -419,7 +418,7 @@ pub(crate) fn start_program(
     if let Some(records) = records {
         command = spaces.command("env");
         command.arg(format!("KUBECONFIG={}", records.kubeconfig(name)?.display())).arg(&binary);
-        arguments.push("--record-store=kubernetes".to_owned());
+        arguments = records.arguments(arguments);
     }
     let command = maker(&command, arguments);
     Program::start(ProgramSpec { name: name.to_owned(), log, command })
@@ -427,6 +426,11 @@ pub(crate) fn start_program(
 
 pub(crate) fn controller_address() -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, 10)
+}
+
+/// Sets a node's port on the underlay's bridge `up` or `down`.
+pub(crate) fn set_port(underlay: &Namespaces, node: &str, state: &str) -> Result<()> {
+    run(underlay.network_command("ip").args(["link", "set", &port_name(node), state])).map(drop)
 }
 
 /// Name of a node's port on the underlay's bridge.

@@ -1,6 +1,7 @@
 //! Programs of other people that the tests run: built once from their Go modules at pinned versions, and kept.
 //!
-//! Each tool has a Go module of its own in `tests/conformance/NAME`, which pins it and all that it is made of. The finished
+//! Each tool has a Go module of its own in `tests/conformance/NAME`, which pins it and all that it is made of, and may hold
+//! small programs of ours that need Go's libraries. The finished
 //! program lies outside of the checkout, in `$HOLDFAST_TEST_CACHE`, else `$XDG_CACHE_HOME/holdfast-tests`, else
 //! `~/.cache/holdfast-tests`, under a name that changes with the module, so that only the first run pays for the build.
 //!
@@ -25,6 +26,9 @@ const KEPT_VERSIONS_MAX: usize = 3;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(300);
 /// Longest build; the API server takes about five minutes on two processors that do nothing else.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(1500);
+
+/// Start of the names of our own modules.
+const OWN_PREFIX: &str = "holdfast.dev/";
 
 /// What Go says of a module that is not as it was pinned: a mistake of ours or of somebody on the way, never a missing network.
 const NOT_AS_PINNED: [&str; 4] =
@@ -100,6 +104,80 @@ const CNI_PLUGINS: Tool = Tool {
     version_variable: None,
 };
 
+/// What a cluster is made of beside its API server: a module of its own, so that a test of the API server alone waits for no kubelet.
+const KUBERNETES: Tool = Tool {
+    name: "kubernetes",
+    packages: &[
+        "k8s.io/kubernetes/cmd/kube-controller-manager",
+        "k8s.io/kubernetes/cmd/kube-scheduler",
+        "k8s.io/kubernetes/cmd/kubelet",
+        "k8s.io/kubernetes/cmd/kube-proxy",
+        "k8s.io/kubernetes/cmd/kubectl",
+    ],
+    module: "k8s.io/kubernetes",
+    version_variable: Some("k8s.io/component-base/version.gitVersion"),
+};
+
+/// Newer than Debian's, which kubelets no longer speak to.
+const CONTAINERD: Tool = Tool {
+    name: "containerd",
+    packages: &[
+        "github.com/containerd/containerd/v2/cmd/containerd",
+        "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
+        "github.com/containerd/containerd/v2/cmd/ctr",
+    ],
+    module: "github.com/containerd/containerd/v2",
+    version_variable: Some("github.com/containerd/containerd/v2/version.Version"),
+};
+
+/// What runs in pods: the CSI project's sidecars in one module, so that they are compiled in a third of the time, and our own.
+const POD_PROGRAMS: Tool = Tool {
+    name: "pod-programs",
+    packages: &[
+        "github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner",
+        "github.com/kubernetes-csi/external-attacher/v4/cmd/csi-attacher",
+        "github.com/kubernetes-csi/external-resizer/v2/cmd/csi-resizer",
+        "github.com/kubernetes-csi/external-snapshotter/v8/cmd/csi-snapshotter",
+        "github.com/kubernetes-csi/external-snapshotter/v8/cmd/snapshot-controller",
+        "holdfast.dev/tests/pod-programs/csi-node-driver-registrar",
+        "holdfast.dev/tests/pod-programs/livenessprobe",
+        "holdfast.dev/tests/pod-programs/ledger",
+        "holdfast.dev/tests/pod-programs/pause",
+    ],
+    module: "github.com/kubernetes-csi/external-provisioner/v6",
+    version_variable: None,
+};
+
+const KUSTOMIZE: Tool = Tool {
+    name: "kustomize",
+    packages: &["sigs.k8s.io/kustomize/kustomize/v5"],
+    module: "sigs.k8s.io/kustomize/kustomize/v5",
+    version_variable: None,
+};
+
+const HELM: Tool = Tool {
+    name: "helm",
+    packages: &["helm.sh/helm/v4/cmd/helm"],
+    module: "helm.sh/helm/v4",
+    version_variable: None,
+};
+
+/// What puts manifests together, as kubectl does it.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn kustomize() -> Result<Result<PathBuf, Skip>> {
+    KUSTOMIZE.program()
+}
+
+/// What renders charts.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn helm() -> Result<Result<PathBuf, Skip>> {
+    HELM.program()
+}
+
 /// The conformance suite of the CSI project.
 ///
 /// # Errors
@@ -156,6 +234,48 @@ pub fn cni_plugins() -> Result<Result<PathBuf, Skip>> {
     CNI_PLUGINS.program()
 }
 
+/// A folder with `kube-controller-manager`, `kube-scheduler`, `kubelet`, `kube-proxy` and `kubectl`.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn kubernetes() -> Result<Result<PathBuf, Skip>> {
+    KUBERNETES.program()
+}
+
+/// A folder with `containerd`, `containerd-shim-runc-v2` and `ctr`.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn containerd() -> Result<Result<PathBuf, Skip>> {
+    CONTAINERD.program()
+}
+
+/// A folder with static programs for images: the CSI sidecars, `pause` and `ledger`.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn pod_programs() -> Result<Result<PathBuf, Skip>> {
+    POD_PROGRAMS.program()
+}
+
+/// Where a module lies that the programs of pods are made of, with all its files.
+///
+/// # Errors
+/// It is no such module.
+pub fn pod_module(module: &str) -> Result<Result<PathBuf, Skip>> {
+    if !command_exists("go") {
+        return Ok(Err(Skip(format!("there is no Go to find {module} with"))));
+    }
+    // It is fetched where it is not there yet, such as when the finished programs were.
+    let mut command = Command::new("go");
+    command
+        .args(["mod", "download", "-json", module])
+        .current_dir(POD_PROGRAMS.module_folder())
+        .env_remove("GOWORK");
+    let answer: serde_json::Value = serde_json::from_str(&run_within(FETCH_TIMEOUT, &mut command)?)?;
+    Ok(Ok(PathBuf::from(answer["Dir"].as_str().context("it has no folder")?)))
+}
+
 impl Tool {
     fn given_or_built(&self) -> Result<Result<PathBuf, Skip>> {
         let Some(folder) = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty()) else {
@@ -171,9 +291,10 @@ impl Tool {
     /// The program from the cache; it is built if it is not there yet.
     fn program(&self) -> Result<Result<PathBuf, Skip>> {
         let module = self.module_folder();
-        let pins = [fs::read(module.join("go.mod"))?, fs::read(module.join("go.sum"))?].concat();
+        let mut pins = [fs::read(module.join("go.mod"))?, fs::read(module.join("go.sum"))?].concat();
         let version = version_of(self.module, &String::from_utf8_lossy(&pins))
             .with_context(|| format!("{}/go.mod does not name {}", module.display(), self.module))?;
+        pins.extend(own_sources(&module, self.packages)?);
         let cache = cache_folder();
         fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
         let program = cache.join(format!("{}-{version}-{:08x}", self.name, crc32c::crc32c(&pins)));
@@ -254,6 +375,18 @@ fn lock(path: &Path) -> Result<Flock<File>> {
         .with_context(|| format!("cannot lock {}", path.display()))
 }
 
+/// The text of the packages that lie in the module itself.
+fn own_sources(module: &Path, packages: &[&str]) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    for package in packages {
+        let main = module.join(Path::new(package).file_name().unwrap_or_default()).join("main.go");
+        if package.starts_with(OWN_PREFIX) {
+            text.extend(fs::read(&main).with_context(|| format!("cannot read {}", main.display()))?);
+        }
+    }
+    Ok(text)
+}
+
 /// The version that a go.mod demands of a module.
 fn version_of(module: &str, pins: &str) -> Option<String> {
     let mut lines = pins.lines().map(|line| line.trim().trim_start_matches("require ").split_whitespace());
@@ -312,11 +445,28 @@ mod tests {
 
     #[test]
     fn every_tool_is_pinned_by_a_module_of_its_own() {
-        for tool in [CSI_SANITY, CSI_SANITY_1_12, CSI_SANITY_1_5, KUBE_APISERVER, ETCD, CNITOOL, CNI_PLUGINS]
-        {
+        let of_cluster = [KUBERNETES, CONTAINERD, POD_PROGRAMS];
+        let alone = [
+            CSI_SANITY,
+            CSI_SANITY_1_12,
+            CSI_SANITY_1_5,
+            KUBE_APISERVER,
+            ETCD,
+            CNITOOL,
+            CNI_PLUGINS,
+            KUSTOMIZE,
+            HELM,
+        ];
+        for tool in alone.into_iter().chain(of_cluster) {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();
             assert!(version_of(tool.module, &pins).is_some_and(|v| v.starts_with('v')), "{}", tool.name);
-            assert!(tool.packages.iter().all(|package| package.starts_with(tool.module)), "{}", tool.name);
+            assert!(
+                tool.packages.iter().all(|package| pins.contains(&format!("\t{package}\n"))
+                    || pins.contains(&format!("tool {package}\n"))
+                    || package.starts_with(OWN_PREFIX)),
+                "{}",
+                tool.name
+            );
         }
     }
 

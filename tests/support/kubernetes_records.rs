@@ -27,6 +27,8 @@ pub struct KubernetesRecords {
     pub server: SocketAddr,
     /// A kubeconfig that leads to [`API_URL`] for each process: `controller`, and `NODE-data` and `NODE-csi` of each node.
     pub kubeconfigs: BTreeMap<String, PathBuf>,
+    /// Certificates come from the built-in issuer and live so long; none: from the harness.
+    pub certificate_life_s: Option<u64>,
 }
 
 impl KubernetesRecords {
@@ -39,6 +41,16 @@ impl KubernetesRecords {
             .get(process)
             .map(PathBuf::as_path)
             .with_context(|| format!("no kubeconfig for {process}"))
+    }
+
+    /// A process's arguments with what differs from a cluster with a store of its own.
+    pub(crate) fn arguments(&self, mut arguments: Vec<String>) -> Vec<String> {
+        arguments.push("--record-store=kubernetes".to_owned());
+        if let Some(life_s) = self.certificate_life_s {
+            arguments.retain(|argument| !argument.starts_with("--tls-dir="));
+            arguments.extend(["--tls-issuer=kubernetes".to_owned(), format!("--tls-life-s={life_s}")]);
+        }
+        arguments
     }
 
     /// Passes connections on from the underlay to the server, as long as the runtime lives.

@@ -127,6 +127,12 @@ impl Namespaces {
         Ok(())
     }
 
+    /// Where the network namespace can be opened.
+    #[must_use]
+    pub fn network_path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/ns/net", self.pid))
+    }
+
     /// A command that will run `program` with the inside's network and the host's everything else.
     #[must_use]
     pub fn network_command(&self, program: &str) -> Command {

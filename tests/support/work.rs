@@ -21,6 +21,9 @@ pub struct State {
     /// Parts of the file names of disks that were made; their loop devices show them.
     #[serde(default)]
     pub disk_marks: Vec<String>,
+    /// Names of control groups that were made, in every hierarchy.
+    #[serde(default)]
+    pub cgroups: Vec<String>,
     /// The cluster outlives its driver (`--keep`).
     pub kept: bool,
 }

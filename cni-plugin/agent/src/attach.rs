@@ -1,6 +1,6 @@
 //! The CNI verbs on the node: leases, interfaces and policy in their order.
 //!
-//! ADD: lease on disk -> interface with deny-all (dataplane) -> policy of the pod -> mark on disk -> answer.
+//! ADD: lease -> interface with deny-all (dataplane) -> policy of the pod -> lease on disk -> answer.
 //! DEL: endpoint out of the model -> interface gone -> rules without it -> lease released.
 //!
 //! Each step may be the last one before a kill; [`Attacher::reconcile`] and DEL start over from what they find.

@@ -61,7 +61,7 @@ pub struct Lease {
     pub pod: Option<ObjectName>,
     /// K8S_POD_UID; may be empty.
     pub pod_uid: String,
-    /// The attachment is complete. Durable before ADD answers: a start undoes every lease without it.
+    /// The attachment is complete, and the lease durable. A start undoes every one without it.
     pub attached: bool,
     /// The kernel's id of the boot in which it was attached; empty in leases of before this was kept.
     #[serde(default)]
@@ -259,10 +259,12 @@ impl Leases {
         state.allocator.set_objects(are_there, now_ms);
     }
 
-    /// Leases addresses and makes that durable. `mk_lease` completes the row for the addresses.
+    /// Leases addresses in this process; [`Leases::mark_attached`] makes that durable. `mk_lease` completes the lease for the
+    /// addresses. A kill in between leaves an interface without a lease, of which nobody was told: the next start removes it
+    /// before it leases anything.
     ///
     /// # Errors
-    /// No address is free, the attachment exists, or the store failed; then nothing is leased.
+    /// No address is free, or the attachment exists; then nothing is leased.
     pub async fn reserve(
         &self,
         key: &AttachmentKey,
@@ -291,37 +293,27 @@ impl Leases {
         state.sequence += 1;
         let lease = mk_lease(state.sequence, addresses);
         state.leases.insert(key.clone(), lease.clone());
-        let addresses = lease.plan.addresses.iter().copied();
-        let held: Vec<IpAddr> = addresses.filter(|address| state.freed_rows.remove(address)).collect();
-        drop(state);
-        let stored = async {
-            self.put(&lease)?;
-            for address in held {
-                self.rows.remove(freed_key(address))?;
-            }
-            self.flusher.flush().await
-        };
-        if let Err(error) = stored.await {
-            // The row may or may not be on disk: the address stays out of use until a start reads the truth.
-            self.state.lock().await.leases.remove(key);
-            return Err(error.into());
-        }
         Ok(lease)
     }
 
-    /// Makes durable that the attachment is complete and how it was made, before ADD answers: a start after a kill then keeps what
-    /// a runtime was told.
+    /// Makes the lease durable, complete and as it was made, before ADD answers: a start after a kill then keeps what a runtime was
+    /// told, and gives its addresses to nobody else.
     ///
     /// # Errors
-    /// The store failed; whether the mark is durable is unknown.
+    /// The store failed; whether the lease is durable is unknown.
     pub async fn mark_attached(&self, key: &AttachmentKey, made: &EndpointPlan) -> Result<(), LeaseError> {
         let mut state = self.state.lock().await;
-        if let Some(lease) = state.leases.get_mut(key) {
+        let State { leases, freed_rows, .. } = &mut *state;
+        if let Some(lease) = leases.get_mut(key) {
             lease.attached = true;
             // It may have changed since the attachment began.
             let mtu = lease.plan.mtu;
             lease.plan = EndpointPlan { mtu, ..made.clone() };
             self.put(lease)?;
+            // That they were held back once is over.
+            for address in lease.plan.addresses.iter().filter(|address| freed_rows.remove(address)) {
+                self.rows.remove(freed_key(*address))?;
+            }
         }
         drop(state);
         self.flusher.flush().await?;
@@ -357,8 +349,9 @@ impl Leases {
         for address in lease.plan.addresses.iter().filter(|_| holds_back) {
             self.rows.insert(freed_key(*address), &[])?;
         }
-        self.rows.remove(row_key(key))?;
-        self.flusher.flush().await?;
+        if self.rows.remove(row_key(key))?.is_some() || holds_back {
+            self.flusher.flush().await?;
+        }
         let mut state = self.state.lock().await;
         let now_ms = state.now_ms();
         if let Some(lease) = state.leases.remove(key) {
@@ -479,6 +472,12 @@ mod tests {
         leases.reserve(&key, &Wanted::default(), mk_lease).await
     }
 
+    async fn attach(leases: &Leases, id: &str) -> Lease {
+        let lease = reserve(leases, id).await.unwrap();
+        leases.mark_attached(&lease.key, &lease.plan).await.unwrap();
+        leases.get(&lease.key).await.unwrap()
+    }
+
     #[tokio::test]
     async fn leases_survive_a_restart_and_a_used_up_range_says_so() {
         let folder = tempfile::tempdir().unwrap();
@@ -486,7 +485,7 @@ mod tests {
         let first = {
             let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
             leases.set_ranges(&range).await;
-            reserve(&leases, "a").await.unwrap()
+            attach(&leases, "a").await
         };
         let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
         leases.set_ranges(&range).await;
@@ -510,7 +509,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reserve_mark_and_release_are_durable_when_they_return() {
+    async fn mark_and_release_are_durable_when_they_return_and_a_reservation_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let leases = Leases::open(folder.path(), Duration::ZERO).unwrap();
         leases.set_ranges(&["10.0.0.0/24".parse().unwrap()]).await;
@@ -521,9 +520,8 @@ mod tests {
         // Often enough that the store's own flush every half second does not pass for ours.
         for round in 0..10 {
             let id = format!("c{round}");
-            reserve(&leases, &id).await.unwrap();
-            assert_eq!(found(&killed_now(folder.path()), &id), Some(false), "round {round}");
-            let plan = leases.get(&mk_key(&id)).await.unwrap().plan;
+            let plan = reserve(&leases, &id).await.unwrap().plan;
+            assert_eq!(found(&killed_now(folder.path()), &id), None, "round {round}");
             leases.mark_attached(&mk_key(&id), &plan).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), Some(true), "round {round}");
             leases.release(&mk_key(&id)).await.unwrap();
@@ -543,7 +541,7 @@ mod tests {
         let told = reserve(&leases, "b").await.unwrap();
         // Nobody was told of a: it is free at once.
         leases.release(&mk_key("a")).await.unwrap();
-        let again = reserve(&leases, "c").await.unwrap();
+        let again = attach(&leases, "c").await;
         leases.mark_attached(&mk_key("b"), &told.plan).await.unwrap();
         leases.release(&mk_key("b")).await.unwrap();
         assert!(matches!(reserve(&leases, "d").await, Err(LeaseError::Allocate(_))));
@@ -557,8 +555,11 @@ mod tests {
         after.set_objects(true).await;
         assert!(reserve(&after, "d").await.is_err(), "the time begins with the objects");
         tokio::time::sleep(quarantine).await;
+        // What is reserved and not complete is held back anew by a start, like before.
         let lease = reserve(&after, "d").await.unwrap();
-        assert_ne!(lease.plan.addresses, again.plan.addresses);
+        let early = Leases::open(killed_now(left.path()).path(), quarantine).unwrap();
+        assert_eq!(early.state.into_inner().freed_rows.len(), 1);
+        after.mark_attached(&lease.key, &lease.plan).await.unwrap();
         assert_eq!(after.held_back().await, 0);
         // Its row went with the lease: the next start holds nothing back.
         let left = killed_now(left.path());
@@ -574,8 +575,7 @@ mod tests {
             let leases = Leases::open(folder.path(), time).unwrap();
             leases.set_ranges(&["10.42.1.0/24".parse().unwrap()]).await;
             leases.set_objects(true).await;
-            let lease = reserve(&leases, "c").await.unwrap();
-            leases.mark_attached(&lease.key, &lease.plan).await.unwrap();
+            let lease = attach(&leases, "c").await;
             leases.release(&lease.key).await.unwrap();
             leases.forget_freed().await.unwrap();
             assert!(leases.held_back().await > 0, "not before its time");
@@ -592,14 +592,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_burst_of_reservations_shares_flushes_and_all_of_them_end() {
+    async fn a_burst_of_attachments_shares_flushes_and_all_of_them_end() {
         let folder = tempfile::tempdir().unwrap();
         let leases = std::sync::Arc::new(Leases::open(folder.path(), Duration::ZERO).unwrap());
         leases.set_ranges(&["10.0.0.0/24".parse().unwrap()]).await;
         let mut all = tokio::task::JoinSet::new();
         for number in 0..200 {
             let leases = std::sync::Arc::clone(&leases);
-            all.spawn(async move { reserve(&leases, &format!("c{number}")).await.unwrap() });
+            all.spawn(async move { attach(&leases, &format!("c{number}")).await });
         }
         let ended = tokio::time::timeout(Duration::from_secs(30), all.join_all()).await;
         assert_eq!(ended.expect("the store is stuck").len(), 200);

@@ -8,9 +8,11 @@
 //! It refuses to guess: while objects were not read, rules of an earlier run stay in force and new pods are denied. After
 //! a kill at any point a start brings leases, interfaces and rules together again ([`run`]).
 
+mod ask;
 mod attach;
 mod batch;
 mod claims;
+mod controller;
 mod doctor;
 mod engine;
 mod flows;
@@ -18,6 +20,7 @@ mod flusher;
 mod folder;
 mod garbage;
 mod hygiene;
+mod install;
 mod intake;
 mod keys;
 mod kubernetes;
@@ -30,6 +33,7 @@ pub mod pending;
 mod service;
 mod settings;
 mod source;
+mod uninstall;
 mod uplink;
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -44,15 +48,19 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::info;
 
+pub use ask::ready;
 pub use batch::Batch;
 pub use claims::{Claims, Swapped};
+pub use controller::{ControllerSettings, START_UP_TAINT, run_controller};
 pub use doctor::{DoctorOptions, Finding, doctor};
 pub use holdfast_dataplane::share_one_heap;
+pub use install::{CNI_PLUGIN, InstallOptions, Installed, install_cni};
 pub use leases::{AttachmentKey, Lease, LeaseError, Leases, Wanted};
 pub use objects::ObjectKey;
 pub use offload::ChecksumOffload;
 pub use settings::{Mode, ObjectSource, Settings};
 pub use source::open_objects;
+pub use uninstall::{Removal, UninstallOptions, uninstall};
 
 use attach::Attacher;
 use engine::Engine;

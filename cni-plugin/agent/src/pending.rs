@@ -85,6 +85,28 @@ pub fn list(folder: &Path) -> io::Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Every file that [`write`] makes in the folder, those of a crash included. None where there is no folder.
+///
+/// # Errors
+/// The folder cannot be listed.
+pub(crate) fn all_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        // A temporary one has a dot before and the writer's process number after.
+        let is_ours = |name: &str| name.split_once('@').is_some_and(|(_, rest)| rest.contains(SUFFIX));
+        if path.file_name().and_then(std::ffi::OsStr::to_str).is_some_and(is_ours) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
 /// The record for an attachment, if there is one.
 ///
 /// # Errors

@@ -28,21 +28,21 @@ const FORWARDING_WAIT_MAX: Duration = Duration::from_secs(5);
 const FORWARDING_POLL_INTERVAL: Duration = Duration::from_micros(100);
 
 /// Makes the veth pair, its far end in the sandbox at once, and everything on the node's side. The host end is up when
-/// this returns; the pod's end is not.
-pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()> {
+/// this returns; the pod's end is not. Gives the host end's index.
+pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<u32> {
     check_name(&plan.host_ifname)?;
     check_name(&plan.container_ifname)?;
     let Some(name) = &plan.bridge else {
         let index = make_pair(links, plan, netns).await?;
         limits::apply(links, plan, index).await?;
-        return routed::make(links, plan, index).await;
+        routed::make(links, plan, index).await?;
+        return Ok(index);
     };
-    let bridge = links.link(name).await?.ok_or_else(|| Error::Link {
+    let bridge = links.index_of(name)?.ok_or_else(|| Error::Link {
         what: format!("attach {}", plan.host_ifname),
         reason: format!("there is no bridge {name}; apply the node plan first"),
         errno: libc::ENODEV,
     })?;
-    let bridge = bridge.header.index;
     let index = make_pair(links, plan, netns).await?;
     limits::apply(links, plan, index).await?;
     turn_ipv6_off(&plan.host_ifname)?;
@@ -54,9 +54,9 @@ pub async fn make(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<()
         links.set_route(&pod_route(*address, bridge)).await?;
     }
     // Isolated before it is up: no frame ever goes from pod to pod.
-    links
-        .change_link(isolated_port(plan, index), &format!("set up the bridge port {}", plan.host_ifname))
-        .await
+    let what = format!("set up the bridge port {}", plan.host_ifname);
+    links.change_link(isolated_port(plan, index), &what).await?;
+    Ok(index)
 }
 
 /// A bridge port needs no addresses of its own.
@@ -128,9 +128,8 @@ async fn make_pair(links: &Links, plan: &EndpointPlan, netns: &File) -> Result<u
         }
         other => other?,
     }
-    let link = links.link(&plan.host_ifname).await?;
-    let link = link.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))?;
-    Ok(link.header.index)
+    let index = links.index_of(&plan.host_ifname)?;
+    index.ok_or_else(|| Error::Protocol(format!("{} vanished", plan.host_ifname)))
 }
 
 /// Removes the veth pair, and what the bridge has of it: routes and neighbours of `known` addresses and of those found by the

@@ -29,6 +29,7 @@ mod offload;
 mod routed;
 mod sandbox;
 mod sysctls;
+mod teardown;
 mod unlink;
 mod watch;
 
@@ -57,6 +58,7 @@ pub use memory::{share_one_heap, trim_memory};
 pub use nft::{FlowBatch, FlowEvent, FlowLog, FlowVerdict, Live};
 pub use nft::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
 pub use offload::{checksum_offload, hold_checksum_offload};
+pub use teardown::{Teardown, attached_endpoints, remove_everything};
 
 /// Settings of the data path.
 #[derive(Debug, Clone)]
@@ -218,10 +220,10 @@ impl Dataplane {
         self.with_policy(move |policy| policy.quarantine(wanted)).await?;
         let made = async {
             self.flush_host_ports(translations_of(plan), Change::Appeared).await?;
-            endpoint::make(&self.links, plan, &sandbox).await?;
+            let host_end = endpoint::make(&self.links, plan, &sandbox).await?;
             let has_defaults = sandbox::configure(&sandbox, plan).await?;
             endpoint::wait_until_open(&self.links, plan).await?;
-            self.watch_link(&plan.host_ifname).await?;
+            self.interests.add([host_end]);
             Ok(has_defaults)
         };
         match made.await {

@@ -138,6 +138,20 @@ impl Links {
         }
     }
 
+    /// A link's index by its name, in the calling thread's network namespace, which is that of the connection. Without the round trip
+    /// through the connection's task, and without all that the kernel tells of a link.
+    pub fn index_of(&self, name: &str) -> Result<Option<u32>> {
+        match nix::net::if_::if_nametoindex(name) {
+            Ok(index) => Ok(Some(index)),
+            Err(nix::errno::Errno::ENODEV) => Ok(None),
+            Err(errno) => Err(Error::Link {
+                what: format!("look up link {name}"),
+                reason: errno.desc().to_string(),
+                errno: errno as i32,
+            }),
+        }
+    }
+
     /// All links.
     pub async fn all_links(&self) -> Result<Vec<LinkMessage>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
@@ -292,22 +306,16 @@ impl Links {
         Ok(routes)
     }
 
-    /// The devices that default routes of a family lead through, whosever they are.
-    pub async fn default_devices(&self, v4: bool) -> Result<BTreeSet<u32>> {
-        let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let is_default = |message: &&RouteMessage| {
-            let header = &message.header;
-            header.destination_prefix_length == 0
-                && header.table == RouteHeader::RT_TABLE_MAIN
-                && header.kind == RouteType::Unicast
-        };
-        let device = |message: &RouteMessage| {
-            message.attributes.iter().find_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            })
-        };
-        Ok(self.routes_of(family).await?.iter().filter(is_default).filter_map(device).collect())
+    /// What pods' sandboxes are asked before they are given routes: the devices of routes of ours, and those that default routes of
+    /// `families` lead through, whosever they are.
+    pub async fn devices_of_routes(&self, families: Families) -> Result<(BTreeSet<u32>, BTreeSet<u32>)> {
+        let (mut ours, mut defaults) = (BTreeSet::new(), BTreeSet::new());
+        for (family, asks) in [(AddressFamily::Inet, families.v4), (AddressFamily::Inet6, families.v6)] {
+            let routes = self.routes_of(family).await?;
+            ours.extend(routes.iter().filter_map(our_route).filter_map(|route| route.device));
+            defaults.extend(routes.iter().filter(|route| asks && is_default(route)).filter_map(device_of));
+        }
+        Ok((ours, defaults))
     }
 
     async fn routes_of(&self, family: AddressFamily) -> Result<Vec<RouteMessage>> {
@@ -408,6 +416,29 @@ fn family_of(address: IpAddr) -> AddressFamily {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
     }
+}
+
+/// Which families are meant.
+#[derive(Debug, Clone, Copy)]
+pub struct Families {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+fn is_default(message: &RouteMessage) -> bool {
+    let header = &message.header;
+    header.destination_prefix_length == 0
+        && header.table == RouteHeader::RT_TABLE_MAIN
+        && header.kind == RouteType::Unicast
+}
+
+fn device_of(message: &RouteMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
 }
 
 fn route_message(route: &Route) -> RouteMessage {

@@ -16,7 +16,7 @@ use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::LinkFlags;
 
 use crate::error::{Error, Result};
-use crate::links::{Links, Route, host_route, mac_of, mtu_of, set_sysctl, sysctl_differs};
+use crate::links::{Families, Links, Route, host_route, mac_of, mtu_of, set_sysctl, sysctl_differs};
 
 /// Opens a network namespace by its path. What else may lie there is refused and not waited for: a FIFO would keep an open waiting for
 /// ever. So is the node's own, whose routes would be taken for a pod's.
@@ -106,7 +106,7 @@ const LOOPBACK: u32 = 1;
 
 async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<bool> {
     let name = &plan.container_ifname;
-    let index = own_link(links, name).await?;
+    let index = own_link(links, name)?;
     let has_defaults = plan.default_routes && !has_other_defaults(links, plan, index).await?;
     let plan = &EndpointPlan { default_routes: has_defaults, ..plan.clone() };
     links.set_up(LOOPBACK, "lo").await?;
@@ -132,17 +132,13 @@ async fn configure_inside(links: &Links, plan: &EndpointPlan) -> Result<bool> {
 /// # Errors
 /// It is one of ours: both would go by the same gateway, and what one of them sends by the other's port is dropped there.
 async fn has_other_defaults(links: &Links, plan: &EndpointPlan, index: u32) -> Result<bool> {
-    let ours = links.our_routes().await?.into_iter().filter_map(|route| route.device);
+    let has = |v4: bool| plan.addresses.iter().any(|address| address.is_ipv4() == v4);
+    let (ours, defaults) = links.devices_of_routes(Families { v4: has(true), v6: has(false) }).await?;
     if ours.into_iter().any(|device| device != index) {
         let place = "the sandbox, and a sandbox takes one attachment of this plugin".to_string();
         return Err(Error::Exists { ifname: "of ours".to_string(), place });
     }
-    for gateway in gateways(plan) {
-        if links.default_devices(gateway.is_ipv4()).await?.into_iter().any(|device| device != index) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(defaults.into_iter().any(|device| device != index))
 }
 
 /// Redirects would make the pod look for its peers on the bridge, where isolated ports never answer; router advertisements have
@@ -193,10 +189,9 @@ async fn check_inside(links: &Links, plan: &EndpointPlan) -> Result<()> {
     Ok(())
 }
 
-async fn own_link(links: &Links, name: &str) -> Result<u32> {
-    let link = links.link(name).await?;
-    link.map(|l| l.header.index)
-        .ok_or_else(|| Error::Protocol(format!("{name} vanished from the sandbox while it was set up")))
+fn own_link(links: &Links, name: &str) -> Result<u32> {
+    let vanished = || Error::Protocol(format!("{name} vanished from the sandbox while it was set up"));
+    links.index_of(name)?.ok_or_else(vanished)
 }
 
 fn gateways(plan: &EndpointPlan) -> impl Iterator<Item = IpAddr> {

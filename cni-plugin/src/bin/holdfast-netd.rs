@@ -1,5 +1,9 @@
 //! holdfast-netd: the node agent's process. Settings, privileges, logging and signals; the work is in `holdfast-agent`.
 
+// Beside this file it would be a program of its own.
+#[path = "netd/lifecycle.rs"]
+mod lifecycle;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +27,10 @@ const CAPABILITIES: [Capability; 3] =
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "`holdfast-netd doctor` names what interferes with this node's network: see its --help."
+    after_help = "Other words, each with a --help of its own: `doctor` names what interferes with this node's network, \
+        `install-cni` installs the CNI plugin's files, `ready` tells whether pods can be attached, `controller` takes the start-up taint \
+        off nodes whose agent is ready (once for a cluster), `uninstall` takes everything off \
+        the node."
 )]
 struct Args {
     /// Name of this node's Node object.
@@ -232,11 +239,15 @@ impl Args {
 
 fn main() -> anyhow::Result<ExitCode> {
     holdfast_agent::share_one_heap();
-    let mut words = std::env::args_os();
-    if words.nth(1).is_some_and(|word| word == "doctor") {
-        return examine(DoctorArgs::parse_from(std::env::args_os().skip(1)));
+    let rest = || std::env::args_os().skip(1);
+    match std::env::args().nth(1).as_deref() {
+        Some("doctor") => examine(DoctorArgs::parse_from(rest())),
+        Some("install-cni") => lifecycle::install(lifecycle::InstallArgs::parse_from(rest())),
+        Some("ready") => lifecycle::ready(&lifecycle::ReadyArgs::parse_from(rest())),
+        Some("controller") => control(lifecycle::ControllerArgs::parse_from(rest())),
+        Some("uninstall") => lifecycle::uninstall(lifecycle::UninstallArgs::parse_from(rest())),
+        _ => serve(Args::parse()).map(|()| ExitCode::SUCCESS),
     }
-    serve(Args::parse()).map(|()| ExitCode::SUCCESS)
 }
 
 fn examine(args: DoctorArgs) -> anyhow::Result<ExitCode> {
@@ -247,29 +258,48 @@ fn examine(args: DoctorArgs) -> anyhow::Result<ExitCode> {
 
 fn serve(args: Args) -> anyhow::Result<()> {
     let settings = args.into_settings()?;
+    start_logging();
+    // Capabilities belong to threads: they are dropped before there is a second one.
+    keep_only(&CAPABILITIES).context("cannot drop capabilities")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async { holdfast_agent::run(settings, signalled()?).await })
+}
+
+/// The controller, which is nobody on its node.
+fn control(args: lifecycle::ControllerArgs) -> anyhow::Result<ExitCode> {
+    start_logging();
+    keep_only(&[]).context("cannot drop capabilities")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async { holdfast_agent::run_controller(args.into(), signalled()?).await })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    // Capabilities belong to threads: they are dropped before there is a second one.
-    drop_capabilities().context("cannot drop capabilities")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let stop = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        holdfast_agent::run(settings, stop).await
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}
+
+/// SIGTERM or SIGINT, caught from the call on.
+fn signalled() -> std::io::Result<impl Future<Output = ()> + Send> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     })
 }
 
-/// Keeps [`CAPABILITIES`] and gives up the rest for good, also for programs that might be executed.
-fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
+/// Keeps some capabilities and gives up the rest for good, also for programs that might be executed.
+fn keep_only(needed: &[Capability]) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = CAPABILITIES.into_iter().filter(|cap| permitted.contains(cap)).collect();
+    let kept: CapsHashSet = needed.iter().copied().filter(|cap| permitted.contains(cap)).collect();
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)? {
             if !kept.contains(&capability) {

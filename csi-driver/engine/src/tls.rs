@@ -12,46 +12,45 @@
 //! Not checked: whether the record names that node as the attached one, which a replica cannot know. A node with a
 //! certificate can therefore fence another one's target by an Open with a higher generation; it cannot use its session.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use holdfast_nbd::{ClientTls, ServerTls, TlsIdentity, peer_names};
+use holdfast_nbd::{ClientTls, ServerTls, peer_names};
+use holdfast_service::TlsIdentity;
 use holdfast_service::tls::CONTROLLER_NAME;
 use rustls::ServerConfig;
+use rustls::pki_types::ServerName;
 use tonic::Status;
-use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+use tonic::transport::ClientTlsConfig;
 
 /// Why TLS material could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file could not be read.
-    #[error("TLS file {path} cannot be read: {source}; --tls-dir needs ca.pem, node.pem and node.key")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The material is refused.
+    /// The folder's.
     #[error(transparent)]
-    Material(#[from] holdfast_nbd::TlsError),
+    Folder(#[from] holdfast_service::tls::TlsError),
+    /// Certificate and key do not make a configuration.
+    #[error("the TLS material cannot be used: {0}")]
+    Material(#[from] rustls::Error),
+    /// The peer's name is no DNS name.
+    #[error("\"{0}\" is not a DNS name, so no certificate can carry it")]
+    ServerName(String),
 }
 
-/// A node's certificate, its key and the authority, loaded and checked once.
-#[derive(Clone)]
+/// A node's certificate, its key and the authorities, for NBD and gRPC. They may be replaced while they are used: see
+/// [`TlsIdentity`].
+#[derive(Debug, Clone)]
 pub struct TlsMaterial {
-    ca_pem: Arc<Vec<u8>>,
-    cert_pem: Arc<Vec<u8>>,
-    key_pem: Arc<Vec<u8>>,
-    identity: Arc<TlsIdentity>,
-    server: ServerTls,
-    grpc: Arc<ServerConfig>,
+    identity: TlsIdentity,
+    nbd: ServerTls,
 }
 
-impl std::fmt::Debug for TlsMaterial {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The key never reaches a log.
-        f.debug_struct("TlsMaterial").finish_non_exhaustive()
+impl From<TlsIdentity> for TlsMaterial {
+    fn from(identity: TlsIdentity) -> Self {
+        // NBD has no ALPN.
+        let mut config = ServerConfig::clone(&identity.server());
+        config.alpn_protocols.clear();
+        Self { identity, nbd: ServerTls { config: Arc::new(config), required: true } }
     }
 }
 
@@ -61,51 +60,35 @@ impl TlsMaterial {
     /// # Errors
     /// A file that is missing or no PEM, and a key that does not fit its certificate.
     pub fn load(dir: &Path) -> Result<Self, TlsError> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            std::fs::read(&path).map(Arc::new).map_err(|source| TlsError::Read { path, source })
-        };
-        let identity = TlsIdentity::load(dir)?;
-        let server = ServerTls { config: identity.server_config()?, required: true };
-        let mut grpc = ServerConfig::clone(&server.config);
-        grpc.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Self {
-            ca_pem: read("ca.pem")?,
-            cert_pem: read("node.pem")?,
-            key_pem: read("node.key")?,
-            identity: Arc::new(identity),
-            server,
-            grpc: Arc::new(grpc),
-        })
+        Ok(TlsIdentity::load(dir)?.into())
     }
 
     /// For the NBD server; clients must do STARTTLS.
     #[must_use]
     pub fn nbd_server(&self) -> ServerTls {
-        self.server.clone()
+        self.nbd.clone()
     }
 
-    /// For an NBD client of the node `name`.
+    /// For an NBD client of the node `name`, with what is newest now.
     ///
     /// # Errors
     /// The name is no DNS name.
     pub fn nbd_client(&self, name: &str) -> Result<ClientTls, TlsError> {
-        Ok(self.identity.client(name)?)
+        let server_name =
+            ServerName::try_from(name.to_owned()).map_err(|_| TlsError::ServerName(name.to_owned()))?;
+        Ok(ClientTls { config: self.identity.rustls_client()?, server_name })
     }
 
     /// For a gRPC server: TLS 1.3, clients without a certificate of the authority are refused.
     #[must_use]
     pub fn grpc_server(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.grpc)
+        self.identity.server()
     }
 
-    /// For a gRPC client of the node `name`.
+    /// For a gRPC client of the node `name`, with what is newest now.
     #[must_use]
     pub fn tonic_client(&self, name: &str) -> ClientTlsConfig {
-        ClientTlsConfig::new()
-            .identity(Identity::from_pem(self.cert_pem.as_slice(), self.key_pem.as_slice()))
-            .ca_certificate(Certificate::from_pem(self.ca_pem.as_slice()))
-            .domain_name(name)
+        self.identity.client(name)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Writes the definitions of our kinds into a folder: `cargo run --example crds -- manifests/crds`.
+//! Writes the definitions of our kinds into a folder: `cargo run --example crds -- manifests/crds/storage`.
 
 use std::path::PathBuf;
 

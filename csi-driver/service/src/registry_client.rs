@@ -4,7 +4,7 @@
 //! happened, now or later, and the caller must read until it knows (R8).
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use holdfast_proto::storage::registry_client::RegistryClient as Client;
@@ -46,7 +46,10 @@ pub struct AddressError {
 /// The client. It connects at its first call and again whenever the connection is lost.
 #[derive(Clone)]
 pub struct RegistryClient {
-    client: Client<Channel>,
+    address: String,
+    tls: Option<(TlsIdentity, String)>,
+    /// With the version of our certificate that it was made with.
+    made: Arc<Mutex<(u64, Client<Channel>)>>,
 }
 
 impl RegistryClient {
@@ -56,30 +59,49 @@ impl RegistryClient {
     /// # Errors
     /// The address has no usable form.
     pub fn new(address: &str, tls: Option<(&TlsIdentity, &str)>) -> Result<Self, AddressError> {
-        let unusable = |reason: String| AddressError { address: address.to_owned(), reason };
-        let scheme = if tls.is_some() { "https" } else { "http" };
-        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
-            .map_err(|e| unusable(e.to_string()))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
-        if let Some((identity, server_name)) = tls {
-            endpoint =
-                endpoint.tls_config(identity.client(server_name)).map_err(|e| unusable(e.to_string()))?;
-        }
-        if address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()).is_none() {
-            return Err(unusable("it names no port".to_owned()));
-        }
-        let client = Client::new(endpoint.connect_lazy()).max_decoding_message_size(ANSWER_BYTES_MAX);
-        Ok(Self { client })
+        let tls = tls.map(|(identity, name)| (identity.clone(), name.to_owned()));
+        let made = make(address, tls.as_ref())?;
+        Ok(Self { address: address.to_owned(), tls, made: Arc::new(Mutex::new(made)) })
     }
+
+    /// A client with our newest certificate; calls under way keep the one that they have.
+    fn client(&self) -> Client<Channel> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.tls.as_ref().is_some_and(|(identity, _)| identity.version() != made.0)
+            // The address was usable before.
+            && let Ok(fresh) = make(&self.address, self.tls.as_ref())
+        {
+            *made = fresh;
+        }
+        made.1.clone()
+    }
+}
+
+fn make(address: &str, tls: Option<&(TlsIdentity, String)>) -> Result<(u64, Client<Channel>), AddressError> {
+    let unusable = |reason: String| AddressError { address: address.to_owned(), reason };
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
+        .map_err(|e| unusable(e.to_string()))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    let mut version = 0;
+    if let Some((identity, server_name)) = tls {
+        // Before what is used, so that a replacement in between only makes it anew once more.
+        version = identity.version();
+        endpoint = endpoint.tls_config(identity.client(server_name)).map_err(|e| unusable(e.to_string()))?;
+    }
+    if address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()).is_none() {
+        return Err(unusable("it names no port".to_owned()));
+    }
+    Ok((version, Client::new(endpoint.connect_lazy()).max_decoding_message_size(ANSWER_BYTES_MAX)))
 }
 
 impl RecordStore for RegistryClient {
     fn read(&self, volume: VolumeId) -> StoreFuture<'_, Versioned> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let request = ReadRecordRequest { volume_id: volume.to_string() };
             let reply = answer(client.read(request)).await?;
@@ -90,7 +112,7 @@ impl RecordStore for RegistryClient {
     }
 
     fn list(&self) -> StoreFuture<'_, Vec<Arc<Versioned>>> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let reply = answer(client.list(ListRecordsRequest {})).await?;
             reply.records.iter().map(|record| versioned_from_wire(record).map(Arc::new)).collect()
@@ -98,7 +120,7 @@ impl RecordStore for RegistryClient {
     }
 
     fn create(&self, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let json = record_to_json(&record)?;
             Ok(RecordVersion(answer(client.create(CreateRecordRequest { json })).await?.version))
@@ -106,7 +128,7 @@ impl RecordStore for RegistryClient {
     }
 
     fn swap(&self, expected: RecordVersion, record: VolumeRecord) -> StoreFuture<'_, RecordVersion> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let request = SwapRecordRequest { expected_version: expected.0, json: record_to_json(&record)? };
             Ok(RecordVersion(answer(client.swap(request)).await?.version))
@@ -114,7 +136,7 @@ impl RecordStore for RegistryClient {
     }
 
     fn remove(&self, expected: RecordVersion, volume: VolumeId) -> StoreFuture<'_, ()> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let request = RemoveRecordRequest { volume_id: volume.to_string(), expected_version: expected.0 };
             answer(client.remove(request)).await.map(|_| ())
@@ -124,7 +146,7 @@ impl RecordStore for RegistryClient {
 
 impl NodeDirectory for RegistryClient {
     fn announce(&self, node: NodeInfo) -> StoreFuture<'_, ()> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let request = AnnounceRequest { node: Some(node_to_wire(node)) };
             answer(client.announce(request)).await.map(|_| ())
@@ -132,7 +154,7 @@ impl NodeDirectory for RegistryClient {
     }
 
     fn list_nodes(&self) -> StoreFuture<'_, Vec<NodeInfo>> {
-        let mut client = self.client.clone();
+        let mut client = self.client();
         Box::pin(async move {
             let reply = answer(client.list_nodes(ListNodesRequest {})).await?;
             Ok(reply.nodes.into_iter().map(node_from_wire).collect())

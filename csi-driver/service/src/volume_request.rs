@@ -37,6 +37,9 @@ const DEFAULT_FS_TYPE: &str = "ext4";
 const METADATA_KEYS: [&str; 3] =
     ["csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pv/name"];
 
+/// Start of the keys that are for the sidecars.
+const SIDECARS_PREFIX: &str = "csi.storage.k8s.io/";
+
 /// A CreateVolume request that passed every check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeRequest {
@@ -290,6 +293,14 @@ pub fn existing_volume_id_in(field: &str, text: &str) -> Result<VolumeId, Status
     })
 }
 
+/// A class's parameters without those for sidecars, such as where a volume's secrets are: external-provisioner takes them out
+/// for CreateVolume, and not for GetCapacity.
+#[must_use]
+pub fn without_sidecars_keys(parameters: &HashMap<String, String>) -> HashMap<String, String> {
+    let ours = |key: &str| !key.starts_with(SIDECARS_PREFIX) || key == fixed_params::PROVISIONER_FS_TYPE_KEY;
+    parameters.iter().filter(|(key, _)| ours(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
 /// Reads StorageClass parameters; no key is ignored.
 ///
 /// # Errors
@@ -500,6 +511,22 @@ mod tests {
             assert_eq!(status.code(), Code::InvalidArgument);
             assert!(status.message().contains("mutable_parameters"), "{status}");
         }
+    }
+
+    #[test]
+    fn a_class_as_it_stands_is_read_without_what_is_for_the_sidecars() {
+        let class = [
+            ("replicas", "2"),
+            ("csi.storage.k8s.io/fstype", "xfs"),
+            ("csi.storage.k8s.io/node-stage-secret-name", "${pvc.name}-key"),
+        ];
+        let class = class.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let access = Access { block: false, fs_type: None };
+        assert!(parse_params(&class, &access).is_err(), "CreateVolume has no such key");
+
+        let params = parse_params(&without_sidecars_keys(&class), &access).unwrap();
+
+        assert_eq!((params.replicas, params.fs_type.as_str()), (2, "xfs"));
     }
 
     #[test]

@@ -51,8 +51,10 @@ mod shadow;
 mod space;
 mod stack_files;
 mod sums;
+mod survey;
 mod tables;
 
 pub use error::{PoolError, StoreError};
 pub use pool::{Pool, PoolOptions, Space};
 pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, VERIFY_BYTES_MAX, wait};
+pub use survey::{Surveyed, survey};

@@ -40,9 +40,9 @@ use crate::tables::Entry;
 
 const MAGIC: &[u8; 8] = b"HFPOOL\0\0";
 const VERSION: u32 = 1;
-const SUPERBLOCK: &str = "pool";
-const LOCK: &str = "lock";
-const REPLICAS: &str = "replicas";
+pub(crate) const SUPERBLOCK: &str = "pool";
+pub(crate) const LOCK: &str = "lock";
+pub(crate) const REPLICAS: &str = "replicas";
 const NEW_PREFIX: &str = ".new-";
 const DELETED_PREFIX: &str = ".del-";
 /// Bytes of a new replica: headers, manifest, meta, log. The space of its tables is reserved as it is written.
@@ -463,7 +463,7 @@ impl Drop for OpenMark {
     }
 }
 
-fn take_lock(disk: &Disk, dir: &Path, wait: Duration) -> Result<DiskFile, PoolError> {
+pub(crate) fn take_lock(disk: &Disk, dir: &Path, wait: Duration) -> Result<DiskFile, PoolError> {
     let path = dir.join(LOCK);
     let opened = match disk.open(&path, OpenMode::Existing) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => disk.open(&path, OpenMode::New),

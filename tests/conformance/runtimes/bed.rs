@@ -1,15 +1,16 @@
 //! Two nodes with agents; on the first one runs the runtime, the second one is what it must be reached from.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use holdfast_tests::cgroups;
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::go_tools::Skip;
+use holdfast_tests::images::BUSYBOX;
 use holdfast_tests::netbed::{AgentNode, Attachment, NetBed};
 use holdfast_tests::process::wait_until;
 use holdfast_tests::work::binaries_dir;
@@ -20,8 +21,6 @@ use serde_json::{Value, json};
 const CGROUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Where a pod's server listens.
 pub const PORT: u16 = 8080;
-/// A static busybox, the only program of every image.
-const BUSYBOX: &str = "/usr/bin/busybox";
 
 /// The nodes.
 pub struct Machine {
@@ -72,7 +71,7 @@ pub fn skip_without(programs: &[&str]) -> Option<Skip> {
     if !Path::new(BUSYBOX).is_file() {
         return Some(Skip(format!("there is no {BUSYBOX} to make an image of: install busybox-static")));
     }
-    host_cgroups().is_empty().then(|| Skip("no cgroups are mounted, and runc needs them".to_owned()))
+    cgroups::mounts().is_empty().then(|| Skip("no cgroups are mounted, and runc needs them".to_owned()))
 }
 
 impl Machine {
@@ -190,14 +189,7 @@ impl Machine {
 
     /// Makes the host's cgroups visible in the first node: runtimes put containers into them.
     pub fn mount_cgroups(&self) -> Result<()> {
-        let mut script = "set -e\n".to_owned();
-        let mounts = host_cgroups();
-        if mounts.iter().all(|mount| mount.path != "/sys/fs/cgroup") {
-            script.push_str("mount -t tmpfs tmpfs /sys/fs/cgroup\n");
-        }
-        for CgroupMount { path, kind, options } in mounts {
-            write!(script, "mkdir -p {path}\nmount -t {kind} {options} {kind} {path}\n")?;
-        }
+        let script = cgroups::mount_script(&cgroups::mounts());
         self.node().spaces.run("sh", &["-c", &script]).map(drop)
     }
 
@@ -226,30 +218,4 @@ pub fn mk_image_tree(folder: &Path) -> Result<()> {
 pub fn server_command() -> Vec<String> {
     let port = format!("[::]:{PORT}");
     ["/bin/busybox", "httpd", "-f", "-p", &port, "-h", "/etc"].map(str::to_owned).to_vec()
-}
-
-struct CgroupMount {
-    path: String,
-    kind: String,
-    options: String,
-}
-
-/// The host's mounts of cgroups, of either version.
-fn host_cgroups() -> Vec<CgroupMount> {
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    text.lines().filter_map(cgroup_mount).collect()
-}
-
-/// One line of mountinfo: `ID PARENT DEVICE ROOT PATH OPTIONS... - KIND SOURCE SUPER-OPTIONS`.
-fn cgroup_mount(line: &str) -> Option<CgroupMount> {
-    let (front, back) = line.split_once(" - ")?;
-    let mut back = back.split(' ');
-    let kind = back.next().filter(|kind| kind.starts_with("cgroup"))?.to_owned();
-    let own = back.nth(1)?.split(',').filter(|option| !matches!(*option, "rw" | "ro"));
-    // A hierarchy without controllers is asked for as such.
-    let options: Vec<&str> = own
-        .flat_map(|option| if option.starts_with("name=") { vec!["none", option] } else { vec![option] })
-        .collect();
-    let options = if options.is_empty() { String::new() } else { format!("-o {}", options.join(",")) };
-    Some(CgroupMount { path: front.split(' ').nth(4)?.to_owned(), kind, options })
 }

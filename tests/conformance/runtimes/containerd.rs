@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use holdfast_tests::cni::{self, Call};
 use holdfast_tests::effort::{rounds, seed};
-use holdfast_tests::process::{maker, run as run_command, wait_until};
+use holdfast_tests::images;
+use holdfast_tests::process::{maker, wait_until};
 use holdfast_tests::{Program, ProgramSpec, Reach, traces};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::bed::{Machine, PORT, mk_image_tree, server_command};
 use super::cri::{Cri, LinuxConfig, Metadata, PortMapping, SandboxConfig};
@@ -277,23 +277,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
     ))
 }
 
-/// An image as `docker save` writes one: manifest, configuration, one layer.
 fn mk_image(folder: &Path) -> Result<PathBuf> {
-    let tree = folder.join("tree");
-    mk_image_tree(&tree)?;
-    run_command(Command::new("tar").arg("-C").arg(&tree).arg("-cf").arg(folder.join("layer.tar")).arg("."))?;
-    let digest = run_command(Command::new("sha256sum").arg(folder.join("layer.tar")))?;
-    let digest = digest.split_whitespace().next().context("no digest")?;
-    let machine = std::env::consts::ARCH.replace("x86_64", "amd64").replace("aarch64", "arm64");
-    let config: Value = json!({
-        "architecture": machine, "os": "linux", "config": { "Entrypoint": server_command() },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
-    });
-    let manifest = json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
-    fs::write(folder.join("config.json"), config.to_string())?;
-    fs::write(folder.join("manifest.json"), manifest.to_string())?;
-    let image = folder.join("image.tar");
-    let parts = ["manifest.json", "config.json", "layer.tar"];
-    run_command(Command::new("tar").arg("-C").arg(folder).arg("-cf").arg(&image).args(parts))?;
-    Ok(image)
+    mk_image_tree(&folder.join("tree"))?;
+    images::pack(folder, IMAGE, &server_command())
 }

@@ -8,7 +8,6 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use holdfast_dataplane::{Config, ForeignChain, foreign_chains};
 use holdfast_proto::agent as pb;
-use holdfast_proto::agent::agent_client::AgentClient;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -103,17 +102,8 @@ pub(super) async fn look(options: &DoctorOptions) -> Facts {
 }
 
 async fn ask_agent(socket: &Path) -> Result<Value, String> {
-    let path = socket.to_owned();
-    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-        let path = path.clone();
-        async move { tokio::net::UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
-    });
-    // The address is not used: the connector knows the socket.
-    let endpoint = tonic::transport::Endpoint::from_static("http://agent").timeout(AGENT_TIMEOUT);
     let asked = async {
-        let channel = endpoint.connect_with_connector(connector).await.map_err(|error| sentence(&error))?;
-        // A dump of many leases is larger than a call's usual answer.
-        let mut client = AgentClient::new(channel).max_decoding_message_size(64 << 20);
+        let mut client = crate::ask::connect(socket, AGENT_TIMEOUT).await?;
         let reply = client.dump(pb::DumpRequest {}).await.map_err(|status| status.message().to_owned())?;
         serde_json::from_str(&reply.into_inner().json).map_err(|error| error.to_string())
     };

@@ -39,9 +39,9 @@ pub enum Loaded {
     },
 }
 
-/// Reads both tables.
-pub fn load(socket: &mut NetfilterSocket, table: &str) -> Result<Loaded> {
-    let mut present = 0;
+/// Which of our tables there are.
+pub fn present(socket: &mut NetfilterSocket, table: &str) -> Result<Vec<Table>> {
+    let mut present = Vec::new();
     for t in Table::ALL {
         let names = socket.dump(
             nft_message(MSG_GETTABLE),
@@ -49,8 +49,14 @@ pub fn load(socket: &mut NetfilterSocket, table: &str) -> Result<Loaded> {
             |_| {},
             |m| m.attrs().string(1).map(str::to_string),
         )?;
-        present += usize::from(names.iter().any(|n| n == table));
+        present.extend(names.iter().any(|n| n == table).then_some(t));
     }
+    Ok(present)
+}
+
+/// Reads both tables.
+pub fn load(socket: &mut NetfilterSocket, table: &str) -> Result<Loaded> {
+    let present = present(socket, table)?.len();
     if present == 0 {
         return Ok(Loaded::Absent);
     }

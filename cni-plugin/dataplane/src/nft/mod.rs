@@ -9,6 +9,7 @@ mod nat;
 mod nflog;
 mod program;
 mod reader;
+mod removal;
 mod skeleton;
 pub(crate) mod socket;
 pub(crate) mod wire;
@@ -24,6 +25,7 @@ use socket::{Events, NetfilterSocket};
 pub use foreign::{ForeignChain, ForeignHook, ForeignRule, ForeignVerdict, foreign_chains};
 pub use nflog::{FlowBatch, FlowEvent, FlowLog, FlowVerdict};
 pub use reader::{Live, Reader};
+pub(crate) use removal::remove_tables;
 
 /// A refused transaction is tried again from the kernel's true state this often: somebody changed our tables between
 /// our look and our write. Then the error is the caller's.

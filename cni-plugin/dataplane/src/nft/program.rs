@@ -11,7 +11,8 @@ use super::socket::Batch;
 use super::wire::{ATTR_BYTES_MAX, Buffer, F_APPEND, F_CREATE, F_REPLACE, host32};
 
 const MSG_NEWTABLE: u16 = 0;
-const MSG_DELTABLE: u16 = 2;
+/// `NFT_MSG_DELTABLE`
+pub const MSG_DELTABLE: u16 = 2;
 const MSG_NEWCHAIN: u16 = 3;
 const MSG_NEWRULE: u16 = 6;
 const MSG_NEWSET: u16 = 9;

@@ -20,6 +20,7 @@ use crate::status::from_store;
 use crate::topology;
 use crate::volume_request::{
     Access, SIZE_BYTES_MIN, check_access, check_capabilities, existing_volume_id, parse_params,
+    without_sidecars_keys,
 };
 
 /// Objects in one answer where the caller sets no limit; the rest follows by token.
@@ -61,7 +62,7 @@ impl Inner {
                 Err(_) => return Ok(GetCapacityResponse::default()),
             }
         };
-        let params = parse_params(&request.parameters, &access)?;
+        let params = parse_params(&without_sidecars_keys(&request.parameters), &access)?;
         if let Some(topology) = &request.accessible_topology {
             topology::check_keys("accessible_topology", topology)?;
             // What is anywhere is for all nodes; but nothing is for a place where there are none.

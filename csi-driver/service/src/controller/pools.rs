@@ -41,8 +41,8 @@ pub(super) struct PoolSpace {
 pub(super) struct Pools {
     book: Arc<NodeBook>,
     tls: Option<TlsIdentity>,
-    /// By node, with the address it is for; bounded by the book's own limit.
-    channels: Mutex<HashMap<NodeName, (String, Channel)>>,
+    /// By node, with the address and the version of our certificate that it is for; bounded by the book's own limit.
+    channels: Mutex<HashMap<NodeName, (String, u64, Channel)>>,
     /// What the newest survey found, and when it was begun.
     surveyed: Mutex<Option<(Instant, Vec<PoolSpace>)>>,
 }
@@ -128,8 +128,10 @@ impl Pools {
 
     pub(super) fn channel(&self, info: &NodeInfo) -> Result<Channel, Status> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((address, channel)) = channels.get(&info.name)
+        let version = self.tls.as_ref().map_or(0, TlsIdentity::version);
+        if let Some((address, made_with, channel)) = channels.get(&info.name)
             && *address == info.control_address
+            && *made_with == version
         {
             return Ok(channel.clone());
         }
@@ -139,7 +141,7 @@ impl Pools {
                 info.name, info.control_address
             ))
         })?;
-        channels.insert(info.name.clone(), (info.control_address.clone(), channel.clone()));
+        channels.insert(info.name.clone(), (info.control_address.clone(), version, channel.clone()));
         Ok(channel)
     }
 

@@ -142,6 +142,12 @@ impl KubernetesClient {
         Self { client, namespace }
     }
 
+    /// The namespace of objects that are in one.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The newest object: without a resourceVersion the server asks its database, not its cache.
     pub(super) async fn get<K: Kind>(&self, deadline: Deadline, name: &str) -> Result<K, CallError> {
         self.call::<K, K>(deadline, name, &|| Request::get(self.url::<K>(name, "")).body(Vec::new())).await
@@ -166,7 +172,18 @@ impl KubernetesClient {
         name: &str,
         object: &K,
     ) -> Result<K, CallError> {
-        let query = format!("?fieldManager={FIELD_MANAGER}&fieldValidation=Strict");
+        self.put_part(deadline, name, "", object).await
+    }
+
+    /// Replaces a part of an object (such as "/status") that is still at its resourceVersion.
+    pub(super) async fn put_part<K: Kind>(
+        &self,
+        deadline: Deadline,
+        name: &str,
+        part: &str,
+        object: &K,
+    ) -> Result<K, CallError> {
+        let query = format!("{part}?fieldManager={FIELD_MANAGER}&fieldValidation=Strict");
         let body = to_json(object)?;
         self.call::<K, K>(deadline, name, &|| json(Request::put(self.url::<K>(name, &query)), &body)).await
     }
@@ -247,15 +264,25 @@ impl KubernetesClient {
 
     /// Every object, as they were at one moment.
     pub(super) async fn list<K: Kind>(&self, deadline: Deadline) -> Result<Vec<K>, CallError> {
+        self.list_where(deadline, "").await
+    }
+
+    /// The same, of those that `selector` chooses: "&fieldSelector=...", encoded for a URL.
+    pub(super) async fn list_where<K: Kind>(
+        &self,
+        deadline: Deadline,
+        selector: &str,
+    ) -> Result<Vec<K>, CallError> {
         let mut objects = Vec::new();
-        let mut query = format!("?limit={PAGE_OBJECTS}");
+        let first = format!("?limit={PAGE_OBJECTS}{selector}");
+        let mut query = first.clone();
         for _ in 0..PAGES_MAX {
             let page: Page<K> = self
                 .call::<K, _>(deadline, "", &|| Request::get(self.url::<K>("", &query)).body(Vec::new()))
                 .await?;
             objects.extend(page.items);
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => query = format!("?limit={PAGE_OBJECTS}&continue={token}"),
+                Some(token) => query = format!("{first}&continue={token}"),
                 None => return Ok(objects),
             }
         }

@@ -11,6 +11,7 @@
 //! What is promised and why is in `store.rs` (versions, outcomes) and `names.rs` (names). While the API server is away
 //! every call ends as unknown within [`CALL_TIMEOUT`]; volumes that need no swap go on.
 
+pub mod certificates;
 mod client;
 mod convert;
 mod groups;

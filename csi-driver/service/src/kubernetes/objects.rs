@@ -1,4 +1,4 @@
-//! The kinds of group `storage.holdfast.dev`, as the API server keeps them. Their definitions in `manifests/crds` are
+//! The kinds of group `storage.holdfast.dev`, as the API server keeps them. Their definitions in `manifests/crds/storage` are
 //! generated from here.
 //!
 //! Kubernetes' JSON has no integers beyond 63 bits: the API server would round a nonce that is a number, so nonces and ids

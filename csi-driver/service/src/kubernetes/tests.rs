@@ -255,10 +255,10 @@ async fn a_server_that_stores_less_than_it_was_sent_is_not_built_on() {
     assert!(matches!(&answer, Err(StoreError::Unknown(why)) if why.contains("definitions")), "{answer:?}");
 }
 
-/// Run `cargo run -p holdfast-service --example crds -- manifests/crds` where this fails.
+/// Run `cargo run -p holdfast-service --example crds -- manifests/crds/storage` where this fails.
 #[test]
 fn the_definitions_in_the_manifests_are_those_of_the_program() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../manifests/crds");
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../manifests/crds/storage");
     let mut names = BTreeSet::from(["kustomization.yaml".to_owned()]);
     for crd in super::crds() {
         let name = format!("{}.yaml", crd.spec.names.plural);

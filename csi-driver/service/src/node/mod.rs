@@ -29,6 +29,14 @@ use crate::in_flight::{InFlight, detached};
 use crate::topology;
 use data_client::DataClient;
 
+/// Where a block device is mounted in this process's mount namespace, for a person to look at.
+///
+/// # Errors
+/// It is no device, or the mount table cannot be read.
+pub fn mounted_at(device: &std::path::Path) -> std::io::Result<Vec<PathBuf>> {
+    mount_table::places_of(device)
+}
+
 /// Settings of the node service.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {

@@ -72,6 +72,18 @@ pub(super) fn find(path: &Path) -> io::Result<Option<Mount>> {
     Ok(read()?.into_iter().rfind(|mount| mount.target == path))
 }
 
+/// Where the block device that `path` names is mounted, or a bind mount of it: as this process's namespace shows it.
+pub(super) fn places_of(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let device = Device::of_node(path)?;
+    let name = path.file_name().map(PathBuf::from);
+    // A raw block volume is the device's node, bound to a file: its root is the node's name in a devtmpfs.
+    let is_node = |mount: &Mount| {
+        mount.fs_type == "devtmpfs" && mount.root.file_name().map(PathBuf::from) == name && name.is_some()
+    };
+    let found = read()?.into_iter().filter(|mount| mount.device == device || is_node(mount));
+    Ok(found.map(|mount| mount.target).collect())
+}
+
 /// A line is `id parent major:minor root target options tag... - type source super-options`; lines of another shape
 /// are of no interest here.
 fn parse(line: &[u8]) -> Option<Mount> {

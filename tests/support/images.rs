@@ -1,0 +1,72 @@
+//! Container images made on the spot, without a registry: one layer each.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::process::run;
+
+/// A static busybox: the only program of most images.
+pub const BUSYBOX: &str = "/usr/bin/busybox";
+
+/// Packs the file tree in `FOLDER/tree` as `docker save` does (manifest, configuration, one layer) and answers the archive.
+///
+/// # Errors
+/// A file cannot be written, or `tar` fails.
+pub fn pack(folder: &Path, reference: &str, entrypoint: &[String]) -> Result<PathBuf> {
+    let owned = ["--owner=0", "--group=0", "--numeric-owner", "--sort=name"];
+    let layer = folder.join("layer.tar");
+    run(Command::new("tar").args(owned).arg("-C").arg(folder.join("tree")).arg("-cf").arg(&layer).arg("."))?;
+    let digest = run(Command::new("sha256sum").arg(&layer))?;
+    let digest = digest.split_whitespace().next().context("no digest")?;
+    let machine = std::env::consts::ARCH.replace("x86_64", "amd64").replace("aarch64", "arm64");
+    let config: Value = json!({
+        "architecture": machine, "os": "linux",
+        "config": { "Entrypoint": entrypoint, "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+    });
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [reference], "Layers": ["layer.tar"] }]);
+    fs::write(folder.join("config.json"), config.to_string())?;
+    fs::write(folder.join("manifest.json"), manifest.to_string())?;
+    let image = folder.join("image.tar");
+    let parts = ["manifest.json", "config.json", "layer.tar"];
+    run(Command::new("tar").arg("-C").arg(folder).arg("-cf").arg(&image).args(parts))?;
+    fs::remove_file(layer)?;
+    Ok(image)
+}
+
+/// An image of one static program, which is its entry point.
+///
+/// # Errors
+/// As for [`pack`].
+pub fn of_program(folder: &Path, reference: &str, program: &Path) -> Result<PathBuf> {
+    let name = program.file_name().context("a program has a name")?;
+    let tree = folder.join("tree");
+    fs::create_dir_all(&tree)?;
+    fs::copy(program, tree.join(name)).with_context(|| format!("cannot copy {}", program.display()))?;
+    pack(folder, reference, &[format!("/{}", name.display())])
+}
+
+/// An image with a shell and its tools, and more static programs in `/bin`.
+///
+/// # Errors
+/// As for [`pack`].
+pub fn of_busybox(folder: &Path, reference: &str, more: &[PathBuf]) -> Result<PathBuf> {
+    let bin = folder.join("tree/bin");
+    for part in ["bin", "etc", "tmp", "www"] {
+        fs::create_dir_all(folder.join("tree").join(part))?;
+    }
+    fs::write(folder.join("tree/www/index.html"), "ok\n")?;
+    fs::copy(BUSYBOX, bin.join("busybox")).context("cannot copy busybox")?;
+    for applet in run(Command::new(BUSYBOX).arg("--list"))?.lines().filter(|applet| *applet != "busybox") {
+        symlink("busybox", bin.join(applet))?;
+    }
+    for program in more {
+        fs::copy(program, bin.join(program.file_name().context("a program has a name")?))?;
+    }
+    pack(folder, reference, &[])
+}
