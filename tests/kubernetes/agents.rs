@@ -63,7 +63,7 @@ impl<'a> Cluster<'a> {
                 }
                 put(&kube, node).await?;
             }
-            for file in ["namespace.yaml", "netd-rbac.yaml"] {
+            for file in ["common/namespace.yaml", "network/rbac.yaml"] {
                 apply_manifest(&kube, file).await.with_context(|| file.to_owned())?;
             }
             Ok(())
