@@ -61,7 +61,6 @@ impl<'a> Cluster<'a> {
                 if known.get_opt(name).await?.is_some() {
                     remove(&kube, node).await?;
                 }
-                put(&kube, node).await?;
             }
             for file in ["common/namespace.yaml", "network/rbac.yaml"] {
                 apply_manifest(&kube, file).await.with_context(|| file.to_owned())?;
@@ -74,6 +73,13 @@ impl<'a> Cluster<'a> {
             let kubeconfig = bed.pod_kubeconfig("holdfast-netd", name, Some(ApiAccess::URL))?;
             kubeconfigs.insert(name.to_owned(), kubeconfig);
         }
+        // After the tokens: who asks for them makes a Node too, and would take the range back.
+        bed.run(async {
+            for node in &nodes {
+                put(&kube, node).await?;
+            }
+            Ok(())
+        })?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let access = ApiAccess { server: bed.server().socket(), kubeconfigs, runtime };
         let count = u8::try_from(nodes.len())?;
