@@ -240,7 +240,8 @@ impl NetBed {
             run(underlay.network_command("ip").args(arguments))?;
         }
         if let Some(api) = &api {
-            let records = KubernetesRecords { server: api.server, kubeconfigs: api.kubeconfigs.clone() };
+            let (server, kubeconfigs) = (api.server, api.kubeconfigs.clone());
+            let records = KubernetesRecords { server, kubeconfigs, certificate_life_s: None };
             records.forward(&underlay, &api.runtime)?;
         }
         let netd_settings = netd_settings.iter().map(|setting| (*setting).to_owned()).collect();

@@ -10,6 +10,7 @@ mod network;
 mod reach;
 mod ready;
 mod restarts;
+mod steady;
 mod upgrade;
 mod volumes;
 
@@ -41,6 +42,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(guide::trials(&tools));
     trials.extend(network::trials(&tools));
     trials.extend(volumes::trials(&tools));
+    trials.extend(steady::trials(&tools));
     trials.extend(moves::trials(&tools));
     trials.extend(upgrade::trials(&tools));
     trials.extend(restarts::trials(&tools));
