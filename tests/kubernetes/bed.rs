@@ -72,6 +72,11 @@ impl Bed {
         self.runtime.block_on(future)
     }
 
+    /// For tasks that go on beside the tests.
+    pub fn handle(&self) -> tokio::runtime::Handle {
+        self.runtime.handle().clone()
+    }
+
     /// The server itself, to stop it.
     pub fn server(&self) -> MutexGuard<'_, ApiServer> {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
@@ -158,7 +163,7 @@ impl Bed {
 }
 
 /// Applies each document of a file of `manifests/base`, as an administrator does.
-async fn apply_manifest(kube: &kube::Client, file: &str) -> Result<()> {
+pub async fn apply_manifest(kube: &kube::Client, file: &str) -> Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base").join(file);
     for document in serde_norway::Deserializer::from_str(&std::fs::read_to_string(path)?) {
         let object = DynamicObject::deserialize(document)?;
@@ -175,7 +180,8 @@ async fn apply_manifest(kube: &kube::Client, file: &str) -> Result<()> {
     Ok(())
 }
 
-fn plural(kind: &str) -> String {
+/// The path's word for a kind.
+pub fn plural(kind: &str) -> String {
     let lower = kind.to_lowercase();
     lower.strip_suffix('y').map_or_else(|| format!("{lower}s"), |stem| format!("{stem}ies"))
 }

@@ -1,12 +1,14 @@
 //! One controller at a time.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use holdfast_proto::csi::{DeleteVolumeRequest, ProbeRequest};
 use holdfast_service::kubernetes::{ControllerLease, LEASE_NAME};
 use holdfast_service::{ControllerConfig, KubernetesClient, Process};
 use holdfast_tests::api_server::ADMIN;
+use holdfast_tests::csi::Socket;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, DeleteParams};
 use libtest_mimic::Trial;
@@ -59,7 +61,7 @@ fn the_next_one_takes_over(bed: &Bed) -> Result<()> {
         let mut second = Box::pin(second);
         let early = tokio::time::timeout(Duration::from_secs(5), &mut second).await;
         ensure!(early.is_err(), "two controllers served");
-        ensure!(!dir.path().join("second.sock").exists(), "calls were taken");
+        waits_without_taking_calls(dir.path().join("second.sock")).await?;
         let begun = Instant::now();
         first.shutdown().await;
         // Well before the lease's end: it was given up.
@@ -69,6 +71,22 @@ fn the_next_one_takes_over(bed: &Bed) -> Result<()> {
         second.shutdown().await;
         Ok(())
     })
+}
+
+/// It says that it is not ready, and carries out nothing: not even what would be found done.
+async fn waits_without_taking_calls(socket: PathBuf) -> Result<()> {
+    let socket = Socket::new(tokio::runtime::Handle::current(), socket);
+    let asked = tokio::task::spawn_blocking(move || {
+        let probe = socket.identity(|mut client| async move { client.probe(ProbeRequest {}).await });
+        let request = DeleteVolumeRequest { volume_id: "0".repeat(32), ..Default::default() };
+        let deleted = socket.controller(|mut client| async move { client.delete_volume(request).await });
+        (probe, deleted)
+    });
+    let (probe, deleted) = asked.await?;
+    ensure!(probe?.ready == Some(false), "it says that it is ready");
+    let refused = deleted.err().context("a call was taken")?;
+    ensure!(refused.code() == tonic::Code::Unavailable && refused.message().contains("lease"), "{refused}");
+    Ok(())
 }
 
 fn a_dead_holder_is_waited_for(bed: &Bed) -> Result<()> {

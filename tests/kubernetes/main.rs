@@ -1,6 +1,7 @@
 //! Tier `kubernetes`: against a real API server. Where it cannot be built, every test is a counted skip.
 
 mod admission;
+mod agents;
 mod bed;
 mod certificates;
 mod cluster;
@@ -8,8 +9,11 @@ mod definitions;
 mod lease;
 mod manifests;
 mod nodes;
+mod objects;
 mod outages;
+mod pod_ranges;
 mod records;
+mod soak;
 mod taints;
 mod volumes;
 mod whole;
@@ -52,6 +56,10 @@ fn main() -> ExitCode {
     trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
+    trials.extend(objects::trials());
+    trials.extend(pod_ranges::trials());
+    trials.extend(agents::trials());
+    trials.extend(soak::trials());
     trials.extend(cluster::trials());
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Err(error) = cluster::end() {

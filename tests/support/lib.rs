@@ -48,6 +48,7 @@ pub mod postgres;
 mod probe;
 pub mod process;
 pub mod raw_volume;
+pub mod relay;
 pub mod report;
 pub mod story;
 pub mod traces;

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 use crate::cleanup::{self, Guard, Logs};
 use crate::cluster::{NETD_SOCKET, plug_in, start_program, wait_for_socket};
 use crate::cni::{self, Call};
+use crate::kubernetes_records::{API_URL, KubernetesRecords};
 use crate::namespaces::Namespaces;
-use crate::node::netd_arguments;
+use crate::node::{netd_arguments, netd_places};
 use crate::objects::Objects;
 use crate::process::{Program, run, wait_until};
 use crate::work::Work;
@@ -31,7 +32,24 @@ pub struct NetBed {
     underlay: Namespaces,
     /// Of every agent, beside those that say where things are.
     netd_settings: Vec<String>,
+    /// The API server that the agents watch in place of the folder, with their way to it.
+    api: Option<ApiAccess>,
     guard: Option<Guard>,
+}
+
+/// How agents get to an API server that runs on the host.
+pub struct ApiAccess {
+    /// Where it listens.
+    pub server: std::net::SocketAddr,
+    /// A kubeconfig that leads to [`ApiAccess::URL`] for each agent, by its node's name.
+    pub kubeconfigs: std::collections::BTreeMap<String, PathBuf>,
+    /// Passes connections on.
+    pub runtime: tokio::runtime::Runtime,
+}
+
+impl ApiAccess {
+    /// Where the agents reach it.
+    pub const URL: &'static str = API_URL;
 }
 
 /// A node with its agent.
@@ -75,11 +93,19 @@ impl NetBed {
     /// # Errors
     /// As for [`NetBed::start`].
     pub fn start_with(kind: &str, nodes: u8, netd_settings: &[&str]) -> Result<Self> {
+        Self::start_at(kind, nodes, netd_settings, None)
+    }
+
+    /// The same with agents that watch an API server. It must have their Nodes ([`NetBed::node_object`]).
+    ///
+    /// # Errors
+    /// As for [`NetBed::start`].
+    pub fn start_at(kind: &str, nodes: u8, netd_settings: &[&str], api: Option<ApiAccess>) -> Result<Self> {
         cleanup::sweep_dead_runs()?;
         let work = Work::create(kind)?;
         cleanup::set_active(Some(work.dir()));
         let guard = Guard::start(work.dir())?;
-        match Self::start_in(work.clone(), nodes, netd_settings) {
+        match Self::start_in(work.clone(), nodes, netd_settings, api) {
             Ok(mut bed) => {
                 bed.guard = Some(guard);
                 Ok(bed)
@@ -140,11 +166,19 @@ impl NetBed {
     /// # Errors
     /// It cannot be made.
     pub fn sandbox(&self, node: usize, namespace: &str, name: &str) -> Result<Attachment> {
+        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}");
+        self.sandbox_with(node, &format!("{namespace}-{name}"), args)
+    }
+
+    /// Makes an empty sandbox of any name, for an ADD with these `CNI_ARGS`.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn sandbox_with(&self, node: usize, container_id: &str, args: String) -> Result<Attachment> {
         let spaces = &self.nodes[node].spaces;
-        let container_id = format!("{namespace}-{name}");
+        let container_id = container_id.to_owned();
         spaces.run("ip", &["netns", "add", &container_id])?;
         spaces.run("ip", &["-netns", &container_id, "link", "set", "lo", "up"])?;
-        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}");
         Ok(Attachment {
             node,
             addresses: [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
@@ -197,7 +231,7 @@ impl NetBed {
         swept
     }
 
-    fn start_in(work: Work, nodes: u8, netd_settings: &[&str]) -> Result<Self> {
+    fn start_in(work: Work, nodes: u8, netd_settings: &[&str], api: Option<ApiAccess>) -> Result<Self> {
         let objects = Objects::new(work.folder("objects")?);
         let underlay = Namespaces::create("underlay", &work)?;
         for arguments in
@@ -205,8 +239,13 @@ impl NetBed {
         {
             run(underlay.network_command("ip").args(arguments))?;
         }
+        if let Some(api) = &api {
+            let (server, kubeconfigs) = (api.server, api.kubeconfigs.clone());
+            let records = KubernetesRecords { server, kubeconfigs, certificate_life_s: None };
+            records.forward(&underlay, &api.runtime)?;
+        }
         let netd_settings = netd_settings.iter().map(|setting| (*setting).to_owned()).collect();
-        let mut bed = Self { nodes: Vec::new(), objects, work, underlay, netd_settings, guard: None };
+        let mut bed = Self { nodes: Vec::new(), objects, work, underlay, netd_settings, api, guard: None };
         // Every agent shall find the whole list of nodes at its start.
         let names: Vec<String> =
             (0..nodes).map(|index| format!("node-{}", char::from(b'a' + index))).collect();
@@ -222,9 +261,15 @@ impl NetBed {
     }
 
     fn put_node(&self, name: &str, index: u8) -> Result<()> {
+        self.objects.put(&format!("node-{name}"), &Self::node_object(name, index))
+    }
+
+    /// The object of a node.
+    #[must_use]
+    pub fn node_object(name: &str, index: u8) -> Value {
         let [v4, v6] = node_addresses(index);
         let ranges = [format!("10.244.{}.0/24", index + 1), format!("fd00:244:{}::/64", index + 1)];
-        let object = json!({
+        json!({
             "apiVersion": "v1", "kind": "Node",
             "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux"}},
             "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
@@ -232,8 +277,7 @@ impl NetBed {
                 {"type": "InternalIP", "address": v4.to_string()},
                 {"type": "InternalIP", "address": v6.to_string()},
             ]},
-        });
-        self.objects.put(&format!("node-{name}"), &object)
+        })
     }
 
     fn start_node(&self, name: &str, index: u8) -> Result<AgentNode> {
@@ -246,7 +290,17 @@ impl NetBed {
         let v6 = format!("{}/64", addresses[1]);
         spaces.run("ip", &["addr", "add", &v6, "dev", "eth0", "nodad"])?;
         let dir = self.work.folder(name)?;
-        let mut arguments = netd_arguments(name, &dir, &self.objects);
+        let mut arguments = match &self.api {
+            None => netd_arguments(name, &dir, &self.objects),
+            Some(api) => {
+                let kubeconfig =
+                    api.kubeconfigs.get(name).with_context(|| format!("no kubeconfig for {name}"))?;
+                let mut arguments = netd_places(name, &dir);
+                arguments.push("--object-source=kubernetes".to_owned());
+                arguments.push(format!("--kubeconfig={}", kubeconfig.display()));
+                arguments
+            }
+        };
         arguments.extend(self.netd_settings.iter().cloned());
         let netd =
             start_program(&self.work, &spaces, &format!("{name}-netd"), "holdfast-netd", arguments, None)?;
@@ -261,7 +315,11 @@ impl NetBed {
         Ok(())
     }
 
-    fn call(&self, verb: &str, attachment: &Attachment) -> Result<Value> {
+    /// Executes a verb and gives the plugin's answer as it is.
+    ///
+    /// # Errors
+    /// It cannot be executed.
+    pub fn answer(&self, verb: &str, attachment: &Attachment) -> Result<cni::Answer> {
         let node = &self.nodes[attachment.node];
         let mut config = node.network_config();
         if verb == "DEL" {
@@ -270,8 +328,12 @@ impl NetBed {
         let netns = inside_path(&attachment.container_id).display().to_string();
         let (container_id, args) = (&attachment.container_id, &attachment.args);
         let call = Call { command: verb, container_id, netns: &netns, ifname: "eth0", args };
-        let answer = cni::execute(&node.spaces, &call, &config.to_string())?;
-        let answer = answer.result().with_context(|| format!("{verb} of {container_id}"))?;
+        cni::execute(&node.spaces, &call, &config.to_string())
+    }
+
+    fn call(&self, verb: &str, attachment: &Attachment) -> Result<Value> {
+        let answer = self.answer(verb, attachment)?;
+        let answer = answer.result().with_context(|| format!("{verb} of {}", attachment.container_id))?;
         if verb == "ADD" { answer.json() } else { Ok(Value::Null) }
     }
 }

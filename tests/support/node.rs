@@ -208,9 +208,15 @@ fn node_arguments(name: &str, tls: &std::path::Path, options: &ClusterOptions) -
 }
 
 pub(crate) fn netd_arguments(name: &str, dir: &Path, objects: &Objects) -> Vec<String> {
+    let mut arguments = vec![format!("--objects={}", objects.dir().display())];
+    arguments.extend(netd_places(name, dir));
+    arguments
+}
+
+/// What an agent is told but for the source of objects.
+pub(crate) fn netd_places(name: &str, dir: &Path) -> Vec<String> {
     vec![
         format!("--node={name}"),
-        format!("--objects={}", objects.dir().display()),
         format!("--state-dir={}", dir.join("netd").display()),
         format!("--pending-dir={}", dir.join("netd/pending").display()),
         format!("--socket={NETD_SOCKET}"),

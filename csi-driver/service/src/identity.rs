@@ -12,24 +12,27 @@ use holdfast_storage_core::record_store::RecordStore;
 use tonic::{Request, Response, Status};
 
 use crate::DRIVER_NAME;
+use crate::gate::Gate;
 
 /// Answers for the controller and the node process.
 pub struct IdentityService {
     /// The store whose loss makes the controller unready; none on nodes, where a restart cures nothing.
     store: Option<Arc<dyn RecordStore>>,
+    /// Whether the controller takes calls yet; none on nodes.
+    gate: Option<Gate>,
 }
 
 impl IdentityService {
-    /// For the controller: ready while its store answers.
+    /// For the controller: ready while it takes calls and its store answers.
     #[must_use]
-    pub fn controller(store: Arc<dyn RecordStore>) -> Self {
-        Self { store: Some(store) }
+    pub fn controller(store: Arc<dyn RecordStore>, gate: Gate) -> Self {
+        Self { store: Some(store), gate: Some(gate) }
     }
 
     /// For a node: ready while it answers at all.
     #[must_use]
     pub fn node() -> Self {
-        Self { store: None }
+        Self { store: None, gate: None }
     }
 }
 
@@ -65,6 +68,9 @@ impl Identity for IdentityService {
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        if self.gate.as_ref().is_some_and(|gate| !gate.is_open()) {
+            return Ok(Response::new(ProbeResponse { ready: Some(false) }));
+        }
         if let Some(store) = &self.store {
             store.list().await.map_err(|e| Status::failed_precondition(e.to_string()))?;
         }

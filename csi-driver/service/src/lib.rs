@@ -12,6 +12,7 @@
 
 pub mod controller;
 mod fixed_params;
+pub mod gate;
 pub mod identity;
 mod in_flight;
 pub mod kubernetes;

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::controller::{ControllerService, ControllerSettings};
+use crate::gate::Gate;
 use crate::identity::IdentityService;
 use crate::kubernetes::{
     ControllerLease, KubernetesClient, KubernetesDirectory, KubernetesStore, VolumeBoard,
@@ -120,22 +121,18 @@ impl HeldLease {
 
 impl Process {
     /// Opens the store and serves CSI Identity and Controller, and the registry. Returns once calls are taken. With records at
-    /// an API server it first waits until no other controller serves (see `kubernetes/lease.rs`), for as long as that takes.
+    /// an API server it first waits until no other controller serves (see `kubernetes/lease.rs`), for as long as that takes; until
+    /// then Identity says that it is not ready, and every other call is refused.
     ///
     /// Cancellation safe: nothing keeps running.
     ///
     /// # Errors
     /// The store, the socket or the address cannot be used; nothing keeps running then.
     pub async fn start_controller(config: ControllerConfig) -> Result<Self, StartError> {
-        let held = match config.kubernetes.clone() {
-            Some(client) => Some(HeldLease::acquire(client).await),
-            None => None,
-        };
+        let (stop, stopped) = watch::channel(false);
+        let gate = Gate::default();
         let Stores { store, group_store, node_states } =
             open_stores(config.kubernetes.clone(), config.store_dir).await?;
-        let listen = |source| StartError::Listen { address: config.registry_listen, source };
-        let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
-        let registry_address = registry_listener.local_addr().map_err(listen)?;
         let csi_listener = bind_unix(&config.csi_socket).await?;
         let book = Arc::new(NodeBook::new());
         if config.kubernetes.is_none() {
@@ -151,19 +148,26 @@ impl Process {
         };
         let controller =
             ControllerService::new(Arc::clone(&store), group_store, node_states, Arc::clone(&book), settings);
-        let beside = beside_calls(controller.clone(), config.kubernetes, book);
         let csi = server()
-            .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store))))
-            .add_service(OperatorServer::new(controller.clone()))
-            .add_service(GroupControllerServer::new(controller.clone()))
-            .add_service(SnapshotMetadataServer::new(controller.clone()))
-            .add_service(ControllerServer::new(controller));
+            .add_service(IdentityServer::new(IdentityService::controller(Arc::clone(&store), gate.clone())))
+            .add_service(OperatorServer::with_interceptor(controller.clone(), gate.clone()))
+            .add_service(GroupControllerServer::with_interceptor(controller.clone(), gate.clone()))
+            .add_service(SnapshotMetadataServer::with_interceptor(controller.clone(), gate.clone()))
+            .add_service(ControllerServer::with_interceptor(controller.clone(), gate.clone()));
+        let csi = tokio::spawn(serving(serve_unix(csi, csi_listener, told(stopped.clone()))));
+        let held = match config.kubernetes.clone() {
+            Some(client) => Some(HeldLease::acquire(client).await),
+            None => None,
+        };
+        let listen = |source| StartError::Listen { address: config.registry_listen, source };
+        let registry_listener = TcpListener::bind(config.registry_listen).await.map_err(listen)?;
+        let registry_address = registry_listener.local_addr().map_err(listen)?;
+        let beside = beside_calls(controller, config.kubernetes, book);
         let registry = RegistryServer::new(store, directory, config.tls.is_some());
         let registry = server().add_service(registry.into_service());
-        let (stop, stopped) = watch::channel(false);
         let tls = config.tls.as_ref().map(TlsIdentity::server);
         let tasks = vec![
-            tokio::spawn(serving(serve_unix(csi, csi_listener, told(stopped.clone())))),
+            csi,
             tokio::spawn(serving(serve_tcp(registry, registry_listener, tls, told(stopped.clone())))),
             tokio::spawn(async move {
                 tokio::select! {
@@ -173,6 +177,7 @@ impl Process {
                 Ok(())
             }),
         ];
+        gate.open();
         tracing::info!(socket = %config.csi_socket.display(), registry = %registry_address, "controller started");
         Ok(Self { stop, tasks, held, registry_address: Some(registry_address) })
     }

@@ -9,6 +9,8 @@ mod moves;
 mod network;
 mod reach;
 mod ready;
+mod restarts;
+mod steady;
 mod upgrade;
 mod volumes;
 
@@ -40,8 +42,10 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(guide::trials(&tools));
     trials.extend(network::trials(&tools));
     trials.extend(volumes::trials(&tools));
+    trials.extend(steady::trials(&tools));
     trials.extend(moves::trials(&tools));
     trials.extend(upgrade::trials(&tools));
+    trials.extend(restarts::trials(&tools));
     // Nothing can follow it.
     trials.extend(leaving::trials(&tools));
     trials

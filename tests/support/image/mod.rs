@@ -159,6 +159,8 @@ fn lay_out(root: &Path) -> Result<()> {
     }
     // e2fsprogs looks there for what is mounted.
     symlink("../proc/self/mounts", root.join("etc/mtab"))?;
+    // Runtimes name pods' network namespaces by their old path.
+    symlink("../run", root.join("var/run"))?;
     Ok(())
 }
 

@@ -32,7 +32,7 @@ pub struct ControlPlane {
     /// Its namespaces.
     pub spaces: Namespaces,
     api: ApiServer,
-    _programs: [Program; 2],
+    programs: [Program; 2],
 }
 
 /// What a node signs in with.
@@ -80,7 +80,23 @@ impl ControlPlane {
         };
         let controllers = start("kube-controller-manager", CONTROLLERS, controller_arguments(&api))?;
         let scheduler = start("kube-scheduler", SCHEDULER, Vec::new())?;
-        Ok(Self { spaces, api, _programs: [controllers, scheduler] })
+        Ok(Self { spaces, api, programs: [controllers, scheduler] })
+    }
+
+    /// `kill -9` of a part, such as `kube-scheduler`, and its start. etcd stays.
+    ///
+    /// # Errors
+    /// There is no such part, or it does not end or start.
+    pub fn restart(&mut self, part: &str, work: &Work) -> Result<()> {
+        if part == "kube-apiserver" {
+            self.api.kill()?;
+            self.api.start_again()?;
+            return remember(work, &self.api);
+        }
+        let found = self.programs.iter_mut().find(|program| program.name() == part);
+        let program = found.with_context(|| format!("there is no {part}"))?;
+        program.kill()?;
+        program.start_again()
     }
 
     /// The administrator's.

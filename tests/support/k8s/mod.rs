@@ -302,6 +302,19 @@ impl KubeCluster {
         self.start_nodes(&[name])
     }
 
+    /// `kill -9` of a program of a node (`containerd`, `kubelet`, `kube-proxy`) and its start; without a node, of a part of the
+    /// control plane.
+    ///
+    /// # Errors
+    /// There is no such program, or it does not end or start.
+    pub fn restart(&mut self, node: Option<&str>, program: &str) -> Result<()> {
+        let Some(name) = node else { return self.control.restart(program, &self.work) };
+        let node = self.nodes.iter_mut().find(|node| node.name == name);
+        let program = node.with_context(|| format!("{name} does not run"))?.program(program)?;
+        program.kill()?;
+        program.start_again()
+    }
+
     /// Ends everything and checks that nothing is left.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use holdfast_proto::csi::controller_server::ControllerServer;
 use holdfast_proto::csi::group_controller_server::GroupControllerServer;
 use holdfast_proto::csi::identity_server::IdentityServer;
 use holdfast_proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
+use holdfast_service::gate::Gate;
 use holdfast_service::serve::{bind_unix, serve_unix, server};
 use holdfast_service::{ControllerService, ControllerSettings, IdentityService, NodeBook, SledStore};
 use holdfast_storage_core::ids::NodeName;
@@ -81,7 +82,7 @@ impl World {
         let book = Arc::clone(&self.book);
         let service = ControllerService::new(Arc::clone(&store), groups, node_states, book, settings);
         let router = server()
-            .add_service(IdentityServer::new(IdentityService::controller(store)))
+            .add_service(IdentityServer::new(IdentityService::controller(store, open_gate())))
             .add_service(GroupControllerServer::new(service.clone()))
             .add_service(SnapshotMetadataServer::new(service.clone()))
             .add_service(ControllerServer::new(service.clone()));
@@ -140,4 +141,10 @@ impl World {
             assert!(pool.replicas().is_empty(), "{} keeps a replica", pool.node);
         }
     }
+}
+
+fn open_gate() -> Gate {
+    let gate = Gate::default();
+    gate.open();
+    gate
 }
