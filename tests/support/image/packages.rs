@@ -82,10 +82,10 @@ impl Packages {
         };
         for offer in listed.lines().filter_map(Offer::parse) {
             let archive = self.cache.join(&offer.file);
-            if !archive.exists() {
-                if let Err(error) = self.download(&offer) {
-                    return Ok(Err(Skip(format!("{} cannot be downloaded: {error:#}", offer.file))));
-                }
+            if !archive.exists()
+                && let Err(error) = self.download(&offer)
+            {
+                return Ok(Err(Skip(format!("{} cannot be downloaded: {error:#}", offer.file))));
             }
             ensure!(sha256(&archive)? == offer.sha256, "{} is damaged: remove it", archive.display());
             self.unpack(archive)?;
