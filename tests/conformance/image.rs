@@ -185,6 +185,8 @@ fn it_is_read_by_others(image: &Image, work: &Path) -> Result<()> {
     let listed: Value = serde_json::from_str(&podman(&["images", "--format", "json"])?)?;
     let digest = listed[0]["Digest"].as_str().unwrap_or_default();
     ensure!(digest == image.digest, "podman says {listed}, not {}", image.digest);
+    let name = listed[0]["Names"][0].as_str().unwrap_or_default();
+    ensure!(name.ends_with(&format!("/{REFERENCE}")), "podman names it {name}");
     println!("podman reads {REFERENCE} as {digest}");
     Ok(())
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::netbed::{ApiAccess, Attachment, NetBed};
 use holdfast_tests::process::wait_until;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use libtest_mimic::Trial;
@@ -53,10 +54,15 @@ impl<'a> Cluster<'a> {
         bed.run(async {
             let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
             put(&kube, &object).await?;
+            let known: Api<Node> = Api::all(kube.clone());
             for node in &nodes {
-                put(&kube, node).await?;
+                // Of another trial, with another range: a range is for life.
+                let name = node["metadata"]["name"].as_str().context("a name")?;
+                if known.get_opt(name).await?.is_some() {
+                    remove(&kube, node).await?;
+                }
             }
-            for file in ["namespace.yaml", "netd-rbac.yaml"] {
+            for file in ["common/namespace.yaml", "network/rbac.yaml"] {
                 apply_manifest(&kube, file).await.with_context(|| file.to_owned())?;
             }
             Ok(())
@@ -67,6 +73,13 @@ impl<'a> Cluster<'a> {
             let kubeconfig = bed.pod_kubeconfig("holdfast-netd", name, Some(ApiAccess::URL))?;
             kubeconfigs.insert(name.to_owned(), kubeconfig);
         }
+        // After the tokens: who asks for them makes a Node too, and would take the range back.
+        bed.run(async {
+            for node in &nodes {
+                put(&kube, node).await?;
+            }
+            Ok(())
+        })?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let access = ApiAccess { server: bed.server().socket(), kubeconfigs, runtime };
         let count = u8::try_from(nodes.len())?;

@@ -151,7 +151,7 @@ fn rights(bed: &Bed) -> Result<()> {
     install_pod_ranges(bed)?;
     let admin = bed.kube()?;
     bed.run(async {
-        for file in ["namespace.yaml", "netd-rbac.yaml", "netd-admission.yaml"] {
+        for file in ["common/namespace.yaml", "network/rbac.yaml", "network/netd-admission.yaml"] {
             apply_manifest(&admin, file).await.with_context(|| file.to_owned())?;
         }
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "rights-pods"}});

@@ -168,12 +168,10 @@ pub async fn put(kube: &kube::Client, object: &Value) -> Result<()> {
     spec["metadata"].as_object_mut().context("metadata")?.remove("uid");
     api.patch(&name, &params, &Patch::Apply(&spec)).await.with_context(|| format!("put {name}"))?;
     if let Some(status) = status {
-        let part = json!({
-            "apiVersion": object["apiVersion"], "kind": object["kind"], "metadata": {"name": name}, "status": status,
-        });
-        api.patch_status(&name, &params, &Patch::Apply(&part))
-            .await
-            .with_context(|| format!("status of {name}"))?;
+        // By merging: a Node may have two addresses of one type, which may not be applied.
+        let part = Patch::Merge(json!({"status": status}));
+        let params = PatchParams::default();
+        api.patch_status(&name, &params, &part).await.with_context(|| format!("status of {name}"))?;
     }
     if object["kind"] == "Namespace" {
         let account = json!({
