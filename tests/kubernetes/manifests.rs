@@ -139,7 +139,6 @@ async fn apply(client: &kube::Client, object: &Value, dry_run: bool) -> Result<(
         force: true,
         field_manager: Some("manifests-test".to_owned()),
         field_validation: Some(ValidationDirective::Strict),
-        ..PatchParams::default()
     };
     api.patch(name, &params, &Patch::Apply(object)).await.with_context(|| format!("{} {name}", kind.kind))?;
     Ok(())
