@@ -557,6 +557,7 @@ mod tests {
         tokio::time::sleep(quarantine).await;
         // What is reserved and not complete is held back anew by a start, like before.
         let lease = reserve(&after, "d").await.unwrap();
+        assert_ne!(lease.plan.addresses, again.plan.addresses);
         let early = Leases::open(killed_now(left.path()).path(), quarantine).unwrap();
         assert_eq!(early.state.into_inner().freed_rows.len(), 1);
         after.mark_attached(&lease.key, &lease.plan).await.unwrap();
