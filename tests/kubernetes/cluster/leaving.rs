@@ -66,7 +66,8 @@ fn traces(node: &KubeNode) -> Result<Vec<String>> {
     let script = "
         find /etc/cni /opt/cni /etc/holdfast /run/holdfast /var/lib/cni -type f -o -type s 2>/dev/null
         find /var/lib/holdfast -mindepth 1 -maxdepth 1 ! -name pool
-        find /var/lib/kubelet/plugins /var/lib/kubelet/plugins_registry -name '*holdfast*' 2>/dev/null
+        find /var/lib/kubelet/plugins /var/lib/kubelet/plugins_registry -name '*holdfast*' ! -path '*/kubernetes.io/csi/*' 2>/dev/null
+        find /var/lib/kubelet/plugins/kubernetes.io/csi/csi.holdfast.dev -mindepth 1 2>/dev/null
         ip -o link | grep -v -e ': lo:' -e ': eth0@'
         ip route | grep -v -e ^default -e 'dev eth0 proto kernel'
         nft list tables | grep -i holdfast
@@ -74,7 +75,7 @@ fn traces(node: &KubeNode) -> Result<Vec<String>> {
         grep holdfast /proc/mounts | grep -v ' /var/lib/holdfast '
         true";
     let found = node.spaces.run("sh", &["-c", script])?;
-    // The work folder's own path may name us.
+    // Kubelet keeps an empty folder for each driver that it has known. The work folder's own path may name us.
     let places = node.folder().display().to_string();
     Ok(found.lines().filter(|line| !line.contains(&places)).map(str::to_owned).collect())
 }
