@@ -1,5 +1,8 @@
 //! Bringing the network half onto a node and off it, with the real programs in namespaces of their own.
 
+// Helpers of a test may panic like the test itself.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::path::Path;

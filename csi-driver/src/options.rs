@@ -78,20 +78,11 @@ impl Role {
     }
 }
 
-/// How connections between processes are protected: one of the three must be chosen.
+/// How connections between processes are protected, and by whose certificates.
 #[derive(Debug, Args)]
-#[group(id = "protection", required = true, multiple = false, args = ["tls_dir", "tls_issuer", "insecure"])]
 pub struct TlsOptions {
-    /// Folder with ca.pem, node.pem and node.key: mutual TLS 1.3 on every connection. A node's certificate carries
-    /// the node's name as DNS name, the controller's carries "holdfast-controller". Files that change are read again.
-    #[arg(long)]
-    pub tls_dir: Option<PathBuf>,
-    /// Get the certificate, and each next one, from the issuer beside the controller: the same mutual TLS.
-    #[arg(long, value_enum)]
-    pub tls_issuer: Option<TlsIssuer>,
-    /// Plain text, no checks: for tests and for networks that nobody else is on.
-    #[arg(long)]
-    pub insecure: bool,
+    #[command(flatten)]
+    pub protection: Protection,
     /// With --tls-issuer: folder for key and certificate, a tmpfs.
     #[arg(long, default_value = "/run/holdfast/tls")]
     pub tls_state_dir: PathBuf,
@@ -102,6 +93,22 @@ pub struct TlsOptions {
     /// With --tls-issuer: how many seconds a certificate lives; it is renewed after two thirds. The same for all processes.
     #[arg(long, default_value_t = certificates::LIFE.as_secs(), value_parser = clap::value_parser!(u64).range(5..))]
     pub tls_life_s: u64,
+}
+
+/// How connections are protected: one of the three must be chosen. All fields are in one group of the command line.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Protection {
+    /// Folder with ca.pem, node.pem and node.key: mutual TLS 1.3 on every connection. A node's certificate carries
+    /// the node's name as DNS name, the controller's carries "holdfast-controller". Files that change are read again.
+    #[arg(long)]
+    pub tls_dir: Option<PathBuf>,
+    /// Get the certificate, and each next one, from the issuer beside the controller: the same mutual TLS.
+    #[arg(long, value_enum)]
+    pub tls_issuer: Option<TlsIssuer>,
+    /// Plain text, no checks: for tests and for networks that nobody else is on.
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// Who gives certificates.

@@ -41,7 +41,7 @@ pub async fn run(role: Role) -> anyhow::Result<()> {
 }
 
 async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow::Result<()> {
-    if options.tls.tls_issuer.is_some() {
+    if options.tls.protection.tls_issuer.is_some() {
         // Before its own certificate, which it gives itself. It may run beside another controller that waits or serves.
         let settings = IssuerSettings {
             signer: options.tls.tls_signer.clone(),
@@ -82,7 +82,7 @@ async fn node(options: NodeOptions, signals: Signals) -> anyhow::Result<()> {
     // With records at an API server it connects to no process of ours but its node's, by a Unix socket.
     let tls = match options.registry.record_store {
         NodeStore::Kubernetes => None,
-        NodeStore::Registry if options.tls.tls_issuer.is_some() => {
+        NodeStore::Registry if options.tls.protection.tls_issuer.is_some() => {
             bail!(
                 "--tls-issuer gives node services no certificates: use --tls-dir, or --record-store kubernetes"
             )
@@ -168,7 +168,7 @@ async fn serve(mut process: Process, mut signals: Signals) -> anyhow::Result<()>
 /// The certificate of this process, which follows its source from now on; none for plain text. May wait for an issuer, for as long
 /// as that takes.
 async fn identity(options: &TlsOptions, name: &str) -> anyhow::Result<Option<TlsIdentity>> {
-    if options.tls_issuer.is_some() {
+    if options.protection.tls_issuer.is_some() {
         let settings = HolderSettings {
             name: name.to_owned(),
             dir: options.tls_state_dir.clone(),
@@ -180,7 +180,7 @@ async fn identity(options: &TlsOptions, name: &str) -> anyhow::Result<Option<Tls
         tokio::spawn(holder.keep());
         return Ok(Some(identity));
     }
-    let Some(dir) = options.tls_dir.clone() else { return Ok(None) };
+    let Some(dir) = options.protection.tls_dir.clone() else { return Ok(None) };
     let identity = TlsIdentity::load(&dir)?;
     tokio::spawn(follow_folder(dir, identity.clone()));
     Ok(Some(identity))

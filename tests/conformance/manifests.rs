@@ -171,8 +171,9 @@ fn the_controllers_have_their_sidecars_and_are_never_two_on_a_node() {
     let budget: PodDisruptionBudget = only("PodDisruptionBudget", "holdfast-controller");
     let budget = budget.spec.expect("spec");
     assert_eq!(budget.min_available, Some(IntOrString::Int(1)));
-    let labels = spec.template.metadata.and_then(|meta| meta.labels);
-    assert_eq!(budget.selector.and_then(|selector| selector.match_labels), labels);
+    let labels = spec.template.metadata.and_then(|meta| meta.labels).expect("labels");
+    let chosen = budget.selector.and_then(|selector| selector.match_labels).expect("a selector");
+    assert!(chosen.iter().all(|(key, value)| labels.get(key) == Some(value)), "{chosen:?}");
     let pod = spec.template.spec.expect("pod spec");
     let apart = pod.affinity.as_ref().and_then(|affinity| affinity.pod_anti_affinity.as_ref());
     let apart = apart.and_then(|rule| rule.required_during_scheduling_ignored_during_execution.as_ref());

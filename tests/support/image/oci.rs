@@ -90,10 +90,11 @@ fn tar(root: &Path, to: &Path) -> Result<()> {
     tar_names(root, &names.iter().map(String::as_str).collect::<Vec<_>>(), to)
 }
 
-/// Names sorted by byte, one owner, one time: nothing of the building machine.
+/// Names sorted by byte, one owner, one time, modes without the umask: nothing of the building machine.
 fn tar_names(folder: &Path, names: &[&str], to: &Path) -> Result<()> {
     let mut tar = Command::new("tar");
     tar.args(["--sort=name", "--format=gnu", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
+    tar.arg("--mode=u+rwX,go+rX,go-w");
     run(tar.arg("-C").arg(folder).arg("-cf").arg(to).args(names).env("LC_ALL", "C"))?;
     Ok(())
 }
