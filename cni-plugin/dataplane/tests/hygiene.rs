@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -92,8 +92,18 @@ fn flows(stream: &mut TcpStream) -> bool {
     let until = Instant::now() + Duration::from_millis(1500);
     let mut buffer = vec![0u8; 1 << 20];
     while Instant::now() < until {
-        if stream.read(&mut buffer).is_err() {
-            return false;
+        match stream.read(&mut buffer) {
+            Ok(0) => {
+                eprintln!("the connection was closed");
+                return false;
+            }
+            Ok(_) => {}
+            // A read with a timeout is not taken up again after a signal, such as that by which libc enters all threads.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => {
+                eprintln!("no byte comes: {error}");
+                return false;
+            }
         }
     }
     true
