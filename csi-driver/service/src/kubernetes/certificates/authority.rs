@@ -278,7 +278,7 @@ mod tests {
             "{:?}",
             authorities.to_data().values().map(|v| String::from_utf8(v.0.clone())).collect::<Vec<_>>()
         );
-        assert!(!held.contains(&*key.lines().nth(1).unwrap()), "the old key is still there");
+        assert!(!held.contains(key.lines().nth(1).unwrap()), "the old key is still there");
         assert!(authorities.step(&LIVES, due + 32 * DAY - 1).unwrap().is_none());
         assert!(authorities.step(&LIVES, due + 32 * DAY).unwrap().unwrap().contains("not trusted"));
         assert!(!authorities.bundle().contains(first.trim()));
