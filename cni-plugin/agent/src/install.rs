@@ -1,4 +1,4 @@
-//! The CNI plugin's files on a node: put there by each start of the agent's pod, removed by [`crate::uninstall`] only.
+//! The CNI plugin's files on a node: put there by each start of the agent's pod, removed by [`crate::uninstall()`] only.
 //!
 //! A runtime may read or execute the files at any moment, also while a node is upgraded or loses its power. So nothing is
 //! written in place:

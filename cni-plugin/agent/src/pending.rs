@@ -85,7 +85,7 @@ pub fn list(folder: &Path) -> io::Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Every file that [`write`] makes in the folder, those of a crash included. None where there is no folder.
+/// Every file that [`write()`] makes in the folder, those of a crash included. None where there is no folder.
 ///
 /// # Errors
 /// The folder cannot be listed.
