@@ -24,6 +24,8 @@ use crate::targets::{Target, build_tests};
 const TIERS: [&str; 7] = ["unit", "sim", "conformance", "policy", "cluster", "vm", "kubernetes"];
 /// A test program that runs longer hangs; it is ended and counts as failed.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// The same where one program has a whole cluster.
+const KUBERNETES_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 /// The same with `--long`.
 const LONG_PROGRAM_TIMEOUT: Duration = Duration::from_secs(3 * 60 * 60);
 /// Set for test programs by `--long`.
@@ -109,8 +111,11 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
             if let Some(seeds) = wanted.seeds {
                 command.env(SEEDS_VARIABLE, seeds.to_string());
             }
-            let timeout =
-                if wanted.long || wanted.seeds.is_some() { LONG_PROGRAM_TIMEOUT } else { PROGRAM_TIMEOUT };
+            let timeout = match tier {
+                _ if wanted.long || wanted.seeds.is_some() => LONG_PROGRAM_TIMEOUT,
+                "kubernetes" => KUBERNETES_TIMEOUT,
+                _ => PROGRAM_TIMEOUT,
+            };
             run_program(&target.title(), command, timeout, summary)?;
         }
         if tier == "unit" && wanted.only.is_none() {
@@ -127,10 +132,20 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
 /// Where a tool cannot be had, each test that needs it says so.
 fn build_tools(tier: &str) -> Result<()> {
     let skips = match tier {
-        "conformance" => {
-            vec![go_tools::csi_sanity()?.err(), go_tools::cnitool()?.err(), go_tools::cni_plugins()?.err()]
-        }
-        "kubernetes" => vec![go_tools::etcd()?.err(), go_tools::kube_apiserver()?.err()],
+        "conformance" => vec![
+            go_tools::csi_sanity()?.err(),
+            go_tools::cnitool()?.err(),
+            go_tools::cni_plugins()?.err(),
+            go_tools::kustomize()?.err(),
+            go_tools::helm()?.err(),
+        ],
+        "kubernetes" => vec![
+            go_tools::etcd()?.err(),
+            go_tools::kube_apiserver()?.err(),
+            go_tools::kubernetes()?.err(),
+            go_tools::containerd()?.err(),
+            go_tools::pod_programs()?.err(),
+        ],
         _ => Vec::new(),
     };
     for skip in skips.into_iter().flatten() {

@@ -19,7 +19,7 @@ use super::ready::{NAMESPACE, unready};
 use super::trial;
 
 /// Restarts in CI, and by hand.
-const RESTARTS: (usize, usize) = (6, 200);
+const RESTARTS: (usize, usize) = (4, 200);
 /// Within this time everything is as before, or whatever is not says why.
 const CONVERGED_WITHIN: Duration = Duration::from_secs(60);
 /// After this it never will be.
