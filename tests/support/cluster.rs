@@ -21,7 +21,7 @@ use crate::process::{Program, ProgramSpec, maker, run, wait_until};
 use crate::work::{Work, binaries_dir};
 
 /// How long the processes of a new cluster may take until they answer.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Name in the controller's certificate.
 const CONTROLLER_NAME: &str = "holdfast-controller";
 /// Port of the registry on the controller.

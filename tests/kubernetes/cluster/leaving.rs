@@ -51,6 +51,8 @@ fn uninstall(cluster: &mut KubeCluster) -> Result<()> {
     for part in [OVERLAY, "manifests/snapshots", "manifests/crds"] {
         cluster.kubectl(&[&["delete", "-k", &folder(part)][..], &gone].concat())?;
     }
+    // Kubernetes forgets them by itself, after an hour.
+    cluster.kubectl(&["delete", "csr", "--field-selector=spec.signerName=storage.holdfast.dev/node"])?;
     for node in NODES {
         let left = traces(cluster.node(node)?)?;
         ensure!(left.is_empty(), "on {node} is left:\n{}", left.join("\n"));

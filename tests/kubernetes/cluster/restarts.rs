@@ -124,8 +124,16 @@ fn restarts(cluster: &mut KubeCluster) -> Result<()> {
 fn converge(cluster: &KubeCluster, late: &mut Vec<String>) -> Result<Duration> {
     let start = Instant::now();
     let mut was_late = false;
+    // What is told of a node that was struck is from before, until it gives a new sign of life.
+    let signs = signs_of_life(cluster)?;
+    let is_heard = |now: &BTreeMap<String, String>| {
+        NODES.iter().all(|node| now.get(*node).is_some_and(|sign| signs.get(*node) != Some(sign)))
+    };
     loop {
-        let left = unsettled(cluster)?;
+        let mut left = unsettled(cluster)?;
+        if left.is_empty() && !is_heard(&signs_of_life(cluster)?) {
+            left.insert("nodes".to_owned(), "not every node has given a sign of life since".to_owned());
+        }
         if left.is_empty() {
             return Ok(start.elapsed());
         }
@@ -144,6 +152,16 @@ fn converge(cluster: &KubeCluster, late: &mut Vec<String>) -> Result<Duration> {
         }
         std::thread::sleep(Duration::from_millis(500));
     }
+}
+
+/// When each node was heard of last, as the API server has it.
+fn signs_of_life(cluster: &KubeCluster) -> Result<BTreeMap<String, String>> {
+    let leases = cluster.get(&["leases", "-n", "kube-node-lease"])?;
+    let sign = |lease: &Value| {
+        let name = lease["metadata"]["name"].as_str()?;
+        Some((name.to_owned(), lease["spec"]["renewTime"].as_str()?.to_owned()))
+    };
+    Ok(leases["items"].as_array().context("a list")?.iter().filter_map(sign).collect())
 }
 
 /// Nodes, volumes and pods that are not as they should be, each with the reason that is told for it.
