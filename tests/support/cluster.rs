@@ -22,6 +22,9 @@ use crate::work::{Work, binaries_dir};
 
 /// How long the processes of a new cluster may take until they answer.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Of the underlay's bridge. Without one of its own it has its least port's, which changes with each node that is plugged in: whoever
+/// speaks to an address of the bridge then waits some seconds for its neighbour entry.
+pub(crate) const UNDERLAY_MAC: &str = "02:00:00:00:77:01";
 /// Name in the controller's certificate.
 const CONTROLLER_NAME: &str = "holdfast-controller";
 /// Port of the registry on the controller.
@@ -301,7 +304,7 @@ impl Cluster {
         objects.put_namespace("default")?;
         let underlay = Namespaces::create("underlay", &work)?;
         let bridge = [
-            ["link", "add", "underlay", "type", "bridge"].as_slice(),
+            ["link", "add", "underlay", "address", UNDERLAY_MAC, "type", "bridge"].as_slice(),
             ["link", "set", "underlay", "up"].as_slice(),
         ];
         for arguments in bridge {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::{NODES, Tools};
 use crate::api_server::{ADMIN, ApiServer, Place, User};
 use crate::certs::Authority;
+use crate::cluster::UNDERLAY_MAC;
 use crate::namespaces::Namespaces;
 use crate::process::{Program, ProgramSpec, maker, process_start_time, run};
 use crate::work::{HolderState, Work};
@@ -52,7 +53,7 @@ impl ControlPlane {
         let spaces = Namespaces::create("control", work)?;
         let address = format!("{ADDRESS}/24");
         let bridge: [&[&str]; 3] = [
-            &["link", "add", "underlay", "type", "bridge"],
+            &["link", "add", "underlay", "address", UNDERLAY_MAC, "type", "bridge"],
             &["addr", "add", &address, "dev", "underlay"],
             &["link", "set", "underlay", "up"],
         ];
