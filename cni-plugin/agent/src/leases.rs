@@ -329,7 +329,10 @@ impl Leases {
         for (key, limit) in attachments {
             let Some(lease) = state.leases.get_mut(key) else { continue };
             lease.follow_mtu(mtu, *limit);
-            self.put(lease)?;
+            // One that is not complete has no row yet.
+            if lease.attached {
+                self.put(lease)?;
+            }
         }
         drop(state);
         self.flusher.flush().await?;
@@ -349,7 +352,8 @@ impl Leases {
         for address in lease.plan.addresses.iter().filter(|_| holds_back) {
             self.rows.insert(freed_key(*address), &[])?;
         }
-        if self.rows.remove(row_key(key))?.is_some() || holds_back {
+        // One that was complete is flushed also if its row is gone already: an earlier try may have failed between the two.
+        if self.rows.remove(row_key(key))?.is_some() || lease.attached {
             self.flusher.flush().await?;
         }
         let mut state = self.state.lock().await;
@@ -521,6 +525,7 @@ mod tests {
         for round in 0..10 {
             let id = format!("c{round}");
             let plan = reserve(&leases, &id).await.unwrap().plan;
+            leases.set_mtu(&[(mk_key(&id), u32::MAX)], 1400).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), None, "round {round}");
             leases.mark_attached(&mk_key(&id), &plan).await.unwrap();
             assert_eq!(found(&killed_now(folder.path()), &id), Some(true), "round {round}");
