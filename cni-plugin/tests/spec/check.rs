@@ -143,9 +143,9 @@ fn check_should_fail_when_something_that_the_result_does_not_tell_is_wrong() {
         return;
     }
     // Nobody can put the port into this one.
-    eventually("it came before the agent's own", || {
-        let taken = "ip link del hf0; ip link add hf0 type vxlan id 9 dstport 9999 local 192.0.2.1";
-        bed.node.netns.exec("sh").args(["-c", taken]).status().unwrap().success()
+    bed.node.paused(|| {
+        bed.sh("ip link del hf0");
+        bed.sh("ip link add hf0 type vxlan id 9 dstport 9999 local 192.0.2.1");
     });
     bed.refuses("not in the bridge");
     bed.sh("ip link del hf0");

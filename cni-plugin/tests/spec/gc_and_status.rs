@@ -153,9 +153,9 @@ fn status_should_fail_when_the_addresses_are_exhausted() {
 fn status_should_say_51_when_the_overlay_cannot_be_made_as_planned() {
     let (cluster, node) = mk_node();
     // Somebody else's device has the name: routes to other nodes cannot be put in place.
-    eventually("it came before the agent's own", || {
-        let taken = "ip link del hf.vx; ip link add hf.vx type bridge";
-        node.netns.exec("sh").args(["-c", taken]).status().unwrap().success()
+    node.paused(|| {
+        node.netns.ip("link del hf.vx");
+        node.netns.ip("link add hf.vx type bridge");
     });
     cluster.put_node("b", 2, "10.42.2.0/24");
     eventually("51", || node.cni("STATUS", "", None, json!({})).is_err_and(|error| error["code"] == 51));

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use holdfast_proto::agent::agent_client::AgentClient;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// Where an agent serves metrics, on its node's loopback.
@@ -321,8 +322,19 @@ impl Node {
 
     /// kill -9 without waiting, while others use the node.
     pub fn kill_by_signal(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Does `work` while the agent stands still, so that it mends nothing meanwhile.
+    pub fn paused(&self, work: impl FnOnce()) {
+        self.signal(Signal::SIGSTOP);
+        work();
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     /// `ip netns exec` becomes the agent, so the child is the agent.
