@@ -7,20 +7,32 @@ use holdfast_tests::go_tools::Skip;
 use holdfast_tests::k8s::{KubeCluster, KubeNode, NODES, Tools};
 use libtest_mimic::Trial;
 
+use super::bank::Bank;
+use super::moves::trigger;
 use super::ready::{NAMESPACE, OVERLAY, repository, unready};
 use super::trial;
 
 /// Until every node says that it is clean.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(120);
+/// From its start until a node is known again.
+const RETURN_TIMEOUT: Duration = Duration::from_secs(60);
+const UNINSTALL: &str = "manifests/uninstall";
 
 pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
-    vec![trial(tools, "what_is_uninstalled_leaves_nothing_but_the_pools", uninstall)]
+    vec![trial(tools, "what_is_uninstalled_beside_a_dead_node_leaves_nothing_but_the_pools", uninstall)]
 }
 
+/// One node has died with a database on it; it is cleaned when it comes back, after all else is gone.
 fn uninstall(cluster: &mut KubeCluster) -> Result<()> {
+    let bank = Bank::start(cluster, "leaving", 1)?;
+    let (dead, _) = bank.place(cluster)?;
+    cluster.power_off(&dead)?;
     let start = Instant::now();
-    let folder = |name: &str| repository().join(name).display().to_string();
+    give_up(cluster, &dead)?;
     // What uses it goes first; all else was removed by the trials before.
+    bank.remove(cluster)?;
+    cluster.kubectl(&["delete", "node", &dead])?;
+    let given_up = start.elapsed();
     cluster.kubectl(&[
         "delete",
         "deployment",
@@ -38,28 +50,65 @@ fn uninstall(cluster: &mut KubeCluster) -> Result<()> {
         "--cascade=foreground",
         "--timeout=120s",
     ])?;
-    cluster.kubectl(&["apply", "-k", &folder("manifests/uninstall")])?;
-    cluster.wait("every node is clean", LEAVE_TIMEOUT, || unready(cluster).map(|left| left.is_empty()))?;
-    cluster.kubectl(&[
-        "delete",
-        "-k",
-        &folder("manifests/uninstall"),
-        "--cascade=foreground",
-        "--timeout=60s",
-    ])?;
+    clean_nodes(cluster)?;
     let gone = ["--ignore-not-found", "--timeout=120s"];
     for part in [OVERLAY, "manifests/snapshots", "manifests/crds"] {
         cluster.kubectl(&[&["delete", "-k", &folder(part)][..], &gone].concat())?;
     }
     // Kubernetes forgets them by itself, after an hour.
     cluster.kubectl(&["delete", "csr", "--field-selector=spec.signerName=storage.holdfast.dev/node"])?;
-    for node in NODES {
-        let left = traces(cluster.node(node)?)?;
-        ensure!(left.is_empty(), "on {node} is left:\n{}", left.join("\n"));
+    for node in NODES.iter().filter(|node| **node != dead) {
+        expect_clean(cluster, node)?;
     }
     let objects = ours(cluster)?;
     ensure!(objects.is_empty(), "objects are left:\n{}", objects.join("\n"));
-    println!("Uninstalled in {:.0} s; nothing is left but the pools", start.elapsed().as_secs_f64());
+    println!(
+        "{dead} given up in {:.0} s, uninstalled in {:.0} s; nothing is left but the pools",
+        given_up.as_secs_f64(),
+        (start.elapsed() - given_up).as_secs_f64()
+    );
+    clean_returned(cluster, &dead)
+}
+
+/// Tells Kubernetes and us that a node is dead.
+fn give_up(cluster: &KubeCluster, node: &str) -> Result<()> {
+    trigger(cluster, node)?;
+    let removed = r#"{"spec":{"state":"Removed"}}"#;
+    let object = format!("storagenode/{node}");
+    cluster.kubectl(&["patch", &object, "--type=merge", "-p", removed]).map(drop)
+}
+
+/// Runs the uninstallers on all nodes, and takes them away again.
+fn clean_nodes(cluster: &KubeCluster) -> Result<()> {
+    cluster.kubectl(&["apply", "-k", &folder(UNINSTALL)])?;
+    cluster.wait("every node is clean", LEAVE_TIMEOUT, || unready(cluster).map(|left| left.is_empty()))?;
+    cluster.kubectl(&["delete", "-k", &folder(UNINSTALL), "--cascade=foreground", "--timeout=60s"]).map(drop)
+}
+
+/// The node comes back with what it had on its disk, among it the pool with the database's replica.
+fn clean_returned(cluster: &mut KubeCluster, node: &str) -> Result<()> {
+    cluster.power_on(node)?;
+    cluster.wait("the node is back", RETURN_TIMEOUT, || {
+        Ok(cluster.get(&["nodes"])?["items"].as_array().is_some_and(|nodes| nodes.len() == NODES.len()))
+    })?;
+    ensure!(!traces(cluster.node(node)?)?.is_empty(), "nothing is left to be removed on {node}");
+    cluster.kubectl(&["create", "namespace", NAMESPACE])?;
+    clean_nodes(cluster)?;
+    cluster.kubectl(&["delete", "namespace", NAMESPACE, "--timeout=60s"])?;
+    expect_clean(cluster, node)?;
+    let objects = ours(cluster)?;
+    ensure!(objects.is_empty(), "objects are left after {node} came back:\n{}", objects.join("\n"));
+    println!("{node} came back and is clean, too");
+    Ok(())
+}
+
+fn folder(name: &str) -> String {
+    repository().join(name).display().to_string()
+}
+
+fn expect_clean(cluster: &KubeCluster, node: &str) -> Result<()> {
+    let left = traces(cluster.node(node)?)?;
+    ensure!(left.is_empty(), "on {node} is left:\n{}", left.join("\n"));
     Ok(())
 }
 

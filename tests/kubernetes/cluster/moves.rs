@@ -90,7 +90,7 @@ fn cut_off(cluster: &mut KubeCluster) -> Result<()> {
 }
 
 /// Waits until the node counts as not ready and taints it.
-fn trigger(cluster: &KubeCluster, node: &str) -> Result<()> {
+pub fn trigger(cluster: &KubeCluster, node: &str) -> Result<()> {
     cluster.wait("the node is not ready", NOT_READY_TIMEOUT, || Ok(!is_ready(cluster, node)?))?;
     let taint = format!("{TAINT}=nodeshutdown:NoExecute");
     cluster.kubectl(&["taint", "node", node, &taint]).map(drop)
