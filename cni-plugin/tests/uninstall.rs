@@ -8,6 +8,8 @@ mod support;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 use support::{Cluster, Netns, Node};
 
@@ -114,6 +116,14 @@ fn what_is_left_on_a_node_is_what_was_there_before() {
     assert_eq!(entries(&node.pending()).len(), 1);
     std::fs::write(node.state.join("conf/.holdfast-10-holdfast.conflist.new"), "{").unwrap();
     std::fs::write(node.state.join("conf/99-other.conflist"), "{}").unwrap();
+    // The runtime keeps results of sandboxes that died with the node.
+    let results = node.state.join("var/lib/cni/results");
+    std::fs::create_dir_all(&results).unwrap();
+    for (name, plugin) in [("pods-1-eth0", "holdfast-cni"), ("others-1-eth0", "bridge")] {
+        let list = json!({"cniVersion": "1.1.0", "name": "n", "plugins": [{"type": plugin}]}).to_string();
+        let cached = json!({"kind": "cniCacheV1", "config": STANDARD.encode(list), "networkName": "n"});
+        std::fs::write(results.join(name), cached.to_string()).unwrap();
+    }
 
     let done = uninstall(&node, &["--force"]);
     assert!(done.status.success(), "{}", text(&done));
@@ -129,6 +139,7 @@ fn what_is_left_on_a_node_is_what_was_there_before() {
     }
     assert_eq!(leftovers(&node), Vec::<String>::new());
     assert_eq!(entries(&node.state.join("conf")), ["99-other.conflist"], "what is others' stays");
+    assert_eq!(entries(&results), ["others-1-eth0"]);
     for folder in ["bin", "state", "pending"] {
         assert!(
             entries(&node.state.join(folder)).is_empty(),

@@ -1,5 +1,6 @@
 //! holdfast-csi: one binary, three roles, and their removal.
 
+mod kubelet_leftovers;
 mod options;
 mod privileges;
 mod roles;

@@ -20,6 +20,8 @@ use holdfast_service::node::mounted_at;
 use holdfast_storage_core::ids::ReplicaId;
 use holdfast_store::Surveyed;
 
+use crate::kubelet_leftovers::sweep_kubelet;
+
 /// Where things are. All paths are in the root.
 #[derive(Debug, Args)]
 pub struct UninstallOptions {
@@ -50,6 +52,9 @@ pub struct UninstallOptions {
     /// The CSI plugin's registration with kubelet.
     #[arg(long, default_value = "/var/lib/kubelet/plugins_registry/csi.holdfast.dev-reg.sock")]
     registration_socket: PathBuf,
+    /// Kubelet's folder: what it keeps of volumes of ours that nobody unstages any more goes.
+    #[arg(long, default_value = "/var/lib/kubelet")]
+    kubelet_dir: PathBuf,
     /// Go on although devices are in use: they vanish when their last user ends, whose I/O fails until then.
     #[arg(long)]
     force: bool,
@@ -97,6 +102,7 @@ pub fn uninstall(options: &UninstallOptions) -> anyhow::Result<()> {
     if let Some(dir) = &options.nbd_client_dir {
         sweep.sockets(&on_node(dir));
     }
+    sweep_kubelet(&on_node(&options.kubelet_dir), &mut sweep);
     // Shared with the network half: whoever goes last takes them.
     for folder in options.pool_dir.iter().map(PathBuf::as_path).chain([options.data_socket.as_path()]) {
         sweep.folder(folder.parent().map(&on_node).as_deref());
@@ -136,14 +142,14 @@ fn told(dir: &Path, replicas: &[Surveyed]) -> String {
 
 /// What was done.
 #[derive(Default)]
-struct Sweep {
+pub struct Sweep {
     removed: Vec<String>,
-    kept: Vec<String>,
-    failed: Vec<String>,
+    pub kept: Vec<String>,
+    pub failed: Vec<String>,
 }
 
 impl Sweep {
-    fn note(&mut self, path: &Path, result: io::Result<()>) {
+    pub fn note(&mut self, path: &Path, result: io::Result<()>) {
         match result {
             Ok(()) => self.removed.push(path.display().to_string()),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -175,7 +181,7 @@ impl Sweep {
         self.folder(Some(dir));
     }
 
-    fn folder(&mut self, dir: Option<&Path>) {
+    pub fn folder(&mut self, dir: Option<&Path>) {
         let Some(dir) = dir else { return };
         match fs::remove_dir(dir) {
             // Others have something in it, or it is mounted here.
@@ -202,7 +208,7 @@ impl Sweep {
 }
 
 /// Names in a folder; none where there is no folder.
-fn names(dir: &Path) -> Vec<String> {
+pub fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }

@@ -115,6 +115,7 @@ async fn uninstalling_a_node_refuses_what_is_in_use_and_keeps_the_pools() {
             format!("--csi-dir={}", own.join("csi").display()),
             format!("--registration-socket={}", own.join("registration.sock").display()),
             format!("--tls-dir={}", own.join("tls").display()),
+            format!("--kubelet-dir={}", own.join("kubelet").display()),
         ];
         let mut command = Command::new(env!("CARGO_BIN_EXE_holdfast-csi"));
         let done = command.arg("uninstall").args(flags).args(more).output().unwrap();

@@ -19,7 +19,7 @@ use nix::unistd::Pid;
 use crate::cgroups;
 use crate::helper;
 use crate::process::{namespace_inode, process_start_time, wait_until};
-use crate::work::{State, lock_folder, read_state, work_root, write_state};
+use crate::work::{HolderState, State, lock_folder, read_state, work_root, write_state};
 
 /// How long processes and devices of a run may take to vanish once it is ended.
 const VANISH_TIMEOUT: Duration = Duration::from_secs(20);
@@ -68,16 +68,9 @@ pub fn sweep(dir: &Path, logs: Logs) -> Result<()> {
 #[must_use]
 pub fn leftovers(state: &State, dir: &Path) -> Vec<String> {
     let mut left = Vec::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
-        let inodes = (namespace_inode(pid, "pid").unwrap_or(0), namespace_inode(pid, "net").unwrap_or(0));
-        for holder in &state.holders {
-            if inodes.0 == holder.pid_namespace || inodes.1 == holder.net_namespace {
-                left.push(format!("process {pid} of {}", holder.name));
-            }
-        }
+    for holder in &state.holders {
+        let processes = processes_in(holder);
+        left.extend(processes.into_iter().map(|pid| format!("process {pid} of {}", holder.name)));
     }
     left.extend(our_loops(state).into_iter().map(|device| format!("loop device {device}")));
     let groups = state.cgroups.iter().flat_map(|group| cgroups::existing(group));
@@ -95,6 +88,18 @@ pub fn leftovers(state: &State, dir: &Path) -> Vec<String> {
         }
     }
     left
+}
+
+/// Processes in the namespaces of a holder. Once the last of them has ended, the kernel gives the namespaces' numbers to new ones, of
+/// anybody: whoever sees that nothing is left forgets the holder.
+pub(crate) fn processes_in(holder: &HolderState) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_in =
+        |pid: i32, kind: &str, inode: u64| namespace_inode(pid, kind).is_ok_and(|found| found == inode);
+    let is_inside =
+        |pid: &i32| is_in(*pid, "pid", holder.pid_namespace) || is_in(*pid, "net", holder.net_namespace);
+    processes.filter(is_inside).collect()
 }
 
 /// Sweeps the runs whose drivers are dead, except kept ones.

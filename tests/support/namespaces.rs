@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::cleanup::processes_in;
 use crate::helper;
 use crate::process::{namespace_inode, process_start_time, run};
 use crate::work::{HolderState, Work};
@@ -28,6 +29,7 @@ const REAP_INTERVAL_MS: u16 = 100;
 pub struct Namespaces {
     name: String,
     pid: i32,
+    work: Work,
     starter: Child,
     pipe: Option<ChildStdin>,
 }
@@ -70,7 +72,7 @@ impl Namespaces {
             net_namespace: namespace_inode(pid, "net")?,
         };
         work.change_state(|state| state.holders.push(holder))?;
-        Ok(Self { name: name.to_owned(), pid, starter, pipe })
+        Ok(Self { name: name.to_owned(), pid, work: work.clone(), starter, pipe })
     }
 
     /// The name it was made with.
@@ -157,6 +159,10 @@ impl Drop for Namespaces {
         self.kill();
         drop(self.pipe.take());
         let _ = self.starter.wait();
+        // Where the folder is gone already, nobody asks any more.
+        let _ = self.work.change_state(|state| {
+            state.holders.retain(|holder| holder.pid != self.pid || !processes_in(holder).is_empty());
+        });
     }
 }
 

@@ -30,6 +30,7 @@ mod metrics;
 mod objects;
 mod offload;
 pub mod pending;
+mod result_cache;
 mod service;
 mod settings;
 mod source;

@@ -20,6 +20,7 @@ use holdfast_dataplane::{Config, FoundEndpoint, attached_endpoints, remove_every
 use crate::engine::sentence;
 use crate::install::{CNI_PLUGIN, configurations, names_our_plugin, sweep_temporary};
 use crate::leases::{AttachmentKey, Lease, Leases};
+use crate::result_cache::results_of_ours;
 
 /// Pods that a refusal names; the rest is counted.
 const NAMED_MAX: usize = 20;
@@ -39,6 +40,8 @@ pub struct UninstallOptions {
     pub pending_dir: PathBuf,
     /// The agent's socket.
     pub socket: PathBuf,
+    /// Where the runtime keeps results.
+    pub cache_dir: PathBuf,
     /// The bridge.
     pub bridge: String,
     /// The VXLAN device.
@@ -119,6 +122,10 @@ pub async fn uninstall(options: &UninstallOptions) -> anyhow::Result<Removal> {
     // Without interfaces of ours no lease is needed; with one left it still tells whose the address is.
     if done.failed.is_empty() {
         remove_state(options, &mut done);
+        match results_of_ours(&options.cache_dir) {
+            Ok(found) => found.iter().for_each(|path| done.remove_file(path)),
+            Err(error) => done.failed.push(format!("{}: {error}", options.cache_dir.display())),
+        }
     }
     done.kept.push(
         "sysctls such as net.ipv4.ip_forward stay as they are: what they were before is not known".to_owned(),

@@ -119,6 +119,7 @@ fn traces(node: &KubeNode) -> Result<Vec<String>> {
         find /var/lib/holdfast -mindepth 1 -maxdepth 1 ! -name pool
         find /var/lib/kubelet/plugins /var/lib/kubelet/plugins_registry -name '*holdfast*' ! -path '*/kubernetes.io/csi/*' 2>/dev/null
         find /var/lib/kubelet/plugins/kubernetes.io/csi/csi.holdfast.dev -mindepth 1 2>/dev/null
+        find /var/lib/kubelet/pods -path '*/kubernetes.io~csi/*' 2>/dev/null
         ip -o link | grep -v -e ': lo:' -e ': eth0@'
         ip route | grep -v -e ^default -e 'dev eth0 proto kernel'
         nft list tables | grep -i holdfast

@@ -79,6 +79,9 @@ pub struct UninstallArgs {
     /// The agent's socket.
     #[arg(long, default_value = "/run/holdfast/netd.sock")]
     socket: PathBuf,
+    /// Where the runtime keeps the results of attachments: those of pods that died with their node go.
+    #[arg(long, default_value = "/var/lib/cni")]
+    cache_dir: PathBuf,
     /// Name of the bridge.
     #[arg(long, default_value = "hf0")]
     bridge: String,
@@ -148,6 +151,7 @@ pub fn uninstall(args: UninstallArgs) -> anyhow::Result<ExitCode> {
         state_dir: on_node(&args.state_dir),
         pending_dir: on_node(&args.pending_dir),
         socket: on_node(&args.socket),
+        cache_dir: on_node(&args.cache_dir),
         bridge: args.bridge,
         vxlan_device: args.vxlan_device,
         force: args.force,
