@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use holdfast_tests::process::wait_until;
 
 use crate::bed::Bed;
 use crate::connects::enter;
@@ -26,6 +27,8 @@ const LIMIT: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 5;
 /// How often the sending side sends.
 const SEND_INTERVAL: Duration = Duration::from_millis(1);
+/// From the threads' start until both connections run, on a machine that does other things as well.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the connections run before the change and after it.
 const RUN: Duration = Duration::from_millis(250);
 /// Port of the server.
@@ -104,7 +107,8 @@ fn round_of(bed: &mut Bed, kind: Kind, policy: &str) -> Result<Duration> {
         threads.push(start_client(kind, sandbox(pod)?, address, heard.clone(), stop.clone()));
     }
     std::thread::sleep(RUN);
-    ensure!(clients.iter().all(|(_, heard)| heard.count() > 10), "the connections do not run");
+    wait_until(START_TIMEOUT, || Ok(clients.iter().all(|(_, heard)| heard.count() > 10)))
+        .context("the connections do not run")?;
 
     world.put_policy(&name(policy), ONLY_X_B)?;
     let changed = begin.elapsed();
