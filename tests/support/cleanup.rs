@@ -44,6 +44,8 @@ pub enum Logs {
 /// Something is still there; the error lists it.
 pub fn sweep(dir: &Path, logs: Logs) -> Result<()> {
     let state = read_state(dir);
+    // Their numbers stay theirs until this ends: whoever is in them is of this run.
+    let _held = hold_namespaces(&state);
     end_holders(&state);
     // A loop device whose target died stays until its last user is gone, so ask again.
     let devices_gone = wait_until(VANISH_TIMEOUT, || {
@@ -228,12 +230,20 @@ fn run_folders() -> Result<Vec<PathBuf>> {
     Ok(folders.filter(|path| path.join("lock").exists()).collect())
 }
 
+fn hold_namespaces(state: &State) -> Vec<fs::File> {
+    let alive = state.holders.iter().filter(|holder| is_alive(holder));
+    let paths = alive.flat_map(|holder| ["pid", "net"].map(|kind| format!("/proc/{}/ns/{kind}", holder.pid)));
+    paths.filter_map(|path| fs::File::open(path).ok()).collect()
+}
+
+/// The number may belong to another process by now.
+fn is_alive(holder: &HolderState) -> bool {
+    process_start_time(holder.pid).is_ok_and(|start| start == holder.start_time)
+}
+
 fn end_holders(state: &State) {
-    for holder in &state.holders {
-        // The number may belong to another process by now.
-        if process_start_time(holder.pid).is_ok_and(|start| start == holder.start_time) {
-            let _ = kill(Pid::from_raw(holder.pid), Signal::SIGKILL);
-        }
+    for holder in state.holders.iter().filter(|holder| is_alive(holder)) {
+        let _ = kill(Pid::from_raw(holder.pid), Signal::SIGKILL);
     }
 }
 
