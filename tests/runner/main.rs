@@ -30,6 +30,10 @@ const KUBERNETES_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 const LONG_PROGRAM_TIMEOUT: Duration = Duration::from_secs(3 * 60 * 60);
 /// Set for test programs by `--long`.
 const LONG_VARIABLE: &str = "HOLDFAST_LONG";
+/// The same with `--suites`: hundreds of specs of minutes each.
+const SUITES_TIMEOUT: Duration = Duration::from_secs(6 * 60 * 60);
+/// Set for test programs by `--suites`.
+const SUITES_VARIABLE: &str = "HOLDFAST_SUITES";
 /// Set for the simulator by `--seeds`.
 const SEEDS_VARIABLE: &str = "HOLDFAST_SIM_SEEDS";
 
@@ -40,6 +44,8 @@ struct Wanted {
     tiers: Vec<String>,
     /// Random tests run long.
     long: bool,
+    /// Kubernetes' own suites run, too.
+    suites: bool,
     /// Part of the names of the tests that run; none: all.
     only: Option<String>,
     /// How many mixed seeds the simulator runs, in as much time as they take; none: CI's share.
@@ -69,6 +75,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Wanted, String> {
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--long" => wanted.long = true,
+            "--suites" => wanted.suites = true,
             "--only" => wanted.only = Some(arguments.next().ok_or("--only needs a part of a test's name")?),
             "--seeds" => {
                 let count = arguments.next().and_then(|count| count.parse().ok());
@@ -93,7 +100,7 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
         if in_tier.is_empty() {
             println!("tier {tier} is empty: nothing of it exists yet");
         }
-        if let Err(error) = build_tools(tier) {
+        if let Err(error) = build_tools(tier, wanted.suites) {
             println!("{error:#}");
             summary.fail(&format!("the tools of tier {tier} do not build"));
         }
@@ -108,10 +115,14 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
             if wanted.long {
                 command.env(LONG_VARIABLE, "1");
             }
+            if wanted.suites {
+                command.env(SUITES_VARIABLE, "1");
+            }
             if let Some(seeds) = wanted.seeds {
                 command.env(SEEDS_VARIABLE, seeds.to_string());
             }
             let timeout = match tier {
+                "kubernetes" if wanted.suites => SUITES_TIMEOUT,
                 _ if wanted.long || wanted.seeds.is_some() => LONG_PROGRAM_TIMEOUT,
                 "kubernetes" => KUBERNETES_TIMEOUT,
                 _ => PROGRAM_TIMEOUT,
@@ -130,8 +141,8 @@ fn run_tiers(wanted: &Wanted, summary: &mut Summary) -> Result<()> {
 /// Builds what a tier's tests run beside our own programs: a first build takes longer than a test program may.
 ///
 /// Where a tool cannot be had, each test that needs it says so.
-fn build_tools(tier: &str) -> Result<()> {
-    let skips = match tier {
+fn build_tools(tier: &str, suites: bool) -> Result<()> {
+    let mut skips = match tier {
         "conformance" => vec![
             go_tools::csi_sanity()?.err(),
             go_tools::cnitool()?.err(),
@@ -148,6 +159,9 @@ fn build_tools(tier: &str) -> Result<()> {
         ],
         _ => Vec::new(),
     };
+    if suites && tier == "kubernetes" {
+        skips.push(go_tools::e2e()?.err());
+    }
     for skip in skips.into_iter().flatten() {
         println!("not built: {}", skip.0);
     }
@@ -211,10 +225,10 @@ mod tests {
     fn tiers_and_options_come_in_any_order_and_an_unknown_word_is_refused() {
         let words = |text: &str| parse(text.split_whitespace().map(str::to_owned));
 
-        let wanted = words("cluster --only power --long vm").unwrap();
+        let wanted = words("cluster --only power --long --suites vm").unwrap();
 
         assert_eq!(wanted.tiers, ["cluster", "vm"]);
-        assert!(wanted.long && wanted.only.as_deref() == Some("power"));
+        assert!(wanted.long && wanted.suites && wanted.only.as_deref() == Some("power"));
         assert_eq!(words(""), Ok(Wanted::default()));
         assert_eq!(words("sim --seeds 20000").unwrap().seeds, Some(20_000));
         assert!(words("clutser").is_err() && words("--only").is_err());

@@ -8,6 +8,12 @@ pub fn rounds<T>(short: T, long: T) -> T {
     if std::env::var_os("HOLDFAST_LONG").is_some() { long } else { short }
 }
 
+/// Whether Kubernetes' own suites are to run: `--suites`, by hand.
+#[must_use]
+pub fn wants_suites() -> bool {
+    std::env::var_os("HOLDFAST_SUITES").is_some()
+}
+
 /// `HOLDFAST_SEED`, or a new one; printed with how to run it again.
 ///
 /// # Errors

@@ -148,6 +148,16 @@ const POD_PROGRAMS: Tool = Tool {
     version_variable: None,
 };
 
+/// Kubernetes' own suites, what runs them side by side, and what their pods run.
+const E2E: Tool = Tool {
+    name: "e2e",
+    packages: &["github.com/onsi/ginkgo/v2/ginkgo", E2E_SUITES, "k8s.io/kubernetes/test/images/agnhost"],
+    module: "k8s.io/kubernetes",
+    version_variable: Some("k8s.io/component-base/version.gitVersion"),
+};
+/// A package of tests, not a program: it becomes the program `e2e.test`.
+const E2E_SUITES: &str = "k8s.io/kubernetes/test/e2e";
+
 const KUSTOMIZE: Tool = Tool {
     name: "kustomize",
     packages: &["sigs.k8s.io/kustomize/kustomize/v5"],
@@ -242,6 +252,14 @@ pub fn kubernetes() -> Result<Result<PathBuf, Skip>> {
     KUBERNETES.program()
 }
 
+/// A folder with `e2e.test`, `ginkgo` and `agnhost`.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn e2e() -> Result<Result<PathBuf, Skip>> {
+    E2E.program()
+}
+
 /// A folder with `containerd`, `containerd-shim-runc-v2` and `ctr`.
 ///
 /// # Errors
@@ -308,7 +326,9 @@ impl Tool {
         if !command_exists("go") {
             return Ok(Err(Skip(format!("there is no Go to build {} with", self.name))));
         }
-        if let Err(error) = run_within(FETCH_TIMEOUT, &mut self.go("list", ["-deps", "-f", ""])) {
+        if let Err(error) =
+            run_within(FETCH_TIMEOUT, self.go("list", self.list_arguments()).args(self.packages))
+        {
             let text = format!("{error:#}");
             if NOT_AS_PINNED.iter().any(|sign| text.contains(sign)) {
                 return Err(error.context(format!("{} is not what is pinned", self.name)));
@@ -337,7 +357,16 @@ impl Tool {
             fs::create_dir_all(&unfinished)?;
         }
         let arguments = [OsStr::new("-ldflags"), OsStr::new(&flags), OsStr::new("-o"), output];
-        run_within(BUILD_TIMEOUT, self.go("build", arguments).env("GOPROXY", "off"))?;
+        let (suites, programs): (Vec<&str>, Vec<&str>) =
+            self.packages.iter().partition(|package| **package == E2E_SUITES);
+        run_within(BUILD_TIMEOUT, self.go("build", arguments).args(programs).env("GOPROXY", "off"))?;
+        if !suites.is_empty() {
+            let mut arguments = arguments.to_vec();
+            let suite = unfinished.join("e2e.test");
+            arguments[3] = suite.as_os_str();
+            arguments.extend(["-c", "-vet=off"].map(OsStr::new));
+            run_within(BUILD_TIMEOUT, self.go("test", arguments).args(suites).env("GOPROXY", "off"))?;
+        }
         fs::rename(&unfinished, program)?;
         eprintln!("Built {} in {:.0} s", self.name, start.elapsed().as_secs_f64());
         Ok(())
@@ -345,13 +374,18 @@ impl Tool {
 
     fn go<A: AsRef<OsStr>>(&self, verb: &str, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new("go");
-        command.arg(verb).args(arguments).args(self.packages).current_dir(self.module_folder());
+        command.arg(verb).args(arguments).current_dir(self.module_folder());
         command.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly -buildvcs=false").env_remove("GOWORK");
         if std::env::var_os("HOME").is_none() && std::env::var_os("GOCACHE").is_none() {
             let cache = cache_folder();
             command.env("GOCACHE", cache.join("go-build")).env("GOPATH", cache.join("go"));
         }
         command
+    }
+
+    /// All modules that the packages are made of are fetched for the answer, which is empty.
+    fn list_arguments(&self) -> &'static [&'static str] {
+        if self.packages.contains(&E2E_SUITES) { &["-deps", "-test", "-f", ""] } else { &["-deps", "-f", ""] }
     }
 
     fn module_folder(&self) -> PathBuf {
@@ -456,6 +490,7 @@ mod tests {
             CNI_PLUGINS,
             KUSTOMIZE,
             HELM,
+            E2E,
         ];
         for tool in alone.into_iter().chain(of_cluster) {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();

@@ -56,6 +56,22 @@ pub fn of_program(folder: &Path, reference: &str, program: &Path) -> Result<Path
 /// # Errors
 /// As for [`pack`].
 pub fn of_busybox(folder: &Path, reference: &str, more: &[PathBuf]) -> Result<PathBuf> {
+    lay_out_busybox(folder, more)?;
+    pack(folder, reference, &[])
+}
+
+/// An image with a shell and its tools whose entry point is a static program, at the root as well as in `/bin`.
+///
+/// # Errors
+/// As for [`pack`].
+pub fn of_program_and_busybox(folder: &Path, reference: &str, program: &Path) -> Result<PathBuf> {
+    lay_out_busybox(folder, &[program.to_owned()])?;
+    let name = program.file_name().context("a program has a name")?.display().to_string();
+    symlink(format!("bin/{name}"), folder.join("tree").join(&name))?;
+    pack(folder, reference, &[format!("/{name}")])
+}
+
+fn lay_out_busybox(folder: &Path, more: &[PathBuf]) -> Result<()> {
     let bin = folder.join("tree/bin");
     for part in ["bin", "etc", "tmp", "www"] {
         fs::create_dir_all(folder.join("tree").join(part))?;
@@ -68,5 +84,5 @@ pub fn of_busybox(folder: &Path, reference: &str, more: &[PathBuf]) -> Result<Pa
     for program in more {
         fs::copy(program, bin.join(program.file_name().context("a program has a name")?))?;
     }
-    pack(folder, reference, &[])
+    Ok(())
 }

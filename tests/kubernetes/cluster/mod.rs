@@ -11,6 +11,7 @@ mod reach;
 mod ready;
 mod restarts;
 mod steady;
+mod suites;
 mod upgrade;
 mod volumes;
 
@@ -45,6 +46,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(steady::trials(&tools));
     trials.extend(moves::trials(&tools));
     trials.extend(upgrade::trials(&tools));
+    trials.extend(suites::trials(&tools));
     trials.extend(restarts::trials(&tools));
     // Nothing can follow it.
     trials.extend(leaving::trials(&tools));

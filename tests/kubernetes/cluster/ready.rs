@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::{trial, volumes};
 
 /// From `kubectl apply` until every node is ready and every pod of ours.
-const READY_TIMEOUT: Duration = Duration::from_secs(120);
+pub const READY_TIMEOUT: Duration = Duration::from_secs(120);
 /// Workloads of ours.
 pub const NAMESPACE: &str = "holdfast-system";
 /// The one that the user applies.

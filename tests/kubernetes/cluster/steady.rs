@@ -13,7 +13,7 @@ pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
 }
 
 /// Runs a while after the start and before anything is killed: a sidecar that waits in vain gives up after half a minute.
-fn no_restarts(cluster: &mut KubeCluster) -> Result<()> {
+pub fn no_restarts(cluster: &mut KubeCluster) -> Result<()> {
     let pods = cluster.get(&["pods", "-n", NAMESPACE])?;
     let mut ended = Vec::new();
     for pod in pods["items"].as_array().context("a list")? {

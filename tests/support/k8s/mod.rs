@@ -16,6 +16,7 @@ mod control_plane;
 mod node;
 mod pod_images;
 mod settings;
+pub mod suites;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -189,6 +190,14 @@ impl KubeCluster {
         let log = self.work.folder("logs")?.join(format!("{name}.log"));
         let command = maker(&self.control.spaces.command(program), arguments);
         Program::start(ProgramSpec { name: name.to_owned(), log, command })
+    }
+
+    /// Puts further images on every node.
+    ///
+    /// # Errors
+    /// containerd refuses one.
+    pub fn add_images(&self, images: &[PathBuf]) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.import(images))
     }
 
     /// A program that pods run, to be run outside of them.
