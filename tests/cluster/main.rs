@@ -15,6 +15,7 @@ mod leaving;
 mod machine;
 mod modify;
 mod power_cut;
+mod rescue;
 mod snapshots;
 mod stale;
 mod steps;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     trials.extend(encryption::trials());
     trials.extend(modify::trials());
     trials.extend(leaving::trials());
+    trials.extend(rescue::trials());
     trials.extend(demo::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

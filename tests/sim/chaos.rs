@@ -56,6 +56,8 @@ pub enum Trouble {
     RestoreStore,
     /// An operator promotes a replica, the last member being lost.
     GiveUp,
+    /// The record store is lost whole; an operator rescues it from the replicas' copies.
+    LoseStore,
 }
 
 /// From here on a pause counts as one of minutes.
@@ -139,6 +141,7 @@ impl World {
             Trouble::HungDisk => self.nodes[node].hung_until = self.now + lasts + 4_000_000,
             Trouble::RestoreStore => self.prepare_restore(node % REPLICAS),
             Trouble::GiveUp => self.give_up(),
+            Trouble::LoseStore => self.lose_store(),
             Trouble::Rot | Trouble::Misdirect | Trouble::RotEverywhere | Trouble::FailReads => {
                 self.strike_disk(trouble, node, lasts);
             }

@@ -107,6 +107,11 @@ scenarios! {
     RestoreNoticed: "a record was found to be of another history",
     PromotedAfterRestore: "a replica of a restored volume was promoted",
     PromotedOffline: "a replica was promoted after the last member was lost",
+    // A lost store.
+    StoreLost: "the store was lost whole",
+    RescueInDoubt: "a rescue was in doubt and waited",
+    StoreRescued: "the store was rescued from the copies of the records",
+    RescuedInDoubt: "the store was rescued although a member was missing",
 }
 
 /// How often each scenario happened.

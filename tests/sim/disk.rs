@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{Dirty, DirtyMap};
 use holdfast_storage_core::ids::{BLOCK_BYTES, Region, ReplicaId, SnapshotId};
+use holdfast_storage_core::record_copy::RecordCopy;
 use holdfast_storage_core::replica::{DataOp, DiskError, DiskOp, ReplicaMeta, ReplicaStart};
 use holdfast_storage_core::target::Allocation;
 use rand::Rng;
@@ -24,6 +25,8 @@ pub struct Disk {
     pub meta: ReplicaMeta,
     pub log: BTreeSet<Region>,
     pub maps: BTreeMap<ReplicaId, DirtyMap>,
+    /// The copy of the record.
+    pub record: Option<RecordCopy>,
     /// Survives the process, not the power.
     pub tmpfs_cookie: Option<u64>,
     /// On stable storage.
@@ -52,6 +55,7 @@ impl Disk {
             meta,
             log: BTreeSet::new(),
             maps: BTreeMap::new(),
+            record: None,
             tmpfs_cookie: Some(0),
             durable: Blocks::new(),
             current: Blocks::new(),
@@ -226,6 +230,11 @@ impl Disk {
     pub fn apply_meta(&mut self, op: &DiskOp) {
         match op {
             DiskOp::PersistMeta(meta) => self.meta = meta.clone(),
+            DiskOp::KeepRecord(copy) => {
+                if copy.stamp.replaces(self.record.as_ref().map(|kept| &kept.stamp)) {
+                    self.record = Some(copy.clone());
+                }
+            }
             DiskOp::SetBootCookie(cookie) => self.tmpfs_cookie = Some(*cookie),
             DiskOp::RemoveBootCookie => self.tmpfs_cookie = None,
             DiskOp::LogAdd(regions) => self.log.extend(regions.iter().copied()),
@@ -275,6 +284,7 @@ pub fn data_op(op: &DiskOp) -> Option<DataOp> {
     match op {
         DiskOp::Data { op, .. } => Some(*op),
         DiskOp::PersistMeta(_)
+        | DiskOp::KeepRecord(_)
         | DiskOp::SetBootCookie(_)
         | DiskOp::RemoveBootCookie
         | DiskOp::LogAdd(_)

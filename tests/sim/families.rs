@@ -50,10 +50,12 @@ pub enum Family {
     Naps = 16,
     /// The number of replicas is lowered and raised again and again.
     Removals = 17,
+    /// The record store is lost whole and rescued from the replicas' copies, under kills and snapshots.
+    Losses = 18,
 }
 
 impl Family {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Mixed,
         Self::Movers,
         Self::Kills,
@@ -72,6 +74,7 @@ impl Family {
         Self::Promotions,
         Self::Naps,
         Self::Removals,
+        Self::Losses,
     ];
 
     pub fn of(seed: u64) -> Self {
@@ -99,7 +102,8 @@ impl Family {
             | Self::Restores
             | Self::Promotions
             | Self::Naps
-            | Self::Removals => mixed / 8,
+            | Self::Removals
+            | Self::Losses => mixed / 8,
         }
     }
 
@@ -383,6 +387,19 @@ impl Chaos {
                 self.gap_us = self.gap_us.max(400_000);
                 self.prefers_diskless = rng.random_bool(0.6);
                 self.until_us = rng.random_range(20_000_000..40_000_000);
+            }
+            Family::Losses => {
+                self.weights = vec![
+                    (Trouble::KillReplica, 4),
+                    (Trouble::PowerLoss, 1),
+                    (Trouble::Isolate, 2),
+                    (Trouble::KillTarget, 2),
+                    (Trouble::Move, 1),
+                    (Trouble::LoseStore, 3),
+                ];
+                (self.gap_us, self.lasts_us, self.client_gap_us) = (500_000, 3_000_000, 8_000);
+                (self.store_flaky, self.store_stale) = (self.store_flaky.min(0.02), 0.0);
+                self.until_us = rng.random_range(40_000_000..60_000_000);
             }
             Family::Minutes => {
                 self.weights = vec![

@@ -21,6 +21,7 @@ mod layers;
 mod operator;
 mod removals;
 mod replica_host;
+mod rescues;
 mod rot;
 mod run;
 mod snapshots;

@@ -38,6 +38,8 @@ pub enum Task {
     Promote { node: usize, lost: bool },
     /// A replica that was given up is replaced by an empty one.
     Replace { node: usize },
+    /// A lost store is looked for in the replicas' copies.
+    Rescue { tries: u32 },
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +60,13 @@ pub struct Operator {
     ids: u128,
 }
 
+impl Operator {
+    /// The record that somebody will have to decide by.
+    pub fn set_truth(&mut self, record: VolumeRecord) {
+        self.truth = Some(record);
+    }
+}
+
 impl World {
     pub fn keep_record(&mut self, before: &Versioned) {
         if self.chaos.restores_store && self.operator.truth.is_none() {
@@ -71,6 +80,7 @@ impl World {
             Task::Decide => self.decide(),
             Task::Promote { node, lost } => self.promote(node, lost),
             Task::Replace { node } => self.replace(node),
+            Task::Rescue { tries } => self.rescue(tries),
         }
     }
 

@@ -40,6 +40,8 @@ pub struct Snapshots {
     jobs: BTreeMap<JobId, (TargetNumber, Job)>,
     seen: BTreeMap<SnapshotId, Seen>,
     reported: BTreeSet<SnapshotId>,
+    /// The largest size that was answered.
+    pub grown_bytes: u64,
     pub counts: Counts,
 }
 
@@ -87,10 +89,11 @@ impl Snapshots {
             Family::Groups => [None, None, Some(1_000_000)][rng.random_range(0..3)],
             Family::Removals => [None, None, Some(1_000_000)][rng.random_range(0..3)],
             Family::Stragglers => Some([60_000, 200_000][rng.random_range(0..2)]),
+            Family::Losses => [None, Some(200_000), Some(600_000)][rng.random_range(0..3)],
             // Each of the others makes one chain likely, which a job would interrupt.
             _ => None,
         };
-        let strike = if focused || family == Family::Removals {
+        let strike = if focused || matches!(family, Family::Removals | Family::Losses) {
             [0.02, 0.1, 0.3][rng.random_range(0..3)]
         } else {
             0.01
@@ -106,8 +109,13 @@ impl Snapshots {
             jobs: BTreeMap::new(),
             seen: BTreeMap::new(),
             reported: BTreeSet::new(),
+            grown_bytes: 0,
             counts: Counts::default(),
         }
+    }
+
+    pub fn are_made(&self) -> bool {
+        self.gap_us.is_some()
     }
 
     fn number(&mut self) -> u64 {
@@ -169,7 +177,9 @@ impl World {
 
     /// A change of the record by somebody who is no target.
     pub fn swap_by_another(&mut self, change: impl Fn(&VolumeRecord) -> Option<VolumeRecord>) {
-        if let Some(next) = change(&self.store.record) {
+        // Nobody reaches a store that is lost.
+        let lost = self.store.down_until == u64::MAX;
+        if let Some(next) = change(&self.store.record).filter(|_| !lost) {
             let _ = self.swap_record(self.store.version, next);
         }
     }
@@ -202,7 +212,10 @@ impl World {
                 self.snapshots.done.insert(snapshot);
             }
             (Job::DeleteSnapshot { .. }, Ok(())) => counts.deleted += 1,
-            (Job::Grow { .. }, Ok(())) => counts.grown += 1,
+            (Job::Grow { size_bytes }, Ok(())) => {
+                counts.grown += 1;
+                self.snapshots.grown_bytes = self.snapshots.grown_bytes.max(size_bytes);
+            }
             (_, Err(_)) => counts.refused += 1,
             (
                 Job::Hold { .. }

@@ -133,6 +133,10 @@ impl World {
         if expected != self.store.version {
             return Err(StoreError::Conflict(record.volume_id));
         }
+        // As every store does: a version that was counted twice is no way in.
+        if record.generation < self.store.record.generation {
+            return Err(StoreError::Refused("generations never go back".to_owned()));
+        }
         if record.in_sync.is_empty() {
             self.history.violations.push("P6: the in-sync set was emptied".to_owned());
         }

@@ -18,6 +18,7 @@ use crate::client::{HALF, Request};
 use crate::coverage::Scenario;
 use crate::disk::{BlockData, Blocks};
 use crate::replica_host::{Caller, ToReplica};
+use crate::rescues::copy_of;
 use crate::traps::JoinStep;
 use crate::world::{Event, TargetNumber, World, node_name, node_of};
 
@@ -405,6 +406,7 @@ impl World {
             size_bytes: open.size_bytes,
             snapshots: open.snapshots,
             sequence: open.session.0,
+            copy: Some(copy_of(&open.record)),
         };
         let caller = Caller { target: number, session: open.session };
         if self.cut_until(from, to).is_some() || self.cut_until(to, from).is_some() {
@@ -524,7 +526,10 @@ impl TargetHost {
 
 fn control_op(op: Control) -> ControlOp {
     match op {
-        Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
+        Control::SetEpoch { epoch, in_sync, absent, record } => {
+            ControlOp::SetEpoch { epoch, in_sync, absent, copy: Some(copy_of(&record)) }
+        }
+        Control::KeepRecord(record) => ControlOp::KeepRecord(copy_of(&record)),
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::FillMap(absent) => ControlOp::FillMap(absent),
         Control::Verify(range) => ControlOp::Data(DataOp::Verify(range)),

@@ -189,7 +189,7 @@ impl World {
                     }
                     Control::MarkBad(_) => Step::CatchUpCopy,
                     Control::Adopt(_) => Step::ReconcileCopy,
-                    Control::Verify(_) | Control::Release => return None,
+                    Control::KeepRecord(_) | Control::Verify(_) | Control::Release => return None,
                 };
                 (step, Some(node_of(*replica)))
             }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use holdfast_storage_core::guards::Guards;
 use holdfast_storage_core::ids::{Attachment, Lineage, NodeName, RecordVersion, ReplicaId, VolumeId};
 use holdfast_storage_core::record::{VolumeParams, VolumeRecord};
+use holdfast_storage_core::record_store::Versioned;
 use holdfast_storage_core::replica::ReplicaMeta;
 use holdfast_storage_core::target::CallId;
 use holdfast_storage_core::transitions::{self, NewVolume};
@@ -20,6 +21,7 @@ use crate::history::History;
 use crate::operator::{Operator, Task};
 use crate::removals::Removals;
 use crate::replica_host::{Process, ToReplica};
+use crate::rescues::copy_of;
 use crate::rot::Losses;
 use crate::snapshots::Snapshots;
 use crate::store_host::Store;
@@ -519,6 +521,8 @@ fn mk_node(node: usize, record: &VolumeRecord, chaos: &Chaos, rng: &mut StdRng) 
     let meta =
         ReplicaMeta::new(record.volume_id, replica_id(node), record.lineage, VOLUME_BYTES, record.epoch);
     let mut disk = Disk::new(meta);
+    // With the replica comes a copy of the record that lists it.
+    disk.record = Some(copy_of(&Versioned { version: RecordVersion(1), record: record.clone() }));
     disk.tears_blocks = chaos.tears_blocks;
     Node {
         powered: true,

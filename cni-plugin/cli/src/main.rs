@@ -4,6 +4,7 @@ mod explain;
 mod flows;
 mod matrix;
 mod node;
+mod records;
 mod standing;
 mod volume;
 
@@ -39,6 +40,9 @@ enum Part {
     /// The cluster's storage nodes. Asks the controller, so it runs where the controller does.
     #[command(subcommand)]
     Node(node::Verb),
+    /// Volume records after the record store was lost. Asks the controller.
+    #[command(subcommand)]
+    Records(records::Verb),
     /// Network policy.
     #[command(subcommand)]
     Policy(PolicyVerb),
@@ -90,6 +94,7 @@ async fn run(part: Part) -> anyhow::Result<ExitCode> {
     match part {
         Part::Volume(verb) => volume::run(verb).await,
         Part::Node(verb) => node::run(verb).await,
+        Part::Records(verb) => records::run(verb).await,
         Part::Policy(PolicyVerb::Explain(options)) => explain::run(options).await,
         Part::Policy(PolicyVerb::Status(options)) => standing::run(options).await,
         Part::Policy(PolicyVerb::Flows(options)) => flows::run(options).await,
@@ -154,6 +159,8 @@ mod tests {
             "holdfast volume status 12 --json",
             "holdfast volume replace-replica 12",
             "holdfast volume promote-replica 12 34 --yes-the-others-are-lost",
+            "holdfast records rescue --json",
+            "holdfast records rescue --apply --volume 12 --volume 34",
             "holdfast node list --json",
             "holdfast node drain --wait node-a",
             "holdfast node activate node-a",
@@ -166,6 +173,8 @@ mod tests {
             "holdfast policy status a b c",
             "holdfast policy",
             "holdfast node drain",
+            "holdfast records",
+            "holdfast records rescue 12",
             "holdfast node remove node-a",
             "holdfast volume promote-replica 12 34",
         ] {

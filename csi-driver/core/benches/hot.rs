@@ -91,6 +91,7 @@ fn mk_open_replica() -> (Replica, SessionToken) {
         size_bytes,
         snapshots: BTreeSet::new(),
         sequence: 1,
+        copy: None,
     };
     let token = SessionToken(1);
     replica.handle_event(0, ReplicaEvent::Open { call: ReplicaCall(1 << 40), request, token });

@@ -70,6 +70,10 @@ pub struct Guards {
     pub otherhistory: bool,
     /// R35: once one refused, all replicas must answer. Off, those that are there do.
     pub allanswer: bool,
+    /// ADR 0011: a replica's copy of the record is durable before the generation or epoch that it names.
+    pub copyfirst: bool,
+    /// ADR 0011: a snapshot or growth ends only when every member's copy of the record says so.
+    pub copyall: bool,
     /// R26: a member that was away for long is served from only after the record was read again.
     pub awayread: bool,
     /// R24: the joining replica takes over the maps of those still absent.
@@ -152,6 +156,8 @@ impl Default for Guards {
             repairlock: true,
             otherhistory: true,
             allanswer: true,
+            copyfirst: true,
+            copyall: true,
             awayread: true,
             mapcopy: true,
             mapend: true,

@@ -19,6 +19,8 @@
 //!
 //! [`encryption`] makes an encrypted volume's key and cipher.
 //!
+//! [`rescue`] finds out what can be restored of a record store that is lost.
+//!
 //! [`transitions`] holds every change of a volume's record as a pure function, [`placement`] the choice of nodes.
 
 pub mod background;
@@ -34,8 +36,10 @@ pub mod node_directory;
 pub mod placement;
 pub mod rebalance;
 pub mod record;
+pub mod record_copy;
 pub mod record_store;
 pub mod replica;
+pub mod rescue;
 pub mod target;
 pub mod timers;
 pub mod token_bucket;

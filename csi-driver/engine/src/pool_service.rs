@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::pool_server::Pool;
+use holdfast_service::record_copies;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{NodeName, REGION_BYTES};
 use holdfast_storage_core::replica::ReplicaMeta;
@@ -11,6 +12,7 @@ use holdfast_store::{PoolError, StoreError};
 use tonic::{Request, Response, Status};
 
 use crate::replica::host::{HostError, ReplicaHost};
+use crate::replica::kept_records;
 use crate::replica::snapshot_blocks;
 use crate::tls::Caller;
 use crate::wire;
@@ -79,7 +81,8 @@ impl Pool for PoolService {
                 (None, None) => None,
                 _ => return Err(Status::invalid_argument("a source is a replica and a snapshot of it")),
             };
-        self.blocking(move |host| host.create(&meta, source)).await?;
+        let copy = request.record.map(record_copies::from_wire).transpose()?;
+        self.blocking(move |host| host.create(&meta, source, copy)).await?;
         Ok(Response::new(pb::CreateReplicaReply {}))
     }
 
@@ -93,6 +96,17 @@ impl Pool for PoolService {
         let replica = wire::id(&request.replica_id)?;
         self.blocking(move |host| host.delete(volume, replica)).await?;
         Ok(Response::new(pb::DeleteReplicaReply {}))
+    }
+
+    async fn read_records(
+        &self,
+        request: Request<pb::ReadRecordsRequest>,
+    ) -> Result<Response<pb::ReadRecordsReply>, Status> {
+        Caller::of(&request, self.tls)?.must_be_controller()?;
+        let after = wire::maybe_id(&request.get_ref().after_replica_id)?;
+        let count_max = kept_records::REPLICAS_MAX;
+        let (kept, more) = self.blocking(move |host| host.records(after, count_max)).await?;
+        Ok(Response::new(kept_records::reply(&self.host, kept, more).await))
     }
 
     async fn read_snapshot_blocks(

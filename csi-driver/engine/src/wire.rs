@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_proto::storage as pb;
+use holdfast_service::record_copies;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
 use holdfast_storage_core::ids::{BLOCKS_PER_REGION, Epoch, Generation, NodeName, Region, ReplicaId};
+use holdfast_storage_core::record_store::Versioned;
 use holdfast_storage_core::replica::{OpenRefusal, OpenReply, OpenRequest, SessionKey};
 use holdfast_storage_core::timers::EXTENTS_REGIONS;
 use tonic::Status;
@@ -71,6 +73,7 @@ pub fn open_request(request: pb::OpenRequest) -> Result<OpenRequest, Status> {
         size_bytes: request.size_bytes,
         snapshots: ids(&request.snapshots)?,
         sequence: request.sequence,
+        copy: request.record.map(record_copies::from_wire).transpose()?,
     })
 }
 
@@ -91,6 +94,7 @@ pub fn open_request_pb(request: &OpenRequest, node: &NodeName) -> pb::OpenReques
         size_bytes: request.size_bytes,
         snapshots: request.snapshots.iter().map(ToString::to_string).collect(),
         sequence: request.sequence,
+        record: request.copy.as_ref().map(record_copies::to_wire),
     }
 }
 
@@ -220,6 +224,7 @@ pub fn set_epoch_pb(
     epoch: Epoch,
     in_sync: &BTreeSet<ReplicaId>,
     absent: &BTreeMap<ReplicaId, Epoch>,
+    record: &Versioned,
 ) -> pb::SetEpochRequest {
     let absent = absent
         .iter()
@@ -229,7 +234,8 @@ pub fn set_epoch_pb(
         })
         .collect();
     let in_sync = in_sync.iter().map(ToString::to_string).collect();
-    pb::SetEpochRequest { session, epoch: Some(epoch_pb(epoch)), in_sync, absent }
+    let record = record_copies::copy_of(record).as_ref().map(record_copies::to_wire);
+    pb::SetEpochRequest { session, epoch: Some(epoch_pb(epoch)), in_sync, absent, record }
 }
 
 pub fn maps_pb(maps: &BTreeMap<ReplicaId, DirtyMap>) -> Vec<pb::DirtyMap> {

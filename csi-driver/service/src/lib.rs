@@ -20,6 +20,7 @@ pub mod mutable_params;
 pub mod node;
 pub mod node_book;
 pub mod process;
+pub mod record_copies;
 pub mod registry_client;
 pub mod registry_server;
 mod registry_wire;

@@ -16,5 +16,6 @@ mod node_keys;
 mod parallel;
 mod placement;
 mod record_stores;
+mod rescue;
 mod snapshots;
 mod support;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use holdfast_io::Errno;
 use holdfast_storage_core::dirty_map::{DirtyMap, RegionBits};
 use holdfast_storage_core::ids::{BLOCK_BYTES, Block, Region, ReplicaId, SnapshotId};
+use holdfast_storage_core::record_copy::RecordCopy;
 use holdfast_storage_core::replica::ReplicaMeta;
 
 use crate::data::DataPath;
@@ -22,6 +23,7 @@ use crate::map_file::MapFiles;
 use crate::merge::{Merger, Step};
 use crate::merge_thread::{MergeThread, Pace};
 use crate::meta_file::{MetaError, MetaFile};
+use crate::record_file::RecordFile;
 use crate::replica::Done;
 use crate::stack_files::StackFiles;
 use crate::tables::{add_states, count_allocated};
@@ -40,6 +42,8 @@ pub enum ControlOp {
     SetBootCookie(u64, Done),
     /// Remove the cookie's copy.
     RemoveBootCookie(Done),
+    /// Keep a copy of the volume's record.
+    KeepRecord(RecordCopy, Done),
     /// Put regions into the log.
     LogAdd(Vec<Region>, Done),
     /// Take regions out of the log.
@@ -75,6 +79,7 @@ impl ControlOp {
             ControlOp::PersistMeta(_, done)
             | ControlOp::SetBootCookie(_, done)
             | ControlOp::RemoveBootCookie(done)
+            | ControlOp::KeepRecord(_, done)
             | ControlOp::LogAdd(_, done)
             | ControlOp::LogRemove(_, done)
             | ControlOp::PutMap(_, _, done)
@@ -116,6 +121,8 @@ struct Queue {
 pub struct ControlFiles {
     /// The meta's slots.
     pub meta: MetaFile,
+    /// The copy of the volume's record.
+    pub record: RecordFile,
     /// The intent log.
     pub log: IntentLog,
     /// The dirty maps.
@@ -264,6 +271,10 @@ impl Worker {
             ControlOp::RemoveBootCookie(done) => {
                 let removed = self.files.data.cookie().remove();
                 done(removed.map_err(|error| self.error("removing the cookie's copy", error)));
+            }
+            ControlOp::KeepRecord(copy, done) => {
+                let kept = self.files.record.keep(&copy);
+                done(self.or_poison("keeping the record's copy", kept));
             }
             ControlOp::LogRemove(regions, done) => {
                 let result = self.log_remove(&regions);

@@ -6,6 +6,7 @@
 //!         │        freeze, drop, grow, merge ─> manifest       which layers are stacked, which are snapshots
 //!         │        log_add, log_remove ───────> log            regions that may differ after a crash
 //!         │        persist_meta ──────────────> meta           the replica's state, two slots
+//!         ├─────── keep_record ───────────> record         a copy of the volume's record (ADR 0011)
 //!         └─────── put_map, update_map, … ────> map-<replica>  blocks written since a replica left
 //! ```
 //!
@@ -45,6 +46,7 @@ mod merge_cursor;
 mod merge_thread;
 mod meta_file;
 mod pool;
+mod record_file;
 mod replica;
 mod sealed;
 mod shadow;
@@ -55,6 +57,6 @@ mod survey;
 mod tables;
 
 pub use error::{PoolError, StoreError};
-pub use pool::{Pool, PoolOptions, Space};
+pub use pool::{KeptRecord, Pool, PoolOptions, Space};
 pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, VERIFY_BYTES_MAX, wait};
 pub use survey::{Surveyed, survey};

@@ -128,7 +128,7 @@ impl Manifest {
             let number = digits.and_then(|digits| digits.parse::<u32>().ok());
             let unlisted =
                 number.is_some_and(|number| self.layers.iter().all(|layer| layer.number != number));
-            if unlisted || name == NEW_FILE {
+            if unlisted || name == NEW_FILE || name == crate::record_file::NEW_FILE {
                 tracing::info!(replica = %self.replica_id, file = %name, "removing what an interrupted change left");
                 let path = dir.join(name);
                 disk.remove_file(&path).map_err(PoolError::io("removing", &path))?;

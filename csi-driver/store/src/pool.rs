@@ -15,7 +15,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use holdfast_io::{LockOutcome, OpenMode, Ring, RingOptions};
-use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId, SnapshotId};
+use holdfast_storage_core::ids::{BLOCK_BYTES, ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::record_copy::RecordCopy;
 use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
 use crate::clone;
@@ -32,6 +33,7 @@ use crate::manifest::{Manifest, read_page_file, write_page_file};
 use crate::map_file::MapFiles;
 use crate::merge_cursor::MergeCursor;
 use crate::meta_file::MetaFile;
+use crate::record_file::{self, RecordFile};
 use crate::replica::Replica;
 use crate::shadow::{self, Shadow};
 use crate::space::{Charge, PoolSpace};
@@ -72,6 +74,19 @@ pub struct Space {
     pub metadata_bytes: u64,
     /// Bytes that data may still fill: what capacity and file system both have left.
     pub available_bytes: u64,
+}
+
+/// What a replica knows of its volume.
+#[derive(Debug)]
+pub struct KeptRecord {
+    /// The replica.
+    pub replica_id: ReplicaId,
+    /// Its volume.
+    pub volume_id: Result<VolumeId, PoolError>,
+    /// Its meta.
+    pub meta: Result<ReplicaMeta, PoolError>,
+    /// Its copy of the record; none: it never got one.
+    pub copy: Result<Option<RecordCopy>, PoolError>,
 }
 
 /// An open pool. Cheap to clone; the lock is held until the last clone and the last replica are gone.
@@ -248,8 +263,10 @@ impl Pool {
         let stack = StackFiles { disk: disk.clone(), dir: dir.clone(), manifest, data: Arc::clone(&data) };
         let stack = Arc::new(Mutex::new(stack));
         busy.open.insert(replica_id, Arc::downgrade(&stack));
+        let record = RecordFile::open(disk, &dir, replica_id);
+        let data_of = Arc::clone(&data);
         let files =
-            ControlFiles { meta: meta_file, log, maps: map_files, data: Arc::clone(&data), stack, keep };
+            ControlFiles { meta: meta_file, record, log, maps: map_files, data: data_of, stack, keep };
         // The mark takes this lock when it goes, as it does if no thread can be started.
         drop(busy);
         let control = ControlQueue::start(files).map_err(PoolError::io("starting a thread for", &dir))?;
@@ -338,6 +355,31 @@ impl Pool {
         let replicas = self.inner.dir.join(REPLICAS);
         let names = self.inner.disk.list(&replicas).map_err(PoolError::io("listing", &replicas))?;
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// What the replicas with ids above `after` know of their volumes, in order and `count_max` of them at most: meta, and copy
+    /// of the record. Tells whether there are more. Read from the disk, open or not.
+    pub fn records(
+        &self,
+        after: Option<ReplicaId>,
+        count_max: usize,
+    ) -> Result<(Vec<KeptRecord>, bool), PoolError> {
+        let disk = &self.inner.disk;
+        let of = |replica_id| {
+            let dir = self.replica_dir(replica_id);
+            KeptRecord {
+                replica_id,
+                volume_id: Manifest::read(disk, &dir).map(|manifest| manifest.volume_id),
+                meta: MetaFile::open(disk, &dir).map(|(_, meta)| meta),
+                copy: record_file::read(disk, &dir, replica_id),
+            }
+        };
+        let mut replicas = self.list()?;
+        replicas.retain(|replica| after.is_none_or(|after| *replica > after));
+        replicas.sort_unstable();
+        let more = replicas.len() > count_max;
+        replicas.truncate(count_max);
+        Ok((replicas.into_iter().map(of).collect(), more))
     }
 
     /// Room in the pool, as the file system sees it now. Looks at every file of every replica.

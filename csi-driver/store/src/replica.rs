@@ -7,6 +7,7 @@ use bytes::Bytes;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{DirtyMap, RegionBits};
 use holdfast_storage_core::ids::{Block, Region, ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::record_copy::RecordCopy;
 use holdfast_storage_core::replica::{ReplicaMeta, ReplicaStart};
 
 use crate::control::{ControlOp, ControlQueue};
@@ -273,6 +274,11 @@ impl Replica {
     /// Makes a new meta durable; after a crash the old or the new one is found.
     pub fn persist_meta(&self, meta: &ReplicaMeta, done: Done) {
         self.inner.control.push(ControlOp::PersistMeta(Box::new(meta.clone()), done));
+    }
+
+    /// Makes a copy of the volume's record durable, unless the one that is kept is as new (ADR 0011).
+    pub fn keep_record(&self, copy: RecordCopy, done: Done) {
+        self.inner.control.push(ControlOp::KeepRecord(copy, done));
     }
 
     /// Writes the cookie's copy in tmpfs (R19).

@@ -11,7 +11,10 @@ use bytes::Bytes;
 use common::{Fixture, MIB, REPLICA, ask, close, flip, log, meta, options, pattern, read, write};
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, Dirty, DirtyMap};
-use holdfast_storage_core::ids::{BLOCK_BYTES, Block, Epoch, Generation, Region, ReplicaId};
+use holdfast_storage_core::ids::{
+    BLOCK_BYTES, Block, Epoch, Generation, Lineage, RecordVersion, Region, ReplicaId,
+};
+use holdfast_storage_core::record_copy::{CopyStamp, RecordCopy};
 use holdfast_store::{AllocState, Extent, Pool, PoolError, PoolOptions, StoreError};
 
 #[test]
@@ -418,4 +421,38 @@ fn snapshot(dir: &Path) -> Vec<(PathBuf, u64, u32)> {
         .collect();
     files.sort();
     files
+}
+
+#[test]
+fn each_replica_keeps_a_copy_of_its_record_which_is_told_open_or_not_and_damaged_ones_alone_are_not() {
+    let fixture = Fixture::new(MIB);
+    let others = [ReplicaId(0xabd), ReplicaId(0xabe)];
+    for other in others {
+        fixture.pool.create_replica(&meta(other, MIB)).unwrap();
+    }
+    let copy = |version| RecordCopy {
+        stamp: CopyStamp { lineage: Lineage(1), generation: Generation(1), version: RecordVersion(version) },
+        json: pattern(7, 5_000).into(),
+    };
+    let replica = fixture.open();
+    ask(|done| replica.keep_record(copy(3), done)).unwrap();
+    let other = fixture.pool.open_replica(others[0]).unwrap();
+    ask(|done| other.keep_record(copy(4), done)).unwrap();
+    close(other);
+    flip(&fixture.dir.path().join("replicas").join(others[0].to_string()).join("record"), 100);
+
+    let (kept, more) = fixture.pool.records(None, 2).unwrap();
+    assert!(more && kept.len() == 2);
+    assert_eq!(kept[0].copy.as_ref().unwrap(), &Some(copy(3)), "of an open one");
+    assert_eq!(kept[0].volume_id.as_ref().unwrap(), &replica.volume_id());
+    assert!(matches!(kept[1].copy, Err(PoolError::Corrupt { .. })), "{:?}", kept[1].copy);
+    assert!(kept[1].meta.is_ok(), "what else it knows is told");
+    let (kept, more) = fixture.pool.records(Some(others[0]), 2).unwrap();
+    assert!(!more && kept.len() == 1 && matches!(kept[0].copy, Ok(None)), "{kept:?}");
+
+    // Nothing of a replica depends on its copy.
+    let other = fixture.pool.open_replica(others[0]).unwrap();
+    ask(|done| other.keep_record(copy(2), done)).unwrap();
+    let (kept, _) = fixture.pool.records(Some(REPLICA), 1).unwrap();
+    assert_eq!(kept[0].copy.as_ref().unwrap(), &Some(copy(2)));
 }

@@ -8,6 +8,8 @@ use crate::ids::{
     Epoch, Generation, Lineage, Region, ReplicaId, SessionToken, SnapshotId, TargetId, VolumeId,
 };
 
+use crate::record_copy::RecordCopy;
+
 use super::meta::ReplicaMeta;
 
 /// A request of a target, numbered by the engine; answered by exactly one [`ReplicaAction::Reply`], unless its session
@@ -60,6 +62,8 @@ pub struct OpenRequest {
     pub promoted_from: Option<Lineage>,
     /// Grows with every Open of this target: one that a later one overtook knows less than the replica and is refused.
     pub sequence: u64,
+    /// The record that all this is from, to be kept beside the replica; none from a target of an earlier release.
+    pub copy: Option<RecordCopy>,
 }
 
 /// The answer to a successful Open.
@@ -191,7 +195,11 @@ pub enum ControlOp {
         in_sync: BTreeSet<ReplicaId>,
         /// Everyone else, with the epoch at which it left.
         absent: BTreeMap<ReplicaId, Epoch>,
+        /// The record that says so; none from a target of an earlier release.
+        copy: Option<RecordCopy>,
     },
+    /// Keep this copy of the record, if it is newer than the one that is kept (ADR 0011).
+    KeepRecord(RecordCopy),
     /// Take regions out of the intent log (R18).
     ClearLog(Vec<Region>),
     /// The dirty map kept for an absent replica (R23).
@@ -326,6 +334,8 @@ impl DiskError {
 pub enum DiskOp {
     /// Replace the meta.
     PersistMeta(ReplicaMeta),
+    /// Replace the copy of the record, unless the one that is kept is as new.
+    KeepRecord(RecordCopy),
     /// Write the cookie's copy in tmpfs (R19).
     SetBootCookie(u64),
     /// Remove the cookie's copy in tmpfs, before a failure is reported (R19).
@@ -401,7 +411,7 @@ pub enum ReplicaReply {
     Open(Result<OpenReply, OpenRefusal>),
     /// Lease: granted; carries `cache_lost`.
     Lease(Result<bool, RequestRefusal>),
-    /// Release, SetEpoch, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
+    /// Release, SetEpoch, KeepRecord, ClearLog, FillMap, ClearMap, MergeMaps, Freeze, DropSnapshot, Grow and data requests.
     Done(Result<(), RequestRefusal>),
     /// Verify: what the engine makes of the success of its data request, see [`DataOp::Verify`].
     Verified(Vec<Option<u64>>),

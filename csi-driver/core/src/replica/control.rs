@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::dirty_map::{BlockSet, Dirty, DirtyMap, RegionBits};
 use crate::ids::{Epoch, Region, ReplicaId, SessionToken};
+use crate::record_copy::RecordCopy;
 
 use super::snapshots::Step;
 use super::{DiskOp, DiskWait, Replica, ReplicaCall, ReplicaReply, RequestRefusal};
@@ -19,19 +20,22 @@ pub(super) struct ControlWait {
 }
 
 impl Replica {
-    /// R10, R21: maps are started, kept or voided, then the epoch is durable, then it is answered.
+    /// R10, R21: maps are started, kept or voided, then the epoch is durable, then it is answered. Before all of it the copy
+    /// of the record: no replica knows an epoch that its own copy does not know (ADR 0011).
     pub(super) fn on_set_epoch(
         &mut self,
         call: ReplicaCall,
         epoch: Epoch,
         in_sync: &BTreeSet<ReplicaId>,
         absent: &BTreeMap<ReplicaId, Epoch>,
+        copy: Option<RecordCopy>,
     ) {
         let own = self.meta.epoch;
         if epoch.number < own.number || (epoch.number == own.number && epoch.nonce != own.nonce) {
             return self.refuse(call, RequestRefusal::OldEpoch);
         }
-        let mut ops = Vec::new();
+        let mut ops: Vec<DiskOp> =
+            copy.filter(|_| self.guards.copyfirst).map(DiskOp::KeepRecord).into_iter().collect();
         let this = self.meta.replica_id;
         for (replica, left) in absent.iter().filter(|(replica, _)| **replica != this) {
             if self.maps.get(replica).is_some_and(|map| map.base == *left) {
@@ -56,6 +60,11 @@ impl Replica {
         }
         ops.push(DiskOp::PersistMeta(self.durable_meta()));
         self.start_control(call, ops);
+    }
+
+    /// What the record says now, beside its set.
+    pub(super) fn on_keep_record(&mut self, call: ReplicaCall, copy: RecordCopy) {
+        self.start_control(call, vec![DiskOp::KeepRecord(copy)]);
     }
 
     /// R21: a write in flight when a replica left may be on any of the logged regions.

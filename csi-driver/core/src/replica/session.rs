@@ -149,6 +149,7 @@ impl Replica {
         let (generation, lineage, epoch) =
             (opening.request.generation, opening.request.lineage, opening.request.epoch);
         let promoted = self.is_promoted(&opening.request);
+        let copy = opening.request.copy.clone();
         let cookie = u64::try_from(opening.token.0 & u128::from(u64::MAX)).expect("masked to 64 bits");
         if let Some(session) = &self.session {
             let token = session.token;
@@ -169,7 +170,10 @@ impl Replica {
         self.meta.target_id = Some(target);
         self.meta.cookie = cookie;
         self.meta.lease_ms = LEASE_MS;
-        let mut ops = self.drop_uncommitted();
+        // The copy first: no replica knows a generation, or lacks a layer, that its own copy does not know of (ADR 0011).
+        let mut ops: Vec<DiskOp> =
+            copy.filter(|_| self.guards.copyfirst).map(DiskOp::KeepRecord).into_iter().collect();
+        ops.extend(self.drop_uncommitted());
         ops.push(DiskOp::PersistMeta(self.durable_meta()));
         ops.push(DiskOp::SetBootCookie(cookie));
         if let Some(opening) = &mut self.opening {
@@ -271,9 +275,10 @@ impl Replica {
                 self.reply(call, ReplicaReply::Done(Ok(())));
                 self.close_session(key.token);
             }
-            ControlOp::SetEpoch { epoch, in_sync, absent } => {
-                self.on_set_epoch(call, epoch, &in_sync, &absent)
+            ControlOp::SetEpoch { epoch, in_sync, absent, copy } => {
+                self.on_set_epoch(call, epoch, &in_sync, &absent, copy)
             }
+            ControlOp::KeepRecord(copy) => self.on_keep_record(call, copy),
             ControlOp::ClearLog(regions) => self.on_clear_log(call, &regions),
             ControlOp::ReadMap(absent) => self.on_read_map(call, absent),
             ControlOp::Data(op) => self.on_data(call, key.token, op),

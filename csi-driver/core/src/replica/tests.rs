@@ -1,5 +1,7 @@
 //! One test per rule, named after it.
 
+mod record_copy;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
@@ -33,6 +35,7 @@ fn mk_open(generation: u64, target: u128) -> OpenRequest {
         snapshots: BTreeSet::new(),
         promoted_from: None,
         sequence: 0,
+        copy: None,
     }
 }
 
@@ -186,7 +189,7 @@ fn r18_a_region_under_write_stays_logged_and_map_bits_go_first() {
     let absent = BTreeMap::from([(ReplicaId(2), EPOCH)]);
     let epoch = Epoch { number: 6, nonce: 60 };
     let in_sync = BTreeSet::from([ReplicaId(1)]);
-    control(&mut replica, 1, mk_key(1, 10), ControlOp::SetEpoch { epoch, in_sync, absent });
+    control(&mut replica, 1, mk_key(1, 10), ControlOp::SetEpoch { epoch, in_sync, absent, copy: None });
     write(&mut replica, 3);
     let op = ControlOp::ClearLog(vec![Region(0), Region(1)]);
     replica.handle_event(2, ReplicaEvent::Control { call: ReplicaCall(5), key: mk_key(1, 10), op });
@@ -234,6 +237,7 @@ fn r21_a_map_starts_as_the_log_and_is_void_if_the_epoch_was_missed() {
             epoch: Epoch { number: 6, nonce: 60 },
             in_sync: BTreeSet::from([ReplicaId(1)]),
             absent: BTreeMap::from([(ReplicaId(2), left)]),
+            copy: None,
         };
         control(&mut replica, 1, mk_key(1, 10), op);
         let map = control(&mut replica, 2, mk_key(1, 10), ControlOp::ReadMap(ReplicaId(2)));

@@ -204,7 +204,11 @@ pub enum Control {
         in_sync: BTreeSet<ReplicaId>,
         /// Everyone else, with the epoch at which it left.
         absent: BTreeMap<ReplicaId, Epoch>,
+        /// The record that says so, of which the replica keeps a copy.
+        record: Box<Versioned>,
     },
+    /// Keep a copy of the record (ADR 0011). A replica of an earlier release that does not know the request has done it.
+    KeepRecord(Box<Versioned>),
     /// Take regions out of the intent log (R18). No write to them is begun until it is answered, so no stamp is needed.
     ClearLog(Vec<Region>),
     /// Read the dirty map kept for an absent replica (R23).
@@ -317,7 +321,7 @@ pub enum TargetEvent {
         /// The replica's write cache was lost.
         cache_lost: bool,
     },
-    /// Answer to SetEpoch, ClearLog, FillMap, ClearMap, MarkBad, Adopt, MergeMaps, Freeze, DropSnapshot, Grow or Release.
+    /// Answer to SetEpoch, KeepRecord, ClearLog, FillMap, ClearMap, MarkBad, Adopt, MergeMaps, Freeze, DropSnapshot, Grow or Release.
     ControlDone {
         /// The call.
         call: CallId,
@@ -507,6 +511,8 @@ pub struct OpenSession {
     pub size_bytes: u64,
     /// The committed snapshots that the replica holds by the record (R27).
     pub snapshots: BTreeSet<SnapshotId>,
+    /// The record, of which the replica keeps a copy.
+    pub record: Box<Versioned>,
 }
 
 /// Blocks of a client's range and the edges that must be read first.

@@ -1,6 +1,6 @@
 //! Control calls to the replicas: what is under way, and what an answer is for.
 
-use crate::ids::{ReplicaId, SnapshotId};
+use crate::ids::{RecordVersion, ReplicaId, SnapshotId};
 use crate::replica::DiskError;
 
 use super::peers::Peer;
@@ -15,8 +15,10 @@ pub(super) struct Call {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CallKind {
-    /// SetEpoch of this epoch number.
-    Tell(u64),
+    /// SetEpoch of this epoch number, by this version of the record.
+    Tell(u64, RecordVersion),
+    /// KeepRecord of this version.
+    Keep(RecordVersion),
     /// ClearLog or ClearMap of the round under way.
     Clear,
     /// ReadMap of the returning replica.
@@ -44,7 +46,8 @@ impl CallKind {
     pub(super) fn is_job(self) -> bool {
         match self {
             Self::Freeze | Self::Drop(_) | Self::Grow(_) => true,
-            Self::Tell(_)
+            Self::Tell(..)
+            | Self::Keep(_)
             | Self::Clear
             | Self::ClearLayerLog
             | Self::ReadMap
@@ -92,7 +95,8 @@ impl Target {
             CallKind::Freeze | CallKind::Drop(_) | CallKind::Grow(_) | CallKind::Task(_) => {
                 self.expel(replica)
             }
-            CallKind::Tell(_)
+            CallKind::Tell(..)
+            | CallKind::Keep(_)
             | CallKind::Clear
             | CallKind::ClearLayerLog
             | CallKind::ReadMap
@@ -118,7 +122,9 @@ impl Target {
     pub(super) fn on_control_done(&mut self, call: CallId) {
         let Some(Call { replica, kind }) = self.take_call(call) else { return };
         match kind {
-            CallKind::Tell(number) => {
+            CallKind::Keep(version) => self.record_kept(replica, version),
+            CallKind::Tell(number, version) => {
+                self.record_kept(replica, version);
                 if self.volume().is_some_and(|record| record.epoch.number == number) {
                     self.told.insert(replica);
                 }

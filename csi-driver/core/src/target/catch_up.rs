@@ -287,7 +287,8 @@ impl Target {
         let about = match kind {
             CallKind::ReadMap => replica,
             CallKind::ReadOtherMap(other) => other,
-            CallKind::Tell(_)
+            CallKind::Tell(..)
+            | CallKind::Keep(_)
             | CallKind::Clear
             | CallKind::FillMap
             | CallKind::Extents
@@ -558,7 +559,8 @@ impl Target {
                 | CallKind::FillMap
                 | CallKind::Extents
                 | CallKind::Changes => true,
-                CallKind::Tell(_)
+                CallKind::Tell(..)
+                | CallKind::Keep(_)
                 | CallKind::Clear
                 | CallKind::ClearLayerLog
                 | CallKind::Task(_)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::ids::{Epoch, NodeName, RecordVersion, ReplicaId};
+use crate::ids::{NodeName, RecordVersion, ReplicaId};
 use crate::record::{ReplicaState, VolumeRecord};
 use crate::record_store::{StoreError, Versioned};
 use crate::timers;
@@ -57,6 +57,7 @@ pub(super) enum SwapKind {
 impl Target {
     pub(super) fn pump_config(&mut self) {
         self.advance_settling();
+        self.pump_record_copies();
         if self.store.outstanding.is_some() || self.store.retry_at_ms.is_some() {
             return;
         }
@@ -515,30 +516,27 @@ impl Target {
     }
 
     fn tell(&mut self) {
-        let Some(record) = self.volume() else { return };
+        let Some(read) = &self.record else { return };
+        let (version, record) = (read.version, &read.record);
         let number = record.epoch.number;
-        let absent: BTreeMap<ReplicaId, Epoch> = record
-            .replicas
-            .iter()
-            .filter_map(|(replica, entry)| match entry.state {
-                ReplicaState::Offline { left_epoch } => Some((*replica, left_epoch)),
-                ReplicaState::InSync | ReplicaState::Faulted => None,
-            })
-            .collect();
-        let op = Control::SetEpoch { epoch: record.epoch, in_sync: record.in_sync.clone(), absent };
-        let asked: BTreeSet<ReplicaId> = self
-            .calls
-            .values()
-            .filter(|call| call.kind == CallKind::Tell(number))
-            .map(|call| call.replica)
-            .collect();
-        let open: Vec<ReplicaId> = self
-            .members()
-            .into_iter()
-            .filter(|r| self.is_open(*r) && !self.told.contains(r) && !asked.contains(r))
-            .collect();
-        for replica in open {
-            self.send_control(replica, CallKind::Tell(number), op.clone());
+        let is_asked = |replica: &ReplicaId| {
+            let tells = |kind| matches!(kind, CallKind::Tell(told, _) if told == number);
+            self.calls.values().any(|call| call.replica == *replica && tells(call.kind))
+        };
+        let due = |r: &&ReplicaId| self.is_open(**r) && !self.told.contains(r) && !is_asked(r);
+        let due: Vec<ReplicaId> = record.in_sync.iter().filter(due).copied().collect();
+        if due.is_empty() {
+            return;
+        }
+        let absent = record.replicas.iter().filter_map(|(replica, entry)| match entry.state {
+            ReplicaState::Offline { left_epoch } => Some((*replica, left_epoch)),
+            ReplicaState::InSync | ReplicaState::Faulted => None,
+        });
+        let (absent, in_sync) = (absent.collect(), record.in_sync.clone());
+        let op = Control::SetEpoch { epoch: record.epoch, in_sync, absent, record: Box::new(read.clone()) };
+        for replica in due {
+            self.send_control(replica, CallKind::Tell(number, version), op.clone());
+            self.record_sent(replica, version);
         }
     }
 

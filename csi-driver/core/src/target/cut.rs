@@ -161,7 +161,10 @@ impl Target {
         let Some(cut) = self.cut() else { return };
         let entry = self.volume().and_then(|record| record.snapshot(cut.snapshot)).map(|s| s.state);
         if entry == Some(SnapshotState::Committed) {
-            return self.finish_job(Ok(()));
+            if self.copies_kept() {
+                self.finish_job(Ok(()));
+            }
+            return;
         }
         let number = cut.number;
         let ours = self.generation.map(|generation| SnapshotState::Cutting { generation });

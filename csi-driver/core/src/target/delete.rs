@@ -50,6 +50,8 @@ impl Target {
         match &delete.waiting {
             Some(waiting) if waiting.is_empty() => self.finish_job(Ok(())),
             Some(_) => {}
+            // A copy that names a layer which is gone would be of no use.
+            None if !self.copies_kept() => {}
             None => {
                 if self.rebuilds_layers() {
                     // It may be reading what goes away.

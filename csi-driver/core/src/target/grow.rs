@@ -52,6 +52,10 @@ impl Target {
         let (size_bytes, asked) = (grow.size_bytes, &grow.asked);
         let Some(record) = self.volume() else { return };
         if record.size_bytes == size_bytes {
+            if !self.copies_kept() {
+                // Nothing is written beyond what a copy of the record says.
+                return;
+            }
             let small = self.catching_up().is_some_and(|r| self.is_open(r) && !grow.grown.contains(&r));
             if small {
                 // It began to return while the record was being swapped; it comes back and is grown first.

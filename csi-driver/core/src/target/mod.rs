@@ -36,6 +36,7 @@ mod layered;
 mod peers;
 mod range_lock;
 mod reconcile;
+mod record_copies;
 mod remove;
 mod requests;
 mod scrub;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::ids::{NodeName, Region, ReplicaId, SnapshotId};
+use crate::ids::{NodeName, RecordVersion, Region, ReplicaId, SnapshotId};
 use crate::record::ReplicaState;
 use crate::replica::{DataOp, OpenRefusal};
 use crate::timers;
@@ -32,6 +32,9 @@ pub(super) struct Peer {
     pub heard_ms: Option<u64>,
     /// A fault other than a broken session: it must leave the set.
     pub expelled: bool,
+    /// Of which version of the record its session was sent a copy last, and of which it has one.
+    pub copy_sent: RecordVersion,
+    pub copy_kept: RecordVersion,
     pub resync_bytes_done: u64,
     pub resync_bytes_total: u64,
     /// By all resyncs of this target.
@@ -84,6 +87,8 @@ impl Peer {
             cache_lost: false,
             heard_ms: None,
             expelled: false,
+            copy_sent: RecordVersion(0),
+            copy_kept: RecordVersion(0),
             resync_bytes_done: 0,
             resync_bytes_total: 0,
             resync_bytes_copied: 0,
@@ -169,7 +174,8 @@ impl Target {
 
     fn open(&mut self, replica: ReplicaId) {
         let session = SessionId(self.new_id());
-        let (Some(record), Some(generation)) = (self.volume(), self.generation) else { return };
+        let (Some(read), Some(generation)) = (self.record.clone(), self.generation) else { return };
+        let (version, record) = (read.version, &read.record);
         let open = OpenSession {
             session,
             replica,
@@ -183,10 +189,12 @@ impl Target {
             in_sync: record.in_sync.clone(),
             size_bytes: record.size_bytes,
             snapshots: self.layers_of(replica),
+            record: Box::new(read.clone()),
         };
         let now = self.now_ms;
         if let Some(peer) = self.peers.get_mut(&replica) {
             peer.link = Link::Opening { session, since_ms: now };
+            peer.copy_sent = version;
         }
         self.emit(TargetAction::Open(open));
     }
@@ -204,6 +212,7 @@ impl Target {
         peer.heard_ms = Some(now);
         let layers = opened.snapshots;
         peer.size_bytes = opened.size_bytes;
+        peer.copy_kept = peer.copy_sent;
         peer.cache_lost = opened.cache_lost && (self.guards.lostsrc || self.state == TargetState::Serving);
         peer.expelled = false;
         peer.link = Link::Open(Box::new(Session {

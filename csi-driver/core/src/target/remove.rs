@@ -43,6 +43,8 @@ impl Target {
                 let error = TransitionError::ReplicaState { volume, replica, expected: "in sync" };
                 self.finish_job(Err(error.into()));
             }
+            // Its data may be deleted then: a copy of the record that still names it a member would wait for it for ever.
+            Some(ReplicaState::Faulted) | None if !self.copies_kept() => {}
             Some(ReplicaState::Faulted) | None => self.finish_job(Ok(())),
         }
     }

@@ -5,6 +5,7 @@ mod catch_up;
 mod history;
 mod idle;
 mod jobs;
+mod record_copies;
 mod remove;
 mod repair;
 
@@ -25,6 +26,8 @@ struct Bench {
     actions: Vec<TargetAction>,
     /// What a replica says it has logged when it is opened.
     logged: Vec<Region>,
+    /// Copies of the record are kept at once; else the test answers.
+    keeps: bool,
 }
 
 fn mk_bench(replicas: u128) -> Bench {
@@ -50,7 +53,14 @@ fn mk_bench(replicas: u128) -> Bench {
         detached: false,
     };
     let store = Versioned { version: RecordVersion(1), record };
-    Bench { target: Target::new(0, config), now_ms: 0, store, actions: Vec::new(), logged: Vec::new() }
+    Bench {
+        target: Target::new(0, config),
+        now_ms: 0,
+        store,
+        actions: Vec::new(),
+        logged: Vec::new(),
+        keeps: true,
+    }
 }
 
 impl Bench {
@@ -60,7 +70,16 @@ impl Bench {
     }
 
     fn collect(&mut self) {
-        self.actions.extend(std::iter::from_fn(|| self.target.poll_action()));
+        loop {
+            self.actions.extend(std::iter::from_fn(|| self.target.poll_action()));
+            let keep =
+                |a: &TargetAction| matches!(a, TargetAction::Control { op: Control::KeepRecord(_), .. });
+            let at = self.actions.iter().position(keep).filter(|_| self.keeps);
+            let Some(TargetAction::Control { call, .. }) = at.map(|at| self.actions.remove(at)) else {
+                return;
+            };
+            self.target.handle_event(self.now_ms, TargetEvent::ControlDone { call });
+        }
     }
 
     fn take(&mut self, wanted: impl Fn(&TargetAction) -> bool) -> Option<TargetAction> {

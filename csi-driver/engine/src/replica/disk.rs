@@ -42,6 +42,7 @@ pub fn submit_meta(disk: &Replica, op: DiskOp, done: impl FnOnce(Result<(), Disk
     let then: holdfast_store::Done = Box::new(|result| done(result.map_err(disk_error)));
     match op {
         DiskOp::PersistMeta(meta) => disk.persist_meta(&meta, then),
+        DiskOp::KeepRecord(copy) => disk.keep_record(copy, then),
         DiskOp::SetBootCookie(cookie) => disk.set_boot_cookie(cookie, then),
         DiskOp::RemoveBootCookie => disk.remove_boot_cookie(then),
         DiskOp::LogAdd(regions) => disk.log_add(&regions, then),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_server::Replica;
+use holdfast_service::record_copies;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::ids::{Region, ReplicaId, SessionToken};
 use holdfast_storage_core::replica::{
@@ -186,9 +187,22 @@ impl Replica for ReplicaService {
             epoch: wire::epoch(wire::required(request.epoch, "epoch")?),
             in_sync: wire::ids(&request.in_sync)?,
             absent: absent.collect::<Result<_, Status>>()?,
+            copy: request.record.map(record_copies::from_wire).transpose()?,
         };
         self.done(request.session, &names, op).await?;
         Ok(Response::new(pb::SetEpochReply {}))
+    }
+
+    async fn keep_record(
+        &self,
+        request: Request<pb::KeepRecordRequest>,
+    ) -> Result<Response<pb::KeepRecordReply>, Status> {
+        let names = Caller::of(&request, self.tls)?.names();
+        let request = request.into_inner();
+        if let Some(copy) = request.record.map(record_copies::from_wire).transpose()? {
+            self.done(request.session, &names, ControlOp::KeepRecord(copy)).await?;
+        }
+        Ok(Response::new(pb::KeepRecordReply {}))
     }
 
     async fn clear_log(

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use holdfast_storage_core::ids::{ReplicaId, SnapshotId, VolumeId};
+use holdfast_storage_core::record_copy::RecordCopy;
 use holdfast_storage_core::replica::{Replica, ReplicaMeta};
-use holdfast_store::{Pool, PoolError, Space, StoreError};
+use holdfast_store::{KeptRecord, Pool, PoolError, Space, StoreError};
 use tokio::runtime::Handle;
 
 use crate::actor::Actor;
@@ -109,7 +110,21 @@ impl ReplicaHost {
         Ok(self.pool()?.space_lately()?)
     }
 
-    /// Makes and opens a replica, empty or as a snapshot of another one of this pool (R30). Blocks. Idempotent.
+    /// What the replicas of the pool with ids above `after` know of their volumes, some of them, and whether there are more.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// The pool's folder cannot be read.
+    pub fn records(
+        &self,
+        after: Option<ReplicaId>,
+        count_max: usize,
+    ) -> Result<(Vec<KeptRecord>, bool), HostError> {
+        Ok(self.pool()?.records(after, count_max)?)
+    }
+
+    /// Makes and opens a replica, empty or as a snapshot of another one of this pool (R30), with a copy of the record that lists
+    /// it. Blocks. Idempotent.
     ///
     /// # Errors
     /// No space, no such snapshot, or a replica of that id with another volume or size.
@@ -117,6 +132,7 @@ impl ReplicaHost {
         &self,
         meta: &ReplicaMeta,
         source: Option<(ReplicaId, SnapshotId)>,
+        copy: Option<RecordCopy>,
     ) -> Result<(), HostError> {
         let replica_id = meta.replica_id;
         match source {
@@ -126,7 +142,15 @@ impl ReplicaHost {
         if self.get(replica_id).is_none() {
             self.open_replica(replica_id)?;
         }
-        Ok(())
+        let Some((actor, copy)) = self.get(replica_id).zip(copy) else { return Ok(()) };
+        let (sender, receiver) = std::sync::mpsc::channel();
+        actor.env.disk.keep_record(
+            copy,
+            Box::new(move |kept| {
+                let _ = sender.send(kept);
+            }),
+        );
+        receiver.recv().unwrap_or(Err(StoreError::Closed(replica_id))).map_err(HostError::Disk)
     }
 
     /// Closes and removes a replica. Blocks. Idempotent.

@@ -3,6 +3,7 @@
 pub mod disk;
 pub mod grpc;
 pub mod host;
+pub mod kept_records;
 pub mod machine;
 pub mod provider;
 pub mod snapshot_blocks;

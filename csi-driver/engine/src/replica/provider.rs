@@ -343,7 +343,7 @@ mod tests {
         let pulse = Pulse::start().unwrap();
         let host = ReplicaHost::open(pool, pulse, tokio::runtime::Handle::current()).unwrap();
         let meta = ReplicaMeta::new(VOLUME, REPLICA, Lineage(7), SIZE_BYTES, Epoch::default());
-        host.create(&meta, None).unwrap();
+        host.create(&meta, None, None).unwrap();
         host
     }
 

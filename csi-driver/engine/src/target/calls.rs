@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use holdfast_nbd::{BASE_ALLOCATION, Client, ClientOptions};
 use holdfast_proto::storage::replica_client::ReplicaClient;
+use holdfast_service::record_copies;
 use holdfast_storage_core::ids::{RecordVersion, ReplicaId};
 use holdfast_storage_core::record::VolumeRecord;
 use holdfast_storage_core::record_store::StoreError;
@@ -133,6 +134,7 @@ pub async fn open(actor: Arc<TargetActor>, wanted: OpenSession) {
         size_bytes: wanted.size_bytes,
         snapshots: wanted.snapshots.clone(),
         sequence: session.0,
+        copy: record_copies::copy_of(&wanted.record),
     };
     let opened = if wanted.node == actor.env.node {
         open_local(&actor, session, request).await

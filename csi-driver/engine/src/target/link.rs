@@ -8,9 +8,11 @@ use holdfast_io::{BlockDevice, BlockError, BlockOp, Completion};
 use holdfast_nbd::{BASE_ALLOCATION, Client, ExtentsCompletion};
 use holdfast_proto::storage as pb;
 use holdfast_proto::storage::replica_client::ReplicaClient;
+use holdfast_service::record_copies;
 use holdfast_storage_core::block_range::BlockRange;
 use holdfast_storage_core::dirty_map::{BlockSet, DirtyMap};
 use holdfast_storage_core::ids::{BLOCK_BYTES, SnapshotId};
+use holdfast_storage_core::record_store::Versioned;
 use holdfast_storage_core::replica::{
     ControlOp, DataOp, DiskError, ReplicaReply, RequestRefusal, SessionKey,
 };
@@ -179,6 +181,9 @@ impl Link {
             (Path::Local { actor, .. }, Control::ReadChanges { from, to, range }) => {
                 local_changes(actor, from, to, range).await
             }
+            (Path::Local { actor, key }, Control::KeepRecord(record)) => {
+                local_keep(actor, *key, &record).await
+            }
             (Path::Local { actor, key }, op) => match grpc::control(actor, *key, local_op(op)).await {
                 Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
                 Some(ReplicaReply::Map(Ok(map))) => Ok(ControlAnswer::Map(map)),
@@ -210,9 +215,18 @@ impl RemoteLink {
         let mut rpc = self.rpc.clone();
         let session = Some(self.session.clone());
         match op {
-            Control::SetEpoch { epoch, in_sync, absent } => {
-                let request = wire::set_epoch_pb(session, epoch, &in_sync, &absent);
+            Control::SetEpoch { epoch, in_sync, absent, record } => {
+                let request = wire::set_epoch_pb(session, epoch, &in_sync, &absent, &record);
                 rpc.set_epoch(request).await.map_err(link_error)?;
+            }
+            Control::KeepRecord(record) => {
+                let record = record_copies::copy_of(&record).as_ref().map(record_copies::to_wire);
+                match rpc.keep_record(pb::KeepRecordRequest { session, record }).await {
+                    Ok(_) => {}
+                    // A release that does not know the call keeps none.
+                    Err(status) if status.code() == Code::Unimplemented => {}
+                    Err(status) => return Err(link_error(status)),
+                }
             }
             Control::ClearLog(regions) => {
                 let stamp = |region: &holdfast_storage_core::ids::Region| pb::RegionStamp {
@@ -386,6 +400,18 @@ async fn local_extents(actor: &ReplicaActor, range: BlockRange) -> Result<Contro
     Ok(ControlAnswer::Extents(extents.into_iter().map(|e| (e.range, allocation(e.state))).collect()))
 }
 
+async fn local_keep(
+    actor: &Arc<ReplicaActor>,
+    key: SessionKey,
+    record: &Versioned,
+) -> Result<ControlAnswer, LinkError> {
+    let Some(copy) = record_copies::copy_of(record) else { return Ok(ControlAnswer::Done) };
+    match grpc::control(actor, key, ControlOp::KeepRecord(copy)).await {
+        Some(ReplicaReply::Done(Ok(()))) => Ok(ControlAnswer::Done),
+        reply => Err(LinkError::Over(format!("{reply:?}"))),
+    }
+}
+
 fn local_op(op: Control) -> ControlOp {
     match op {
         Control::ReadExtents(_) | Control::ReadChanges { .. } => {
@@ -396,7 +422,10 @@ fn local_op(op: Control) -> ControlOp {
         Control::Adopt(range) => ControlOp::Data(DataOp::Adopt(range)),
         Control::FillMap(absent) => ControlOp::FillMap(absent),
         Control::ClearMap { absent, regions } => ControlOp::ClearMap { absent, regions },
-        Control::SetEpoch { epoch, in_sync, absent } => ControlOp::SetEpoch { epoch, in_sync, absent },
+        Control::SetEpoch { epoch, in_sync, absent, record } => {
+            ControlOp::SetEpoch { epoch, in_sync, absent, copy: record_copies::copy_of(&record) }
+        }
+        Control::KeepRecord(_) => unreachable!("a record that has no form is not sent"),
         Control::ClearLog(regions) => ControlOp::ClearLog(regions),
         Control::ReadMap(absent) => ControlOp::ReadMap(absent),
         Control::MergeMaps { epoch, maps } => ControlOp::MergeMaps { epoch, maps },

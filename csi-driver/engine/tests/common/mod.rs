@@ -189,6 +189,7 @@ impl Cluster {
                     .map(|(v, _)| self.replica_on(v, index).to_string())
                     .unwrap_or_default(),
                 source_snapshot_id: source.map(|(_, s)| s.to_string()).unwrap_or_default(),
+                record: None,
             };
             self.pool_client(index).await.create_replica(request).await.unwrap();
         }

@@ -29,6 +29,7 @@ use tonic::Status;
 use super::Inner;
 use super::clone::{CloneLayers, content_source, same_source};
 use super::pools::PoolSpace;
+use crate::record_copies;
 use crate::status::{from_store, from_transition};
 use crate::topology;
 use crate::volume_request::VolumeRequest;
@@ -207,7 +208,7 @@ impl Inner {
                 return Ok(found.record);
             }
             let layers = self.source_replicas(record).await?;
-            let failed = self.make_listed(record, layers.as_ref()).await;
+            let failed = self.make_listed(&found, layers.as_ref()).await;
             if failed.is_empty() {
                 return Ok(found.record);
             }
@@ -219,12 +220,13 @@ impl Inner {
     /// Before a target is run that no caller asked for: its generation will say that all replicas were made, which a CreateVolume
     /// that nobody repeated did not. What is on nodes that are lost the target does without.
     pub(super) async fn make_reachable(&self, volume: VolumeId) -> Result<VolumeRecord, Status> {
-        let record = self.store.read(volume).await.map_err(from_store)?.record;
-        if was_made(&record) {
-            return Ok(record);
+        let found = self.store.read(volume).await.map_err(from_store)?;
+        if was_made(&found.record) {
+            return Ok(found.record);
         }
-        let layers = self.source_replicas(&record).await?;
-        let failed = self.make_listed(&record, layers.as_ref()).await;
+        let layers = self.source_replicas(&found.record).await?;
+        let failed = self.make_listed(&found, layers.as_ref()).await;
+        let record = found.record;
         let reachable = |id: &ReplicaId| record.replicas.get(id).is_some_and(|r| !self.is_lost(&r.node));
         match failed.into_iter().find(|(id, _)| reachable(id)) {
             Some((_, status)) => Err(status),
@@ -234,9 +236,11 @@ impl Inner {
 
     async fn make_listed(
         &self,
-        record: &VolumeRecord,
+        found: &Versioned,
         layers: Option<&CloneLayers>,
     ) -> BTreeMap<ReplicaId, Status> {
+        let (record, copy) = (&found.record, record_copies::copy_of(found));
+        let copy = copy.as_ref();
         let make = |(id, replica): (ReplicaId, ReplicaRecord)| async move {
             let member = record.in_sync.contains(&id);
             let from = layers.filter(|_| member).map(|layers| layers.by_node.get(&replica.node));
@@ -255,6 +259,7 @@ impl Inner {
                 epoch: Some(WireEpoch { number: epoch.number, nonce: epoch.nonce }),
                 source_replica_id,
                 source_snapshot_id: snapshot.unwrap_or_default(),
+                record: copy.map(record_copies::to_wire),
             };
             (id, self.pools.create_replica(&replica.node, request).await)
         };

@@ -23,6 +23,7 @@ mod promises;
 mod promote;
 mod publish;
 mod replace;
+mod rescue;
 mod snapshots;
 mod steps;
 mod storage_nodes;
@@ -39,7 +40,8 @@ use holdfast_proto::csi::*;
 use holdfast_proto::storage::operator_server::Operator;
 use holdfast_proto::storage::{
     ListStorageNodesReply, ListStorageNodesRequest, PromoteReplicaReply, PromoteReplicaRequest,
-    ReplaceReplicaReply, ReplaceReplicaRequest, SetNodeStateReply, SetNodeStateRequest,
+    ReplaceReplicaReply, ReplaceReplicaRequest, RescueRecordsReply, RescueRecordsRequest, SetNodeStateReply,
+    SetNodeStateRequest,
 };
 use holdfast_storage_core::ids::{NodeName, VolumeId};
 use holdfast_storage_core::node_directory::NodeStates;
@@ -238,6 +240,14 @@ impl Operator for ControllerService {
         _: Request<ListStorageNodesRequest>,
     ) -> Result<Response<ListStorageNodesReply>, Status> {
         self.inner.list_storage_nodes().await.map(Response::new)
+    }
+
+    async fn rescue_records(
+        &self,
+        request: Request<RescueRecordsRequest>,
+    ) -> Result<Response<RescueRecordsReply>, Status> {
+        let inner = Arc::clone(&self.inner);
+        detached(async move { inner.rescue_records(request.into_inner()).await }).await.map(Response::new)
     }
 }
 

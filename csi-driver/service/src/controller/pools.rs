@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use holdfast_proto::storage::pool_client::PoolClient;
 use holdfast_proto::storage::{
-    BlockRun, CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest, ReadSnapshotBlocksRequest,
+    BlockRun, CreateReplicaRequest, DeleteReplicaRequest, GetPoolRequest, KeptRecord, ReadRecordsRequest,
+    ReadSnapshotBlocksRequest,
 };
 use holdfast_storage_core::ids::NodeName;
 use holdfast_storage_core::node_directory::{NodeInfo, NodeState};
@@ -26,6 +27,10 @@ const SURVEY_TIMEOUT: Duration = Duration::from_secs(3);
 const SURVEY_AGE_MAX: Duration = Duration::from_millis(250);
 /// How long a pool may take to make or delete a replica.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a pool may take to tell what some of its replicas keep: it looks at the tables of those that were never formatted.
+const RECORDS_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of the largest such answer.
+const RECORDS_BYTES_MAX: usize = 64 << 20;
 /// A connection whose peer does not answer a ping for this long is given up.
 const KEEPALIVE: Duration = Duration::from_secs(2);
 
@@ -105,6 +110,21 @@ impl Pools {
         }
         let mut client = self.client(&self.known(node)?)?;
         within(CHANGE_TIMEOUT, node, client.delete_replica(request)).await.map(|_| ())
+    }
+
+    /// What all replicas of a node know and keep.
+    pub(super) async fn kept_records(&self, info: &NodeInfo) -> Result<Vec<KeptRecord>, Status> {
+        let mut client = self.client(info)?.max_decoding_message_size(RECORDS_BYTES_MAX);
+        let (mut kept, mut after_replica_id): (Vec<KeptRecord>, String) = Default::default();
+        loop {
+            let request = ReadRecordsRequest { after_replica_id: std::mem::take(&mut after_replica_id) };
+            let reply = within(RECORDS_TIMEOUT, &info.name, client.read_records(request)).await?;
+            kept.extend(reply.replicas);
+            match kept.last() {
+                Some(last) if reply.more => after_replica_id.clone_from(&last.replica_id),
+                _ => return Ok(kept),
+            }
+        }
     }
 
     pub(super) async fn snapshot_blocks(

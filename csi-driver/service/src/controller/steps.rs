@@ -61,7 +61,9 @@ pub(super) struct Nodes<'a> {
 
 /// All that can be done now, in an order in which it may be done.
 pub(super) fn steps(record: &VolumeRecord, nodes: &Nodes<'_>) -> Vec<Step> {
-    if record.deleting {
+    // R35: of a record that may be of another history nobody is given up, however long its node is silent: it may know better,
+    // and all must answer.
+    if record.deleting || record.restored {
         return Vec::new();
     }
     let node_of = |id: &ReplicaId| record.replicas.get(id).map(|replica| &replica.node);
@@ -151,9 +153,9 @@ fn fullest(record: &VolumeRecord, nodes: &Nodes<'_>) -> Option<ReplicaId> {
 }
 
 /// Whether a target, which a volume that nobody attaches has none of, would change something. Not of a clone whose layers may
-/// not all be there yet, nor where an operator has to decide (R35).
+/// not all be there yet.
 fn wants_target(record: &VolumeRecord, nodes: &Nodes<'_>) -> bool {
-    if record.restored || record.source.as_ref().is_some_and(|source| !source.linked) {
+    if record.source.as_ref().is_some_and(|source| !source.linked) {
         return false;
     }
     let (mut lost, mut silent) = (false, false);
@@ -268,6 +270,7 @@ mod tests {
         let all = ["a", "b", "c"];
         record.restored = true;
         assert_eq!(told(&record, &all), []);
+        assert_eq!(told(&record, &["a", "c"]), [], "R35: who is silent may know better, and is not given up");
         record.restored = false;
         let of = CloneSource {
             volume: record.volume_id,

@@ -9,7 +9,8 @@ use holdfast_proto::storage::pool_server::{Pool, PoolServer};
 use holdfast_proto::storage::volume_jobs_server::VolumeJobsServer;
 use holdfast_proto::storage::{
     BlockRun, CreateReplicaReply, CreateReplicaRequest, DeleteReplicaReply, DeleteReplicaRequest,
-    GetPoolReply, GetPoolRequest, ReadSnapshotBlocksReply, ReadSnapshotBlocksRequest,
+    GetPoolReply, GetPoolRequest, KeptRecord, KnownMeta, ReadRecordsReply, ReadRecordsRequest,
+    ReadSnapshotBlocksReply, ReadSnapshotBlocksRequest,
 };
 use holdfast_service::NodeBook;
 use holdfast_storage_core::group::{GroupRecord, VersionedGroup};
@@ -233,9 +234,18 @@ pub struct State {
     create_fails: Option<(bool, &'static str)>,
     /// Calls wait for this long first.
     delay: std::time::Duration,
+    /// What each replica keeps of its volume's record.
+    pub kept: BTreeMap<String, KeptRecord>,
 }
 
 impl FakePool {
+    /// What it has of a volume is deleted, and nobody is told.
+    pub fn forget(&self, volume_id: &str) {
+        let mut state = self.state.lock().unwrap();
+        state.replicas.retain(|_, (volume, _)| volume != volume_id);
+        state.kept.retain(|_, kept| kept.volume_id != volume_id);
+    }
+
     /// Listens on loopback and announces the node.
     pub async fn start(
         node: &'static str,
@@ -255,6 +265,7 @@ impl FakePool {
             during_cut: None,
             create_fails: None,
             delay: std::time::Duration::ZERO,
+            kept: BTreeMap::new(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let control_address = listener.local_addr().unwrap().to_string();
@@ -345,6 +356,20 @@ impl Pool for FakePool {
         if let (Fate::Nothing, _) | (_, Some((false, _))) = (&fate, state.create_fails) {
             return Err(Status::unavailable("nothing was made"));
         }
+        let kept = KeptRecord {
+            replica_id: request.replica_id.clone(),
+            volume_id: request.volume_id.clone(),
+            copy: request.record.clone(),
+            copy_error: String::new(),
+            meta: Some(KnownMeta {
+                lineage: request.lineage.clone(),
+                generation: 0,
+                epoch: request.epoch,
+                size_bytes: request.size_bytes,
+            }),
+            holds_data: Some(false),
+        };
+        state.kept.insert(request.replica_id.clone(), kept);
         let shape = (request.volume_id, request.size_bytes);
         match state.replicas.get(&request.replica_id) {
             Some(other) if *other != shape => return Err(Status::already_exists("of another shape")),
@@ -355,6 +380,14 @@ impl Pool for FakePool {
             (_, Some((_, sentence))) => Err(Status::internal(sentence)),
             _ => Ok(Response::new(CreateReplicaReply {})),
         }
+    }
+
+    async fn read_records(
+        &self,
+        _: Request<ReadRecordsRequest>,
+    ) -> Result<Response<ReadRecordsReply>, Status> {
+        let replicas = self.state.lock().unwrap().kept.values().cloned().collect();
+        Ok(Response::new(ReadRecordsReply { replicas, more: false }))
     }
 
     async fn read_snapshot_blocks(
@@ -382,7 +415,9 @@ impl Pool for FakePool {
         if let Fate::Nothing = fate {
             return Err(Status::unavailable("cut"));
         }
-        state.replicas.remove(&request.into_inner().replica_id);
+        let replica_id = request.into_inner().replica_id;
+        state.replicas.remove(&replica_id);
+        state.kept.remove(&replica_id);
         match fate {
             Fate::AnswerLost => Err(Status::unavailable("cut")),
             _ => Ok(Response::new(DeleteReplicaReply {})),
