@@ -387,6 +387,7 @@ impl World {
         if *state == TargetState::Serving && status.possible_loss {
             self.log(|| format!("t{number}: goes on from lost caches"));
             self.history.loss(status.generation.0);
+            self.note_accepted_loss(number);
         }
     }
 

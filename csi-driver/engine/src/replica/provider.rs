@@ -361,6 +361,7 @@ mod tests {
             size_bytes: SIZE_BYTES,
             snapshots: BTreeSet::new(),
             sequence: 1,
+            copy: None,
         };
         let opened = grpc::open(actor, request, Vec::new(), None).await.unwrap().unwrap();
         SessionKey { generation, target_id, token: opened.token }
