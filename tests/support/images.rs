@@ -71,6 +71,27 @@ pub fn of_program_and_busybox(folder: &Path, reference: &str, program: &Path) ->
     pack(folder, reference, &[format!("/{name}")])
 }
 
+/// An image with a shell and its tools, some of them the machine's own with their libraries in place of busybox's.
+///
+/// # Errors
+/// As for [`pack`]; and a program is not linked as programs of the machine are.
+pub fn of_busybox_and(folder: &Path, reference: &str, programs: &[&Path]) -> Result<PathBuf> {
+    lay_out_busybox(folder, &[])?;
+    let tree = folder.join("tree");
+    for program in programs {
+        let place = tree.join("bin").join(program.file_name().context("a program has a name")?);
+        fs::remove_file(&place).with_context(|| format!("busybox has no {}", program.display()))?;
+        fs::copy(program, place)?;
+        let linked = run(Command::new("ldd").arg(program))?;
+        for library in linked.split_whitespace().filter(|word| word.starts_with('/')) {
+            let to = tree.join(library.trim_start_matches('/'));
+            fs::create_dir_all(to.parent().context("a library lies in a folder")?)?;
+            fs::copy(library, to)?;
+        }
+    }
+    pack(folder, reference, &[])
+}
+
 fn lay_out_busybox(folder: &Path, more: &[PathBuf]) -> Result<()> {
     let bin = folder.join("tree/bin");
     for part in ["bin", "etc", "tmp", "www"] {

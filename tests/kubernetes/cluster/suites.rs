@@ -13,6 +13,18 @@ use libtest_mimic::Trial;
 use super::ready::{READY_TIMEOUT, repository, unready};
 use super::{steady, trial};
 
+/// Begins the names of the specs for our driver.
+const DRIVER: &str = "External Storage [Driver: csi.holdfast.dev]";
+/// In the names of specs that need claims to bind without a pod.
+const UNBOUND: &str = "] volume-modify-stress ";
+/// In the names of specs that grow a file system of the class in use.
+const GROW_IN_USE: [&str; 3] = [
+    "(default fs)(allowExpansion)] volume-expand should resize volume when PVC is edited while pod is using it",
+    "(default fs) (late-binding)] ephemeral should support expansion",
+    "(default fs) (immediate-binding)] ephemeral should support expansion",
+];
+/// The capability that lets the kernel grow a mounted ext4.
+const CAP_SYS_RESOURCE: u32 = 24;
 /// Specs at a time: they wait more than they work.
 const PROCESSES: u8 = 3;
 
@@ -23,6 +35,8 @@ pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
     vec![
         trial(tools, "suites::network_policies", network_policies),
         trial(tools, "suites::volumes", volumes),
+        trial(tools, "suites::volumes_of_another_class", volumes_of_another_class),
+        trial(tools, "suites::volumes_and_topologies", volumes_and_topologies),
         trial(tools, "suites::nothing_of_ours_has_ended_meanwhile", steady::no_restarts),
     ]
 }
@@ -32,23 +46,85 @@ fn network_policies(cluster: &mut KubeCluster) -> Result<()> {
     if !has_sctp() {
         without.push(("SCTPConnectivity", "the kernel has no SCTP sockets"));
     }
-    let suite =
-        Suite { name: "netpol", focus: "Netpol", without, processes: PROCESSES, arguments: Vec::new() };
+    let suite = Suite {
+        name: "netpol",
+        focus: "Netpol",
+        only: &[],
+        without,
+        processes: PROCESSES,
+        arguments: Vec::new(),
+    };
     check(cluster, &suite)
 }
 
 fn volumes(cluster: &mut KubeCluster) -> Result<()> {
+    let mut without = vec![
+        ("[Disruptive]", "they restart kubelets by ssh, which no node has"),
+        (UNBOUND, "it wants claims that bind without a pod: see the other class"),
+        ("any volume data source", "the image of its populator cannot be had"),
+        (
+            "[Feature:volumegroupsnapshot]",
+            "they write a class's field among the driver's parameters, and restore into claims of 1 MiB; ours are of 16 MiB at least",
+        ),
+        // It fails, and holds its process up for 18 minutes.
+        (
+            "(block volmode)] multiVolume should concurrently access the single read-only volume",
+            "read-only raw block volumes are refused",
+        ),
+    ];
+    if !has_capability(CAP_SYS_RESOURCE)? {
+        let reason = "a mounted ext4 grows only with CAP_SYS_RESOURCE, which this machine gives to nobody: see the other class";
+        without.extend(GROW_IN_USE.map(|part| (part, reason)));
+    }
+    storage(cluster, "storage", &[], without, &[])
+}
+
+/// What cannot run with our class: its claims wait for a pod, and its file system may not grow in use here.
+fn volumes_of_another_class(cluster: &mut KubeCluster) -> Result<()> {
+    let class =
+        ("  FromExistingClassName: holdfast\nSnapshotClass", "  FromFile: other-class.yaml\nSnapshotClass");
+    storage(cluster, "storage-other-class", &[&[UNBOUND], &GROW_IN_USE[..]].concat(), Vec::new(), &[class])
+}
+
+/// Each node is a topology.
+fn volumes_and_topologies(cluster: &mut KubeCluster) -> Result<()> {
+    let changes = [
+        ("topology: false", "topology: true"),
+        ("  Capabilities:\n", "  TopologyKeys: [csi.holdfast.dev/node]\n  Capabilities:\n"),
+    ];
+    let without = vec![(
+        "(immediate binding)",
+        "where a class lets volumes be made says nothing of where ours can be used: on every node",
+    )];
+    storage(cluster, "storage-topologies", &["] topology "], without, &changes)
+}
+
+fn storage(
+    cluster: &KubeCluster,
+    name: &str,
+    only: &[&str],
+    without: Vec<(&str, &str)>,
+    changes: &[(&str, &str)],
+) -> Result<()> {
+    let mut driver = std::fs::read_to_string(files().join("driver.yaml"))?;
+    for (from, to) in changes {
+        ensure!(driver.matches(from).count() == 1, "driver.yaml has no {from}");
+        driver = driver.replace(from, to);
+    }
     let class = repository().join("manifests/snapshots");
     cluster.kubectl(&["apply", "-k", &class.display().to_string()])?;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes/suites");
+    let file = cluster.work().dir().join(format!("{name}.yaml"));
+    std::fs::write(&file, driver)?;
     let arguments = vec![
-        format!("--storage.testdriver={}", folder.join("driver.yaml").display()),
+        format!("--storage.testdriver={}", file.display()),
         // Files that the driver's file names are below it.
-        format!("--repo-root={}", folder.display()),
+        format!("--repo-root={}", files().display()),
     ];
-    let without = vec![("[Disruptive]", "they restart kubelets by ssh, which no node has")];
-    let focus = "External Storage [Driver: csi.holdfast.dev]";
-    check(cluster, &Suite { name: "storage", focus, without, processes: PROCESSES, arguments })
+    check(cluster, &Suite { name, focus: DRIVER, only, without, processes: PROCESSES, arguments })
+}
+
+fn files() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes/suites")
 }
 
 fn check(cluster: &KubeCluster, suite: &Suite<'_>) -> Result<()> {
@@ -85,4 +161,11 @@ fn prepare(cluster: &KubeCluster) -> Result<PathBuf> {
 /// The kernel shows its SCTP sockets there, where it knows any.
 fn has_sctp() -> bool {
     Path::new("/proc/net/sctp").exists()
+}
+
+/// Whether this process could ever have it, and with it the pods of the cluster.
+fn has_capability(number: u32) -> Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let bounds = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("no CapBnd")?;
+    Ok(u64::from_str_radix(bounds.trim(), 16)? >> number & 1 == 1)
 }

@@ -1,8 +1,8 @@
 //! Kubernetes' own end-to-end suites (`e2e.test`), run against a cluster of ours: which specs, on what images, and what became of each.
 //!
 //! The suites are unmodified. Their images are made on the spot: agnhost is built of its sources, what is busybox there is Debian's
-//! busybox here, pause is ours. Where a storage spec wants another image for the sake of a shell, that is busybox, too. A spec that
-//! wants any other one fails.
+//! busybox here, pause is ours. Where a storage spec wants another image for the sake of a shell or of GNU's dd, it gets these. A spec
+//! that wants any other image fails.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -29,8 +29,10 @@ const MESSAGE_MAX: usize = 600;
 pub struct Suite<'a> {
     /// Names the report.
     pub name: &'a str,
-    /// Part of the names of the specs.
+    /// What the names of the specs begin with, but for their group.
     pub focus: &'a str,
+    /// Further parts of their names, of which one suffices; none: all.
+    pub only: &'a [&'a str],
     /// Parts of the names of specs that are left out, each with the reason.
     pub without: Vec<(&'a str, &'a str)>,
     /// Specs at a time.
@@ -64,10 +66,12 @@ pub fn images(folder: &Path, tools: &Path, pause: &Path) -> Result<Vec<PathBuf>>
             "agnhost" => {
                 made.push(images::of_program_and_busybox(&folder, reference, &tools.join("agnhost"))?);
             }
-            // Of the latter two specs of volumes use the shell.
-            "busybox" | "glibc-dns-testing" | "nginx" => {
-                made.push(images::of_busybox(&folder, reference, &[])?)
+            "glibc-dns-testing" => {
+                // Busybox's own shell takes its own dd, wherever another one lies.
+                let programs = ["/bin/sh", "/bin/dd"].map(Path::new);
+                made.push(images::of_busybox_and(&folder, reference, &programs)?);
             }
+            "busybox" | "nginx" => made.push(images::of_busybox(&folder, reference, &[])?),
             "pause" => made.push(images::of_program(&folder, reference, pause)?),
             _ => {}
         }
@@ -119,8 +123,11 @@ fn arguments(cluster: &KubeCluster, suite: &Suite<'_>, tools: &Path, folder: &Pa
         format!("--output-dir={}", folder.display()),
         "--json-report=report.json".to_owned(),
         "--junit-report=junit.xml".to_owned(),
-        format!("--focus={}", quoted(suite.focus)),
     ];
+    let any: &[&str] = &[""];
+    let only = if suite.only.is_empty() { any } else { suite.only };
+    let focus = quoted(suite.focus);
+    arguments.extend(only.iter().map(|part| format!("--focus={focus}.*{}", quoted(part))));
     arguments.extend(suite.without.iter().map(|(part, _)| format!("--skip={}", quoted(part))));
     arguments.extend([
         tools.join("e2e.test").display().to_string(),
@@ -156,7 +163,7 @@ fn outcome(reports: &[Report], suite: &Suite<'_>) -> Outcome {
             // What runs before and after all specs has no name.
             "passed" if spec.kind == "It" => outcome.passed.push(name),
             "passed" => {}
-            "skipped" | "pending" if name.contains(suite.focus) => {
+            "skipped" | "pending" if suite.has(&name) => {
                 let left_out = suite.without.iter().find(|(part, _)| name.contains(part));
                 let reason = left_out.map(|(_, reason)| (*reason).to_owned()).or(message);
                 outcome.skipped.entry(reason.unwrap_or_else(|| spec.state.clone())).or_default().push(name);
@@ -166,6 +173,13 @@ fn outcome(reports: &[Report], suite: &Suite<'_>) -> Outcome {
         }
     }
     outcome
+}
+
+impl Suite<'_> {
+    fn has(&self, name: &str) -> bool {
+        let found = name.split_once(self.focus).map(|(_, rest)| rest);
+        found.is_some_and(|rest| self.only.is_empty() || self.only.iter().any(|part| rest.contains(part)))
+    }
 }
 
 impl Outcome {
@@ -247,6 +261,7 @@ mod tests {
         let suite = Suite {
             name: "n",
             focus: "Netpol",
+            only: &[],
             without: vec![("[SCTP]", "no SCTP")],
             processes: 1,
             arguments: Vec::new(),
@@ -260,6 +275,17 @@ mod tests {
         let reasons: Vec<&str> = outcome.skipped.keys().map(String::as_str).collect();
         assert_eq!(reasons, ["no SCTP", "not on Tuesdays"]);
         assert_eq!(outcome.counts(), "1 passed, 1 failed, 2 skipped");
+    }
+
+    #[test]
+    fn a_suite_may_have_some_of_the_specs_in_its_focus_only() {
+        let (without, arguments) = (Vec::new(), Vec::new());
+        let suite =
+            Suite { name: "n", focus: "[Driver: ours]", only: &["] b "], without, processes: 1, arguments };
+
+        assert!(suite.has("External [Driver: ours] [x] b c"));
+        assert!(!suite.has("External [Driver: ours] [x] d"));
+        assert!(!suite.has("External [Driver: theirs] [x] b c"));
     }
 
     #[test]
