@@ -5,7 +5,7 @@
 //! *Checked:* that no acknowledged write is lost or un-read and that members are equal, by the history as ever; a replica
 //! that went has no data any more, so whoever read from it or counted on it would show that. And at each change of the
 //! record: as many members as wanted stay (P6), and one that kept its cache is among them, unless they all lost theirs in
-//! the moment that nobody can know of, or their target went on from those losses and said so (P2, R12).
+//! the moment that nobody can know of (P2).
 
 use std::collections::BTreeSet;
 
@@ -49,8 +49,6 @@ pub struct Removals {
     moving: bool,
     /// Removals whose first proposal was judged, by their epoch's nonce.
     judged: BTreeSet<u64>,
-    /// Losses from which a target went on (R12), each by the node and when it died: what the member has is the truth since then.
-    accepted: BTreeSet<(TargetNumber, usize, u64)>,
 }
 
 impl Removals {
@@ -60,15 +58,7 @@ impl Removals {
         let gap_us = focused.then(|| [300_000, 1_000_000, 2_500_000][rng.random_range(0..3)]);
         let traps = [0.0, 0.1, 0.4][rng.random_range(0..3)];
         let min_in_sync = [1, 1, 2][rng.random_range(0..3)];
-        Self {
-            rng,
-            gap_us,
-            min_in_sync,
-            traps,
-            moving: false,
-            judged: BTreeSet::new(),
-            accepted: BTreeSet::new(),
-        }
+        Self { rng, gap_us, min_in_sync, traps, moving: false, judged: BTreeSet::new() }
     }
 
     pub fn are_made(&self) -> bool {
@@ -194,12 +184,6 @@ impl World {
         true
     }
 
-    /// A target goes on from what survived of lost caches.
-    pub fn note_accepted_loss(&mut self, target: TargetNumber) {
-        let members = self.store.record.in_sync.iter().map(|member| node_of(*member));
-        self.removals.accepted.extend(members.map(|node| (target, node, self.nodes[node].died_at)));
-    }
-
     /// A target proposes a removal: by now it could know who lost its cache.
     pub fn judge_removal(&mut self, target: TargetNumber, action: &TargetAction) {
         let TargetAction::Swap { record, .. } = action else { return };
@@ -215,11 +199,7 @@ impl World {
             let disk = &self.nodes[node].disk;
             !disk.meta.cache_lost && disk.tmpfs_cookie == Some(disk.meta.cookie)
         };
-        let lost_long_ago = |node: usize| {
-            let died_at = self.nodes[node].died_at;
-            let accepted = self.removals.accepted.contains(&(target, node, died_at));
-            !kept(node) && !accepted && died_at + KNOWN_AFTER_US < self.now
-        };
+        let lost_long_ago = |node: usize| !kept(node) && self.nodes[node].died_at + KNOWN_AFTER_US < self.now;
         if record.in_sync.iter().all(|member| lost_long_ago(node_of(*member))) && kept(node_of(gone)) {
             self.history.violations.push(format!(
                 "P2: t{target} takes replica {gone} out for good, the last one that kept its cache"

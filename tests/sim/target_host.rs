@@ -387,7 +387,6 @@ impl World {
         if *state == TargetState::Serving && status.possible_loss {
             self.log(|| format!("t{number}: goes on from lost caches"));
             self.history.loss(status.generation.0);
-            self.note_accepted_loss(number);
         }
     }
 

@@ -124,7 +124,7 @@ fn has_config_ending(path: &Path) -> bool {
     path.extension().and_then(OsStr::to_str).is_some_and(|ending| CONFIG_ENDINGS.contains(&ending))
 }
 
-fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -11,22 +11,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
-use crate::install::names_our_plugin;
+use crate::install::{files, names_our_plugin};
 
 /// Files of attachments to networks whose configuration has our plugin in its list. None where there is no folder.
 pub(crate) fn results_of_ours(cache_dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(cache_dir.join("results")) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        if path.is_file() && fs::read(&path).is_ok_and(|text| is_of_ours(&text)) {
-            found.push(path);
-        }
-    }
+    let mut found = files(&cache_dir.join("results"))?;
+    found.retain(|path| path.is_file() && fs::read(path).is_ok_and(|text| is_of_ours(&text)));
     Ok(found)
 }
 

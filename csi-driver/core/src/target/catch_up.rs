@@ -537,6 +537,7 @@ impl Target {
         self.catch_up = None;
         let Some(peer) = self.peers.get_mut(&replica) else { return };
         peer.cache_lost = false;
+        peer.loss_accepted = false;
         let logged = peer.session().map(|s| s.logged.clone()).unwrap_or_default();
         for region in logged {
             self.is_logged_by_member(region);

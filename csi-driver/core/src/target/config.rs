@@ -257,6 +257,7 @@ impl Target {
         for replica in lost {
             if let Some(peer) = self.peers.get_mut(&replica) {
                 peer.cache_lost = false;
+                peer.loss_accepted = true;
             }
         }
         Some(unopened)
@@ -493,6 +494,7 @@ impl Target {
             // A full or failing disk that answers at once must not be tried in a tight loop.
             peer.failures = if peer.expelled { peer.failures.max(2) } else { 1 };
             peer.cache_lost = false;
+            peer.loss_accepted = false;
         }
         self.drop_clear_calls(replica);
     }

@@ -28,6 +28,9 @@ pub(super) struct Peer {
     pub size_bytes: u64,
     /// Its cache was lost when it was opened last (R12).
     pub cache_lost: bool,
+    /// It was, and this target went on from what is there (R12). The replica says so until that is reconciled, and a later target
+    /// believes it.
+    pub loss_accepted: bool,
     /// When the last heartbeat that it answered was sent, or it was opened; none if the clocks stood still since (R4).
     pub heard_ms: Option<u64>,
     /// A fault other than a broken session: it must leave the set.
@@ -85,6 +88,7 @@ impl Peer {
             retry_at_ms: 0,
             size_bytes: 0,
             cache_lost: false,
+            loss_accepted: false,
             heard_ms: None,
             expelled: false,
             copy_sent: RecordVersion(0),
@@ -214,6 +218,7 @@ impl Target {
         peer.size_bytes = opened.size_bytes;
         peer.copy_kept = peer.copy_sent;
         peer.cache_lost = opened.cache_lost && (self.guards.lostsrc || self.state == TargetState::Serving);
+        peer.loss_accepted = false;
         peer.expelled = false;
         peer.link = Link::Open(Box::new(Session {
             id: session,
@@ -437,6 +442,7 @@ impl Target {
             peer.heard_ms = heard_ms;
             // R19: it ends at the replica once what was lost is reconciled there.
             peer.cache_lost &= cache_lost;
+            peer.loss_accepted &= cache_lost;
         }
         self.recompute_leases();
         self.release_reads();

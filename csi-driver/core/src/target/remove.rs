@@ -52,8 +52,15 @@ impl Target {
     /// The member that may be taken out now.
     pub(super) fn removal_due(&self) -> Option<ReplicaId> {
         let Some(Current::Remove(remove)) = &self.jobs.current else { return None };
-        let all_good = || self.members().into_iter().all(|replica| self.is_good(replica));
-        (self.is_member(remove.replica) && (all_good() || !self.guards.removegood)).then_some(remove.replica)
+        let members = self.members();
+        let all_good = members.iter().all(|replica| self.is_good(*replica));
+        // R9, also for the next target: it would find nobody who kept his cache, and fail under the same attachment (R12).
+        let is_sound = |r: &ReplicaId| self.peers.get(r).is_some_and(|peer| !peer.loss_accepted);
+        let mut others = members.iter().filter(|replica| **replica != remove.replica).peekable();
+        // Without others the record refuses.
+        let one_stays = others.peek().is_none() || others.any(is_sound);
+        let safe = all_good && one_stays;
+        (members.contains(&remove.replica) && (safe || !self.guards.removegood)).then_some(remove.replica)
     }
 
     /// The record without the member, unless it does not allow that.

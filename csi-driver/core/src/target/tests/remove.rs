@@ -91,6 +91,36 @@ fn r9_no_member_is_taken_out_while_another_may_have_lost_its_cache() {
 }
 
 #[test]
+fn r9_no_member_that_kept_its_cache_is_taken_out_before_one_that_stays_has_reconciled_its_loss() {
+    let mut bench = mk_bench(3);
+    bench.change(|record| record.params.replicas = 2);
+    bench.store();
+    for replica in 1..=3 {
+        bench.open(replica, true);
+    }
+    bench.store();
+    bench.tell_all();
+    let lost = |bench: &mut Bench, still: [bool; 3]| {
+        bench.now_ms += timers::HEARTBEAT_MS;
+        bench.event(TargetEvent::Tick);
+        while let Some(TargetAction::Heartbeat { session, sequence, replica }) =
+            bench.take(|a| matches!(a, TargetAction::Heartbeat { .. }))
+        {
+            let cache_lost = still[usize::try_from(replica.0 - 1).unwrap()];
+            bench.event(TargetEvent::HeartbeatAnswered { session, sequence, cache_lost });
+        }
+    };
+    lost(&mut bench, [true, true, false]);
+    bench.remove(3);
+    bench.store();
+    assert!(!bench.is_given_up(3), "the next target would find nobody who kept his cache (R12)");
+    lost(&mut bench, [true, false, false]);
+    bench.event(TargetEvent::Tick);
+    bench.store();
+    assert!(bench.is_given_up(3), "one that stays has reconciled its loss");
+}
+
+#[test]
 fn p6_a_member_that_the_volume_needs_is_not_taken_out() {
     let mut bench = mk_serving(3);
     bench.remove(3);
