@@ -119,10 +119,16 @@ async fn bad_group_requests_are_refused_by_field() {
     let controller = world.controller().await;
     let group = create_group(&controller, mk_group("all", &[one, two])).await.unwrap();
     assert_eq!(create_group(&controller, mk_group("all", &[two, one])).await.unwrap(), group);
+    let with = |key: &str| {
+        let parameters = [(key.to_owned(), "Delete".to_owned())].into();
+        CreateVolumeGroupSnapshotRequest { parameters, ..mk_group("all", &[one, two]) }
+    };
+    assert_eq!(create_group(&controller, with("deletionPolicy")).await.unwrap(), group, "as a class has it");
     let many: Vec<&str> = vec![one; 33];
     for (request, code, named) in [
         (mk_group("", &[one]), Code::InvalidArgument, "name"),
         (mk_group("x", &[]), Code::InvalidArgument, "source_volume_ids"),
+        (with("deletionpolicy"), Code::InvalidArgument, "deletionpolicy"),
         (mk_group("x", &many), Code::InvalidArgument, "source_volume_ids"),
         (mk_group("x", &[one, one]), Code::InvalidArgument, "twice"),
         (mk_group("x", &[one, "nonsense"]), Code::NotFound, "nonsense"),

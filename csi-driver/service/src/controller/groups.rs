@@ -32,6 +32,9 @@ use crate::volume_request::{check_name, existing_volume_id_in};
 
 /// For how long the members' writes wait at most; no write fails by it.
 const GROUP_HOLD_MS: u64 = 5_000;
+/// A field of Kubernetes' VolumeGroupSnapshotClass, which is its snapshot controller's to heed. Kubernetes' own suite for drivers writes it
+/// among the driver's parameters as well, where it says nothing new.
+const DELETION_POLICY: &str = "deletionPolicy";
 
 #[tonic::async_trait]
 impl GroupController for ControllerService {
@@ -74,7 +77,7 @@ impl Inner {
         request: CreateVolumeGroupSnapshotRequest,
     ) -> Result<CreateVolumeGroupSnapshotResponse, Status> {
         check_name(&request.name)?;
-        check_parameters(request.parameters.keys())?;
+        check_parameters(request.parameters.keys().filter(|key| *key != DELETION_POLICY))?;
         if request.source_volume_ids.is_empty() {
             return Err(Status::invalid_argument("source_volume_ids is missing"));
         }
