@@ -62,10 +62,7 @@ fn volumes(cluster: &mut KubeCluster) -> Result<()> {
         ("[Disruptive]", "they restart kubelets by ssh, which no node has"),
         (UNBOUND, "it wants claims that bind without a pod: see the other class"),
         ("any volume data source", "the image of its populator cannot be had"),
-        (
-            "[Feature:volumegroupsnapshot]",
-            "they write a class's field among the driver's parameters, and restore into claims of 1 MiB; ours are of 16 MiB at least",
-        ),
+        ("] volumegroupsnapshottable ", "they restore into claims of 1 MiB; ours are of 16 MiB at least"),
         // It fails, and holds its process up for 18 minutes.
         (
             "(block volmode)] multiVolume should concurrently access the single read-only volume",

@@ -219,15 +219,7 @@ impl RemoteLink {
                 let request = wire::set_epoch_pb(session, epoch, &in_sync, &absent, &record);
                 rpc.set_epoch(request).await.map_err(link_error)?;
             }
-            Control::KeepRecord(record) => {
-                let record = record_copies::copy_of(&record).as_ref().map(record_copies::to_wire);
-                match rpc.keep_record(pb::KeepRecordRequest { session, record }).await {
-                    Ok(_) => {}
-                    // A release that does not know the call keeps none.
-                    Err(status) if status.code() == Code::Unimplemented => {}
-                    Err(status) => return Err(link_error(status)),
-                }
-            }
+            Control::KeepRecord(record) => self.keep_record(&record).await?,
             Control::ClearLog(regions) => {
                 let stamp = |region: &holdfast_storage_core::ids::Region| pb::RegionStamp {
                     region: region.0,
@@ -285,6 +277,16 @@ impl RemoteLink {
             }
         }
         Ok(ControlAnswer::Done)
+    }
+
+    /// A release that does not know the call keeps no record.
+    async fn keep_record(&self, record: &Versioned) -> Result<(), LinkError> {
+        let session = Some(self.session.clone());
+        let record = record_copies::copy_of(record).as_ref().map(record_copies::to_wire);
+        match self.rpc.clone().keep_record(pb::KeepRecordRequest { session, record }).await {
+            Err(status) if status.code() != Code::Unimplemented => Err(link_error(status)),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     async fn changes(
