@@ -119,6 +119,29 @@ need_vm_kernel() {
         mv "$dir/kernel.new" "$dir/kernel"
 }
 
+# The release that the tier kubernetes upgrades from, built beside ours and before it, so that the programs in release/ are ours in the
+# end. Where the history lacks its commit (a shallow clone, an archive) the trial is skipped.
+need_previous_release() {
+    local version commit dir target
+    read -r version commit <tests/kubernetes/previous-release
+    target="$(release_dir)/.."
+    dir="$target/previous/$commit"
+    [ -e "$dir" ] && return 0
+    if ! git cat-file -e "$commit^{commit}" 2>/dev/null; then
+        echo "There is no commit $commit of $version: upgrading from it will be skipped."
+        return 0
+    fi
+    echo "Building $version, to be upgraded from"
+    rm -rf "$dir.new"
+    mkdir -p "$dir.new/source" "$dir.new/programs" &&
+        git archive "$commit" | tar -x -C "$dir.new/source" &&
+        target=$(cd "$target" && pwd) &&
+        (cd "$dir.new/source" && CARGO_TARGET_DIR="$target" cargo build --release --locked --workspace \
+            --bin holdfast --bin holdfast-cni --bin holdfast-csi --bin holdfast-netd) &&
+        cp "$target"/release/holdfast{,-cni,-csi,-netd} "$dir.new/programs/" &&
+        mv "$dir.new" "$dir"
+}
+
 # Where release binaries land.
 release_dir() {
     echo "${CARGO_TARGET_DIR:-target}/release"

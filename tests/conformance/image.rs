@@ -51,7 +51,7 @@ fn build(folder: &Path) -> Result<Option<Image>> {
     let programs = binaries_dir()?;
     // Downloads are kept beside the build's: they are checked each time.
     let packages = programs.join("work/packages");
-    match (Build { programs: &programs, packages: &packages, folder }).run()? {
+    match (Build { programs: &programs, packages: &packages, folder, reference: REFERENCE }).run()? {
         Ok(image) => Ok(Some(image)),
         Err(skip) => {
             println!("{skip}");

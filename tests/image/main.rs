@@ -22,7 +22,8 @@ fn main() -> Result<()> {
     let start = Instant::now();
     std::fs::create_dir_all(&folder)?;
     let (programs, packages) = (binaries_dir()?, folder.join("packages"));
-    let image = Build { programs: &programs, packages: &packages, folder: &folder }.run()?;
+    let image =
+        Build { programs: &programs, packages: &packages, folder: &folder, reference: REFERENCE }.run()?;
     let image = image.map_err(|skip| anyhow!(skip.0))?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     println!("{REFERENCE} {}", image.digest);

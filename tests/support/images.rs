@@ -6,37 +6,27 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::image::oci;
 use crate::process::run;
 
 /// A static busybox: the only program of most images.
 pub const BUSYBOX: &str = "/usr/bin/busybox";
 
-/// Packs the file tree in `FOLDER/tree` as `docker save` does (manifest, configuration, one layer) and answers the archive.
+/// Packs the file tree in `FOLDER/tree` and answers the archive.
 ///
 /// # Errors
-/// A file cannot be written, or `tar` fails.
+/// A file cannot be written, or a tool fails.
 pub fn pack(folder: &Path, reference: &str, entrypoint: &[String]) -> Result<PathBuf> {
-    let owned = ["--owner=0", "--group=0", "--numeric-owner", "--sort=name"];
-    let layer = folder.join("layer.tar");
-    run(Command::new("tar").args(owned).arg("-C").arg(folder.join("tree")).arg("-cf").arg(&layer).arg("."))?;
-    let digest = run(Command::new("sha256sum").arg(&layer))?;
-    let digest = digest.split_whitespace().next().context("no digest")?;
-    let machine = std::env::consts::ARCH.replace("x86_64", "amd64").replace("aarch64", "arm64");
-    let config: Value = json!({
-        "architecture": machine, "os": "linux",
-        "config": { "Entrypoint": entrypoint, "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
-    });
-    let manifest = json!([{ "Config": "config.json", "RepoTags": [reference], "Layers": ["layer.tar"] }]);
-    fs::write(folder.join("config.json"), config.to_string())?;
-    fs::write(folder.join("manifest.json"), manifest.to_string())?;
-    let image = folder.join("image.tar");
-    let parts = ["manifest.json", "config.json", "layer.tar"];
-    run(Command::new("tar").arg("-C").arg(folder).arg("-cf").arg(&image).args(parts))?;
-    fs::remove_file(layer)?;
-    Ok(image)
+    let config = json!({ "Entrypoint": entrypoint, "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] });
+    let archive = folder.join("image.tar");
+    oci::pack(
+        &folder.join("tree"),
+        &oci::Words { reference, config, made_by: "a test", compress: false },
+        &archive,
+    )?;
+    Ok(archive)
 }
 
 /// An image of one static program, which is its entry point.

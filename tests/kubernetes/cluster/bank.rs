@@ -39,6 +39,11 @@ impl Bank {
         Ok(bank)
     }
 
+    /// Where it is.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The node of the first pod, and the pod's UID.
     pub fn place(&self, cluster: &KubeCluster) -> Result<(String, String)> {
         let pod = cluster.get(&["pod", "-n", &self.namespace, "bank-0"])?;

@@ -9,12 +9,14 @@ mod moves;
 mod network;
 mod reach;
 mod ready;
+mod releases;
 mod restarts;
 mod steady;
 mod suites;
 mod upgrade;
 mod volumes;
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -48,8 +50,9 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(upgrade::trials(&tools));
     trials.extend(suites::trials(&tools));
     trials.extend(restarts::trials(&tools));
-    // Nothing can follow it.
+    // Nothing can follow it on the same cluster; what does has one of its own.
     trials.extend(leaving::trials(&tools));
+    trials.extend(releases::trials(&tools));
     trials
 }
 
@@ -69,26 +72,51 @@ fn trial(
     name: &str,
     body: impl FnOnce(&mut KubeCluster) -> Result<()> + Send + 'static,
 ) -> Trial {
-    let name = format!("cluster::{name}");
-    let tools = match tools {
-        Ok(tools) => tools.clone(),
-        Err(skip) => {
-            println!("{skip}");
-            return Trial::test(name, || Ok(())).with_ignored_flag(true);
-        }
-    };
-    Trial::test(name, move || run(&tools, body).map_err(|error| format!("{error:#}").into()))
+    skippable(name, tools.clone(), move |tools| on_shared(tools, body))
 }
 
-fn run(tools: &Tools, body: impl FnOnce(&mut KubeCluster) -> Result<()>) -> Result<()> {
+/// A trial that needs something; where that is missing it is skipped, and says why.
+fn skippable<T: Send + 'static>(
+    name: &str,
+    needs: Result<T, Skip>,
+    body: impl FnOnce(&T) -> Result<()> + Send + 'static,
+) -> Trial {
+    let name = format!("cluster::{name}");
+    match needs {
+        Ok(needs) => Trial::test(name, move || body(&needs).map_err(|error| format!("{error:#}").into())),
+        Err(skip) => {
+            println!("{skip}");
+            Trial::test(name, || Ok(())).with_ignored_flag(true)
+        }
+    }
+}
+
+fn on_shared(tools: &Tools, body: impl FnOnce(&mut KubeCluster) -> Result<()>) -> Result<()> {
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     if shared.cluster.is_none() {
-        shared.cluster = Some(KubeCluster::start(tools, ready::images()?)?);
+        shared.cluster = Some(KubeCluster::start(tools, vec![ready::image()?])?);
     }
-    let cluster = shared.cluster.as_mut().context("it was just started")?;
-    let outcome = ready::make_ready(cluster).and_then(|()| body(cluster));
-    let Err(error) = outcome else { return Ok(()) };
-    let story = cluster.story();
-    shared.failed = true;
-    Err(error.context(story))
+    shared.run(|cluster| ready::make_ready(cluster).and_then(|()| body(cluster)))
+}
+
+/// Runs `body` on a cluster of its own that has nothing of ours but images. The shared one is ended: nothing that needs it can follow.
+fn on_fresh(
+    tools: &Tools,
+    images: Vec<PathBuf>,
+    body: impl FnOnce(&mut KubeCluster) -> Result<()>,
+) -> Result<()> {
+    end()?;
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    *shared = Shared { cluster: Some(KubeCluster::start(tools, images)?), failed: false };
+    shared.run(body)
+}
+
+impl Shared {
+    fn run(&mut self, body: impl FnOnce(&mut KubeCluster) -> Result<()>) -> Result<()> {
+        let cluster = self.cluster.as_mut().context("no cluster was started")?;
+        let Err(error) = body(cluster) else { return Ok(()) };
+        let story = cluster.story();
+        self.failed = true;
+        Err(error.context(story))
+    }
 }

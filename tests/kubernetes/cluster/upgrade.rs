@@ -7,21 +7,30 @@ use holdfast_tests::go_tools::Skip;
 use holdfast_tests::k8s::{KubeCluster, NODES, Tools};
 use libtest_mimic::Trial;
 
-use super::bank::Bank;
+use super::bank::{Bank, Client};
 use super::moves::wait_for_replicas;
 use super::ready::{NAMESPACE, unready};
 use super::trial;
 
 /// For one workload to be replaced on all nodes, one after the other.
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(180);
+/// What replaces its pods by itself once its template changes.
+pub const ROLLED: [&str; 3] =
+    ["daemonset/holdfast-netd", "daemonset/holdfast-node", "deployment/holdfast-controller"];
 /// A commit waits for a replica that is swapped out (800 ms), and for a machine that does much else.
-const PAUSE_MAX: Duration = Duration::from_secs(4);
+pub const PAUSE_MAX: Duration = Duration::from_secs(4);
 
 pub fn trials(tools: &Result<Tools, Skip>) -> Vec<Trial> {
     vec![
         trial(tools, "a_rolling_upgrade_cuts_no_connection_and_fails_no_io", agents),
         trial(tools, "data_processes_are_replaced_one_by_one_after_their_volumes_moved", data_processes),
     ]
+}
+
+/// Waits until each pod of a workload is of its newest template.
+pub fn wait_for_rollout(cluster: &KubeCluster, workload: &str) -> Result<()> {
+    let timeout = format!("--timeout={}s", ROLLOUT_TIMEOUT.as_secs());
+    cluster.kubectl(&["rollout", "status", "-n", NAMESPACE, workload, &timeout]).map(drop)
 }
 
 /// Network agents, CSI pods and controllers are replaced while a client commits over one connection through all nodes' networks.
@@ -32,11 +41,9 @@ fn agents(cluster: &mut KubeCluster) -> Result<()> {
     // Until kube-proxy knew of the pod it may have been refused.
     let before = client.complaints()?;
     let start = Instant::now();
-    let replaced = ["daemonset/holdfast-netd", "daemonset/holdfast-node", "deployment/holdfast-controller"];
-    for workload in replaced {
+    for workload in ROLLED {
         cluster.kubectl(&["rollout", "restart", "-n", NAMESPACE, workload])?;
-        let timeout = format!("--timeout={}s", ROLLOUT_TIMEOUT.as_secs());
-        cluster.kubectl(&["rollout", "status", "-n", NAMESPACE, workload, &timeout])?;
+        wait_for_rollout(cluster, workload)?;
     }
     let took = start.elapsed();
     client.wait_for(100)?;
@@ -57,10 +64,19 @@ fn data_processes(cluster: &mut KubeCluster) -> Result<()> {
     let bank = Bank::start(cluster, "renewal", 1)?;
     wait_for_replicas(cluster)?;
     let client = bank.client(cluster, "renewal-client", "", 1)?;
+    renew_data_processes(cluster, &bank, &client)?;
+    let kept = client.end(|| bank.numbers(cluster, ""))?;
+    println!("Data processes: all replaced, {kept} acknowledged entries, all there");
+    bank.remove(cluster)
+}
+
+/// Replaces the data process of each node, as docs/operations.md says, while a client of the database's one pod goes on.
+pub fn renew_data_processes(cluster: &KubeCluster, bank: &Bank, client: &Client) -> Result<()> {
     for node in NODES {
         cluster.kubectl(&["cordon", node])?;
         if bank.place(cluster)?.0 == node {
-            cluster.kubectl(&["delete", "pod", "-n", "renewal", "bank-0", "--wait=true", "--timeout=60s"])?;
+            let pod = ["delete", "pod", "-n", bank.namespace(), "bank-0"];
+            cluster.kubectl(&[&pod[..], &["--wait=true", "--timeout=60s"]].concat())?;
             bank.wait_for_move(cluster, node, ROLLOUT_TIMEOUT)?;
         }
         let at_node = format!("--field-selector=spec.nodeName={node}");
@@ -82,7 +98,5 @@ fn data_processes(cluster: &mut KubeCluster) -> Result<()> {
         client.wait_for(50)?;
         wait_for_replicas(cluster)?;
     }
-    let kept = client.end(|| bank.numbers(cluster, ""))?;
-    println!("Data processes: all replaced, {kept} acknowledged entries, all there");
-    bank.remove(cluster)
+    Ok(())
 }

@@ -50,6 +50,12 @@ spec:
 }
 
 fn snapshots(cluster: &mut KubeCluster) -> Result<()> {
+    take_snapshot(cluster)?;
+    restore_snapshot(cluster)
+}
+
+/// A volume with a snapshot, and written to since; no pod uses it.
+pub fn take_snapshot(cluster: &KubeCluster) -> Result<()> {
     // Its class needs the definitions, so it is applied after them.
     let class = repository().join("manifests/snapshots");
     cluster.kubectl(&["apply", "-k", &class.display().to_string()])?;
@@ -70,8 +76,14 @@ spec:
         Ok(cluster.get(&["volumesnapshot", "-n", NAMESPACE, "moment"])?["status"]["readyToUse"] == true)
     })?;
     write(cluster, "writer", "after")?;
+    cluster.kubectl(&["delete", "pod", "-n", NAMESPACE, "writer", "--wait=true", "--timeout=60s"]).map(drop)
+}
+
+/// Snapshot, clone and the volume itself have what they had; then all of it is removed.
+pub fn restore_snapshot(cluster: &KubeCluster) -> Result<()> {
     let restored = "dataSource: {apiGroup: snapshot.storage.k8s.io, kind: VolumeSnapshot, name: moment}";
     let cloned = "dataSource: {kind: PersistentVolumeClaim, name: source}";
+    cluster.apply(&mk_pod("writer", "source", ""))?;
     cluster.apply(&(mk_claim("restored", "64Mi", restored) + &mk_pod("reader", "restored", "")))?;
     cluster.apply(&(mk_claim("cloned", "64Mi", cloned) + &mk_pod("twin", "cloned", "")))?;
     for (pod, wanted) in [("reader", "before"), ("twin", "after"), ("writer", "after")] {

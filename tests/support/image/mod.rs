@@ -14,7 +14,7 @@
 //! the same digest after Debian published a newer package, which the label `dev.holdfast.packages` would show.
 
 mod licences;
-mod oci;
+pub mod oci;
 mod packages;
 
 use std::fs;
@@ -23,13 +23,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use crate::go_tools::Skip;
 use crate::process::run;
 use packages::Packages;
 
 /// What workloads refer to.
-pub const REFERENCE: &str = "holdfast:0.1.0";
+pub const REFERENCE: &str = concat!("holdfast:", env!("CARGO_PKG_VERSION"));
 /// Our programs.
 pub const PROGRAMS: [&str; 4] = ["holdfast", "holdfast-cni", "holdfast-csi", "holdfast-netd"];
 /// What they run: formatting, growth, and the check before ext4 grows unmounted (`csi-driver/service/src/node`).
@@ -75,6 +76,8 @@ pub struct Build<'a> {
     pub packages: &'a Path,
     /// The root file system is made here, and the archive; what was there of an earlier build is replaced.
     pub folder: &'a Path,
+    /// `NAME:TAG` that workloads refer to it by; [`REFERENCE`] but for another release's programs.
+    pub reference: &'a str,
 }
 
 /// A finished image.
@@ -129,7 +132,9 @@ impl Build<'_> {
         licences::write(&root.join("usr/share/doc/holdfast"))?;
         set_modes(&root)?;
         let archive = self.folder.join("holdfast.tar");
-        let digest = oci::pack(&root, &taken, &archive)?;
+        let (config, made_by) = (config(&taken), "scripts/image");
+        let words = oci::Words { reference: self.reference, config, made_by, compress: true };
+        let digest = oci::pack(&root, &words, &archive)?;
         Ok(Ok(Image {
             archive_bytes: fs::metadata(&archive)?.len(),
             root_bytes: bytes_below(&root)?,
@@ -138,6 +143,23 @@ impl Build<'_> {
             digest,
         }))
     }
+}
+
+/// How it is run, and what scanners read of it. `packages` is what it has of Debian.
+fn config(packages: &[String]) -> Value {
+    json!({
+        "Env": ["PATH=/usr/sbin:/usr/bin"],
+        "Cmd": ["holdfast", "--help"],
+        "WorkingDir": "/",
+        "Labels": {
+            "org.opencontainers.image.title": "holdfast",
+            "org.opencontainers.image.description":
+                "Replicated block storage, pod networking and network policy for Kubernetes",
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.image.licenses": "Apache-2.0",
+            "dev.holdfast.packages": packages.join(" "),
+        },
+    })
 }
 
 /// Folders, links of the merged /usr, and the files that the C library looks into.

@@ -8,7 +8,6 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::REFERENCE;
 use super::packages::sha256;
 use crate::process::run;
 
@@ -16,13 +15,26 @@ use crate::process::run;
 const CREATED: &str = "1970-01-01T00:00:00Z";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const GZIP_LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
-/// Packs `root` into `archive`; answers the manifest's digest. `packages` is what it has of Debian.
+/// What is said of an image beside its files.
+pub struct Words<'a> {
+    /// `NAME:TAG` that workloads refer to it by, with or without a host.
+    pub reference: &'a str,
+    /// The `config` of the image's configuration: environment, command, labels.
+    pub config: Value,
+    /// How it was made.
+    pub made_by: &'a str,
+    /// Whether it is to be sent anywhere, so that its size matters more than the time to pack it.
+    pub compress: bool,
+}
+
+/// Packs `root` into `archive`; answers the manifest's digest.
 ///
 /// # Errors
 /// A tool fails or a file cannot be written.
-pub fn pack(root: &Path, packages: &[String], archive: &Path) -> Result<String> {
+pub fn pack(root: &Path, words: &Words<'_>, archive: &Path) -> Result<String> {
     let beside = archive.parent().context("the archive has no folder")?;
     let layout = tempfile::Builder::new().prefix("layout-").tempdir_in(beside)?;
     let blobs = layout.path().join("blobs/sha256");
@@ -30,19 +42,23 @@ pub fn pack(root: &Path, packages: &[String], archive: &Path) -> Result<String> 
     let plain = layout.path().join("layer.tar");
     tar(root, &plain)?;
     let diff = format!("sha256:{}", sha256(&plain)?);
-    let packed = layout.path().join("layer.tar.gz");
-    gzip(&plain, &packed)?;
-    fs::remove_file(&plain)?;
-    let layer = store(&blobs, &packed, LAYER)?;
-    let config = store_json(&blobs, &config(&diff, packages)?, CONFIG)?;
+    let layer = if words.compress {
+        let packed = layout.path().join("layer.tar.gz");
+        gzip(&plain, &packed)?;
+        fs::remove_file(&plain)?;
+        store(&blobs, &packed, GZIP_LAYER)?
+    } else {
+        store(&blobs, &plain, LAYER)?
+    };
+    let config = store_json(&blobs, &configuration(&diff, words)?, CONFIG)?;
     let manifest = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer] });
     let mut manifest = store_json(&blobs, &manifest, MANIFEST)?;
     let digest = manifest["digest"].as_str().context("no digest")?.to_owned();
-    let (_, tag) = REFERENCE.split_once(':').context("a reference is NAME:TAG")?;
+    let (_, tag) = words.reference.rsplit_once(':').context("a reference is NAME:TAG")?;
     manifest["annotations"] = json!({
         "org.opencontainers.image.ref.name": tag,
-        // What containerd names it by: a reference without a host, as kubelet completes it.
-        "io.containerd.image.name": format!("docker.io/library/{REFERENCE}"),
+        // What containerd names it by.
+        "io.containerd.image.name": complete(words.reference),
     });
     let index = json!({
         "schemaVersion": 2,
@@ -57,27 +73,20 @@ pub fn pack(root: &Path, packages: &[String], archive: &Path) -> Result<String> 
     Ok(digest)
 }
 
-fn config(diff: &str, packages: &[String]) -> Result<Value> {
+/// A reference without a host as kubelet completes it.
+fn complete(reference: &str) -> String {
+    if reference.contains('/') { reference.to_owned() } else { format!("docker.io/library/{reference}") }
+}
+
+fn configuration(diff: &str, words: &Words<'_>) -> Result<Value> {
     let architecture = run(Command::new("dpkg").arg("--print-architecture"))?;
     Ok(json!({
         "created": CREATED,
         "architecture": architecture.trim(),
         "os": "linux",
-        "config": {
-            "Env": ["PATH=/usr/sbin:/usr/bin"],
-            "Cmd": ["holdfast", "--help"],
-            "WorkingDir": "/",
-            "Labels": {
-                "org.opencontainers.image.title": "holdfast",
-                "org.opencontainers.image.description":
-                    "Replicated block storage, pod networking and network policy for Kubernetes",
-                "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
-                "org.opencontainers.image.licenses": "Apache-2.0",
-                "dev.holdfast.packages": packages.join(" "),
-            },
-        },
+        "config": words.config,
         "rootfs": { "type": "layers", "diff_ids": [diff] },
-        "history": [{ "created": CREATED, "created_by": "scripts/image" }],
+        "history": [{ "created": CREATED, "created_by": words.made_by }],
     }))
 }
 

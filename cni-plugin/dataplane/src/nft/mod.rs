@@ -7,6 +7,7 @@ mod foreign;
 mod load;
 mod nat;
 mod nflog;
+mod pins;
 mod program;
 mod reader;
 mod removal;
