@@ -4,6 +4,8 @@
 // Tests and what they share may panic.
 #![allow(clippy::unwrap_used)]
 
+mod read_only;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

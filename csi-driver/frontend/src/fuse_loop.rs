@@ -51,6 +51,15 @@ pub enum AttachError {
     LoopContention(u32),
 }
 
+impl From<BindError> for AttachError {
+    fn from(error: BindError) -> Self {
+        match error {
+            BindError::Contention => Self::LoopContention(BIND_TRIES),
+            BindError::Kernel(step, source) => Self::Kernel { step, source },
+        }
+    }
+}
+
 /// Why a device did not grow.
 #[derive(Debug, thiserror::Error)]
 pub enum GrowError {
@@ -99,6 +108,14 @@ pub struct Cleaned {
     pub busy: Vec<PathBuf>,
 }
 
+/// It becomes part of names.
+pub(crate) fn check_volume_id(volume_id: &str) -> Result<(), AttachError> {
+    if volume_id.len() == 32 && volume_id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Ok(());
+    }
+    Err(AttachError::Invalid(format!("\"{volume_id}\" is not a volume id of 32 hexadecimal digits")))
+}
+
 /// An attached block device. Dropping it detaches as soon as nobody else has the device open, without waiting.
 #[derive(Debug)]
 pub struct FuseLoop {
@@ -122,11 +139,7 @@ impl FuseLoop {
     pub fn attach(device: Arc<dyn BlockDevice>, options: FuseLoopOptions) -> Result<Self, AttachError> {
         let FuseLoopOptions { volume_id, mount_dir, read_only } = options;
         let size_bytes = device.size_bytes();
-        if volume_id.len() != 32 || !volume_id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(AttachError::Invalid(format!(
-                "\"{volume_id}\" is not a volume id of 32 hexadecimal digits"
-            )));
-        }
+        check_volume_id(&volume_id)?;
         if size_bytes == 0 || !size_bytes.is_multiple_of(4096) {
             return Err(AttachError::Invalid(format!(
                 "a size of {size_bytes} bytes is not a multiple of 4096"
@@ -149,10 +162,7 @@ impl FuseLoop {
 
         let file = root.open(&file_name, read_only).map_err(kernel("opening the FUSE file"))?;
         let name = format!("{}{volume_id}", mark.prefix());
-        let device = LoopDevice::bind(&file, &name, read_only).map_err(|error| match error {
-            BindError::Contention => AttachError::LoopContention(BIND_TRIES),
-            BindError::Kernel(step, source) => AttachError::Kernel { step, source },
-        })?;
+        let device = LoopDevice::bind(&file, &name, read_only)?;
         // From here on the loop device alone keeps the file, and it and the root the file system and the session.
         Ok(Self { device, root, file_name, size_bytes, session, gate, _mark: mark })
     }
@@ -163,7 +173,7 @@ impl FuseLoop {
         &self.device.path
     }
 
-    /// Makes the block device larger; blocks for some milliseconds. The device behind it must have the size already. Safe to
+    /// Makes the block device larger, and soon after it its read-only twins; blocks for some milliseconds. The device behind it must have the size already. Safe to
     /// repeat; a file system on it has to be grown by its own tools.
     ///
     /// # Errors
@@ -183,10 +193,10 @@ impl FuseLoop {
         if has == size_bytes { Ok(()) } else { Err(GrowError::Invalid { has, wanted: size_bytes }) }
     }
 
-    /// Detaches; blocks until the loop device is gone, at most for some seconds.
+    /// Detaches, and clears the read-only twins; blocks until the loop device is gone, at most for some seconds.
     ///
     /// # Errors
-    /// [`DetachError::Busy`] if it is still mounted or open: unmount first.
+    /// [`DetachError::Busy`] if it, or a twin, is still mounted or open: unmount first.
     pub fn detach(self) -> Result<(), DetachError> {
         let Self { device, root, session, gate, .. } = self;
         let path = device.path.clone();
@@ -215,10 +225,11 @@ impl FuseLoop {
         self.gate.cut();
     }
 
-    /// Detaches what earlier processes with the same `mount_dir` left behind. Call it at start, before the first attach.
+    /// Detaches what earlier processes with the same `mount_dir` left behind, and its read-only twins. Call it at start, before
+    /// the first attach.
     ///
     /// A killed process leaves nothing but loop devices that something still has mounted or open, whose I/O fails; those
-    /// are named as busy and vanish by themselves when that ends.
+    /// are named as busy and vanish by themselves when that ends. A twin holds its device until it is cleared here.
     ///
     /// # Errors
     /// The list of loop devices or the mark in `mount_dir` cannot be read, or a living process with devices attached uses
@@ -235,9 +246,13 @@ impl FuseLoop {
             if !bound.name.starts_with(&prefix) {
                 continue;
             }
-            match bound.clear().map_err(kernel("LOOP_CLR_FD"))? {
-                LoopCleared::Now => cleaned.cleared.push(bound.path),
-                LoopCleared::Later => cleaned.busy.push(bound.path),
+            // First what holds it.
+            let twins = Bound::twins_of(&bound.path).map_err(kernel("listing the read-only twins"))?;
+            for stale in twins.into_iter().chain([bound]) {
+                match stale.clear().map_err(kernel("LOOP_CLR_FD"))? {
+                    LoopCleared::Now => cleaned.cleared.push(stale.path),
+                    LoopCleared::Later => cleaned.busy.push(stale.path),
+                }
             }
         }
         Ok(cleaned)

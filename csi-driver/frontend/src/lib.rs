@@ -5,7 +5,10 @@
 //!
 //! ```text
 //!   file system -> /dev/loopN -> one file of a FUSE session -> BlockDevice::submit
+//!   reader -> /dev/loopM, read-only -> /dev/loopN
 //! ```
+//!
+//! [`ReadOnlyTwin`] is a second device for those who may only read.
 #![allow(unsafe_code)]
 
 mod fuse_fs;
@@ -13,5 +16,7 @@ mod fuse_loop;
 mod fuse_mount;
 mod loop_device;
 mod mark;
+mod read_only;
 
 pub use fuse_loop::{AttachError, Cleaned, DetachError, FuseLoop, FuseLoopOptions, GrowError};
+pub use read_only::ReadOnlyTwin;

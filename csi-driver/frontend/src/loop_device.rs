@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
@@ -19,6 +19,8 @@ const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 const BLOCK_BYTES: u32 = 4096;
 const NAME_BYTES: usize = 64;
+/// What the names of read-only twins start with.
+pub(crate) const TWIN_PREFIX: &str = "holdfast-ro-";
 
 /// `struct loop_info64` of linux/loop.h.
 #[repr(C)]
@@ -90,48 +92,80 @@ pub(crate) enum BindError {
 pub(crate) struct LoopDevice {
     pub(crate) path: PathBuf,
     number: u32,
-    _keeper: Sender<()>,
+    keeper: Sender<()>,
 }
 
 impl LoopDevice {
     /// Binds a free loop device to `file` under `name` (at most 63 bytes), with direct I/O and 4096-byte blocks.
     pub(crate) fn bind(file: &File, name: &str, read_only: bool) -> Result<Self, BindError> {
-        for _ in 0..BIND_TRIES {
-            let number = free_number().map_err(|error| BindError::Kernel("LOOP_CTL_GET_FREE", error))?;
-            let path = device_path(number);
-            // A descriptor that may not write would make the device read-only.
-            let device = open_device(number, true)
-                .map_err(|error| BindError::Kernel("opening the loop device", error))?;
-            match configure(&device, file, name, read_only) {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => continue,
-                Err(error) => return Err(BindError::Kernel("LOOP_CONFIGURE", error)),
-            }
-            if !uses_direct_io(number)
-                .map_err(|error| BindError::Kernel("reading the loop device's state", error))?
-            {
-                let refused =
-                    io::Error::other("the kernel refused direct I/O, so data would be cached twice");
-                return Err(BindError::Kernel("LOOP_CONFIGURE", refused));
-            }
-            let keeper = keep(number)
-                .map_err(|error| BindError::Kernel("starting the loop device's keeper", error))?;
-            return Ok(Self { path, number, _keeper: keeper });
-        }
-        Err(BindError::Contention)
+        let (number, _open) = bind_free(file, name, read_only, Lifetime::WhileOpen)?;
+        let keeper =
+            keep(number).map_err(|error| BindError::Kernel("starting the loop device's keeper", error))?;
+        Ok(Self { path: device_path(number), number, keeper })
     }
 
-    /// Takes the size that its file has now; gives it.
+    /// Takes the size that its file has now; gives it. Its read-only twins follow in the background.
     pub(crate) fn follow_size(&self) -> io::Result<u64> {
-        let device = open_device(self.number, false)?;
-        // SAFETY: the call takes no argument.
-        unsafe { ioctls::loop_set_capacity(device.as_raw_fd()) }?;
-        let sectors = fs::read_to_string(format!("/sys/block/loop{}/size", self.number))?;
-        Ok(sectors.trim().parse::<u64>().map_err(io::Error::other)? * 512)
+        let bytes = follow_size(self.number)?;
+        // It fails only where the keeper's thread is dead.
+        let _ = self.keeper.send(());
+        Ok(bytes)
     }
 }
 
-/// Holds the loop device open on a thread with a descriptor table of its own, until the answer is dropped.
+/// When a loop device goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lifetime {
+    /// At its last close.
+    WhileOpen,
+    /// When it is cleared.
+    UntilCleared,
+}
+
+/// Binds a free loop device, see [`LoopDevice::bind`]; gives its number, and a descriptor that holds it open.
+pub(crate) fn bind_free(
+    file: &File,
+    name: &str,
+    read_only: bool,
+    lifetime: Lifetime,
+) -> Result<(u32, File), BindError> {
+    for _ in 0..BIND_TRIES {
+        let number = free_number().map_err(|error| BindError::Kernel("LOOP_CTL_GET_FREE", error))?;
+        // A descriptor that may not write would make the device read-only.
+        let device =
+            open_device(number, true).map_err(|error| BindError::Kernel("opening the loop device", error))?;
+        match configure(&device, file, name, read_only, lifetime) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => continue,
+            Err(error) => return Err(BindError::Kernel("LOOP_CONFIGURE", error)),
+        }
+        let refused = match uses_direct_io(number) {
+            Ok(true) => return Ok((number, device)),
+            Ok(false) => BindError::Kernel(
+                "LOOP_CONFIGURE",
+                io::Error::other("the kernel refused direct I/O, so data would be cached twice"),
+            ),
+            Err(error) => BindError::Kernel("reading the loop device's state", error),
+        };
+        // SAFETY: the call takes no argument. It fails where the device is not bound any more, which is as well.
+        let _ = unsafe { ioctls::loop_clr_fd(device.as_raw_fd()) };
+        return Err(refused);
+    }
+    Err(BindError::Contention)
+}
+
+/// Has a loop device take the size that its file has now; gives it.
+fn follow_size(number: u32) -> io::Result<u64> {
+    let device = open_device(number, false)?;
+    // SAFETY: the call takes no argument.
+    unsafe { ioctls::loop_set_capacity(device.as_raw_fd()) }?;
+    let sectors = fs::read_to_string(format!("/sys/block/loop{number}/size"))?;
+    Ok(sectors.trim().parse::<u64>().map_err(io::Error::other)? * 512)
+}
+
+/// Holds the loop device open on a thread with a descriptor table of its own, until the answer is dropped; then clears its read-only
+/// twins first, which would hold it for ever though nobody has either open. What is sent has the twins take its size. The thread
+/// alone sees to them, because opening a twin may have to wait for reads under way, as long as the volume answers none.
 ///
 /// The device clears itself at its last close. If the process is killed while this is the last descriptor, that close first
 /// writes back what is cached for the device, into a file system that we serve: in one table, the loop device might be
@@ -153,12 +187,22 @@ fn keep(number: u32) -> io::Result<Sender<()>> {
             }
         };
         let _ = opened_sender.send(Ok(()));
-        // Nothing is ever sent: this waits for the sender's end.
-        let _ = receiver.recv();
+        let path = device_path(number);
+        while let Ok(()) = receiver.recv() {
+            for_twins(&path, "take its size", Bound::follow_size);
+        }
+        for_twins(&path, "go", |twin| twin.clear().map(drop));
         drop(device);
     })?;
     opened.recv().map_err(|_| io::Error::other("the keeper's thread died"))??;
     Ok(sender)
+}
+
+fn for_twins(device: &Path, what: &str, work: fn(&Bound) -> io::Result<()>) {
+    let done = Bound::twins_of(device).and_then(|twins| twins.iter().try_for_each(work));
+    if let Err(error) = done {
+        tracing::warn!(device = %device.display(), %error, "its read-only twins do not {what}");
+    }
 }
 
 /// A loop device that is bound, by the name it was bound under.
@@ -166,28 +210,64 @@ pub(crate) struct Bound {
     number: u32,
     pub(crate) path: PathBuf,
     pub(crate) name: String,
+    /// Number of the block device that it stands over, as stat(2) has it; 0 over a file.
+    over: u64,
 }
 
 impl Bound {
     /// Every bound loop device.
     pub(crate) fn list() -> io::Result<Vec<Self>> {
+        Self::list_where(|_| true)
+    }
+
+    /// The read-only twins of a block device, see [`crate::ReadOnlyTwin`]. No other loop device is opened: opening one may have to
+    /// wait for another volume's I/O, and keeps it from being cleared at once.
+    pub(crate) fn twins_of(device: &Path) -> io::Result<Vec<Self>> {
+        let found = fs::metadata(device)?;
+        if !found.file_type().is_block_device() {
+            return Err(io::Error::other(format!("{} is no block device", device.display())));
+        }
+        // The file's folder is another one in another mount namespace.
+        let may_be = |loop_dir: &Path| {
+            let told = |file: &str| fs::read_to_string(loop_dir.join(file)).unwrap_or_default();
+            told("ro").trim() == "1"
+                && Path::new(told("loop/backing_file").trim_end()).file_name() == device.file_name()
+        };
+        let is_twin = |bound: &Self| bound.over == found.rdev() && bound.name.starts_with(TWIN_PREFIX);
+        Ok(Self::list_where(may_be)?.into_iter().filter(is_twin).collect())
+    }
+
+    /// `is_wanted` gets the device's folder in /sys.
+    fn list_where(is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<Self>> {
         let mut bound = Vec::new();
         for entry in fs::read_dir("/sys/block")? {
             let entry = entry?;
             let number = entry.file_name().to_str().and_then(|name| name.strip_prefix("loop")?.parse().ok());
             let Some(number) = number else { continue };
             if entry.path().join("loop/backing_file").exists()
-                && let Some(name) = bound_name(number)
+                && is_wanted(&entry.path())
+                && let Some(info) = bound_as(number)
             {
-                bound.push(Self { number, path: device_path(number), name });
+                let path = device_path(number);
+                bound.push(Self { number, path, name: name_of(&info), over: info.rdevice });
             }
         }
         Ok(bound)
     }
 
+    /// Takes the size that is under it now.
+    pub(crate) fn follow_size(&self) -> io::Result<()> {
+        match follow_size(self.number) {
+            // Cleared meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
     /// Unbinds it, or has it unbound at its last close; tells which.
     pub(crate) fn clear(&self) -> io::Result<Cleared> {
         let device = open_device(self.number, false)?;
+        // While we have it open nobody else can bind it anew.
         if status(&device).map(|info| name_of(&info)).ok().as_deref() != Some(&*self.name) {
             return Ok(Cleared::Now);
         }
@@ -197,7 +277,7 @@ impl Bound {
             Err(error) => return Err(error.into()),
         }
         drop(device);
-        if bound_name(self.number).as_deref() == Some(&*self.name) {
+        if bound_as(self.number).is_some_and(|info| name_of(&info) == self.name) {
             Ok(Cleared::Later)
         } else {
             Ok(Cleared::Now)
@@ -212,9 +292,9 @@ pub(crate) enum Cleared {
 }
 
 /// `None` if it is not bound (any more).
-fn bound_name(number: u32) -> Option<String> {
+fn bound_as(number: u32) -> Option<LoopInfo> {
     let device = open_device(number, false).ok()?;
-    status(&device).ok().map(|info| name_of(&info))
+    status(&device).ok()
 }
 
 fn status(device: &File) -> io::Result<LoopInfo> {
@@ -236,9 +316,11 @@ fn free_number() -> io::Result<u32> {
     u32::try_from(number).map_err(io::Error::other)
 }
 
-fn configure(device: &File, file: &File, name: &str, read_only: bool) -> io::Result<()> {
+fn configure(device: &File, file: &File, name: &str, read_only: bool, lifetime: Lifetime) -> io::Result<()> {
     let mut info = LoopInfo::empty();
-    info.flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO | if read_only { LO_FLAGS_READ_ONLY } else { 0 };
+    info.flags = LO_FLAGS_DIRECT_IO
+        | if read_only { LO_FLAGS_READ_ONLY } else { 0 }
+        | if lifetime == Lifetime::WhileOpen { LO_FLAGS_AUTOCLEAR } else { 0 };
     let len = name.len().min(NAME_BYTES - 1);
     info.file_name[..len].copy_from_slice(&name.as_bytes()[..len]);
     let fd = file.as_fd().as_raw_fd().unsigned_abs();

@@ -1,6 +1,8 @@
 //! The FUSE and loop front end on the running kernel. Needs root, `/dev/fuse` and loop devices; skips visibly without.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod read_only;
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};

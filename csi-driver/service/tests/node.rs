@@ -1,6 +1,8 @@
 //! The node service with a real loop device, real mkfs and real mounts; only the data process is a stand-in that
 //! hands out the loop device. What a real data process adds is tested with the binary's roles.
 
+mod read_only;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
@@ -8,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
+use holdfast_frontend::ReadOnlyTwin;
 use holdfast_proto::csi::node_client::NodeClient;
 use holdfast_proto::csi::node_server::NodeServer;
 use holdfast_proto::csi::volume_capability::access_mode::Mode;
@@ -474,7 +477,11 @@ impl Drop for World {
                 drop(Command::new("umount").args(["-l", target]).status());
             }
         }
-        drop(Command::new("losetup").args(["-d", &self.data.lock().unwrap().device]).status());
+        let device = self.device();
+        for twin in ReadOnlyTwin::all_of(Path::new(&device)).into_iter().flatten() {
+            drop(Command::new("losetup").arg("-d").arg(twin.path).status());
+        }
+        drop(Command::new("losetup").args(["-d", &device]).status());
     }
 }
 

@@ -63,11 +63,6 @@ fn volumes(cluster: &mut KubeCluster) -> Result<()> {
         (UNBOUND, "it wants claims that bind without a pod: see the other class"),
         ("any volume data source", "the image of its populator cannot be had"),
         ("] volumegroupsnapshottable ", "they restore into claims of 1 MiB; ours are of 16 MiB at least"),
-        // It fails, and holds its process up for 18 minutes.
-        (
-            "(block volmode)] multiVolume should concurrently access the single read-only volume",
-            "read-only raw block volumes are refused",
-        ),
     ];
     if !has_capability(CAP_SYS_RESOURCE)? {
         let reason = "a mounted ext4 grows only with CAP_SYS_RESOURCE, which this machine gives to nobody: see the other class";

@@ -142,7 +142,24 @@ fn raw_block(cluster: &mut KubeCluster) -> Result<()> {
     )?;
     let sum = "dd if=/dev/volume bs=4096 count=1024 2>/dev/null | md5sum";
     let written = in_pod(cluster, "first", sum)?;
-    cluster.kubectl(&["delete", "pod", "-n", NAMESPACE, "first", "--wait=true", "--timeout=60s"])?;
+    // Beside the writer, on its node.
+    let reader = mk_raw_pod("reader", "node-a");
+    cluster.apply(&reader.replace("claimName: raw}", "claimName: raw, readOnly: true}"))?;
+    ready(cluster, "reader")?;
+    let read = in_pod(cluster, "reader", sum)?;
+    ensure!(read == written, "{read} is not {written}, read beside the writer");
+    let overwrite = "yes other | dd of=/dev/volume bs=4096 count=1 iflag=fullblock conv=notrunc,fsync";
+    ensure!(in_pod(cluster, "reader", overwrite).is_err(), "a pod that only reads has written");
+    cluster.kubectl(&[
+        "delete",
+        "pod",
+        "-n",
+        NAMESPACE,
+        "first",
+        "reader",
+        "--wait=true",
+        "--timeout=60s",
+    ])?;
     cluster.apply(&mk_raw_pod("second", "node-b"))?;
     ready(cluster, "second")?;
     let read = in_pod(cluster, "second", sum)?;

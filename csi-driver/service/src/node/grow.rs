@@ -14,7 +14,7 @@ use tonic::Status;
 use super::format::quoted;
 use super::mount_table::Device;
 use super::stage::{device_number, table};
-use super::{Inner, blocking, mounter, paths};
+use super::{Inner, blocking, mounter, paths, twins};
 use crate::volume_request::{check_capability, existing_volume_id, parse_range};
 
 /// Bytes at the start of a device that hold the sizes of ext4 and xfs.
@@ -51,7 +51,13 @@ impl Inner {
         let is_block =
             blocking(move || Ok(std::fs::metadata(at).is_ok_and(|f| f.file_type().is_block_device())));
         if is_block.await? {
-            if Device::of_node(&path).ok() != Some(device) {
+            let at = Device::of_node(&path).ok();
+            let node = node.clone();
+            let is_shown = blocking(move || {
+                twins::follow_size(&node)?;
+                Ok(at == Some(device) || twins::is_one(at, &node)?)
+            });
+            if !is_shown.await? {
                 return Err(absent());
             }
         } else {

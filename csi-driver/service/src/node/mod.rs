@@ -14,6 +14,7 @@ mod paths;
 mod publish;
 mod stage;
 mod stats;
+mod twins;
 
 use std::path::PathBuf;
 use std::sync::Arc;

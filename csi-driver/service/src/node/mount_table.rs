@@ -59,6 +59,12 @@ impl Mount {
     pub(super) fn is_read_only(&self) -> bool {
         self.options.split(',').any(|option| option == "ro")
     }
+
+    /// Whether a block device's node is shown here, as raw block volumes are: bound to a file, so that its root is the node's name in
+    /// a devtmpfs.
+    pub(super) fn shows_node(&self, node: &Path) -> bool {
+        self.fs_type == "devtmpfs" && node.file_name().is_some() && self.root.file_name() == node.file_name()
+    }
 }
 
 /// The whole table, later mounts after earlier ones.
@@ -75,12 +81,7 @@ pub(super) fn find(path: &Path) -> io::Result<Option<Mount>> {
 /// Where the block device that `path` names is mounted, or a bind mount of it: as this process's namespace shows it.
 pub(super) fn places_of(path: &Path) -> io::Result<Vec<PathBuf>> {
     let device = Device::of_node(path)?;
-    let name = path.file_name().map(PathBuf::from);
-    // A raw block volume is the device's node, bound to a file: its root is the node's name in a devtmpfs.
-    let is_node = |mount: &Mount| {
-        mount.fs_type == "devtmpfs" && mount.root.file_name().map(PathBuf::from) == name && name.is_some()
-    };
-    let found = read()?.into_iter().filter(|mount| mount.device == device || is_node(mount));
+    let found = read()?.into_iter().filter(|mount| mount.device == device || mount.shows_node(path));
     Ok(found.map(|mount| mount.target).collect())
 }
 

@@ -8,15 +8,17 @@ use holdfast_proto::csi::{
     NodePublishVolumeRequest, NodePublishVolumeResponse, NodeUnpublishVolumeRequest,
     NodeUnpublishVolumeResponse,
 };
+use holdfast_storage_core::ids::VolumeId;
 use tonic::Status;
 
 use super::mount_table::Device;
 use super::stage::{device_number, table, unreadable};
-use super::{Inner, blocking, mount_table, mounter, paths};
+use super::{Inner, blocking, mount_table, mounter, paths, twins};
 use crate::volume_request::{check_capability, existing_volume_id, parse_volume_id};
 
 /// Everything that the mounting itself needs.
 struct Plan {
+    volume: VolumeId,
     source: std::path::PathBuf,
     target: std::path::PathBuf,
     device: Device,
@@ -45,11 +47,6 @@ impl Inner {
         if request.staging_target_path.is_empty() {
             return Err(Status::failed_precondition(
                 "staging_target_path is missing: stage the volume first",
-            ));
-        }
-        if access.block && request.readonly {
-            return Err(Status::invalid_argument(
-                "readonly: a raw block volume cannot be published read-only",
             ));
         }
         let volume = existing_volume_id(&request.volume_id)?;
@@ -81,6 +78,7 @@ impl Inner {
         let alone =
             capability.access_mode.as_ref().is_some_and(|mode| mode.mode() == Mode::SingleNodeSingleWriter);
         let plan = Plan {
+            volume,
             source,
             target,
             device,
@@ -104,8 +102,14 @@ impl Inner {
             return Ok(done);
         };
         let _by_id = self.in_flight.begin(format!("volume {volume}"))?;
+        // The target is a file for as long as the volume may have a read-only twin for it: it is made first and removed last.
+        let is_block = std::fs::symlink_metadata(&target).is_ok_and(|found| !found.is_dir());
+        let device = if is_block { self.device_if_known(volume).await } else { None };
         blocking(move || {
             mounter::unmount_all(&target)?;
+            if let Some(device) = device {
+                twins::remove(volume, &target, &device)?;
+            }
             remove(&target)
         })
         .await?;
@@ -119,23 +123,28 @@ impl Plan {
             self.refuse_second()?;
         }
         match self.shown_at_target()? {
-            Some(read_only) if read_only && !self.read_only => {
-                return Err(Status::already_exists(format!(
-                    "the volume is published at {} already, read-only",
-                    self.target.display()
-                )));
-            }
+            Some(true) if !self.read_only => return Err(self.published_already("read-only")),
+            // Of a file system this is also what a call left that was killed between its two steps.
+            Some(false) if self.read_only && self.block => return Err(self.published_already("for writing")),
             Some(_) => {}
             None => {
                 self.make_target()?;
-                mounter::bind(&self.source, &self.target)?;
+                if self.block && self.read_only {
+                    mounter::bind(&twins::ensure(self.volume, &self.target, &self.source)?, &self.target)?;
+                } else {
+                    mounter::bind(&self.source, &self.target)?;
+                }
             }
         }
-        // Also after a call that was killed between the two steps.
-        if self.read_only {
+        // Also after a call that was killed between the two steps. A device is read-only by itself or not at all.
+        if self.read_only && !self.block {
             mounter::make_read_only(&self.target)?;
         }
         Ok(())
+    }
+
+    fn published_already(&self, how: &str) -> Status {
+        Status::already_exists(format!("the volume is published at {} already, {how}", self.target.display()))
     }
 
     /// Whether the volume is at the target already, and read-only there.
@@ -143,12 +152,15 @@ impl Plan {
         let Some(mounted) = table(&self.target)? else {
             return Ok(None);
         };
-        let same = if self.block {
-            Device::of_node(&self.target).is_ok_and(|found| found == self.device)
-        } else {
-            mounted.device == self.device
-        };
-        if same {
+        if self.block {
+            let shown = Device::of_node(&self.target).ok();
+            if shown == Some(self.device) {
+                return Ok(Some(false));
+            }
+            if twins::is_one(shown, &self.source)? {
+                return Ok(Some(true));
+            }
+        } else if mounted.device == self.device {
             return Ok(Some(mounted.is_read_only()));
         }
         Err(Status::failed_precondition(format!(
@@ -175,10 +187,10 @@ impl Plan {
 
     /// SINGLE_NODE_SINGLE_WRITER: one target, not only one node.
     fn refuse_second(&self) -> Result<(), Status> {
-        let node_root = self.source.file_name().map(|name| Path::new("/").join(name));
+        let nodes = if self.block { twins::with_device(&self.source)? } else { Vec::new() };
         let shows_ours = |mount: &mount_table::Mount| {
             if self.block {
-                mount.fs_type == "devtmpfs" && Some(&mount.root) == node_root.as_ref()
+                nodes.iter().any(|node| mount.shows_node(node))
             } else {
                 mount.device == self.device
             }

@@ -12,7 +12,7 @@ use tonic::Status;
 
 use super::key::Secrets;
 use super::mount_table::{Device, Mount};
-use super::{Inner, blocking, mount_table, mounter, paths};
+use super::{Inner, blocking, mount_table, mounter, paths, twins};
 use crate::controller::ATTACHMENT_KEY;
 use crate::volume_request::{check_access, check_capability, existing_volume_id, parse_volume_id};
 
@@ -81,6 +81,10 @@ impl Inner {
                 mounter::unmount_all(&staging)
             })
             .await?;
+        }
+        if let Some(device) = self.data.device(volume).await? {
+            let below = self.kubelet_dir.clone();
+            blocking(move || twins::refuse_if_shown(&device, &below)).await?;
         }
         self.data.detach(volume).await?;
         tracing::info!(%volume, "volume unstaged");
