@@ -293,7 +293,7 @@ async fn leave_old_certificate(world: &World) -> Result<()> {
     let key = KeyPair::from_pem(&of_secret(&world.objects, ROOT, "tls.key").await?)?;
     let authority = Issuer::from_ca_cert_pem(&root, key)?;
     let (certificate, key) =
-        mk_leaf(&authority, "node-a", Duration::from_secs(100), Duration::from_secs(45))?;
+        mk_leaf(&authority, "node-a", Duration::from_secs(400), Duration::from_secs(190))?;
     let dir = world.dir.path().join("node-a");
     fs::create_dir_all(&dir)?;
     fs::write(dir.join("ca.pem"), root)?;
