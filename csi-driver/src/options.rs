@@ -86,8 +86,8 @@ pub struct TlsOptions {
     /// With --tls-issuer: folder for key and certificate, a tmpfs.
     #[arg(long, default_value = "/run/holdfast/tls")]
     pub tls_state_dir: PathBuf,
-    /// With --tls-issuer: who signs. For another one than the built-in issuer the controller only approves requests, and the
-    /// authority's certificate must be in the ConfigMap holdfast-ca.
+    /// With --tls-issuer: who signs. For another one than the built-in issuer the controller only approves requests, and
+    /// publishes the authorities' certificates if it has --tls-authority-secret.
     #[arg(long, default_value = certificates::OWN_SIGNER)]
     pub tls_signer: String,
     /// With --tls-issuer: how many seconds a certificate lives; it is renewed after two thirds. The same for all processes.
@@ -152,6 +152,11 @@ pub struct ControllerOptions {
     /// server.
     #[arg(long, default_value_t = certificates::AUTHORITY_OVERLAP.as_secs())]
     pub tls_authority_overlap_s: u64,
+    /// With another --tls-signer: the Secret whose ca.crt holds the signer's authorities. They are published in the ConfigMap
+    /// holdfast-ca, which every process trusts; those of before stay in it until what they signed has ended. Without it somebody
+    /// else writes that ConfigMap.
+    #[arg(long, requires = "tls_issuer")]
+    pub tls_authority_secret: Option<String>,
     #[command(flatten)]
     pub tls: TlsOptions,
 }

@@ -45,6 +45,7 @@ async fn controller(options: ControllerOptions, mut signals: Signals) -> anyhow:
         // Before its own certificate, which it gives itself. It may run beside another controller that waits or serves.
         let settings = IssuerSettings {
             signer: options.tls.tls_signer.clone(),
+            authority_secret: options.tls_authority_secret.clone(),
             life: Duration::from_secs(options.tls.tls_life_s),
             authority_life: Duration::from_secs(options.tls_authority_life_s),
             overlap: Duration::from_secs(options.tls_authority_overlap_s),

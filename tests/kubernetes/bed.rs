@@ -117,6 +117,15 @@ impl Bed {
     /// A client as anybody else uses it.
     pub fn kube(&self) -> Result<kube::Client> {
         let kubeconfig = self.server().kubeconfig(ADMIN, None)?;
+        self.kube_of(kubeconfig)
+    }
+
+    /// The same with the rights of a pod: see [`Self::pod_kubeconfig`].
+    pub fn pod_kube(&self, account: &str, node: &str) -> Result<kube::Client> {
+        self.kube_of(self.pod_kubeconfig(account, node, None)?)
+    }
+
+    fn kube_of(&self, kubeconfig: PathBuf) -> Result<kube::Client> {
         self.run(async move {
             let kubeconfig = kube::config::Kubeconfig::read_from(kubeconfig)?;
             let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await?;

@@ -42,10 +42,10 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Tasks end with the test.
-struct Running(Vec<AbortHandle>);
+pub struct Running(pub Vec<AbortHandle>);
 
 impl Running {
-    fn issuer(client: &KubernetesClient, settings: &IssuerSettings) -> Self {
+    pub fn issuer(client: &KubernetesClient, settings: &IssuerSettings) -> Self {
         Self(vec![tokio::spawn(issue(client.clone(), settings.clone())).abort_handle()])
     }
 }
@@ -58,21 +58,27 @@ impl Drop for Running {
 
 fn mk_issuer() -> IssuerSettings {
     let day = Duration::from_secs(86_400);
-    IssuerSettings { signer: OWN_SIGNER.to_owned(), life: day, authority_life: day * 30, overlap: day }
+    IssuerSettings {
+        signer: OWN_SIGNER.to_owned(),
+        authority_secret: None,
+        life: day,
+        authority_life: day * 30,
+        overlap: day,
+    }
 }
 
 fn mk_holder(name: &str, dir: &Path, life: Duration) -> HolderSettings {
     HolderSettings { name: name.to_owned(), dir: dir.join(name), signer: OWN_SIGNER.to_owned(), life }
 }
 
-struct Objects {
-    requests: Api<CertificateSigningRequest>,
-    secrets: Api<Secret>,
-    maps: Api<ConfigMap>,
+pub struct Objects {
+    pub requests: Api<CertificateSigningRequest>,
+    pub secrets: Api<Secret>,
+    pub maps: Api<ConfigMap>,
 }
 
 /// As before the first start.
-fn mk_empty(bed: &Bed) -> Result<Objects> {
+pub fn mk_empty(bed: &Bed) -> Result<Objects> {
     let kube = bed.kube()?;
     let objects = Objects {
         requests: Api::all(kube.clone()),
@@ -89,7 +95,7 @@ fn mk_empty(bed: &Bed) -> Result<Objects> {
     })
 }
 
-async fn obtain(client: &KubernetesClient, settings: HolderSettings) -> Result<Holder> {
+pub async fn obtain(client: &KubernetesClient, settings: HolderSettings) -> Result<Holder> {
     let obtained = tokio::time::timeout(ANSWERED_WITHIN, Holder::obtain(client.clone(), settings)).await;
     Ok(obtained.context("no certificate in time")??)
 }
@@ -131,12 +137,8 @@ fn they_name_the_node_of_the_token(bed: &Bed) -> Result<()> {
 
 fn nobody_else_reads_the_key(bed: &Bed) -> Result<()> {
     for account in ["holdfast-data", "holdfast-node"] {
-        let kubeconfig = kube::config::Kubeconfig::read_from(bed.pod_kubeconfig(account, "node-a", None)?)?;
-        let read = bed.run(async move {
-            let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await?;
-            let secrets: Api<Secret> = Api::namespaced(kube::Client::try_from(config)?, NAMESPACE);
-            Ok(secrets.get(AUTHORITY_NAME).await)
-        })?;
+        let secrets: Api<Secret> = Api::namespaced(bed.pod_kube(account, "node-a")?, NAMESPACE);
+        let read = bed.run(async move { Ok(secrets.get(AUTHORITY_NAME).await) })?;
         ensure!(
             matches!(&read, Err(kube::Error::Api(status)) if status.code == 403),
             "{account} reads the authority's key: {}",
@@ -147,7 +149,11 @@ fn nobody_else_reads_the_key(bed: &Bed) -> Result<()> {
 }
 
 /// A holder gives up only when it is told to: what counts is what the server has of its request.
-async fn is_refused(objects: &Objects, client: &KubernetesClient, settings: HolderSettings) -> Result<()> {
+pub async fn is_refused(
+    objects: &Objects,
+    client: &KubernetesClient,
+    settings: HolderSettings,
+) -> Result<()> {
     let known: Vec<_> = names(objects).await?;
     let mut asked = Box::pin(Holder::obtain(client.clone(), settings));
     let begun = Instant::now();
@@ -278,7 +284,7 @@ fn authorities_change_unnoticed(bed: &Bed) -> Result<()> {
 }
 
 /// A call over a new connection, each side by its newest certificate.
-async fn speaks(serving: &TlsIdentity, name: &str, calling: &TlsIdentity) -> Result<()> {
+pub async fn speaks(serving: &TlsIdentity, name: &str, calling: &TlsIdentity) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let service = holdfast_proto::csi::identity_server::IdentityServer::new(IdentityService::node());

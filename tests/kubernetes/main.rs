@@ -3,6 +3,7 @@
 mod admission;
 mod agents;
 mod bed;
+mod cert_manager;
 mod certificates;
 mod cluster;
 mod definitions;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     trials.extend(admission::trials());
     trials.extend(taints::trials());
     trials.extend(certificates::trials());
+    trials.extend(cert_manager::trials());
     trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());

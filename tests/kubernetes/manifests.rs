@@ -18,7 +18,8 @@ use crate::trial;
 /// For the server to serve a kind whose definition it has.
 const SERVED_TIMEOUT: Duration = Duration::from_secs(30);
 /// Definitions that belong to the cluster, not to us: the test's server has none of them.
-const FOREIGN_GROUPS: [&str; 2] = ["snapshot.storage.k8s.io", "groupsnapshot.storage.k8s.io"];
+const FOREIGN_GROUPS: [&str; 3] =
+    ["snapshot.storage.k8s.io", "groupsnapshot.storage.k8s.io", "cert-manager.io"];
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -71,7 +72,9 @@ fn what_is_beside_the_overlays_is_accepted(bed: &Bed) -> Result<()> {
             }
         }
     }
-    objects.extend(objects_of("examples/own-settings")?.context("kustomize is there")?);
+    for folder in ["examples/own-settings", "examples/cert-manager"] {
+        objects.extend(objects_of(folder)?.context("kustomize is there")?);
+    }
     // First, and for good: a dry run makes no namespace that a later one could use.
     objects.sort_by_key(|object| text(object, "/kind") != "Namespace");
     let (mut asked, mut foreign) = (0, Vec::new());
@@ -90,7 +93,7 @@ fn what_is_beside_the_overlays_is_accepted(bed: &Bed) -> Result<()> {
 }
 
 /// None where there is no kustomize, which is said.
-fn objects_of(folder: &str) -> Result<Option<Vec<Value>>> {
+pub fn objects_of(folder: &str) -> Result<Option<Vec<Value>>> {
     match build(folder)? {
         Ok(objects) => Ok(Some(objects)),
         Err(go_tools::Skip(reason)) => {
@@ -116,7 +119,7 @@ async fn wrong_fields_are_refused(client: &kube::Client, object: &Value) -> Resu
 }
 
 /// What `kubectl apply --server-side --validate=strict` sends, with `--dry-run=server` where asked for.
-async fn apply(client: &kube::Client, object: &Value, dry_run: bool) -> Result<()> {
+pub async fn apply(client: &kube::Client, object: &Value, dry_run: bool) -> Result<()> {
     let kind = GroupVersionKind::try_from(kube::core::TypeMeta {
         api_version: text(object, "/apiVersion").to_owned(),
         kind: text(object, "/kind").to_owned(),
@@ -156,6 +159,6 @@ async fn served(
     }
 }
 
-fn text<'a>(object: &'a Value, place: &str) -> &'a str {
+pub fn text<'a>(object: &'a Value, place: &str) -> &'a str {
     object.pointer(place).and_then(Value::as_str).unwrap_or_default()
 }

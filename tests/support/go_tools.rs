@@ -172,6 +172,14 @@ const HELM: Tool = Tool {
     version_variable: None,
 };
 
+/// Those of cert-manager's controllers that certificates need; its own program is a module that cannot be fetched by itself.
+const CERT_MANAGER: Tool = Tool {
+    name: "cert-manager",
+    packages: &["holdfast.dev/tests/cert-manager/cert-manager"],
+    module: "github.com/cert-manager/cert-manager",
+    version_variable: None,
+};
+
 /// What puts manifests together, as kubectl does it.
 ///
 /// # Errors
@@ -276,20 +284,37 @@ pub fn pod_programs() -> Result<Result<PathBuf, Skip>> {
     POD_PROGRAMS.program()
 }
 
+/// cert-manager's controllers: `cert-manager KUBECONFIG`.
+///
+/// # Errors
+/// As for [`csi_sanity`].
+pub fn cert_manager() -> Result<Result<PathBuf, Skip>> {
+    CERT_MANAGER.program()
+}
+
+/// Where cert-manager's module lies, which has its definitions in `deploy/crds`.
+///
+/// # Errors
+/// As for [`pod_module`].
+pub fn cert_manager_module() -> Result<Result<PathBuf, Skip>> {
+    module_of(&CERT_MANAGER, CERT_MANAGER.module)
+}
+
 /// Where a module lies that the programs of pods are made of, with all its files.
 ///
 /// # Errors
 /// It is no such module.
 pub fn pod_module(module: &str) -> Result<Result<PathBuf, Skip>> {
+    module_of(&POD_PROGRAMS, module)
+}
+
+fn module_of(tool: &Tool, module: &str) -> Result<Result<PathBuf, Skip>> {
     if !command_exists("go") {
         return Ok(Err(Skip(format!("there is no Go to find {module} with"))));
     }
     // It is fetched where it is not there yet, such as when the finished programs were.
     let mut command = Command::new("go");
-    command
-        .args(["mod", "download", "-json", module])
-        .current_dir(POD_PROGRAMS.module_folder())
-        .env_remove("GOWORK");
+    command.args(["mod", "download", "-json", module]).current_dir(tool.module_folder()).env_remove("GOWORK");
     let answer: serde_json::Value = serde_json::from_str(&run_within(FETCH_TIMEOUT, &mut command)?)?;
     Ok(Ok(PathBuf::from(answer["Dir"].as_str().context("it has no folder")?)))
 }
@@ -491,6 +516,7 @@ mod tests {
             KUSTOMIZE,
             HELM,
             E2E,
+            CERT_MANAGER,
         ];
         for tool in alone.into_iter().chain(of_cluster) {
             let pins = fs::read_to_string(tool.module_folder().join("go.mod")).unwrap();

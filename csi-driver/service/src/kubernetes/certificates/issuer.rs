@@ -8,9 +8,10 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::core::ObjectMeta;
 
+use super::adopted::{self, Adopted};
 use super::authority::{Authorities, Lives};
 use super::judge::{Granted, Rules, judge};
-use super::{AUTHORITY_NAME, BUNDLE_KEY, OWN_SIGNER, now_s, seconds};
+use super::{AUTHORITY_NAME, OWN_SIGNER, now_s, seconds};
 use crate::kubernetes::client::{CallError, Deadline, KubernetesClient};
 
 /// From one look at the requests to the next.
@@ -23,9 +24,11 @@ const ANSWERED_MAX: usize = 100;
 /// Settings of the issuer.
 #[derive(Debug, Clone)]
 pub struct IssuerSettings {
-    /// The signer that requests name. For another one than [`OWN_SIGNER`] requests are approved only: somebody else signs, and
-    /// publishes the authority's certificate in the ConfigMap [`AUTHORITY_NAME`].
+    /// The signer that requests name. For another one than [`OWN_SIGNER`] requests are approved only: somebody else signs.
     pub signer: String,
+    /// With another signer: the Secret whose `ca.crt` holds its authorities' certificates, which are published in the ConfigMap
+    /// [`AUTHORITY_NAME`]. `None`: somebody else publishes them there.
+    pub authority_secret: Option<String>,
     /// Longest life of a certificate.
     pub life: Duration,
     /// Life of an authority.
@@ -54,13 +57,15 @@ pub async fn issue(client: KubernetesClient, settings: IssuerSettings) {
 }
 
 async fn look(client: &KubernetesClient, settings: &IssuerSettings) -> Result<(), String> {
-    let authorities = match settings.signer.as_str() {
-        OWN_SIGNER => {
+    let (authorities, adopted) = match (settings.signer.as_str(), &settings.authority_secret) {
+        (OWN_SIGNER, _) => {
             let authorities = keep_authorities(client, settings).await?;
             publish(client, &authorities.bundle()).await?;
-            Some(authorities)
+            (Some(authorities), Ok(()))
         }
-        _ => None,
+        // What is published already holds: requests are answered whatever the Secret is like.
+        (_, Some(secret)) => (None, adopt(client, secret, settings).await),
+        (_, None) => (None, Ok(())),
     };
     let selector = format!("&fieldSelector=spec.signerName%3D{}", settings.signer.replace('/', "%2F"));
     let requests: Vec<CertificateSigningRequest> =
@@ -76,7 +81,7 @@ async fn look(client: &KubernetesClient, settings: &IssuerSettings) -> Result<()
             Err(error) => return Err(format!("request {name}: {error}")),
         }
     }
-    Ok(())
+    adopted
 }
 
 /// Whether there is something left to do.
@@ -207,13 +212,42 @@ async fn keep_authorities(
 
 /// Publishes what everybody is to trust. Before anything is signed: a new authority is in it an overlap earlier.
 async fn publish(client: &KubernetesClient, bundle: &str) -> Result<(), String> {
+    publish_with(client, |_| Ok(Adopted { bundle: bundle.to_owned(), since_s: None })).await
+}
+
+/// Publishes the authorities of another signer.
+async fn adopt(client: &KubernetesClient, secret: &str, settings: &IssuerSettings) -> Result<(), String> {
+    let said = |reason: String| format!("the Secret {secret} with the signer's authorities: {reason}");
+    let read: Secret = client.get(Deadline::new(), secret).await.map_err(|error| said(error.to_string()))?;
+    let text = read.data.and_then(|mut data| data.remove(adopted::SECRET_KEY)).unwrap_or_default();
+    let text = String::from_utf8(text.0).map_err(|_| said(format!("{} is no text", adopted::SECRET_KEY)))?;
+    let kept_s = seconds(settings.life).saturating_add(seconds(settings.overlap));
+    publish_with(client, |before| adopted::adopt(&text, before, kept_s, now_s()).map_err(said)).await
+}
+
+/// Writes the ConfigMap if `choose` makes something else of what is in it.
+async fn publish_with(
+    client: &KubernetesClient,
+    choose: impl Fn(&Adopted) -> Result<Adopted, String>,
+) -> Result<(), String> {
     let said = |error: CallError| format!("the ConfigMap {AUTHORITY_NAME}: {error}");
-    let data = Some(BTreeMap::from([(BUNDLE_KEY.to_owned(), bundle.to_owned())]));
     let written = match client.get::<ConfigMap>(Deadline::new(), AUTHORITY_NAME).await {
-        Ok(found) if found.data == data => return Ok(()),
-        Ok(found) => client.put(Deadline::new(), AUTHORITY_NAME, &ConfigMap { data, ..found }).await,
+        Ok(mut found) => {
+            let before = Adopted::of(&found);
+            let chosen = choose(&before)?;
+            if chosen == before {
+                return Ok(());
+            }
+            chosen.write_to(&mut found);
+            tracing::info!(
+                authorities = chosen.bundle.matches("BEGIN").count(),
+                "the authorities are published"
+            );
+            client.put(Deadline::new(), AUTHORITY_NAME, &found).await
+        }
         Err(CallError::Missing) => {
-            let map = ConfigMap { data, metadata: meta(), ..ConfigMap::default() };
+            let mut map = ConfigMap { metadata: meta(), ..ConfigMap::default() };
+            choose(&Adopted::default())?.write_to(&mut map);
             client.post(Deadline::new(), AUTHORITY_NAME, &map).await
         }
         Err(error) => return Err(said(error)),

@@ -9,7 +9,7 @@ use rcgen::{
     SanType,
 };
 
-use super::{CONTROLLER_ACCOUNT, DATA_ACCOUNT, USAGES};
+use super::{CONTROLLER_ACCOUNT, DATA_ACCOUNT, OWN_SIGNER, USAGES};
 use crate::tls::CONTROLLER_NAME;
 
 /// A request that waited longer is refused: its holder has given up and made another one.
@@ -73,8 +73,27 @@ pub(super) fn judge(
     if !(1..=rules.life_s_max).contains(&life_s) {
         return Err(format!("a life of {life_s} s is asked for; at most {} s are allowed", rules.life_s_max));
     }
+    if rules.signer != OWN_SIGNER {
+        leaves_nothing_to_the_signer(request)?;
+    }
     let key = key_of(&spec.request.0, &may_be)?;
     Ok(Granted { name: may_be, key, life_s })
+}
+
+/// The built-in issuer makes certificates of what was judged alone. Another signer reads the request by itself, and more of it:
+/// cert-manager makes whoever asks an authority, or lets the certificate live for years, if an annotation says so
+/// (`experimental.cert-manager.io/request-is-ca`, `.../request-duration`), and chooses a life where none is asked for.
+///
+/// Annotations that are added after the approval are not seen here: that takes the right to change requests, which no account of
+/// ours has.
+fn leaves_nothing_to_the_signer(request: &CertificateSigningRequest) -> Result<(), String> {
+    if let Some(key) = request.metadata.annotations.iter().flat_map(|annotations| annotations.keys()).next() {
+        return Err(format!("the request has the annotation {key}, which its signer may take for a wish"));
+    }
+    if request.spec.expiration_seconds.is_none() {
+        return Err("the request leaves its life to the signer; --tls-life-s is at least 600 here".to_owned());
+    }
+    Ok(())
 }
 
 /// The one name that the maker of a request may have a certificate for.
@@ -103,6 +122,9 @@ fn name_of_maker(request: &CertificateSigningRequest, namespace: &str) -> Result
 /// The key of a PKCS#10 request (RFC 2986) that its holder has signed and that asks for `name` alone.
 fn key_of(pem: &[u8], name: &str) -> Result<PublicKey, String> {
     let text = std::str::from_utf8(pem).map_err(|_| "the request is no text".to_owned())?;
+    if !is_one_plain_block(text) {
+        return Err("the request is more than one plain PEM block".to_owned());
+    }
     let asked = CertificateSigningRequestParams::from_pem(text)
         .map_err(|error| format!("the request cannot be read, or its signature is wrong: {error}"))?;
     let named = &asked.params.subject_alt_names;
@@ -128,6 +150,15 @@ fn key_of(pem: &[u8], name: &str) -> Result<PublicKey, String> {
     Ok(asked.public_key)
 }
 
+/// Whether every reader finds the same in it (RFC 7468, the strict form): of two blocks, or a broken one before another, a signer
+/// might take the one that was not judged.
+fn is_one_plain_block(text: &str) -> bool {
+    let body = text.strip_prefix("-----BEGIN CERTIFICATE REQUEST-----");
+    let body = body.and_then(|rest| rest.trim_end().strip_suffix("-----END CERTIFICATE REQUEST-----"));
+    let is_base64 = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'\r' | b'\n');
+    body.is_some_and(|body| body.trim_end().trim_end_matches('=').bytes().all(is_base64))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -137,7 +168,6 @@ mod tests {
     use k8s_openapi::jiff::Timestamp;
     use rcgen::{BasicConstraints, CertificateParams, KeyPair};
 
-    use super::super::OWN_SIGNER;
     use super::*;
 
     const NOW: i64 = 1_800_000_000;
@@ -262,6 +292,45 @@ mod tests {
         let foreign =
             mk_request(|request| request.spec.signer_name = "kubernetes.io/kube-apiserver-client".to_owned());
         assert!(refused(&foreign).contains("not served here"));
+    }
+
+    #[test]
+    fn another_signer_is_left_nothing_to_decide() {
+        const SIGNER: &str = "issuers.cert-manager.io/holdfast-system.holdfast";
+        let rules = Rules { signer: SIGNER, ..RULES };
+        let mk_foreign = |change: &dyn Fn(&mut CertificateSigningRequest)| {
+            let request = mk_request(|request| {
+                request.spec.signer_name = SIGNER.to_owned();
+                change(request);
+            });
+            judge(&request, &rules, NOW)
+        };
+        assert_eq!(mk_foreign(&|_| {}).unwrap().life_s, 3600);
+        for key in
+            ["experimental.cert-manager.io/request-is-ca", "experimental.cert-manager.io/request-duration"]
+        {
+            let refused = mk_foreign(&|request| {
+                request.metadata.annotations = Some([(key.to_owned(), "true".to_owned())].into());
+            });
+            assert!(refused.unwrap_err().contains(key));
+        }
+        let endless = mk_foreign(&|request| request.spec.expiration_seconds = None);
+        assert!(endless.unwrap_err().contains("leaves its life"));
+    }
+
+    #[test]
+    fn a_request_that_two_readers_may_read_differently_is_refused() {
+        let own = String::from_utf8(mk_pem(&["node-a"], |_| {})).unwrap();
+        let other = String::from_utf8(mk_pem(&["node-b"], |_| {})).unwrap();
+        let broken = other.replacen("-----END", "----END", 1);
+        let headed = own.replacen("-----\n", "-----\nProc-Type: 4,ENCRYPTED\n\n", 1);
+        for text in [format!("{own}{other}"), format!("{broken}{own}"), format!("# {own}"), headed] {
+            let request = mk_request(|request| request.spec.request = ByteString(text.clone().into_bytes()));
+            assert!(refused(&request).contains("plain PEM block"), "{text}");
+        }
+        let request =
+            mk_request(|request| request.spec.request = ByteString(own.replace('\n', "\r\n").into_bytes()));
+        assert!(judge(&request, &RULES, NOW).is_ok());
     }
 
     #[test]

@@ -13,8 +13,12 @@
 //!
 //! Several issuers at the same time are harmless: what they write is a compare-and-swap, and either's answer is right.
 //!
+//! With another signer (cert-manager) requests are judged and approved by the same rules, and its authorities are published the same
+//! way, from a Secret that it keeps (`adopted.rs`).
+//!
 //! Authorities change with an overlap (`authority.rs`): everybody trusts the next one before it signs anything.
 
+mod adopted;
 mod authority;
 mod holder;
 mod issuer;
