@@ -522,7 +522,7 @@ mod tests {
         name: Option<ObjectName>,
     ) -> Vec<holdfast_proto::agent::PolicyState> {
         let (reply, answer) = oneshot::channel();
-        let question = super::super::Ask::Policies(name, reply);
+        let question = super::super::questions::Ask::Policies(name, reply);
         engine.handle(vec![Command::Ask(question)]).await;
         answer.await.unwrap()
     }
