@@ -2,20 +2,16 @@
 //! the replicas keep give every volume back (ADR 0011). With the operators' own command.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use holdfast_tests::blocks::{BlockLedger, BlockWork, Crash};
 use holdfast_tests::cleanup::Logs;
 use holdfast_tests::csi::create_request;
-use holdfast_tests::process::wait_until;
 use holdfast_tests::raw_volume::RawVolume;
-use holdfast_tests::work::binaries_dir;
+use holdfast_tests::rescue::{rescue, told_of};
 use holdfast_tests::{Cluster, ClusterOptions};
 use libtest_mimic::Trial;
-use serde_json::Value;
 
 use crate::csi_volume::{Volume, from_snapshot, fs_bytes, get, put};
 use crate::trial;
@@ -28,8 +24,6 @@ const GROWN_BYTES: u64 = 96 * MIB;
 const SECRET: &str = "a passphrase for one volume";
 /// How long the writer works before something happens.
 const WORK: Duration = Duration::from_millis(800);
-/// All processes answer again, and all nodes are announced.
-const BACK_WITHIN: Duration = Duration::from_secs(60);
 const RESYNC_TIMEOUT: Duration = Duration::from_secs(60);
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
@@ -59,12 +53,12 @@ fn lose_and_rescue(cluster: &mut Cluster) -> Result<()> {
     raw.wait_in_sync(cluster, 2, RESYNC_TIMEOUT)?;
     std::thread::sleep(WORK);
 
-    kill_everything(cluster)?;
+    cluster.kill_storage()?;
     let (mut ledger, _) = work.finish()?;
     ensure!(ledger.flushes > 0, "the writer did nothing: no test");
     let store = cluster.work().dir().join("controller/records");
     std::fs::remove_dir_all(&store).with_context(|| store.display().to_string())?;
-    start_everything(cluster)?;
+    cluster.start_storage()?;
 
     // What is only shown is not done.
     let ids = [&files.id, &idle.id, &raw.id];
@@ -72,17 +66,17 @@ fn lose_and_rescue(cluster: &mut Cluster) -> Result<()> {
         let (whole, told) = rescue(cluster, &[])?;
         ensure!(!whole, "nothing is restored, and the command calls it whole");
         for id in ids {
-            let volume = of(&told, id)?;
+            let volume = told_of(&told, id)?;
             ensure!(volume["verdict"] == "sound" && volume["restored"] == false, "{volume}");
         }
-        let gone = of(&told, &gone_id)?;
+        let gone = told_of(&told, &gone_id)?;
         ensure!(gone["verdict"] == "doubtful" && gone["notes"].to_string().contains("was deleted"), "{gone}");
     }
     let (_, told) = rescue(cluster, &["--apply"])?;
     for id in ids {
-        ensure!(of(&told, id)?["restored"] == true, "{told}");
+        ensure!(told_of(&told, id)?["restored"] == true, "{told}");
     }
-    ensure!(of(&told, &gone_id)?["restored"] == false, "a deleted volume came back unasked: {told}");
+    ensure!(told_of(&told, &gone_id)?["restored"] == false, "a deleted volume came back unasked: {told}");
 
     raw.home = None;
     let device = raw.attach(cluster, "node-b")?;
@@ -143,51 +137,6 @@ fn check_files(cluster: &Cluster, mut volume: Volume, snapshot: &str) -> Result<
     ensure!(again.id == volume.id, "the name is not the volume's any more");
     crate::csi_volume::delete_snapshot(cluster, snapshot)?;
     volume.delete(cluster)
-}
-
-fn kill_everything(cluster: &mut Cluster) -> Result<()> {
-    cluster.controller.program.kill()?;
-    for name in NODES {
-        let node = cluster.node_mut(name);
-        node.csi.kill()?;
-        node.data.kill()?;
-    }
-    Ok(())
-}
-
-fn start_everything(cluster: &mut Cluster) -> Result<()> {
-    cluster.controller.program.start_again()?;
-    for name in NODES {
-        let node = cluster.node_mut(name);
-        node.data.start_again()?;
-        node.csi.start_again()?;
-        node.wait_for_data()?;
-        node.wait_for_csi()?;
-    }
-    wait_until(BACK_WITHIN, || Ok(cluster.largest_volume_bytes(NODES.len())? > 0)).context("not all are back")
-}
-
-/// `holdfast records rescue`: whether nothing is left to do, and what it tells.
-fn rescue(cluster: &Cluster, words: &[&str]) -> Result<(bool, Value)> {
-    let binary: PathBuf = binaries_dir()?.join("holdfast");
-    let mut command = Command::new(binary);
-    command
-        .args(["records", "rescue", "--json"])
-        .args(words)
-        .arg("--socket")
-        .arg(cluster.controller.csi.path());
-    let output = command.output()?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    let Some(code @ 0..=1) = output.status.code() else {
-        bail!("holdfast records rescue {words:?}: {stderr}")
-    };
-    Ok((code == 0, serde_json::from_slice(&output.stdout)?))
-}
-
-fn of<'told>(told: &'told Value, id: &str) -> Result<&'told Value> {
-    let volumes = told["volumes"].as_array().context("no list of volumes")?;
-    let found = volumes.iter().find(|volume| volume["volume"] == id);
-    found.with_context(|| format!("volume {id} is not told of: {told}"))
 }
 
 fn secret(text: &str) -> HashMap<String, String> {

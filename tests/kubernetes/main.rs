@@ -13,10 +13,16 @@ mod objects;
 mod outages;
 mod pod_ranges;
 mod records;
+mod rescues;
 mod soak;
 mod taints;
 mod volumes;
 mod whole;
+
+// Volumes as Kubernetes would use them stand with the tests on the embedded store.
+#[allow(dead_code)] // Not everything that those do is done here.
+#[path = "../cluster/csi_volume.rs"]
+mod csi_volume;
 
 // The suite of all record stores stands with the other stores' tests.
 #[path = "../../csi-driver/service/tests/support"]
@@ -56,6 +62,7 @@ fn main() -> ExitCode {
     trials.extend(manifests::trials());
     trials.extend(whole::trials());
     trials.extend(outages::trials());
+    trials.extend(rescues::trials());
     trials.extend(objects::trials());
     trials.extend(pod_ranges::trials());
     trials.extend(agents::trials());

@@ -210,6 +210,20 @@ impl ApiServer {
         self.wait_until_ready()
     }
 
+    /// Everything it knew is lost: both programs end, etcd's files go, and both start anew. Users keep their tokens; those of
+    /// service accounts end with their pods.
+    ///
+    /// # Errors
+    /// Something does not end or start.
+    pub fn lose_everything(&mut self) -> Result<()> {
+        self.server.end()?;
+        self.etcd.end()?;
+        let files = self.dir.path().join("etcd");
+        fs::remove_dir_all(&files).with_context(|| files.display().to_string())?;
+        self.etcd.start_again()?;
+        self.start_again()
+    }
+
     /// Starts it again if a test that failed left it dead.
     ///
     /// # Errors

@@ -50,6 +50,7 @@ pub mod process;
 pub mod raw_volume;
 pub mod relay;
 pub mod report;
+pub mod rescue;
 pub mod story;
 pub mod traces;
 pub mod work;
