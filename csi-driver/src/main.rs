@@ -1,5 +1,6 @@
-//! holdfast-csi: one binary, three roles, and their removal.
+//! holdfast-csi: one binary, three roles, their removal, and a look at what pools hold.
 
+mod inspect;
 mod kubelet_leftovers;
 mod options;
 mod privileges;

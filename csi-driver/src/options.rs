@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use holdfast_service::kubernetes::certificates;
 use holdfast_service::topology::is_topology_value;
 
+use crate::inspect::InspectOptions;
 use crate::uninstall::UninstallOptions;
 
 /// Replicated block volumes for Kubernetes: a CSI driver and its data process.
@@ -43,6 +44,9 @@ pub enum Role {
     /// Takes the storage half off this node, except the pools, which it names. To be run once no data process is to start
     /// again; may be repeated.
     Uninstall(UninstallOptions),
+    /// Tells which volumes the replicas in pool folders are of, and what a rescue of their records would find. Needs no cluster
+    /// and no running process; changes nothing.
+    Inspect(InspectOptions),
 }
 
 impl Role {
@@ -53,6 +57,7 @@ impl Role {
             Self::Node(_) => "node",
             Self::Data(_) => "data",
             Self::Uninstall(_) => "uninstall",
+            Self::Inspect(_) => "inspect",
         }
     }
 
@@ -72,8 +77,10 @@ impl Role {
                 Capability::CAP_SYS_NICE,
                 Capability::CAP_DAC_OVERRIDE,
             ],
-            // Loop devices; folders may belong to others.
-            Self::Uninstall(_) => &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE],
+            // Loop devices, or io_uring where it is not for everybody; folders may belong to others.
+            Self::Uninstall(_) | Self::Inspect(_) => {
+                &[Capability::CAP_SYS_ADMIN, Capability::CAP_DAC_OVERRIDE]
+            }
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::options::{
     TlsOptions,
 };
 
+use crate::inspect::inspect;
 use crate::uninstall::{UninstallOptions, uninstall};
 
 /// How often the files of --tls-dir are looked at.
@@ -37,6 +38,7 @@ pub async fn run(role: Role) -> anyhow::Result<()> {
         Role::Node(options) => node(options, signals).await,
         Role::Data(options) => data(options, signals).await,
         Role::Uninstall(options) => remove(options, signals).await,
+        Role::Inspect(options) => tokio::task::spawn_blocking(move || inspect(&options)).await?,
     }
 }
 

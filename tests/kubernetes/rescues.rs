@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_tests::Cluster;
@@ -13,7 +13,7 @@ use holdfast_tests::cleanup::Logs;
 use holdfast_tests::csi::create_request;
 use holdfast_tests::process::run;
 use holdfast_tests::raw_volume::RawVolume;
-use holdfast_tests::rescue::{rescue, told_of};
+use holdfast_tests::rescue::{inspect, rescue, told_of};
 use holdfast_tests::work::binaries_dir;
 use k8s_openapi::api::core::v1::PersistentVolume;
 use kube::api::{Api, DynamicObject, ListParams, ObjectMeta, PostParams, TypeMeta};
@@ -80,9 +80,12 @@ fn lose_and_rescue(bed: &Bed, cluster: &mut Cluster, kubeconfigs: &Kubeconfigs) 
     let before = specs(bed)?;
     ensure!(before.len() == 3, "{before:?}");
 
+    the_disks_tell(cluster, &before)?;
     lose_etcd(bed, kubeconfigs)?;
     cluster.start_storage()?;
     wait_for_nodes(bed)?;
+    let in_use = inspect(cluster, &NODES).err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(in_use.contains("lock"), "a pool in use was looked into: {in_use}");
 
     // What is only shown is not done; and each volume comes back as it was, one of them before the others.
     let (_, told) = rescue(cluster, &[])?;
@@ -115,6 +118,45 @@ fn lose_and_rescue(bed: &Bed, cluster: &mut Cluster, kubeconfigs: &Kubeconfigs) 
     let left = [objects(bed, "VolumeRecord")?, objects(bed, "VolumeName")?];
     ensure!(left.iter().all(BTreeMap::is_empty), "deletions leave objects: {left:?}");
     Ok(())
+}
+
+/// With nothing of ours running: the pools alone, read only.
+fn the_disks_tell(cluster: &Cluster, records: &BTreeMap<String, Value>) -> Result<()> {
+    let before = pool_files(cluster)?;
+    let told = inspect(cluster, &NODES)?;
+    for (id, spec) in records {
+        let volume = told_of(&told, id)?;
+        ensure!(volume["verdict"] == "sound" && volume["name"] == spec["name"], "{volume}");
+        ensure!(volume["newest"]["lineage"] == spec["lineage"], "{volume} is not {spec}");
+        ensure!(volume["newest"]["generation"] == spec["generation"], "{volume} is not {spec}");
+    }
+    // Without the disk of a member nobody knows whether that knew better.
+    let told = inspect(cluster, &["node-a", "node-c"])?;
+    for id in records.keys() {
+        let volume = told_of(&told, id)?;
+        ensure!(
+            volume["verdict"] == "doubtful" && volume["notes"].to_string().contains("node-b"),
+            "{volume}"
+        );
+    }
+    ensure!(pool_files(cluster)? == before, "a look changed a pool");
+    Ok(())
+}
+
+/// Each file with its length and its last change.
+fn pool_files(cluster: &Cluster) -> Result<BTreeMap<PathBuf, (u64, SystemTime)>> {
+    let mut folders: Vec<PathBuf> = NODES.iter().map(|node| cluster.node(node).pool_dir()).collect();
+    let mut files = BTreeMap::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let (path, meta) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
+            if meta.is_dir() {
+                folders.push(path.clone());
+            }
+            files.insert(path, (meta.len(), meta.modified()?));
+        }
+    }
+    Ok(files)
 }
 
 /// A writer through the loss of node-c's replica, until all processes are killed.

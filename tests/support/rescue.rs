@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::process::wait_until;
+use crate::process::{run, wait_until};
 use crate::work::binaries_dir;
 
 /// All processes answer again, and all nodes are announced.
@@ -61,7 +61,20 @@ pub fn rescue(cluster: &Cluster, words: &[&str]) -> Result<(bool, Value)> {
     Ok((code == 0, serde_json::from_slice(&output.stdout)?))
 }
 
-/// What it tells of one volume.
+/// `holdfast-csi inspect --json` of the pools of some nodes, whose data processes do not run.
+///
+/// # Errors
+/// It fails, as it does while one of them runs.
+pub fn inspect(cluster: &Cluster, nodes: &[&str]) -> Result<Value> {
+    let mut command = Command::new(binaries_dir()?.join("holdfast-csi"));
+    command.args(["inspect", "--json"]);
+    for node in nodes {
+        command.arg("--pool-dir").arg(cluster.node(node).pool_dir());
+    }
+    Ok(serde_json::from_str(&run(&mut command)?)?)
+}
+
+/// What either of them tells of one volume.
 ///
 /// # Errors
 /// Nothing.

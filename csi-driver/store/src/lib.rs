@@ -59,4 +59,4 @@ mod tables;
 pub use error::{PoolError, StoreError};
 pub use pool::{KeptRecord, Pool, PoolOptions, Space};
 pub use replica::{AllocState, Done, Extent, META_BYTES_MAX, Replica, UncheckedRead, VERIFY_BYTES_MAX, wait};
-pub use survey::{Surveyed, survey};
+pub use survey::{Surveyed, survey, survey_records};

@@ -364,16 +364,7 @@ impl Pool {
         after: Option<ReplicaId>,
         count_max: usize,
     ) -> Result<(Vec<KeptRecord>, bool), PoolError> {
-        let disk = &self.inner.disk;
-        let of = |replica_id| {
-            let dir = self.replica_dir(replica_id);
-            KeptRecord {
-                replica_id,
-                volume_id: Manifest::read(disk, &dir).map(|manifest| manifest.volume_id),
-                meta: MetaFile::open(disk, &dir).map(|(_, meta)| meta),
-                copy: record_file::read(disk, &dir, replica_id),
-            }
-        };
+        let of = |replica_id| kept_record(&self.inner.disk, replica_id, &self.replica_dir(replica_id));
         let mut replicas = self.list()?;
         replicas.retain(|replica| after.is_none_or(|after| *replica > after));
         replicas.sort_unstable();
@@ -517,6 +508,16 @@ pub(crate) fn take_lock(disk: &Disk, dir: &Path, wait: Duration) -> Result<DiskF
     match file.lock(wait).map_err(PoolError::io("locking", &path))? {
         LockOutcome::Locked => Ok(file),
         LockOutcome::HeldByAnother => Err(PoolError::Locked(path)),
+    }
+}
+
+/// What the replica in `dir` knows of its volume.
+pub(crate) fn kept_record(disk: &Disk, replica_id: ReplicaId, dir: &Path) -> KeptRecord {
+    KeptRecord {
+        replica_id,
+        volume_id: Manifest::read(disk, dir).map(|manifest| manifest.volume_id),
+        meta: MetaFile::open(disk, dir).map(|(_, meta)| meta),
+        copy: record_file::read(disk, dir, replica_id),
     }
 }
 

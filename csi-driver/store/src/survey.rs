@@ -1,4 +1,4 @@
-//! What a pool holds, for a person who is about to leave it behind. Changes nothing.
+//! What a pool holds, for a person who is about to leave it behind, or has nothing else left. Changes nothing.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use holdfast_storage_core::replica::ReplicaMeta;
 use crate::disk::Disk;
 use crate::error::PoolError;
 use crate::meta_file::MetaFile;
-use crate::pool::{LOCK, REPLICAS, SUPERBLOCK, take_lock};
+use crate::pool::{KeptRecord, LOCK, REPLICAS, SUPERBLOCK, kept_record, take_lock};
 
 /// A replica in a pool, with its meta or why that cannot be read.
 pub type Surveyed = (ReplicaId, Result<ReplicaMeta, PoolError>);
@@ -20,6 +20,18 @@ pub type Surveyed = (ReplicaId, Result<ReplicaMeta, PoolError>);
 /// # Errors
 /// [`PoolError::Locked`]: a data process uses it. Else it cannot be read.
 pub fn survey(dir: &Path) -> Result<Vec<Surveyed>, PoolError> {
+    look(dir, |disk, id, dir| (id, MetaFile::open(disk, dir).map(|(_, meta)| meta)))
+}
+
+/// The same with what each replica knows of its volume (ADR 0011).
+///
+/// # Errors
+/// As for [`survey`].
+pub fn survey_records(dir: &Path) -> Result<Vec<KeptRecord>, PoolError> {
+    look(dir, kept_record)
+}
+
+fn look<T>(dir: &Path, of: impl Fn(&Disk, ReplicaId, &Path) -> T) -> Result<Vec<T>, PoolError> {
     let superblock = dir.join(SUPERBLOCK);
     if !superblock.try_exists().map_err(PoolError::io("examining", &superblock))? {
         return Ok(Vec::new());
@@ -35,9 +47,5 @@ pub fn survey(dir: &Path) -> Result<Vec<Surveyed>, PoolError> {
     let mut names = disk.list(&replicas).map_err(PoolError::io("listing", &replicas))?;
     names.sort_unstable();
     let ids = names.iter().filter_map(|name| name.parse().ok());
-    Ok(ids.map(|id: ReplicaId| (id, meta_of(&disk, &replicas.join(id.to_string())))).collect())
-}
-
-fn meta_of(disk: &Disk, dir: &Path) -> Result<ReplicaMeta, PoolError> {
-    MetaFile::open(disk, dir).map(|(_, meta)| meta)
+    Ok(ids.map(|id: ReplicaId| of(&disk, id, &replicas.join(id.to_string()))).collect())
 }
