@@ -58,6 +58,7 @@ mod ioctls {
     nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
     nix::ioctl_none_bad!(loop_set_capacity, 0x4C07);
     nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
+    nix::ioctl_write_ptr_bad!(block_set_read_only, 0x125D, libc::c_int);
 }
 
 impl LoopInfo {
@@ -139,19 +140,28 @@ pub(crate) fn bind_free(
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => continue,
             Err(error) => return Err(BindError::Kernel("LOOP_CONFIGURE", error)),
         }
-        let refused = match uses_direct_io(number) {
+        let writable = if read_only { Ok(()) } else { make_writable(&device) };
+        let refused = match writable.and_then(|()| uses_direct_io(number)) {
             Ok(true) => return Ok((number, device)),
             Ok(false) => BindError::Kernel(
                 "LOOP_CONFIGURE",
                 io::Error::other("the kernel refused direct I/O, so data would be cached twice"),
             ),
-            Err(error) => BindError::Kernel("reading the loop device's state", error),
+            Err(error) => BindError::Kernel("preparing the loop device", error),
         };
         // SAFETY: the call takes no argument. It fails where the device is not bound any more, which is as well.
         let _ = unsafe { ioctls::loop_clr_fd(device.as_raw_fd()) };
         return Err(refused);
     }
     Err(BindError::Contention)
+}
+
+/// Whoever had the device before may have set it read-only (BLKROSET), which outlives the binding.
+fn make_writable(device: &File) -> io::Result<()> {
+    let no: libc::c_int = 0;
+    // SAFETY: the call reads one number.
+    unsafe { ioctls::block_set_read_only(device.as_raw_fd(), &raw const no) }?;
+    Ok(())
 }
 
 /// Has a loop device take the size that its file has now; gives it.

@@ -179,3 +179,28 @@ fn a_killed_process_leaves_its_twins_to_the_next_one_and_those_of_others_stay() 
     living.detach().unwrap();
     assert!(!bound(&twin_of_living));
 }
+
+#[test]
+fn a_device_that_somebody_left_read_only_is_written_again_by_the_next_volume() {
+    if !possible(&["blockdev"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let first = attach(&MemoryDevice::new(SMALL_BYTES), dir.path());
+    let left = first.device_path().to_owned();
+    run("blockdev", &["--setro", left.to_str().unwrap()]);
+    first.detach().unwrap();
+    // The kernel gives the lowest number that is free: those below it are taken one after the other.
+    let mut others = Vec::new();
+    let again = loop {
+        let attached = attach(&MemoryDevice::new(SMALL_BYTES), dir.path());
+        if attached.device_path() == left {
+            break attached;
+        }
+        others.push(attached);
+        assert!(others.len() < 64, "{} is never free again", left.display());
+    };
+    direct(again.device_path()).write_all_at(&AlignedBuf::copy_of(&[7; BLOCK]), 0).unwrap();
+    others.push(again);
+    others.into_iter().for_each(|attached| attached.detach().unwrap());
+}
