@@ -13,11 +13,13 @@ use holdfast_service::kubernetes::certificates::{
 use holdfast_service::tls::CONTROLLER_NAME;
 use holdfast_service::{KubernetesClient, TlsIdentity};
 use holdfast_tests::api_server::ADMIN;
+use holdfast_tests::cleanup::Logs;
 use holdfast_tests::go_tools::{self, Skip};
 use holdfast_tests::kustomize::documents;
+use holdfast_tests::story::Story;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use libtest_mimic::Trial;
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
@@ -25,7 +27,7 @@ use serde_json::{Value, json};
 use crate::bed::{Bed, NAMESPACE};
 use crate::certificates::{Objects, Running, is_refused, mk_empty, obtain, speaks};
 use crate::manifests::{apply, objects_of, text};
-use crate::trial;
+use crate::{trial, whole};
 
 /// For cert-manager to make what the manifests ask for, on a busy machine.
 const MADE_WITHIN: Duration = Duration::from_secs(120);
@@ -40,6 +42,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("cert_manager::signs_what_our_rules_approve_and_nothing_else", signs_what_is_approved),
         trial("cert_manager::connections_outlast_changes_of_its_authority", its_authority_changes_unnoticed),
+        trial("cert_manager::a_cluster_stores_by_its_certificates", a_cluster_stores),
     ]
 }
 
@@ -324,6 +327,40 @@ async fn replace_authority(world: &World, first: &str, a: &TlsIdentity, own: &Tl
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     Ok(second)
+}
+
+/// The processes themselves, with the flags of the manifests: a database on a replicated volume.
+fn a_cluster_stores(bed: &Bed) -> Result<()> {
+    let Some(mut world) = World::begin(bed)? else { return Ok(()) };
+    let mut options = whole::mk_options(bed, Some(HOUR.as_secs()))?;
+    let secret = world.issuer.authority_secret.clone().context("a Secret")?;
+    let kubernetes = options.kubernetes.as_mut().context("an API server")?;
+    kubernetes.signer = Some((world.issuer.signer.clone(), secret));
+    approve_for_cert_manager(bed)?;
+    let mut story = Story::begin_on(&options).with_context(|| world.manager.log())?;
+    let outcome = tell(&mut story);
+    match outcome {
+        Ok(()) => story.end()?,
+        Err(error) => {
+            story.cluster.end(Logs::Keep)?;
+            return Err(error.context(world.manager.log()));
+        }
+    }
+    let requests = bed.run(async { Ok(world.objects.requests.list(&ListParams::default()).await?.items) })?;
+    let signed = requests
+        .iter()
+        .filter(|request| request.status.as_ref().is_some_and(|status| status.certificate.is_some()));
+    ensure!(signed.count() > options.nodes.len(), "not one for each: {requests:?}");
+    ensure!(requests.iter().all(|request| request.spec.signer_name == world.issuer.signer), "another signed");
+    Ok(())
+}
+
+fn tell(story: &mut Story) -> Result<()> {
+    story.provision()?;
+    story.run_pods()?;
+    story.lose_a_replica()?;
+    story.commit_for_a_moment()?;
+    story.compare("by certificates of cert-manager").map(drop)
 }
 
 /// A certificate for TLS peers, and its key.

@@ -64,8 +64,12 @@ pub fn mk_options(bed: &Bed, certificate_life_s: Option<u64>) -> Result<ClusterO
         drop(leases.delete(LEASE_NAME, &DeleteParams::default()).await);
         Ok(())
     })?;
-    let kubernetes =
-        Some(KubernetesRecords { server: bed.server().socket(), kubeconfigs, certificate_life_s });
+    let kubernetes = Some(KubernetesRecords {
+        server: bed.server().socket(),
+        kubeconfigs,
+        certificate_life_s,
+        signer: None,
+    });
     Ok(ClusterOptions { kind: "kubernetes".to_owned(), kubernetes, ..defaults })
 }
 

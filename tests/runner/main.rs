@@ -156,6 +156,7 @@ fn build_tools(tier: &str, suites: bool) -> Result<()> {
             go_tools::kubernetes()?.err(),
             go_tools::containerd()?.err(),
             go_tools::pod_programs()?.err(),
+            go_tools::cert_manager()?.err(),
         ],
         _ => Vec::new(),
     };

@@ -29,6 +29,8 @@ pub struct KubernetesRecords {
     pub kubeconfigs: BTreeMap<String, PathBuf>,
     /// Certificates come from the built-in issuer and live so long; none: from the harness.
     pub certificate_life_s: Option<u64>,
+    /// Another signer in its place, and the Secret that names its authorities.
+    pub signer: Option<(String, String)>,
 }
 
 impl KubernetesRecords {
@@ -49,6 +51,12 @@ impl KubernetesRecords {
         if let Some(life_s) = self.certificate_life_s {
             arguments.retain(|argument| !argument.starts_with("--tls-dir="));
             arguments.extend(["--tls-issuer=kubernetes".to_owned(), format!("--tls-life-s={life_s}")]);
+        }
+        if let Some((signer, secret)) = &self.signer {
+            arguments.push(format!("--tls-signer={signer}"));
+            if arguments.first().is_some_and(|role| role == "controller") {
+                arguments.push(format!("--tls-authority-secret={secret}"));
+            }
         }
         arguments
     }

@@ -241,7 +241,7 @@ impl NetBed {
         }
         if let Some(api) = &api {
             let (server, kubeconfigs) = (api.server, api.kubeconfigs.clone());
-            let records = KubernetesRecords { server, kubeconfigs, certificate_life_s: None };
+            let records = KubernetesRecords { server, kubeconfigs, certificate_life_s: None, signer: None };
             records.forward(&underlay, &api.runtime)?;
         }
         let netd_settings = netd_settings.iter().map(|setting| (*setting).to_owned()).collect();
