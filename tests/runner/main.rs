@@ -25,7 +25,7 @@ const TIERS: [&str; 7] = ["unit", "sim", "conformance", "policy", "cluster", "vm
 /// A test program that runs longer hangs; it is ended and counts as failed.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// The same where one program has a whole cluster.
-const KUBERNETES_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+const KUBERNETES_TIMEOUT: Duration = Duration::from_secs(50 * 60);
 /// The same with `--long`.
 const LONG_PROGRAM_TIMEOUT: Duration = Duration::from_secs(3 * 60 * 60);
 /// Set for test programs by `--long`.
