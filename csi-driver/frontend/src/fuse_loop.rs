@@ -173,8 +173,8 @@ impl FuseLoop {
         &self.device.path
     }
 
-    /// Makes the block device larger, and soon after it its read-only twins; blocks for some milliseconds. The device behind it must have the size already. Safe to
-    /// repeat; a file system on it has to be grown by its own tools.
+    /// Makes the block device larger, and soon after it its read-only twins; blocks for some milliseconds. The device behind it
+    /// must have the size already. Safe to repeat; a file system on it has to be grown by its own tools.
     ///
     /// # Errors
     /// [`GrowError`]; the block device has its old size or the new one.
